@@ -1,0 +1,64 @@
+"""kd_trainer: knowledge distillation for the Hugging Face `Trainer`.
+
+Public names are resolved on first use, so that the tensor functions cost an import of torch and nothing more.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import soft_target_data as soft_target_data
+    from .data import synthetic_classification as synthetic_classification
+    from .divergences import DIVERGENCES as DIVERGENCES
+    from .divergences import forward_kl as forward_kl
+    from .divergences import jsd as jsd
+    from .divergences import reverse_kl as reverse_kl
+    from .divergences import symmetric_kl as symmetric_kl
+    from .losses import DistillationLoss as DistillationLoss
+    from .losses import KLDivergenceLoss as KLDivergenceLoss
+    from .losses import SoftTargetLoss as SoftTargetLoss
+    from .losses import fit_temperature as fit_temperature
+    from .models import MLPConfig as MLPConfig
+    from .models import MLPForImageClassification as MLPForImageClassification
+    from .trainer import DistillationMixin as DistillationMixin
+    from .trainer import DistillationTrainer as DistillationTrainer
+    from .training_args import DistillationArguments as DistillationArguments
+    from .training_args import DistillationTrainingArguments as DistillationTrainingArguments
+    from .training_args import parse_args as parse_args
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "data": ["synthetic_classification", "soft_target_data"],
+    "divergences": [
+        "DIVERGENCES",
+        "entropy",
+        "forward_kl",
+        "jsd",
+        "reverse_kl",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "soft_cross_entropy",
+        "symmetric_kl",
+        "total_variation",
+    ],
+    "losses": ["DistillationLoss", "KLDivergenceLoss", "SoftTargetLoss", "fit_temperature"],
+    "models": ["MLPConfig", "MLPForImageClassification"],
+    "trainer": ["DistillationMixin", "DistillationTrainer"],
+    "training_args": ["DistillationArguments", "DistillationTrainingArguments", "parse_args"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])

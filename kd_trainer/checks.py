@@ -1,0 +1,82 @@
+"""Argument checks with one clear message each.
+
+For: every place where a bad value can be known before it trains wrongly. Leaves what is right or wrong to the caller.
+Imports: the standard library only.
+
+Every message reads: `argument` is VALUE; expected WHAT[, because CONSEQUENCE]. HOW TO MEND IT.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+
+def message(argument: str, value: Any, expected: str, mend: str, *, because: str | None = None) -> str:
+    """The house form of an error message; strings as values are shown quoted."""
+    shown = value if isinstance(value, Shown) else repr(value)
+    reason = f", because {because}" if because else ""
+    return f"`{argument}` is {shown}; expected {expected}{reason}. {mend}"
+
+
+class Shown(str):
+    """A value that `message` prints as it stands, without quotes (a shape, a class name, a count)."""
+
+
+def fail(
+    argument: str,
+    value: Any,
+    expected: str,
+    mend: str,
+    *,
+    because: str | None = None,
+    error: type[Exception] = ValueError,
+) -> NoReturn:
+    """Raises `error` (ValueError for a value, TypeError for a type, RuntimeError for a state) in the house form."""
+    raise error(message(argument, value, expected, mend, because=because))
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """' Did you mean `x`?' for the closest of `names`, or '' where none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"Did you mean `{close[0]}`?" if close else ""
+
+
+def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`; the message lists them and names the nearest."""
+    choices = list(choices)
+    if value not in choices:
+        near = nearest(value, choices) if isinstance(value, str) else ""
+        fail(argument, value, "one of " + ", ".join(map(repr, choices)), near or f"Set `{argument}` to one of these.")
+
+
+def check_number(
+    argument: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Raises unless `value` is a finite real number inside the interval (ends included unless `open_*`).
+
+    TypeError for what is no number (bool and str are none), ValueError for NaN, infinities and what lies outside.
+    """
+    if low is None and high is None:
+        expected = "a finite number"
+    elif high is None:
+        expected = f"a finite number {'>' if open_low else '>='} {low:g}"
+    elif low is None:
+        expected = f"a finite number {'<' if open_high else '<='} {high:g}"
+    else:
+        expected = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    mend = f"Set `{argument}` to a value in that range."
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(argument, value, expected, f"Give `{argument}` as a number, not as {type(value).__name__}.", error=TypeError)
+    too_low = low is not None and (value <= low if open_low else value < low)
+    too_high = high is not None and (value >= high if open_high else value > high)
+    if not math.isfinite(value) or too_low or too_high:
+        fail(argument, value, expected, mend)
