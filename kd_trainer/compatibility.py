@@ -1,0 +1,147 @@
+"""Do teacher and student fit? Refuses what would train wrongly in silence, before the first step.
+
+For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared with the first batch in `heads.py`.
+Imports: checks, transformers (on use).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import Shown, fail
+
+logger = logging.getLogger(__name__)
+
+
+def check_separate(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises ValueError where the teacher is the student, or both share a parameter: the target would move along."""
+    mend = "Load the teacher as a model of its own, e.g. copy.deepcopy(model) of the trained one."
+    if student is teacher:
+        fail("teacher_model", Shown("the student itself"), "a second model", mend, because="it would teach itself")
+    shared = {id(p) for p in teacher.parameters()}
+    names = [name for name, p in student.named_parameters() if id(p) in shared]
+    if names:
+        because = "training the student would change its teacher"
+        shown = Shown(f"a model that shares {len(names)} parameters with the student ({names[0]})")
+        fail("teacher_model", shown, "a model with its own parameters", mend, because=because)
+
+
+def class_order(student: nn.Module, teacher: nn.Module, *, remap: bool) -> Tensor | None:
+    """Compares the class names of both configs; the order that brings the teacher's classes into the student's, or None.
+
+    Raises:
+        ValueError: the numbers of classes differ; or names that both know stand at different ids, and `remap`
+            (`kd_remap_labels`) is False or the names are no permutation of each other.
+    """
+    ours, theirs = _class_names(student), _class_names(teacher)
+    if ours is None or theirs is None:
+        return None
+    if len(ours) != len(theirs):
+        fail(
+            "teacher_model",
+            Shown(f"a model with {len(theirs)} classes ({_some(theirs)})"),
+            f"{len(ours)} classes as the student has ({_some(ours)})",
+            "Give both models the same num_labels and id2label.",
+        )
+    if ours == theirs and not _unnamed(ours):
+        return None
+    moved = [name for name in ours.values() if name in theirs.values() and _id(ours, name) != _id(theirs, name)]
+    if _unnamed(ours) or _unnamed(theirs) or not moved:
+        logger.warning(
+            "The classes of teacher (%s) and student (%s) cannot be compared by name: training goes on as if class i "
+            "meant the same in both. Set the same id2label in both configs to have it checked.",
+            _some(theirs),
+            _some(ours),
+        )
+        return None
+    if set(ours.values()) == set(theirs.values()) and len(set(ours.values())) == len(ours):
+        order = torch.tensor([_id(theirs, ours[i]) for i in range(len(ours))])
+        if remap:
+            return order
+        mend = "Set kd_remap_labels to true to reorder the teacher's classes by name."
+    else:
+        mend = "Give both configs the same id2label."
+    name = moved[0]
+    fail(
+        "teacher_model",
+        Shown(f"a model in which class {name!r} has id {_id(theirs, name)}"),
+        f"id {_id(ours, name)} as in the student",
+        mend,
+        because="the student would learn one class as another",
+    )
+
+
+def _class_names(model: nn.Module) -> dict[int, str] | None:
+    """id -> name, for a model whose config counts classes; language models' default id2label says nothing."""
+    config = getattr(model, "config", None)
+    names = getattr(config, "id2label", None)
+    return {int(i): str(name) for i, name in names.items()} if names else None
+
+
+def _unnamed(names: Mapping[int, str]) -> bool:
+    return all(re.fullmatch(r"LABEL_\d+", name) for name in names.values())
+
+
+def _id(names: Mapping[int, str], name: str) -> int:
+    return next(i for i, other in names.items() if other == name)
+
+
+def _some(names: Mapping[int, str]) -> str:
+    shown = [names[i] for i in sorted(names)[:3]]
+    return ", ".join(shown) + (", ..." if len(names) > 3 else "")
+
+
+def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: Any, init_kwargs: dict) -> None:
+    """For a teacher that reads the student's `input_ids`: token -> id must be the same map.
+
+    The tokenizers are compared where both are at hand (`processing_class`, and the one saved beside the teacher);
+    otherwise the special ids and sizes in the configs.
+
+    Raises:
+        ValueError: a token has different ids, a special id differs, or the teacher has fewer ids than the student.
+    """
+    mend = "Take a teacher with the student's tokenizer, or give the teacher its own inputs in teacher_* columns."
+    ours = processing_class if hasattr(processing_class, "get_vocab") else None
+    theirs = _tokenizer_beside(teacher, init_kwargs) if ours is not None else None
+    if ours is not None and theirs is not None:
+        a, b = ours.get_vocab(), theirs.get_vocab()
+        wrong = next((token for token in a if a[token] != b.get(token)), None) or next((t for t in b if t not in a), None)
+        if wrong is not None:
+            fail(
+                "teacher_model",
+                Shown(f"a model whose tokenizer has {len(b)} tokens, {wrong!r} with id {b.get(wrong)}"),
+                f"the tokens of processing_class ({len(a)}, {wrong!r} with id {a.get(wrong)})",
+                mend,
+                because="the teacher would read the student's input_ids as other words",
+            )
+        return
+    mine, its = getattr(student, "config", None), getattr(teacher, "config", None)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id"):
+        a, b = getattr(mine, name, None), getattr(its, name, None)
+        if a is not None and b is not None and a != b:
+            because = "different special ids mean different tokenizers"
+            fail("teacher_model", Shown(f"a model with {name} {b}"), f"{a} as in the student", mend, because=because)
+    a, b = getattr(mine, "vocab_size", None), getattr(its, "vocab_size", None)
+    if isinstance(a, int) and isinstance(b, int) and b < a:
+        because = "some of the student's input_ids would be outside its embedding"
+        fail("teacher_model", Shown(f"a model with vocab_size {b}"), f"at least {a}, the student's", mend, because=because)
+
+
+def _tokenizer_beside(teacher: nn.Module, init_kwargs: dict) -> Any:
+    """The tokenizer saved with the teacher, from local files only; None where there is none."""
+    from transformers import AutoTokenizer
+
+    path = getattr(getattr(teacher, "config", None), "_name_or_path", "")
+    if not path:
+        return None
+    keep = {k: v for k, v in init_kwargs.items() if k in ("revision", "cache_dir", "subfolder", "trust_remote_code")}
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, **keep)
+    except Exception:  # upstream raises many kinds where a folder has no tokenizer: then the configs are compared
+        return None

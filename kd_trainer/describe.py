@@ -1,0 +1,91 @@
+"""What a person reads: the block before the first step and the model card's section on the distillation.
+
+Imports: heads, objective, reductions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .heads import Head
+from .objective import Counts, Objective
+from .reductions import divide
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the model, trainable or not."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def name_of(model: nn.Module) -> str:
+    """Where the model was loaded from, or its class."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def describe(model: nn.Module) -> str:
+    """Class, parameters, dtype and device in one line."""
+    first = next(model.parameters(), None)
+    where = "no parameters" if first is None else f"{str(first.dtype).removeprefix('torch.')} on {first.device}"
+    return f"{type(model).__name__}, {count_parameters(model):,} parameters, {where}"
+
+
+def start_block(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    head: Head,
+    first: Objective,
+    last: Objective,
+    counts: Counts,
+    *,
+    labelled: bool,
+) -> str:
+    """The lines before the first step: models, task, formula with its numbers, and what may surprise.
+
+    Args:
+        first, last: the objective at the first step and at the end of its schedule.
+        counts: of the first optimizer step on this process; labelled: whether the batch has labels.
+    """
+    lines = [f"student  {describe(student)}"]
+    if teacher is not None:
+        ratio = count_parameters(teacher) / max(count_parameters(student), 1)
+        lines = [f"teacher  {describe(teacher)} ({ratio:.1f}x the student)", *lines]
+    lines += [f"task     {head.name}", first.formula(token_level=head.token_level)]
+    if first != last:
+        lines.append(f"at the end of the schedule: {last.formula(token_level=head.token_level)}")
+    if not labelled:
+        lines.append("no labels in the batch: the hard loss is absent")
+    if head.token_level and first.reduction == "batchmean":
+        larger = float(divide(torch.as_tensor(float(counts.soft)), int(counts.rows)))
+        lines.append(
+            f"batchmean sums over the tokens of a row: the loss is about {larger:.0f} times the stock Trainer's; "
+            'set {"kd_reduction": "tokenmean"} for its scale'
+        )
+    return "\n".join("[kd_trainer] " + line for line in lines)
+
+
+def card_section(summary: Mapping[str, Any], log_history: Sequence[Mapping[str, float]]) -> str:
+    """The model card's section: teacher, formula and the last evaluation's numbers (or the last logged ones).
+
+    Args:
+        summary: `DistillationMixin.summary()`; log_history: `trainer.state.log_history`.
+    """
+    ratio = summary["teacher_parameters"] / max(summary["student_parameters"], 1)
+    lines = [
+        "## Distillation",
+        "",
+        f"Distilled from the teacher `{summary['teacher']}` ({summary['teacher_parameters']:,} parameters) into "
+        f"{summary['student_parameters']:,} parameters ({ratio:.1f}x smaller) with kd_trainer:",
+        "",
+        f"    {summary['formula']}",
+        "",
+        "| Result | Value |",
+        "|---|---|",
+    ]
+    last = next((entry for entry in reversed(log_history) if "eval_loss" in entry), None)
+    last = last or next((entry for entry in reversed(log_history) if "loss" in entry), {})
+    shown = {k: v for k, v in last.items() if isinstance(v, float) and not k.endswith(("_runtime", "_per_second"))}
+    return "\n".join([*lines, *(f"| {key} | {value:.4f} |" for key, value in shown.items())]) + "\n"

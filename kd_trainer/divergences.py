@@ -1,0 +1,521 @@
+"""Divergences between two categorical distributions given as logits: nats per position.
+
+For: every loss that compares a student with a teacher, by name through the dict `DIVERGENCES`. Leaves the temperature
+squared, masks, means (`reductions.py`) and settings (`losses.py`) to others.
+Letters: V classes or vocabulary; z_s, z_t student and teacher logits [..., V]; T temperature;
+p = softmax(z_t/T) the teacher's, q = softmax(z_s/T) the student's probabilities.
+Imports: checks only.
+
+Decided on purpose: sums are float32 or wider whatever the logits' dtype; 0 log 0 = 0; p > 0 where q = 0 gives +inf and
+never NaN; logits of -inf (excluded classes) are allowed on both sides as long as one class of the row is left. Where a
+value is +inf its gradient is finite: what would be infinite in it counts as constant.
+
+Two ways to the same numbers: the plain formulas (`divergence_terms`, differentiable any number of times) and, for large
+logits of which only the student's need a gradient, `_InBlocks`, which visits blocks of rows that stay in the
+processor's cache and keeps the gradient alone. A new divergence is one entry of `_TERMS`, one function, one entry of
+`DIVERGENCES`; the blocks come by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import Shown, check_choice, check_number, fail
+
+# Elements in one block of rows: half a million float32 (2 MB a buffer) stay in a CPU's cache; an accelerator wants few
+# launches. Below `_SMALL` elements the plain formula has less overhead than the blocks have gain.
+_BLOCK_CPU, _BLOCK_ACCELERATOR, _SMALL = 2**19, 2**25, 2**15
+
+
+# ---- the formulas: from log-probabilities to elementwise contributions [..., V] -------------------------------------
+
+
+def _weigh(probs: Tensor, values: Tensor) -> Tensor:
+    """probs * values with 0 * anything = 0; an infinite value passes no gradient on to its weight."""
+    values = values.masked_fill(probs == 0, 0.0)
+    if probs.requires_grad:
+        probs = torch.where(values.isinf(), probs.detach(), probs)
+    return probs * values
+
+
+def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Elementwise p * (log p - log q) from log-probabilities [..., V]: 0 where p = 0, +inf where p > 0 = q."""
+    return _weigh(log_p.exp(), log_p - log_q)
+
+
+def _kl_to_mixture_terms(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """Elementwise KL(a || weight a + (1 - weight) b)."""
+    mixture = weight * log_a.exp() + (1 - weight) * log_b.exp()
+    # Below the smallest normal number 1/mixture overflows in the gradient; such a class contributes nothing anyway.
+    mixture = mixture.masked_fill(mixture < torch.finfo(mixture.dtype).tiny, 1.0)
+    return kl_terms(log_a, mixture.log())
+
+
+_Terms = Callable[[Tensor, Tensor, float], Tensor]  # (log_p of the teacher, log_q of the student, beta) -> [..., V]
+
+_TERMS: dict[str, _Terms] = {
+    "forward_kl": lambda log_p, log_q, _: kl_terms(log_p, log_q),
+    "reverse_kl": lambda log_p, log_q, _: kl_terms(log_q, log_p),
+    "symmetric_kl": lambda log_p, log_q, _: kl_terms(log_p, log_q) + kl_terms(log_q, log_p),
+    "jsd": lambda log_p, log_q, beta: (
+        beta * _kl_to_mixture_terms(log_p, log_q, beta) + (1 - beta) * _kl_to_mixture_terms(log_q, log_p, 1 - beta)
+    ),
+    "skew_forward_kl": lambda log_p, log_q, beta: _kl_to_mixture_terms(log_p, log_q, beta),
+    "skew_reverse_kl": lambda log_p, log_q, beta: _kl_to_mixture_terms(log_q, log_p, beta),
+    "total_variation": lambda log_p, log_q, _: 0.5 * (log_p.exp() - log_q.exp()).abs(),
+}
+_DEFAULT_BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Raises unless both are floating tensors of one shape [..., V] with V >= 1; shapes are never broadcast."""
+    for argument, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(logits, Tensor):
+            fail(argument, Shown(type(logits).__name__), "a tensor", f"Pass `{argument}` as a tensor.", error=TypeError)
+        if not logits.is_floating_point():
+            fail(
+                argument,
+                Shown(f"of dtype {logits.dtype}"),
+                "logits of a floating dtype",
+                "Pass the scores before the softmax, not class ids.",
+                error=TypeError,
+            )
+    if student_logits.shape != teacher_logits.shape:
+        fail(
+            "student_logits",
+            Shown(f"of shape {list(student_logits.shape)} and `teacher_logits` of shape {list(teacher_logits.shape)}"),
+            "equal shapes [..., V]",
+            "Give both sides the same positions and the same classes, in the same order.",
+            because="a divergence compares them class by class",
+        )
+    if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
+        fail(
+            "student_logits",
+            Shown(f"of shape {list(student_logits.shape)}"),
+            "at least one class in the last dimension",
+            "Pass logits [..., V].",
+        )
+
+
+def check_divergence(divergence: str, beta: float | None) -> float:
+    """Returns the beta to use (0 where there is none); raises ValueError for an unknown name or a bad beta."""
+    check_choice("divergence", divergence, _TERMS)
+    if divergence not in _DEFAULT_BETA:
+        if beta is not None:
+            fail(
+                "beta",
+                beta,
+                f"None with divergence '{divergence}'",
+                "Leave `beta` out, or choose one of " + ", ".join(map(repr, _DEFAULT_BETA)) + ".",
+                because="this divergence has no beta",
+            )
+        return 0.0
+    if beta is None:
+        return _DEFAULT_BETA[divergence]
+    check_number("beta", beta, low=0.0, high=1.0, open_low=True, open_high=True)
+    return beta
+
+
+def _check_temperature(temperature: float) -> None:
+    check_number("temperature", temperature, low=0.0, open_low=True)
+
+
+# ---- from logits to nats --------------------------------------------------------------------------------------------
+
+
+def _log_probs(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    logits = logits.to(dtype)
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+def _wide(*logits: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for one in logits:
+        dtype = torch.promote_types(dtype, one.dtype)
+    return dtype
+
+
+def divergence_terms(
+    divergence: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    beta: float | None = None,
+) -> Tensor:
+    """Elementwise contributions of a divergence: D(p, q) = sum over V of the result.
+
+    When to use: where torch's reduction 'none' is wanted, or second derivatives (the plain formula, which
+    `DIVERGENCES[divergence]` uses for small inputs and for gradients of the teacher).
+
+    Args:
+        divergence: a key of `DIVERGENCES`.
+        student_logits: z_s [..., V], any floating dtype.
+        teacher_logits: z_t [..., V], the same shape.
+        temperature: T > 0, divides both logits.
+        beta: the weight of `jsd` and of the skew divergences, strictly between 0 and 1; None is their default.
+
+    Returns:
+        Nats [..., V] in float32 or wider. Single contributions of a KL may be negative; their sum is not.
+
+    Raises:
+        ValueError: unknown divergence, beta or temperature out of range, shapes that differ.
+        TypeError: logits that are no floating tensors.
+
+    Example:
+        >>> terms = divergence_terms("total_variation", torch.tensor([0.0, 0.0]), torch.tensor([0.0, -torch.inf]))
+        >>> terms.tolist()
+        [0.25, 0.25]
+    """
+    beta = check_divergence(divergence, beta)
+    _check_temperature(temperature)
+    check_logits(student_logits, teacher_logits)
+    return _terms(divergence, student_logits, teacher_logits, temperature, beta)
+
+
+def _terms(divergence: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, beta: float) -> Tensor:
+    dtype = _wide(student_logits, teacher_logits)
+    log_p = _log_probs(teacher_logits, temperature, dtype)
+    log_q = _log_probs(student_logits, temperature, dtype)
+    return _TERMS[divergence](log_p, log_q, beta)
+
+
+def _per_position(
+    divergence: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, beta: float | None
+) -> Tensor:
+    """Checks, then the faster of the two ways: nats [...]."""
+    beta = check_divergence(divergence, beta)
+    _check_temperature(temperature)
+    check_logits(student_logits, teacher_logits)
+    differentiable = torch.is_grad_enabled()
+    if student_logits.numel() < _SMALL or (differentiable and teacher_logits.requires_grad):
+        return _terms(divergence, student_logits, teacher_logits, temperature, beta).sum(-1)
+    settings = (divergence, temperature, beta)
+    if differentiable and student_logits.requires_grad:
+        return _InBlocks.apply(student_logits, teacher_logits, settings)
+    return _in_blocks(student_logits, teacher_logits, settings, gradient=None)
+
+
+class _InBlocks(torch.autograd.Function):
+    """A divergence whose gradient with respect to z_s is computed beside the value, into the one buffer it saves."""
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, settings: tuple[str, float, float]) -> Tensor:
+        gradient = torch.empty(
+            student_logits.shape, dtype=_wide(student_logits, teacher_logits), device=student_logits.device
+        )
+        values = _in_blocks(student_logits, teacher_logits, settings, gradient=gradient)
+        ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _FirstDerivativeOnly.apply(gradient, grad_values), None, None
+        return gradient * grad_values.unsqueeze(-1), None, None
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    """The gradient of `_InBlocks` under create_graph=True: usable; a second derivative says what to call instead."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, grad_values: Tensor) -> Tensor:
+        return gradient * grad_values.unsqueeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
+        fail(
+            "student_logits",
+            Shown("differentiated twice"),
+            "at most a first derivative of a divergence of large logits",
+            "Use `divergence_terms(divergence, ...).sum(-1)`, the plain formula, for second derivatives.",
+            because="only the gradient is kept",
+            error=RuntimeError,
+        )
+
+
+def _in_blocks(
+    student_logits: Tensor, teacher_logits: Tensor, settings: tuple[str, float, float], *, gradient: Tensor | None
+) -> Tensor:
+    """Nats [...], block of rows by block of rows; fills `gradient` [..., V] with dD/dz_s where it is given."""
+    divergence, temperature, beta = settings
+    dtype, device = _wide(student_logits, teacher_logits), student_logits.device
+    classes = student_logits.shape[-1]
+    student_rows, teacher_rows = (z.detach().reshape(-1, classes) for z in (student_logits, teacher_logits))
+    positions = student_rows.shape[0]
+    block = max(1, (_BLOCK_CPU if device.type == "cpu" else _BLOCK_ACCELERATOR) // classes)
+    values = torch.empty(positions, dtype=dtype, device=device)
+    gradient_rows = None if gradient is None else gradient.view(-1, classes)
+    scratch = torch.empty(4, min(block, positions), classes, dtype=dtype, device=device)
+    for start in range(0, positions, block):
+        rows = slice(start, min(start + block, positions))
+        z_s, z_t = student_rows[rows], teacher_rows[rows]
+        into = scratch[3, : z_s.shape[0]] if gradient_rows is None else gradient_rows[rows]
+        if divergence == "forward_kl":
+            values[rows] = _forward_kl_block(z_s, z_t, temperature, scratch[:3, : z_s.shape[0]], into)
+        elif gradient_rows is None:
+            values[rows] = _terms(divergence, z_s, z_t, temperature, beta).sum(-1)
+        else:
+            with torch.enable_grad():
+                z_s = z_s.to(dtype).requires_grad_()
+                block_values = _terms(divergence, z_s, z_t, temperature, beta).sum(-1)
+                into.copy_(torch.autograd.grad(block_values.sum(), z_s)[0])
+            values[rows] = block_values.detach()
+    return values.view(student_logits.shape[:-1])
+
+
+def _forward_kl_block(z_s: Tensor, z_t: Tensor, temperature: float, scratch: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of a block [N, V] -> [N] with one exp per logit; leaves dKL/dz_s = (q - p)/T in the buffer `q`.
+
+    log p - log q = z_t - z_s - (lse_t - lse_s), where lse = max z - log(max p) needs no exp of its own. To the sum
+    of p (log p - log q) it adds sum(q - p), which is 0 but for rounding: the two roundings cancel (the sum is then
+    stationary in the normalisation of p and q), which matters where V is large and the divergence small.
+    """
+    scaled_s, scaled_t, p = scratch
+    if temperature != 1 or z_s.dtype != p.dtype:
+        z_s = scaled_s.copy_(z_s).div_(temperature)
+    if temperature != 1 or z_t.dtype != p.dtype:
+        z_t = scaled_t.copy_(z_t).div_(temperature)
+    torch.softmax(z_s, -1, out=q)
+    torch.softmax(z_t, -1, out=p)
+    lse_s = z_s.amax(-1, True) - q.amax(-1, True).log()
+    lse_t = z_t.amax(-1, True) - p.amax(-1, True).log()
+    log_ratio = torch.sub(z_t, z_s, out=scaled_t).sub_(lse_t - lse_s).masked_fill_(p == 0, 0.0)
+    values = torch.empty(z_s.shape[0], 1, 1, dtype=p.dtype, device=p.device)
+    torch.bmm(p.unsqueeze(1), log_ratio.unsqueeze(2), out=values)  # with out= autocast leaves it alone
+    q.sub_(p)
+    values = values.view(-1) + q.sum(-1)
+    if temperature != 1:
+        q.div_(temperature)
+    return values
+
+
+# ---- the public functions -------------------------------------------------------------------------------------------
+
+
+def forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(p || q) = sum p (log p - log q): the teacher's distribution p is matched everywhere it has mass.
+
+    When to use: the default for distillation (Hinton et al.); the student covers all the teacher's modes. With action
+    logits of an old policy as the teacher it is the policy KL of a trust region (TRPO), see the second example.
+
+    Args:
+        student_logits: z_s [..., V], any leading dimensions, any floating dtype.
+        teacher_logits: z_t [..., V], the same shape (never broadcast). Gradients flow to it when it requires them.
+        temperature: T > 0, divides both logits; the result is not multiplied by T².
+        beta: must be None: this divergence has none.
+
+    Returns:
+        Nats [...], float32 or wider. 0 where the distributions are equal, +inf where q = 0 at a class with p > 0.
+
+    Raises:
+        ValueError: a beta, a temperature <= 0 or not finite, shapes that differ, V = 0.
+        TypeError: logits that are no floating tensors.
+
+    Example:
+        >>> teacher = torch.tensor([[2.0, 1.0, 0.1], [1.0, 2.0, 0.5]])
+        >>> student = torch.tensor([[1.8, 1.1, 0.2], [0.9, 2.1, 0.6]])
+        >>> round(forward_kl(student, teacher).mean().item(), 6)
+        0.006916
+        >>> old_policy, policy = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.2]])  # action logits
+        >>> bool(forward_kl(policy, old_policy).mean() < 0.01)  # inside a trust region of 0.01 nats
+        True
+
+    Source: Kullback and Leibler 1951; Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
+    """
+    return _per_position("forward_kl", student_logits, teacher_logits, temperature, beta)
+
+
+def reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(q || p) = sum q (log q - log p): the student puts no mass where the teacher has none.
+
+    When to use: a student too small for all the teacher's modes that shall keep to the likely ones; sequence models
+    trained on their own samples (MiniLLM); the KL penalty of a policy q towards a reference policy p.
+
+    Args, Returns, Raises: as `forward_kl`; +inf where p = 0 at a class with q > 0.
+
+    Example:
+        >>> policy, reference = torch.tensor([[0.0, 1.2]]), torch.tensor([[0.0, 1.0]])  # action logits
+        >>> round(reverse_kl(policy, reference).item(), 4)
+        0.0037
+
+    Source: Gu et al. 2023 (MiniLLM), arXiv:2306.08543.
+    """
+    return _per_position("reverse_kl", student_logits, teacher_logits, temperature, beta)
+
+
+def symmetric_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(p || q) + KL(q || p), the sum (not the mean) of both directions: Jeffreys' divergence.
+
+    When to use: two models that learn from each other, where neither is the reference.
+
+    Args, Returns, Raises: as `forward_kl`; +inf where either direction is.
+
+    Example:
+        >>> a, b = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0])
+        >>> bool(torch.isclose(symmetric_kl(a, b), forward_kl(a, b) + reverse_kl(a, b)))
+        True
+
+    Source: Jeffreys 1946; Zhang et al. 2018 (deep mutual learning), arXiv:1706.00384.
+    """
+    return _per_position("symmetric_kl", student_logits, teacher_logits, temperature, beta)
+
+
+def jsd(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """beta KL(p || M) + (1 - beta) KL(q || M), M = beta p + (1 - beta) q: the Jensen-Shannon divergence.
+
+    When to use: a bounded loss, finite also where the supports differ; beta moves it between the two KLs' behaviour.
+    It vanishes as beta goes to 0 or 1: for a KL take `forward_kl` or `reverse_kl` by name.
+
+    Args: as `forward_kl`; beta: strictly between 0 and 1, default 0.5.
+    Returns: nats [...], at most log 2 (at beta 0.5). Raises: as `forward_kl`.
+
+    Example:
+        >>> apart = jsd(torch.tensor([0.0, -torch.inf]), torch.tensor([-torch.inf, 0.0]))
+        >>> round(apart.item(), 4)  # log 2
+        0.6931
+
+    Source: Lin 1991; Agarwal et al. 2023 (GKD), arXiv:2306.13649.
+    """
+    return _per_position("jsd", student_logits, teacher_logits, temperature, beta)
+
+
+def skew_forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(p || beta p + (1 - beta) q): the forward KL to a mixture that holds a little of the teacher.
+
+    When to use: in place of `forward_kl` where students far from the teacher give large, noisy gradients.
+
+    Args: as `forward_kl`; beta: the lambda of the paper, strictly between 0 and 1, default 0.1.
+    Returns: nats [...], at most -log(beta), so never inf. Raises: as `forward_kl`.
+
+    Example:
+        >>> apart = skew_forward_kl(torch.tensor([0.0, -torch.inf]), torch.tensor([-torch.inf, 0.0]), beta=0.1)
+        >>> round(apart.item(), 4)  # -log 0.1
+        2.3026
+
+    Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898.
+    """
+    return _per_position("skew_forward_kl", student_logits, teacher_logits, temperature, beta)
+
+
+def skew_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(q || beta q + (1 - beta) p): the mirror of `skew_forward_kl`.
+
+    When to use: in place of `reverse_kl`; DistiLLM's choice for sequences sampled from the student.
+
+    Args: as `forward_kl`; beta: the lambda of the paper, strictly between 0 and 1, default 0.1.
+    Returns: nats [...], at most -log(beta), so never inf. Raises: as `forward_kl`.
+
+    Example:
+        >>> a, b = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0])
+        >>> bool(skew_reverse_kl(a, b) == skew_forward_kl(b, a))
+        True
+
+    Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898.
+    """
+    return _per_position("skew_reverse_kl", student_logits, teacher_logits, temperature, beta)
+
+
+def total_variation(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """0.5 sum |p - q|: the largest difference in probability that any set of classes can show.
+
+    When to use: as a bounded, robust loss, and as a figure one can explain (1 - TV is the acceptance rate of
+    speculative decoding with the student as the draft).
+
+    Args, Raises: as `forward_kl`. Returns: [...] in [0, 1]. (No logarithm in it, so no nats.)
+
+    Example:
+        >>> total_variation(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -torch.inf])).item()
+        0.5
+
+    Source: Wen et al. 2023 (f-distill), arXiv:2307.15190.
+    """
+    return _per_position("total_variation", student_logits, teacher_logits, temperature, beta)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "symmetric_kl": symmetric_kl,
+    "jsd": jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+}
+
+
+def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """H(P) = -sum p log p: the uncertainty of a distribution, in nats.
+
+    When to use: to see how soft the teacher's targets are at a temperature.
+
+    Args:
+        logits: [..., V], any floating dtype; p = softmax(logits/T).
+        temperature: T > 0.
+
+    Returns:
+        Nats [...] between 0 and log V, float32 or wider.
+
+    Raises:
+        ValueError, TypeError: as `forward_kl`.
+
+    Example:
+        >>> round(entropy(torch.zeros(8)).item(), 4)  # log 8
+        2.0794
+
+    Source: Shannon 1948.
+    """
+    return soft_cross_entropy(logits, logits, temperature=temperature)
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """H(P, Q) = -sum p log q = H(P) + KL(P || Q): cross-entropy with the teacher's probabilities as targets.
+
+    When to use: as a loss with the student's gradient of `forward_kl`, whose floor is H(P) instead of 0.
+
+    Args:
+        student_logits: z_s [..., V], any floating dtype.
+        teacher_logits: z_t [..., V], the same shape.
+        temperature: T > 0, divides both logits.
+
+    Returns:
+        Nats [...], float32 or wider; +inf where q = 0 at a class with p > 0.
+
+    Raises:
+        ValueError, TypeError: as `forward_kl`.
+
+    Example:
+        >>> student, teacher = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0])
+        >>> sum_of_both = entropy(teacher) + forward_kl(student, teacher)
+        >>> bool(torch.isclose(soft_cross_entropy(student, teacher), sum_of_both))
+        True
+
+    Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
+    """
+    _check_temperature(temperature)
+    check_logits(student_logits, teacher_logits)
+    dtype = _wide(student_logits, teacher_logits)
+    log_q = _log_probs(student_logits, temperature, dtype)
+    return -_weigh(_log_probs(teacher_logits, temperature, dtype).exp(), log_q).sum(-1)

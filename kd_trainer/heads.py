@@ -1,0 +1,282 @@
+"""Task heads: which logits, which labels, which positions count, which shift, which hard loss.
+
+For: the trainer, which knows no task. Leaves the soft loss to `losses.py` and the weighing to `objective.py`.
+Shapes: B rows, S positions, C classes or vocabulary entries; logits are [B, C] or [B, S, C].
+Imports: checks, reductions, transformers (the Auto classes, on use).
+
+A new task is a new entry of `HEADS`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import Shown, fail
+
+IGNORE_INDEX = -100
+# Keys of a batch that are targets or bookkeeping, never a model's input.
+NOT_INPUTS = frozenset({"labels", "label", "label_ids", "shift_labels", "num_items_in_batch", "return_loss", "skip_logits"})
+TEACHER_PREFIX = "teacher_"
+
+
+@dataclass(frozen=True)
+class Head:
+    """How one kind of task is read.
+
+    Args:
+        name: its name in `HEADS` and in `kd_task`.
+        token_level: logits are [B, S, C] and every position is a row of its own; else [B, C].
+        shifted: the logits at position i are compared with the label at i + 1 (decoder-only language models).
+        auto_classes: transformers' Auto classes whose models have this head; the first one loads a teacher by path.
+    """
+
+    name: str
+    token_level: bool
+    shifted: bool
+    auto_classes: tuple[str, ...]
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Labels aligned with the logits' positions ([B] or [B, S], `IGNORE_INDEX` where none), or None.
+
+        `shift_labels` are used as they stand: whoever wrote them has already shifted.
+        """
+        if inputs.get("shift_labels") is not None:
+            return inputs["shift_labels"]
+        labels = inputs.get("labels")
+        if labels is None:
+            return None
+        if labels.is_floating_point():
+            fail(
+                "labels",
+                Shown(f"of dtype {labels.dtype} and shape {tuple(labels.shape)}"),
+                f"integer class ids for the task {self.name!r}",
+                "Cast the column to int64; multi-label and regression targets fit no head of this version.",
+                error=TypeError,
+            )
+        if not self.token_level:
+            return labels.reshape(-1)
+        return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if self.shifted else labels
+
+    def attended(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Boolean [B, S]: positions whose prediction is about a real token; None when every position counts.
+
+        A prediction made AT padding is not counted either, so that padding on the left changes nothing.
+        """
+        if not self.token_level:
+            return None
+        mask = inputs.get("decoder_attention_mask" if self.name == "seq2seq_lm" else "attention_mask")
+        if mask is None and not self.shifted:
+            return None
+        mask = torch.ones_like(self.sequences(inputs), dtype=torch.bool) if mask is None else mask.bool()
+        return F.pad(mask[..., 1:] & mask[..., :-1], (0, 1), value=False) if self.shifted else mask
+
+    def sequences(self, inputs: Mapping[str, Any]) -> Tensor:
+        """A [B, S] tensor with one entry for each position of the logits of a token-level task."""
+        targets = self.targets(inputs)
+        if targets is not None:
+            return targets
+        if self.name == "seq2seq_lm" and inputs.get("decoder_input_ids") is not None:
+            return inputs["decoder_input_ids"]
+        ids = main_input(inputs)
+        return ids if ids.dim() == 2 else ids[..., 0]
+
+    def soft_mask(self, inputs: Mapping[str, Any], targets: Tensor | None, positions: str) -> Tensor | None:
+        """Boolean mask of the positions counted for the soft loss, or None when all are.
+
+        `positions` is "labels" (where there is a label) or "attended"; without labels it is always "attended".
+        Rows of a classification task all count: an unlabelled row has a soft loss.
+        """
+        if not self.token_level:
+            return None
+        if positions == "labels" and targets is not None:
+            return targets != IGNORE_INDEX
+        return self.attended(inputs)
+
+    def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Sum over labelled positions of the cross-entropy at temperature 1, in nats; float32 or wider inside.
+
+        With label smoothing e: (1 - e) * CE + e * mean over classes of -log q, as transformers' `LabelSmoother`.
+        """
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        try:
+            return F.cross_entropy(
+                wide.reshape(-1, wide.shape[-1]),
+                targets.reshape(-1).long(),
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
+                label_smoothing=label_smoothing,
+            )
+        except IndexError as error:
+            check_label_range(targets, wide.shape[-1])
+            raise error
+
+    def check_shapes(self, student: Tensor, teacher: Tensor | None, targets: Tensor | None) -> None:
+        """Raises ValueError where logits and labels do not fit each other or this head; never cuts or broadcasts."""
+        dims = 3 if self.token_level else 2
+        if student.dim() != dims:
+            fail(
+                "student logits",
+                Shown(f"of shape {tuple(student.shape)}"),
+                f"{dims} dimensions for the task {self.name!r}",
+                "Set kd_task to the task that the model has.",
+            )
+        if teacher is not None and teacher.shape != student.shape:
+            fail(
+                "teacher_model",
+                Shown(f"giving logits of shape {tuple(teacher.shape)}"),
+                f"the student's shape {tuple(student.shape)}",
+                "Take a teacher and a student with the same classes (or vocabulary) in the same order.",
+                because="class i of one must mean class i of the other",
+            )
+        if targets is not None and targets.shape != student.shape[:-1]:
+            fail(
+                "labels",
+                Shown(f"of shape {tuple(targets.shape)}"),
+                f"{tuple(student.shape[:-1])}, one for each position of the logits {tuple(student.shape)}",
+                "Check the label column and the data collator.",
+            )
+
+
+HEADS = {
+    head.name: head
+    for head in (
+        Head(
+            "classification",
+            False,
+            False,
+            (
+                "AutoModelForSequenceClassification",
+                "AutoModelForImageClassification",
+                "AutoModelForAudioClassification",
+                "AutoModelForVideoClassification",
+            ),
+        ),
+        Head("token_classification", True, False, ("AutoModelForTokenClassification",)),
+        Head("causal_lm", True, True, ("AutoModelForCausalLM",)),
+        Head("masked_lm", True, False, ("AutoModelForMaskedLM",)),
+        Head("seq2seq_lm", True, False, ("AutoModelForSeq2SeqLM",)),
+    )
+}
+
+
+def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
+    """The head and the transformers Auto class that `model` belongs to, or None for a model that no Auto class knows."""
+    import transformers
+
+    config = getattr(model, "config", None)
+    if not isinstance(config, transformers.PreTrainedConfig):
+        return None
+    for head in HEADS.values():
+        for name in head.auto_classes:
+            auto_class = getattr(transformers, name)
+            classes = auto_class._model_mapping.get(type(config), ())
+            if isinstance(model, classes):
+                return head, auto_class
+    return None
+
+
+def head_for(model: nn.Module, kd_task: str | None, shifts_labels: bool) -> Head | None:
+    """The head of `model`: named by `kd_task`, known from its Auto class, or causal where upstream shifts its labels.
+
+    None means that only the logits can tell (a plain module): see `head_from_logits`.
+    """
+    if kd_task is not None:
+        return HEADS[kd_task]
+    known = auto_class_of(model)
+    if known is not None:
+        return known[0]
+    return HEADS["causal_lm"] if shifts_labels else None
+
+
+def head_from_logits(logits: Tensor) -> Head:
+    """[B, C] is a classification, [B, S, C] one classification a position (unshifted)."""
+    names = {2: "classification", 3: "token_classification"}
+    if logits.dim() not in names:
+        fail(
+            "teacher_model",
+            Shown(f"giving logits of shape {tuple(logits.shape)}"),
+            "[batch, classes] or [batch, sequence, classes]",
+            "Return such logits, or set kd_task.",
+        )
+    return HEADS[names[logits.dim()]]
+
+
+def logits_of(outputs: Any, argument: str) -> Tensor:
+    """The logits in a model's outputs: a tensor, the key "logits", or the first floating [B, ..., C] of a tuple."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        if isinstance(outputs.get("logits"), Tensor):
+            return outputs["logits"]
+        offer = "a mapping with the keys " + ", ".join(map(str, outputs))
+    elif isinstance(outputs, (tuple, list)):
+        for item in outputs:
+            if isinstance(item, Tensor) and item.is_floating_point() and item.dim() >= 2:
+                return item
+        offer = "a tuple of " + ", ".join(type(item).__name__ for item in outputs)
+    else:
+        offer = type(outputs).__name__
+    fail(
+        argument,
+        Shown(f"a model that returns {offer}"),
+        'logits: a tensor, a tuple that holds it, or a mapping with the key "logits"',
+        "Wrap the model so that its forward returns them.",
+        error=TypeError,
+    )
+
+
+def main_input(inputs: Mapping[str, Any]) -> Tensor:
+    """The first tensor of a batch that is a model input, [B, ...]."""
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and name not in NOT_INPUTS and value.dim() >= 1:
+            return value
+    fail("inputs", Shown(f"a batch with the keys {', '.join(inputs)}"), "at least one tensor", "Check the collator.")
+
+
+def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
+    """Names that the model's forward takes; None where it takes any (`**kwargs` of a module of the user's own).
+
+    For transformers' own `**kwargs` only the names that they document are passed: another model's column
+    (`token_type_ids`) must not reach a model that would hand it on blindly.
+    """
+    from transformers import PreTrainedModel
+    from transformers.utils.generic import TransformersKwargs
+
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parameters = inspect.signature(model.forward).parameters
+    named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    # A label without a default must be given, or the call fails: then it is an input like any other.
+    names = {p.name for p in named if p.name not in NOT_INPUTS or p.default is p.empty}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if not isinstance(model, PreTrainedModel) or not named:
+            return None
+        names |= set(TransformersKwargs.__annotations__) - NOT_INPUTS
+    return frozenset(names)
+
+
+def model_inputs(inputs: Mapping[str, Any], accepted: frozenset[str] | None) -> dict[str, Any]:
+    """A new dict with what of the batch goes into a model: no targets, no `teacher_*` columns, no foreign names."""
+    if accepted is None:
+        return {k: v for k, v in inputs.items() if k not in NOT_INPUTS and not k.startswith(TEACHER_PREFIX)}
+    return {k: v for k, v in inputs.items() if k in accepted}
+
+
+def check_label_range(targets: Tensor, num_classes: int) -> None:
+    """Raises ValueError naming the first label outside 0 ... num_classes - 1 that is not `IGNORE_INDEX`."""
+    flat = targets.reshape(-1)
+    wrong = (flat != IGNORE_INDEX) & ((flat < 0) | (flat >= num_classes))
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        fail(
+            "labels",
+            Shown(f"{int(flat[place])} at position {place} of the batch"),
+            f"0 to {num_classes - 1} (the logits have {num_classes} classes), or {IGNORE_INDEX} for no label",
+            f"Mend the label column; an unlabelled row is {IGNORE_INDEX}, not -1.",
+        )

@@ -1,0 +1,60 @@
+"""Ctrl-C that loses nothing: finish the step, write a checkpoint, say how to resume.
+
+For: any `Trainer` (`DistillationMixin` adds it by itself). Imports: transformers.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+class ResumableInterrupt(TrainerCallback):
+    """The first Ctrl-C stops after the current optimizer step with a checkpoint; the second stops at once.
+
+    Training then ends with KeyboardInterrupt, so that the script does not go on as if it were complete. With several
+    processes the interrupt is left to the launcher, which stops them at different steps: there the last regular
+    checkpoint is the one to resume from.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._asked = False
+        if args.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            return
+        self._previous = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def _on_interrupt(self, signum: int, frame: Any) -> None:
+        if self._asked:
+            self._restore()
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\n[kd_trainer] stopping after this step; press Ctrl-C again to stop at once", flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self._asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._restore()
+        if self._asked:
+            self._asked = False
+            print(
+                f"[kd_trainer] interrupted: {args.output_dir}/checkpoint-{state.global_step} is complete; go on with "
+                "trainer.train(resume_from_checkpoint=True), or --resume_from_checkpoint true where the script has it",
+                flush=True,
+            )
+            raise KeyboardInterrupt
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None

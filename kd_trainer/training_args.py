@@ -1,0 +1,221 @@
+"""Settings of a distillation run: the `kd_*` and `teacher_*` fields, and the parser of "config.json --field value".
+
+For: users' JSON files and command lines. Leaves the meaning of the numbers to `objective.py` and the loading of the
+teacher to `teacher.py`. Imports: checks, divergences, heads, transformers.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from .checks import check_choice, check_number, fail, nearest
+from .divergences import DIVERGENCES
+from .heads import HEADS
+
+REDUCTIONS = ("batchmean", "tokenmean")
+POSITIONS = ("labels", "attended")
+SCHEDULES = ("constant", "linear", "cosine")
+CHECK_FINITE = ("step", "log", "off")
+
+# The names that a well-known textbook's class of the same purpose uses, where alpha weighs the HARD loss.
+_BORROWED = {
+    "alpha": "`kd_alpha`, which weighs the SOFT loss: total = kd_alpha * soft + (1 - kd_alpha) * hard",
+    "temperature": "`kd_temperature`",
+}
+
+
+def refuse_borrowed_names(kwargs: dict[str, Any], known: Any = ()) -> None:
+    """Raises TypeError for `alpha` and `temperature`: elsewhere they mean the opposite, so they are never guessed."""
+    for name, meaning in _BORROWED.items():
+        if name in kwargs and name not in known:
+            fail(name, kwargs[name], f"the argument {meaning}", "Rename it in the training arguments.", error=TypeError)
+
+
+@dataclass
+class DistillationArguments:
+    """The distillation settings alone, to put in front of any `TrainingArguments` class.
+
+    total = kd_alpha * soft + (1 - kd_alpha) * hard, where soft = T^2 * D(teacher, student) at temperature T and hard is
+    the task's own loss on the labels. Every field stands with its default and its reason in the README's table.
+
+    Raises:
+        ValueError, TypeError: a value out of its range or of another type; the message names field, value and mend.
+
+    Example:
+        >>> DistillationArguments(kd_alpha=0.5).kd_temperature
+        3.0
+
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
+    """
+
+    kd_alpha: float = field(default=0.7, metadata={"help": "Weight of the SOFT loss, in [0, 1]."})
+    kd_temperature: float = field(default=3.0, metadata={"help": "Temperature of both distributions, > 0."})
+    kd_divergence: str = field(default="forward_kl", metadata={"help": "One of: " + ", ".join(DIVERGENCES) + "."})
+    kd_beta: float | None = field(
+        default=None, metadata={"help": "Mixture weight of jsd and the skew divergences; their own default if unset."}
+    )
+    kd_reduction: str = field(
+        default="batchmean",
+        metadata={"help": "Denominator of both losses: batchmean (rows) or tokenmean (counted positions)."},
+    )
+    kd_positions: str = field(
+        default="labels",
+        metadata={"help": "Token-level tasks: soft loss where there are labels, or at every attended position."},
+    )
+    kd_schedule: str = field(
+        default="constant", metadata={"help": "How alpha and temperature move to kd_*_end: constant, linear, cosine."}
+    )
+    kd_alpha_end: float | None = field(default=None, metadata={"help": "kd_alpha at the last step of a schedule."})
+    kd_temperature_end: float | None = field(
+        default=None, metadata={"help": "kd_temperature at the last step of a schedule."}
+    )
+    kd_task: str | None = field(
+        default=None, metadata={"help": "Name the task head if the model does not tell: " + ", ".join(HEADS) + "."}
+    )
+    kd_remap_labels: bool = field(
+        default=False,
+        metadata={"help": "Reorder the teacher's classes where its id2label is a permutation of the student's."},
+    )
+    kd_check_finite: str | None = field(
+        default=None,
+        metadata={"help": "Stop on NaN or inf: step (default on CPU), log (default on accelerators) or off."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher, if it is not given to the trainer: a folder or a hub name."}
+    )
+    teacher_model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": 'Arguments of the teacher\'s from_pretrained, e.g. {"dtype": "bfloat16"}.'}
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "DistillationArguments":
+        """Refuses borrowed names before the dataclass would answer 'unexpected keyword argument'."""
+        refuse_borrowed_names(kwargs, {f.name for f in dataclasses.fields(cls)})
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._read_teacher_kwargs()
+        check_number("kd_alpha", self.kd_alpha, low=0, high=1)
+        check_number("kd_temperature", self.kd_temperature, low=0, open_low=True)
+        check_choice("kd_divergence", self.kd_divergence, DIVERGENCES)
+        check_choice("kd_reduction", self.kd_reduction, REDUCTIONS)
+        check_choice("kd_positions", self.kd_positions, POSITIONS)
+        check_choice("kd_schedule", self.kd_schedule, SCHEDULES)
+        if self.kd_beta is not None:
+            self._check_beta()
+        if self.kd_task is not None:
+            check_choice("kd_task", self.kd_task, HEADS)
+        if self.kd_check_finite is not None:
+            check_choice("kd_check_finite", self.kd_check_finite, CHECK_FINITE)
+        self._check_schedule()
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()  # type: ignore[misc]
+
+    def _check_beta(self) -> None:
+        check_number("kd_beta", self.kd_beta, low=0, high=1, open_low=True, open_high=True)
+        if not self.kd_divergence.startswith(("jsd", "skew")):
+            fail(
+                "kd_beta",
+                self.kd_beta,
+                f"no value with kd_divergence {self.kd_divergence!r}, which has no beta",
+                "Leave it out, or choose kd_divergence jsd, skew_forward_kl or skew_reverse_kl.",
+            )
+
+    def _check_schedule(self) -> None:
+        ends = {name: getattr(self, name) for name in ("kd_alpha_end", "kd_temperature_end")}
+        given = {name: value for name, value in ends.items() if value is not None}
+        if "kd_alpha_end" in given:
+            check_number("kd_alpha_end", self.kd_alpha_end, low=0, high=1)
+        if "kd_temperature_end" in given:
+            check_number("kd_temperature_end", self.kd_temperature_end, low=0, open_low=True)
+        if given and self.kd_schedule == "constant":
+            name, value = next(iter(given.items()))
+            fail(name, value, "no value with kd_schedule 'constant'", "Set kd_schedule to linear or cosine.")
+        if not given and self.kd_schedule != "constant":
+            fail(
+                "kd_schedule", self.kd_schedule, "'constant' without an end", "Set kd_alpha_end or kd_temperature_end."
+            )
+
+    def _read_teacher_kwargs(self) -> None:
+        given = self.teacher_model_init_kwargs
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                mend = 'Write it as \'{"dtype": "bfloat16"}\'.'
+                fail("teacher_model_init_kwargs", given, f"a JSON object ({error})", mend)
+        if given is not None and not isinstance(given, dict):
+            mend = 'Write it as {"dtype": "bfloat16"}.'
+            fail("teacher_model_init_kwargs", given, "a JSON object", mend, error=TypeError)
+        self.teacher_model_init_kwargs = given
+
+    @classmethod
+    def of(cls, args: Any) -> "DistillationArguments":
+        """The distillation settings inside `args`; a plain `TrainingArguments` has none and gets the defaults."""
+        names = [f.name for f in dataclasses.fields(DistillationArguments)]
+        return DistillationArguments(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+@dataclass
+class DistillationTrainingArguments(DistillationArguments, TrainingArguments):
+    """`TrainingArguments` with the distillation settings of `DistillationArguments` in front."""
+
+
+def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:
+    """Reads `script.py config.json --field value ...` into dataclasses; the command line wins over the file.
+
+    Args:
+        dataclass_types: argument classes, e.g. `DistillationTrainingArguments` and a class of the script's own.
+        argv: the words after the script's name; default `sys.argv[1:]`.
+
+    Returns:
+        The instance for one class; a tuple in the given order for several.
+
+    Raises:
+        FileNotFoundError: the JSON file does not exist.
+        ValueError: the file is no JSON object, or a key or option belongs to none of the classes (the nearest is named).
+        TypeError: a key is `alpha` or `temperature` (see `DistillationArguments`).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclass_types)
+    known = {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
+    from_file: dict[str, Any] = {}
+    if argv and argv[0].endswith(".json"):
+        from_file = _read_json(argv.pop(0))
+        _check_keys(from_file, known, "key of the JSON file")
+        for action in parser._actions:  # a required field that stands in the file need not be typed again
+            action.required = action.required and action.dest not in from_file
+    namespace, rest = parser.parse_known_args(argv, namespace=argparse.Namespace(**from_file))
+    if rest:
+        options = [word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
+        _check_keys(dict.fromkeys(options, "(option)"), known, "option")
+        fail("argv", rest, "options of the form --field value", "Give the JSON file first, then the options.")
+    values = vars(namespace)
+    parsed = [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in dataclass_types]
+    return parsed[0] if len(parsed) == 1 else tuple(parsed)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        mend = "Check the path; it is relative to the folder the script is started in."
+        fail("config file", path, "an existing JSON file", mend, error=FileNotFoundError)
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        fail("config file", path, f"valid JSON ({error})", "Mend the file at that line.")
+    if not isinstance(content, dict):
+        fail("config file", path, f"a JSON object, got a {type(content).__name__}", 'Write {"field": value, ...}.')
+    return content
+
+
+def _check_keys(given: dict[str, Any], known: set[str], what: str) -> None:
+    refuse_borrowed_names(given, known)
+    for name, value in given.items():
+        if name not in known:
+            mend = nearest(name, known) or "Remove it."
+            fail(name, value, f"no such {what}: none of the argument classes has that field", mend)

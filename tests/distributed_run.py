@@ -1,0 +1,49 @@
+"""Run by `accelerate launch` from test_denominators.py: every case with four rows a process, results into a folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from safetensors.torch import save_file
+from tests import tiny
+
+LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
+
+
+def result_of(run) -> dict:
+    return {
+        "world_size": run.accelerator.num_processes,
+        "wrapper": type(run.model_wrapped).__name__,
+        "logs": {key: tiny.logged(run, key) for key in LOGGED},
+    }
+
+
+def main(out: Path, cases: list[str]) -> None:
+    evaluated = tiny.trainer("classification", out / "run", per_device_eval_batch_size=4)
+    metrics = {"even": evaluated.evaluate(tiny.rows("classification", 24, seed=2)), "uneven": evaluated.evaluate()}
+    # Only one process logs by itself: nothing in `log` may wait for the other.
+    if evaluated.is_world_process_zero():
+        evaluated.log({"note": 1.0})
+        (out / "evaluation.json").write_text(json.dumps(metrics))
+    local = tiny.trainer(
+        "causal_lm", out / "run", per_device_train_batch_size=4, average_tokens_across_devices=False, logging_steps=2
+    )
+    local.train()
+    if local.is_world_process_zero():
+        (out / "local.json").write_text(json.dumps(result_of(local)))
+    for case in cases:
+        task, reduction = case.split("-")
+        run = tiny.trainer(task, out / "run", kd_reduction=reduction, per_device_train_batch_size=4)
+        run.train()
+        if run.is_world_process_zero():
+            save_file({"weights": tiny.weights(run.model).contiguous()}, out / f"{case}.safetensors")
+            (out / f"{case}.json").write_text(json.dumps(result_of(run)))
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,99 @@
+"""The loss does not depend on how a batch is split: one process, accumulation, two processes give the same weights.
+
+SGD, unequal numbers of labels in every micro-batch and process, every reduction. The two processes are real ones (gloo),
+started by `accelerate launch`; tests/distributed_run.py is what they run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests import tiny
+
+TASKS = ["classification", "token_classification", "causal_lm"]
+CASES = [f"{task}-{reduction}" for task, reduction in itertools.product(TASKS, ["tokenmean", "batchmean"])]
+
+
+def run_case(case: str, output_dir: Path, **kwargs):
+    task, reduction = case.split("-")
+    run = tiny.trainer(task, output_dir, kd_reduction=reduction, **kwargs)
+    run.train()
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4)])
+def test_accumulation_changes_nothing(case, batch, accumulation, tmp_path):  # traps 1 to 3
+    whole = run_case(case, tmp_path)
+    split = run_case(case, tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    torch.testing.assert_close(tiny.weights(split.model), tiny.weights(whole.model), rtol=0, atol=1e-5)
+    for key in ("loss", "soft_loss", "hard_loss", "teacher_agreement"):
+        assert tiny.logged(split, key) == pytest.approx(tiny.logged(whole, key), rel=1e-4), key
+    start = tiny.weights(tiny.models(case.split("-")[0])[0])
+    assert (tiny.weights(whole.model) - start).abs().max() > 1e-3  # it did learn something
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_incomplete_last_window_changes_nothing(task, tmp_path):  # trap 5
+    data = tiny.rows(task, 12)  # a step of 8 rows, then one of 4
+    kwargs = {"data": data, "max_steps": -1, "num_train_epochs": 2, "kd_reduction": "tokenmean"}
+    whole = tiny.trainer(task, tmp_path, **kwargs)
+    split = tiny.trainer(task, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **kwargs)
+    whole.train()
+    split.train()
+    assert whole.state.global_step == split.state.global_step == 4
+    torch.testing.assert_close(tiny.weights(split.model), tiny.weights(whole.model), rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes of four rows each made of every case: {case: {"weights": ..., "logs": ..., "world": ...}}."""
+    out = tmp_path_factory.mktemp("two_processes")
+    script = Path(__file__).with_name("distributed_run.py")
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script), str(out), *CASES,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=script.parent.parent)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_change_nothing(case, two_processes, tmp_path):
+    from safetensors.torch import load_file
+
+    result = json.loads((two_processes / f"{case}.json").read_text())
+    assert result["world_size"] == 2
+    assert result["wrapper"] == "DistributedDataParallel"
+    whole = run_case(case, tmp_path)
+    weights = load_file(two_processes / f"{case}.safetensors")["weights"]
+    torch.testing.assert_close(weights, tiny.weights(whole.model), rtol=0, atol=1e-5)
+    for key in ("loss", "soft_loss", "hard_loss", "teacher_agreement"):
+        assert result["logs"][key] == pytest.approx(tiny.logged(whole, key), rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_two_processes_with_local_counts_run(two_processes):  # trap 4
+    result = json.loads((two_processes / "local.json").read_text())
+    assert result["world_size"] == 2
+    assert all(0 < loss < 100 for loss in result["logs"]["loss"])
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(two_processes, tmp_path):
+    result = json.loads((two_processes / "evaluation.json").read_text())
+    one = tiny.trainer("classification", tmp_path, per_device_eval_batch_size=8)
+    metrics = one.evaluate(tiny.rows("classification", 24, seed=2))
+    for name in ("eval_loss", "eval_hard_loss", "eval_soft_loss", "eval_teacher_agreement"):
+        assert result["even"][name] == pytest.approx(metrics[name], rel=1e-4), name
+    # 21 rows do not fill the last batches: upstream repeats rows there, and the parts are weighed as its loss is.
+    uneven = result["uneven"]
+    assert 0.7 * uneven["eval_soft_loss"] + 0.3 * uneven["eval_hard_loss"] == pytest.approx(uneven["eval_loss"], rel=1e-4)
