@@ -26,9 +26,11 @@ from torch import Tensor
 
 from .checks import Shown, check_choice, check_number, fail
 
-# Elements in one block of rows: half a million float32 (2 MB a buffer) stay in a CPU's cache; an accelerator wants few
-# launches. Below `_SMALL` elements the plain formula has less overhead than the blocks have gain.
-_BLOCK_CPU, _BLOCK_ACCELERATOR, _SMALL = 2**19, 2**25, 2**15
+# Elements in one block of rows. One thread wants its buffers in the nearest cache; several threads wait for each other
+# at the end of every operation (for long, where other processes use the cores), so they get fewer and larger blocks;
+# an accelerator wants few launches.
+_BLOCK_ONE_THREAD, _BLOCK_THREADS, _BLOCK_ACCELERATOR = 2**17, 2**21, 2**25
+_SMALL = 2**12  # elements below which the plain formula has less overhead than the blocks have gain
 
 
 # ---- the formulas: from log-probabilities to elementwise contributions [..., V] -------------------------------------
@@ -219,7 +221,8 @@ class _InBlocks(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _FirstDerivativeOnly.apply(gradient, grad_values), None, None
+            # requires_grad, so that a second derivative meets the error instead of being left out in silence.
+            return _FirstDerivativeOnly.apply(gradient.detach().requires_grad_(), grad_values), None, None
         return gradient * grad_values.unsqueeze(-1), None, None
 
 
@@ -251,7 +254,7 @@ def _in_blocks(
     classes = student_logits.shape[-1]
     student_rows, teacher_rows = (z.detach().reshape(-1, classes) for z in (student_logits, teacher_logits))
     positions = student_rows.shape[0]
-    block = max(1, (_BLOCK_CPU if device.type == "cpu" else _BLOCK_ACCELERATOR) // classes)
+    block = max(1, _block_elements(device) // classes)
     values = torch.empty(positions, dtype=dtype, device=device)
     gradient_rows = None if gradient is None else gradient.view(-1, classes)
     scratch = torch.empty(4, min(block, positions), classes, dtype=dtype, device=device)
@@ -272,6 +275,12 @@ def _in_blocks(
     return values.view(student_logits.shape[:-1])
 
 
+def _block_elements(device: torch.device) -> int:
+    if device.type != "cpu":
+        return _BLOCK_ACCELERATOR
+    return _BLOCK_ONE_THREAD if torch.get_num_threads() == 1 else _BLOCK_THREADS
+
+
 def _forward_kl_block(z_s: Tensor, z_t: Tensor, temperature: float, scratch: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of a block [N, V] -> [N] with one exp per logit; leaves dKL/dz_s = (q - p)/T in the buffer `q`.
 
@@ -288,11 +297,10 @@ def _forward_kl_block(z_s: Tensor, z_t: Tensor, temperature: float, scratch: Ten
     torch.softmax(z_t, -1, out=p)
     lse_s = z_s.amax(-1, True) - q.amax(-1, True).log()
     lse_t = z_t.amax(-1, True) - p.amax(-1, True).log()
-    log_ratio = torch.sub(z_t, z_s, out=scaled_t).sub_(lse_t - lse_s).masked_fill_(p == 0, 0.0)
-    values = torch.empty(z_s.shape[0], 1, 1, dtype=p.dtype, device=p.device)
-    torch.bmm(p.unsqueeze(1), log_ratio.unsqueeze(2), out=values)  # with out= autocast leaves it alone
-    q.sub_(p)
-    values = values.view(-1) + q.sum(-1)
+    terms = torch.sub(z_t, z_s, out=scaled_t).sub_(lse_t - lse_s).mul_(p)
+    # 0 * inf above is the NaN of a class with p = 0; a NaN of the logits comes back through sum(q - p).
+    values = terms.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1)
+    values += q.sub_(p).sum(-1)
     if temperature != 1:
         q.div_(temperature)
     return values

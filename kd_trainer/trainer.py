@@ -67,7 +67,8 @@ UPSTREAM_ATTRIBUTES = ("gather_function", "label_names", "_loss_shifts_labels", 
 class Fit(NamedTuple):
     """What the first batch told about the models; made once for a student."""
 
-    student: nn.Module  # as it was when looked at: model_init makes a new one
+    model: nn.Module  # `trainer.model` as it was when looked at: model_init makes a new one
+    student: nn.Module  # the same, unwrapped
     head: Head
     accepted: frozenset[str] | None  # names of the student's inputs
 
@@ -135,6 +136,7 @@ class DistillationMixin:
         self.teacher = self._load_teacher(teacher_model)
         self._fit: Fit | None = None
         self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
+        self._started = False
         self._window = Window()
         self._eval_rows: list[Tensor] | None = None
         self._check_finite = self.kd_args.kd_check_finite or ("step" if self.args.device.type == "cpu" else "log")
@@ -177,9 +179,9 @@ class DistillationMixin:
 
     def _look_at(self, batch: Mapping[str, Any]) -> Fit:
         """Fits teacher, student and head together on the first batch; afterwards returns what it found."""
-        student = self.accelerator.unwrap_model(self.model)
-        if self._fit is not None and self._fit.student is student:
+        if self._fit is not None and self._fit.model is self.model:
             return self._fit
+        student = self.accelerator.unwrap_model(self.model)
         head = head_for(student, self.kd_args.kd_task, self._loss_shifts_labels)
         teacher_logits = None
         if self.teacher is not None:
@@ -199,7 +201,7 @@ class DistillationMixin:
         classes = getattr(config, "vocab_size" if head.name.endswith("_lm") else "num_labels", None)
         if targets is not None and isinstance(classes, int) and hasattr(config, "id2label"):
             check_label_range(targets, classes)
-        self._fit = Fit(student, head, accepted_inputs(student))
+        self._fit = Fit(self.model, student, head, accepted_inputs(student))
         return self._fit
 
     def _probe(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -234,7 +236,7 @@ class DistillationMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results."""
-        self._window, self._first_bad = Window(), None
+        self._started, self._window, self._first_bad = False, Window(), None
         result = super().train(*args, **kwargs)
         if self.teacher is not None and not self._always_hard and self.is_world_process_zero():
             write_atomically(Path(self.args.output_dir) / "distillation.json", json.dumps(self.summary(), indent=2))
@@ -270,12 +272,12 @@ class DistillationMixin:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        first = self._fit is None or self._window.steps == 0
-        fit = self._look_at(batches[0]) if first else self._fit
+        fit = self._look_at(batches[0])
         objective, _ = self._objective(training=True)
         each = [objective.count(fit.head, batch) for batch in batches]
         counts = Counts(*(sum(column) for column in zip(*(c[:3] for c in each), strict=True)))
-        if first:
+        if not self._started:
+            self._started = True
             if fit.head.token_level and self.kd_args.kd_reduction == "batchmean":
                 self._refuse_packed(batches[0])
             if self.is_world_process_zero():

@@ -1,0 +1,20 @@
+"""The examples in the docstrings run, for the modules that need torch only."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+import torch
+
+MODULES = ["divergences", "distributions", "reductions", "losses"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    module = importlib.import_module(f"kd_trainer.{name}")
+    torch.manual_seed(0)
+    results = doctest.testmod(module, extraglobs={"torch": torch})
+    assert results.attempted > 0
+    assert results.failed == 0
