@@ -75,7 +75,9 @@ def check_number(
         expected = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     mend = f"Set `{argument}` to a value in that range."
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        fail(argument, value, expected, f"Give `{argument}` as a number, not as {type(value).__name__}.", error=TypeError)
+        fail(
+            argument, value, expected, f"Give `{argument}` as a number, not as {type(value).__name__}.", error=TypeError
+        )
     too_low = low is not None and (value <= low if open_low else value < low)
     too_high = high is not None and (value >= high if open_high else value > high)
     if not math.isfinite(value) or too_low or too_high:

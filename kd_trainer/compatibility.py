@@ -1,6 +1,6 @@
 """Do teacher and student fit? Refuses what would train wrongly in silence, before the first step.
 
-For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared with the first batch in `heads.py`.
+For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared in `heads.py`, batch by batch.
 Imports: checks, transformers (on use).
 """
 
@@ -33,7 +33,7 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def class_order(student: nn.Module, teacher: nn.Module, *, remap: bool) -> Tensor | None:
-    """Compares the class names of both configs; the order that brings the teacher's classes into the student's, or None.
+    """Compares the class names of both configs; the order that makes the teacher's classes the student's, or None.
 
     Raises:
         ValueError: the numbers of classes differ; or names that both know stand at different ids, and `remap`
@@ -111,7 +111,9 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
     theirs = _tokenizer_beside(teacher, init_kwargs) if ours is not None else None
     if ours is not None and theirs is not None:
         a, b = ours.get_vocab(), theirs.get_vocab()
-        wrong = next((token for token in a if a[token] != b.get(token)), None) or next((t for t in b if t not in a), None)
+        wrong = next((token for token in a if a[token] != b.get(token)), None) or next(
+            (t for t in b if t not in a), None
+        )
         if wrong is not None:
             fail(
                 "teacher_model",
@@ -130,7 +132,13 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
     a, b = getattr(mine, "vocab_size", None), getattr(its, "vocab_size", None)
     if isinstance(a, int) and isinstance(b, int) and b < a:
         because = "some of the student's input_ids would be outside its embedding"
-        fail("teacher_model", Shown(f"a model with vocab_size {b}"), f"at least {a}, the student's", mend, because=because)
+        fail(
+            "teacher_model",
+            Shown(f"a model with vocab_size {b}"),
+            f"at least {a}, the student's",
+            mend,
+            because=because,
+        )
 
 
 def _tokenizer_beside(teacher: nn.Module, init_kwargs: dict) -> Any:

@@ -18,6 +18,7 @@ processor's cache and keeps the gradient alone. A new divergence is one entry of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,11 @@ _SMALL = 2**12  # elements below which the plain formula has less overhead than 
 
 def _weigh(probs: Tensor, values: Tensor) -> Tensor:
     """probs * values with 0 * anything = 0; an infinite value passes no gradient on to its weight."""
+    if probs.device.type == "cpu" and probs.numel() > 0:
+        # Two cheap passes tell here, where no device is waited for, that nothing needs a guard: masks cost far more.
+        nothing_absent = bool(probs.detach().amin() > 0)
+        if nothing_absent and math.isfinite(values.detach().sum()):
+            return probs * values
     values = values.masked_fill(probs == 0, 0.0)
     if probs.requires_grad:
         probs = torch.where(values.isinf(), probs.detach(), probs)
@@ -51,10 +57,10 @@ def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _kl_to_mixture_terms(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """Elementwise KL(a || weight a + (1 - weight) b)."""
-    mixture = weight * log_a.exp() + (1 - weight) * log_b.exp()
+    a = log_a.exp()
     # Below the smallest normal number 1/mixture overflows in the gradient; such a class contributes nothing anyway.
-    mixture = mixture.masked_fill(mixture < torch.finfo(mixture.dtype).tiny, 1.0)
-    return kl_terms(log_a, mixture.log())
+    mixture = (weight * a + (1 - weight) * log_b.exp()).clamp(min=torch.finfo(a.dtype).tiny)
+    return _weigh(a, log_a - mixture.log())
 
 
 _Terms = Callable[[Tensor, Tensor, float], Tensor]  # (log_p of the teacher, log_q of the student, beta) -> [..., V]
@@ -284,8 +290,8 @@ def _block_elements(device: torch.device) -> int:
 def _forward_kl_block(z_s: Tensor, z_t: Tensor, temperature: float, scratch: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of a block [N, V] -> [N] with one exp per logit; leaves dKL/dz_s = (q - p)/T in the buffer `q`.
 
-    log p - log q = z_t - z_s - (lse_t - lse_s), where lse = max z - log(max p) needs no exp of its own. To the sum
-    of p (log p - log q) it adds sum(q - p), which is 0 but for rounding: the two roundings cancel (the sum is then
+    log p - log q = z_t - z_s - (lse_t - lse_s), where lse = max z - log(max p) needs no exp of its own. To the sum of
+    p (log p - log q) it adds sum(q - p), which is 0 but for rounding: the two roundings cancel (the sum is then
     stationary in the normalisation of p and q), which matters where V is large and the divergence small.
     """
     scaled_s, scaled_t, p = scratch
@@ -295,9 +301,9 @@ def _forward_kl_block(z_s: Tensor, z_t: Tensor, temperature: float, scratch: Ten
         z_t = scaled_t.copy_(z_t).div_(temperature)
     torch.softmax(z_s, -1, out=q)
     torch.softmax(z_t, -1, out=p)
-    lse_s = z_s.amax(-1, True) - q.amax(-1, True).log()
-    lse_t = z_t.amax(-1, True) - p.amax(-1, True).log()
-    terms = torch.sub(z_t, z_s, out=scaled_t).sub_(lse_t - lse_s).mul_(p)
+    # lse_t - lse_s by differences of like things: each lse alone would be rounded at its own, much larger size.
+    lse_difference = (z_t.amax(-1, True) - z_s.amax(-1, True)) - (p.amax(-1, True) / q.amax(-1, True)).log()
+    terms = torch.sub(z_t, z_s, out=scaled_t).sub_(lse_difference).mul_(p)
     # 0 * inf above is the NaN of a class with p = 0; a NaN of the logits comes back through sum(q - p).
     values = terms.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1)
     values += q.sub_(p).sum(-1)

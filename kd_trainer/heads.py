@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import Shown, fail
+from .reductions import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 # Keys of a batch that are targets or bookkeeping, never a model's input.
-NOT_INPUTS = frozenset({"labels", "label", "label_ids", "shift_labels", "num_items_in_batch", "return_loss", "skip_logits"})
+NOT_INPUTS = frozenset(
+    {"labels", "label", "label_ids", "shift_labels", "num_items_in_batch", "return_loss", "skip_logits"}
+)
 TEACHER_PREFIX = "teacher_"
 
 
@@ -167,7 +169,7 @@ HEADS = {
 
 
 def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
-    """The head and the transformers Auto class that `model` belongs to, or None for a model that no Auto class knows."""
+    """The head and the Auto class of transformers that `model` belongs to; None where no Auto class knows it."""
     import transformers
 
     config = getattr(model, "config", None)
@@ -249,7 +251,8 @@ def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     from transformers import PreTrainedModel
     from transformers.utils.generic import TransformersKwargs
 
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's wrapper takes anything
+    model = unwrap() if unwrap is not None else model
     parameters = inspect.signature(model.forward).parameters
     named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     # A label without a default must be given, or the call fails: then it is an input like any other.

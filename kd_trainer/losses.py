@@ -185,8 +185,10 @@ class KLDivergenceLoss(nn.Module):
 
 def _check_rows(argument: str, probs: Tensor) -> None:
     """Raises ValueError naming the first row of `probs` [N, C] that is no distribution."""
-    # Each of C roundings may err by half a unit of the dtype at its own size, and the sizes sum to 1.
-    tolerance = max(8 * torch.finfo(probs.dtype).eps, 1e-6)
+    # Rounding C entries is off by an eps or so, the sum inside the softmax that made them by about sqrt(C) of them.
+    # What comes as float64 was often made in float32.
+    eps = max(torch.finfo(probs.dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = eps * (8 + probs.shape[-1] ** 0.5)
     totals = probs.double().sum(-1)
     troubles = {
         "holds NaN or inf": ~probs.isfinite().all(-1),

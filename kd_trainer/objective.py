@@ -17,18 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .heads import IGNORE_INDEX, Head, main_input
+from .heads import Head, main_input
 from .losses import SoftTargetLoss
-from .reductions import divide, select_positions
+from .reductions import IGNORE_INDEX, divide, select_positions
 
 
 class Counts(NamedTuple):
     """How much of a batch counts: numbers or 0-dim tensors, local or summed over micro-batches and processes."""
 
-    hard: Tensor | float  # positions with a label
-    soft: Tensor | float  # positions counted for the soft loss
-    rows: Tensor | float  # rows of the batch
-    scale: float = 1.0  # undoes the averaging of gradients over processes where the counts are global
+    hard: Tensor | int  # positions with a label
+    soft: Tensor | int  # positions counted for the soft loss
+    rows: Tensor | int  # rows of the batch
+    scale: int = 1  # undoes the averaging of gradients over processes where the counts are global
 
 
 class Parts(NamedTuple):
@@ -63,14 +63,14 @@ class Objective:
         """The counts of one micro-batch, read from its inputs alone."""
         targets = head.targets(inputs)
         rows = (main_input(inputs) if targets is None else targets).shape[0]
-        hard: Tensor | float = 0.0 if targets is None else (targets != IGNORE_INDEX).sum()
+        hard: Tensor | int = 0 if targets is None else (targets != IGNORE_INDEX).sum()
         if not head.token_level:
-            return Counts(hard, float(rows), float(rows))
+            return Counts(hard, rows, rows)
         if self.positions == "labels" and targets is not None:
-            return Counts(hard, hard, float(rows))
+            return Counts(hard, hard, rows)
         mask = head.attended(inputs)
-        soft = float(head.sequences(inputs).numel()) if mask is None else mask.sum()
-        return Counts(hard, soft, float(rows))
+        soft = head.sequences(inputs).numel() if mask is None else mask.sum()
+        return Counts(hard, soft, rows)
 
     def __call__(
         self,
@@ -90,20 +90,22 @@ class Objective:
         """
         targets = head.targets(inputs)
         head.check_shapes(student_logits, teacher_logits, targets)
-        rows = self.reduction == "batchmean"
-        hard = soft = agreement = None
         mask = head.soft_mask(inputs, targets, self.positions)
-        chosen = select_positions(student_logits, mask) if teacher_logits is not None or mask is not None else None
+        by_rows = self.reduction == "batchmean"
+        chosen = student_logits if mask is None else select_positions(student_logits, mask)
+        hard = soft = agreement = None
         if targets is not None:
-            same = mask is not None and (self.positions == "labels")
-            logits, labels = (chosen, select_positions(targets, mask)) if same else (student_logits, targets)
+            logits, labels = student_logits, targets
+            if mask is not None and self.positions == "labels":  # hard and soft count the same positions
+                logits, labels = chosen, select_positions(targets, mask)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
                 hard_sum = head.hard_loss_sum(logits, labels, self.label_smoothing)
-                hard = divide(hard_sum, counts.rows if rows else counts.hard) * counts.scale
+            hard = _over(hard_sum, counts.rows if by_rows else counts.hard, counts.scale)
         if teacher_logits is not None:
-            taught = select_positions(teacher_logits, mask)
-            soft = divide(soft_loss(chosen, taught), counts.rows if rows else counts.soft) * counts.scale
-            agreement = _agreement(chosen, taught, counts)
+            taught = teacher_logits if mask is None else select_positions(teacher_logits, mask)
+            soft = _over(soft_loss(chosen, taught), counts.rows if by_rows else counts.soft, counts.scale)
+            same = chosen.detach().argmax(-1) == taught.argmax(-1)
+            agreement = _over(same.sum(), counts.soft, counts.scale)
         return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
 
     def _mix(self, hard: Tensor | None, soft: Tensor | None, student_logits: Tensor) -> Tensor:
@@ -118,11 +120,10 @@ class Objective:
         return weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1]
 
 
-@torch.no_grad()
-def _agreement(student_logits: Tensor, teacher_logits: Tensor, counts: Counts) -> Tensor:
-    """The share of the step's counted positions at which both models' top class is the same."""
-    same = student_logits.argmax(-1) == teacher_logits.argmax(-1)
-    return divide(same.sum(), counts.soft) * counts.scale
+def _over(total: Tensor, count: Tensor | int, scale: int) -> Tensor:
+    """This micro-batch's part of a mean over the whole optimizer step."""
+    share = divide(total, count)
+    return share if scale == 1 else share * scale
 
 
 def scheduled(start: float, end: float | None, schedule: str, progress: float) -> float:

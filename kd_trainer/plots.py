@@ -3,7 +3,7 @@
 For: PNG images as bytes, one colour per model in all of them, from a palette that colour-blind readers can tell apart.
 Leaves to others: reading folders, the numbers of the table and writing files (`report.py`).
 Shapes: N test rows, C classes; logits are [N, C], labels [N] with -100 = unlabelled.
-Imports: metrics; torch, numpy; matplotlib only while drawing, on a canvas of its own (the user's backend stays).
+Imports: fidelity; torch, numpy; matplotlib only while drawing, on a canvas of its own (the user's backend stays).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .metrics import reliability_bins
+from .fidelity import reliability_bins
 
 TEMPERATURES = (1, 2, 3, 5, 10)
 DIVERGENCE_LABELS = {

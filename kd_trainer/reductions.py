@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .checks import Shown, check_choice, fail
 
+IGNORE_INDEX = -100  # a label that is none, as in torch and transformers
 REDUCTIONS = ("none", "sum", "mean", "batchmean", "tokenmean")
 
 

@@ -2,7 +2,7 @@
 
 For: an honest answer to "what did distillation bring?", from the output folders of any runs, with spreads over seeds.
 Leaves to others: reading folders and the numbers (`runs.py`), the drawing (`plots.py`), training (`trainer.py`).
-Imports: checks, metrics, runs, plots; rich.
+Imports: checks, fidelity, runs, plots; rich.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .checks import fail
-from .metrics import IGNORE_INDEX
+from .files import write_atomically
 from .plots import PlottedModel, draw_all
+from .reductions import IGNORE_INDEX
 from .runs import (
     NUMBERS,
     PREDICTIONS_FILE,
@@ -33,7 +34,6 @@ from .runs import (
     finite,
     load_run,
     save_predictions,
-    write_whole,
 )
 
 __all__ = ["Report", "Row", "Run", "build_report", "load_run", "markdown_table", "print_table", "save_predictions"]
@@ -221,9 +221,9 @@ def build_report(
     names = ["report.md", "report.json", *pictures]
     report = Report(title, rows, _findings(rows), all_notes, [folder / name for name in names])
     for name, image in pictures.items():
-        write_whole(folder / name, image)
-    write_whole(folder / "report.json", _json(report).encode())
-    write_whole(folder / "report.md", _markdown(report).encode())
+        write_atomically(folder / name, image)
+    write_atomically(folder / "report.json", _json(report).encode())
+    write_atomically(folder / "report.md", _markdown(report).encode())
     return report
 
 

@@ -2,9 +2,9 @@
 
 For: reading a folder into a `Run`, writing its test predictions, and the numbers of every run beside its teacher and
 its baseline, as `Row`s. What a folder does not hold is None, never guessed.
-Leaves to others: the formulas (`metrics.py`, `divergences.py`), sentences, tables and pictures (`report.py`).
+Leaves to others: the formulas (`fidelity.py`, `divergences.py`), sentences, tables and pictures (`report.py`).
 Shapes: N test rows, C classes; logits are [N, C], labels [N] with -100 = unlabelled.
-Imports: checks, divergences, metrics; torch, safetensors.
+Imports: checks, divergences, fidelity; torch, safetensors.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from . import metrics
+from . import fidelity
 from .checks import Shown, fail
 from .divergences import jsd, reverse_kl
+from .files import write_atomically
 
 PREDICTIONS_FILE = "test_predictions.safetensors"
 DISTILLATION_FILE = "distillation.json"
@@ -138,12 +139,12 @@ def save_predictions(output_dir: str | os.PathLike[str], predictions: Any, label
         predictions = predictions[0]
     logits = torch.as_tensor(predictions).detach().cpu().float().contiguous()
     if labels is None:
-        labels = torch.full(logits.shape[:1], metrics.IGNORE_INDEX)
+        labels = torch.full(logits.shape[:1], fidelity.IGNORE_INDEX)
     written = Predictions(logits, torch.as_tensor(labels).detach().cpu().long().contiguous())
     _check_predictions("predictions", written)
     path = Path(output_dir) / PREDICTIONS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_whole(path, save(written._asdict()))
+    return write_atomically(path, save(written._asdict()))
 
 
 def load_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
@@ -255,20 +256,6 @@ def _check_predictions(argument: str, predictions: Predictions) -> None:
         fail(argument, shapes, "one label per row of logits", "Give labels [N], -100 where a row has none.")
 
 
-def write_whole(path: Path, data: bytes) -> Path:
-    """Whole or not at all: a reader never sees half a file, a killed run leaves the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
 def compare(runs: Sequence[Run]) -> list[Row]:
     """One row per name, the teacher first; every run measured against the teacher and the baseline of its seed.
 
@@ -336,13 +323,13 @@ def _measure(run: Run, teacher: Run | None) -> dict[str, float | None]:
     numbers["test_accuracy_percent"] = None if accuracy is None else 100 * accuracy
     numbers["train_seconds"] = finite(run.results.get("train_runtime"))
     if run.predictions:
-        numbers["ece"] = metrics.expected_calibration_error(*run.predictions)
-        numbers["nll_nats"] = metrics.negative_log_likelihood(*run.predictions)
+        numbers["ece"] = fidelity.expected_calibration_error(*run.predictions)
+        numbers["nll_nats"] = fidelity.negative_log_likelihood(*run.predictions)
     if run.predictions and teacher and teacher is not run and teacher.predictions:
         _check_same_rows(run, teacher)
         student_logits, teacher_logits = run.predictions.logits.double(), teacher.predictions.logits.double()
-        numbers["agreement_percent"] = 100 * metrics.teacher_agreement(student_logits, teacher_logits)
-        numbers["kl_to_teacher_nats"] = metrics.kl_to_teacher(student_logits, teacher_logits)
+        numbers["agreement_percent"] = 100 * fidelity.teacher_agreement(student_logits, teacher_logits)
+        numbers["kl_to_teacher_nats"] = fidelity.kl_to_teacher(student_logits, teacher_logits)
         numbers["reverse_kl_nats"] = reverse_kl(student_logits, teacher_logits).mean().item()
         numbers["jsd_nats"] = jsd(student_logits, teacher_logits).mean().item()
     return {key: None if value is not None and math.isnan(value) else value for key, value in numbers.items()}
@@ -350,8 +337,8 @@ def _measure(run: Run, teacher: Run | None) -> dict[str, float | None]:
 
 def accuracy_of(run: Run) -> tuple[float | None, str]:
     """Accuracy in [0, 1] and its split: of the stored test predictions, else what `save_metrics` wrote; (None, '')."""
-    if run.predictions and (run.predictions.labels != metrics.IGNORE_INDEX).any():
-        return metrics.accuracy(*run.predictions), "test"
+    if run.predictions and (run.predictions.labels != fidelity.IGNORE_INDEX).any():
+        return fidelity.accuracy(*run.predictions), "test"
     for split in ("test", "eval"):
         value = finite(run.results.get(f"{split}_accuracy"))
         if value is not None:

@@ -57,7 +57,7 @@ class LiveTeacher:
         Autocast is entered here because upstream patches only the student's forward with it.
         """
         # Someone may have called teacher.train(), or trained a part of it, since the last step.
-        if any([module.training for module in self._modules]):  # a list: twice as fast as a generator here
+        if any(module.training for module in self._modules):
             self.model.eval()
         with torch.no_grad(), accelerator.autocast():
             logits = logits_of(self.model(**self.inputs(batch)), "teacher_model")

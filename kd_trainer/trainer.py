@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_detach
 
-from .checks import Shown, fail, message
+from .checks import Shown, fail
 from .compatibility import check_same_tokens, check_separate, class_order
 from .describe import card_section, count_parameters, name_of, start_block
+from .files import write_atomically
+from .finite import FiniteWatch, bad_rows
 from .heads import (
     TEACHER_PREFIX,
     Head,
@@ -36,11 +37,13 @@ from .heads import (
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
 from .objective import Counts, Objective, Parts, scheduled
-from .files import write_atomically
 from .teacher import LiveTeacher, load_teacher
 from .training_args import DistillationArguments, refuse_borrowed_names
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # at run time the mixin has no base of its own, so that it fits in front of any Trainer class
+    _InFrontOf = Trainer
+else:
+    _InFrontOf = object
 
 # Upstream names without a promise of stability that this file and `heads.py` rely on; a test looks each of them up.
 UPSTREAM_NAMES = {
@@ -84,7 +87,7 @@ class Window:
         self.sums = row if self.sums is None else self.sums + row
 
 
-class DistillationMixin:
+class DistillationMixin(_InFrontOf):
     """Puts distillation in front of any `Trainer` class: `class MyKD(DistillationMixin, MyTrainer)`.
 
     Args:
@@ -99,7 +102,8 @@ class DistillationMixin:
     """
 
     # The loss is divided once by the counts of the whole optimizer step: upstream must not divide again.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga: bool | None = True
+    _signature_columns: list[str] | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -139,8 +143,8 @@ class DistillationMixin:
         self._started = False
         self._window = Window()
         self._eval_rows: list[Tensor] | None = None
-        self._check_finite = self.kd_args.kd_check_finite or ("step" if self.args.device.type == "cpu" else "log")
-        self._first_bad: Tensor | None = None
+        mode = self.kd_args.kd_check_finite or ("step" if self.args.device.type == "cpu" else "log")
+        self._finite = FiniteWatch(mode, self.args.process_index)
         if not any(isinstance(c, ResumableInterrupt) for c in self.callback_handler.callbacks):
             self.add_callback(ResumableInterrupt())
 
@@ -168,8 +172,7 @@ class DistillationMixin:
             mend = "Pass teacher_model= to the trainer, set teacher_model_name_or_path, or set kd_alpha to 0."
             fail("teacher_model", None, f"a teacher, with kd_alpha {kd.kd_alpha:g}", mend)
         student = self.accelerator.unwrap_model(self.model)
-        init_kwargs = kd.teacher_model_init_kwargs or {}
-        teacher = load_teacher(given, student, init_kwargs)
+        teacher = load_teacher(given, student, kd.teacher_kwargs)
         check_separate(student, teacher)
         live = LiveTeacher(teacher)
         head = head_for(student, kd.kd_task, self._loss_shifts_labels)
@@ -187,8 +190,7 @@ class DistillationMixin:
         if self.teacher is not None:
             self.teacher.prepare(self.args.device)
             if "input_ids" in batch and f"{TEACHER_PREFIX}input_ids" not in batch:
-                kwargs = self.kd_args.teacher_model_init_kwargs or {}
-                check_same_tokens(student, self.teacher.model, self.processing_class, kwargs)
+                check_same_tokens(student, self.teacher.model, self.processing_class, self.kd_args.teacher_kwargs)
         if head is None or self.teacher is not None:
             batch = self._with_decoder_inputs(head, self._prepare_inputs(dict(batch)))
             teacher_logits = self._probe(batch)
@@ -201,7 +203,7 @@ class DistillationMixin:
         classes = getattr(config, "vocab_size" if head.name.endswith("_lm") else "num_labels", None)
         if targets is not None and isinstance(classes, int) and hasattr(config, "id2label"):
             check_label_range(targets, classes)
-        self._fit = Fit(self.model, student, head, accepted_inputs(student))
+        self._fit = Fit(cast(nn.Module, self.model), student, head, accepted_inputs(student))
         return self._fit
 
     def _probe(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -209,22 +211,20 @@ class DistillationMixin:
         if self.teacher is None:
             return None
         logits = self.teacher(batch, self.accelerator)
-        peaks = logits.amax(-1)
-        if not torch.isfinite(peaks).all():
-            bad = (~torch.isfinite(peaks.reshape(peaks.shape[0], -1)).all(-1)).nonzero().flatten().tolist()
-            if self._check_finite != "off" or len(bad) == peaks.shape[0]:
-                fail(
-                    "teacher_model",
-                    Shown(f"giving NaN or inf on rows {bad[:8]} of the first batch"),
-                    "finite logits",
-                    "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs.",
-                )
+        bad = bad_rows(logits)
+        if bad and (self._finite.mode != "off" or len(bad) == logits.shape[0]):
+            fail(
+                "teacher_model",
+                Shown(f"giving NaN or inf on rows {bad[:8]} of the first batch"),
+                "finite logits",
+                "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs.",
+            )
         return logits
 
     @staticmethod
     def _note_problem_type(student: nn.Module, head: Head, batch: Mapping[str, Any]) -> None:
         """Models write this into their config when they see labels; here labels never reach them."""
-        config = getattr(student, "config", None)
+        config: Any = getattr(student, "config", None)
         if head.name != "classification" or not hasattr(config, "problem_type"):
             return
         if config.problem_type not in (None, "single_label_classification") or config.num_labels == 1:
@@ -236,10 +236,13 @@ class DistillationMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results."""
-        self._started, self._window, self._first_bad = False, Window(), None
+        self._started, self._window = False, Window()
+        self._finite = FiniteWatch(self._finite.mode, self._finite.process)
         result = super().train(*args, **kwargs)
         if self.teacher is not None and not self._always_hard and self.is_world_process_zero():
-            write_atomically(Path(self.args.output_dir) / "distillation.json", json.dumps(self.summary(), indent=2))
+            write_atomically(
+                Path(str(self.args.output_dir)) / "distillation.json", json.dumps(self.summary(), indent=2)
+            )
         return result
 
     def summary(self) -> dict[str, Any]:
@@ -263,7 +266,13 @@ class DistillationMixin:
             packed = bool((positions.diff(dim=-1) < 0).any())
         if packed:
             because = "rows of a packed batch are no longer sequences"
-            fail("kd_reduction", "batchmean", "'tokenmean' with packed batches", "Set kd_reduction to tokenmean.", because=because)
+            fail(
+                "kd_reduction",
+                "batchmean",
+                "'tokenmean' with packed batches",
+                "Set kd_reduction to tokenmean.",
+                because=because,
+            )
 
     # ---- counting: once for each optimizer step ----
 
@@ -364,7 +373,7 @@ class DistillationMixin:
         if teacher_logits is not None:
             teacher_logits = teacher_logits.to(logits.device)
         parts = objective(fit.head, soft_loss, logits, teacher_logits, inputs, counts)
-        self._watch(parts, logits, teacher_logits)
+        self._finite.see(parts.total, logits, teacher_logits, self.state.global_step)
         self._collect(parts, counts, model.training)
         return (parts.total, _as_mapping(outputs, parts.total)) if return_outputs else parts.total
 
@@ -380,50 +389,6 @@ class DistillationMixin:
             self._window.add(row)
         elif self._eval_rows is not None:
             self._eval_rows.append(self.gather_function(row.repeat(self.args.eval_batch_size, 1)))
-
-    # ---- NaN and inf ----
-
-    def _watch(self, parts: Parts, student: Tensor, teacher: Tensor | None) -> None:
-        """kd_check_finite: "step" looks at once, "log" keeps a note on the device for the next log, "off" never."""
-        if self._check_finite == "off":
-            return
-        if self._check_finite == "step":
-            if not math.isfinite(parts.total.item()):
-                self._raise_not_finite(self.state.global_step, _bad_rows(student), _bad_rows(teacher))
-            return
-        ok = torch.isfinite(parts.total.detach())
-        note = [torch.as_tensor(self.state.global_step, device=ok.device)]
-        for logits in (student, teacher):
-            bad = ~torch.isfinite(logits.detach().amax(-1)) if logits is not None else ok.new_zeros(1)
-            bad = bad.reshape(bad.shape[0], -1).any(-1)
-            note += [bad.sum(), bad.int().argmax()]
-        row = torch.where(ok, -1, torch.stack(note))
-        self._first_bad = row if self._first_bad is None else torch.where(self._first_bad[0] >= 0, self._first_bad, row)
-
-    def _raise_noted(self) -> None:
-        if self._first_bad is None:
-            return
-        step, student, first_student, teacher, first_teacher = self._first_bad.tolist()
-        if step >= 0:
-            self._raise_not_finite(step, [first_student][:student], [first_teacher][:teacher], student, teacher)
-
-    def _raise_not_finite(
-        self, step: int, student: list[int], teacher: list[int], *numbers: int
-    ) -> None:
-        sides = []
-        for side, rows, number in zip(("student", "teacher"), (student, teacher), numbers or map(len, (student, teacher)), strict=True):
-            if number:
-                sides.append(f"{number} rows of the {side}'s logits hold NaN or inf (rows {rows[:8]} ...)")
-        where = f"step {step}, process {self.args.process_index}"
-        cause = "; ".join(sides) or "all logits are finite, but the teacher has mass where the student has none"
-        raise RuntimeError(
-            message(
-                "loss",
-                Shown(f"not finite at {where}: {cause}"),
-                "finite numbers from both models",
-                "Lower the learning rate or use bf16/float32; kd_check_finite sets when this is looked for.",
-            )
-        )
 
     # ---- evaluation and logs ----
 
@@ -449,9 +414,8 @@ class DistillationMixin:
         try:
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-            if self._eval_rows:
-                rows = torch.cat(self._eval_rows)
-                output.metrics.update(_named(rows.mean(0).tolist(), f"{prefix}_"))
+            if self._eval_rows and output.metrics is not None:
+                output.metrics.update(_named(torch.cat(self._eval_rows).mean(0).tolist(), f"{prefix}_"))
         finally:
             self._eval_rows = outer
         return output
@@ -463,7 +427,7 @@ class DistillationMixin:
         """
         window = self._window
         if "loss" in logs and "learning_rate" in logs and window.sums is not None:
-            self._raise_noted()
+            self._finite.raise_noted()
             mean = self.accelerator.reduce(window.sums, reduction="mean") / max(window.steps, 1)
             logs.update(_named(mean.tolist(), ""))
             if self.kd_args.kd_schedule != "constant":
@@ -476,19 +440,22 @@ class DistillationMixin:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        taken = () if self.teacher is None or self.teacher.accepted is None else self.teacher.accepted
-        self._signature_columns += sorted(set(taken) - set(self._signature_columns))
+        self._keep_columns(() if self.teacher is None or self.teacher.accepted is None else self.teacher.accepted)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         self._set_signature_columns_if_needed()
-        own = [c for c in dataset.column_names if c.startswith(TEACHER_PREFIX) and c not in self._signature_columns]
-        self._signature_columns += own
+        self._keep_columns(name for name in dataset.column_names if name.startswith(TEACHER_PREFIX))
         return super()._remove_unused_columns(dataset, description=description)
+
+    def _keep_columns(self, names: Iterable[str]) -> None:
+        """Upstream removes what the student's forward does not take; the teacher may need it."""
+        kept: list[str] = self._signature_columns or []
+        self._signature_columns = [*kept, *sorted(set(names) - set(kept))]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card` with a section on the distillation: teacher, formula and the last results."""
         super().create_model_card(*args, **kwargs)
-        path = Path(self.args.output_dir) / "README.md"
+        path = Path(str(self.args.output_dir)) / "README.md"
         if self.teacher is None or not self.is_world_process_zero() or not os.path.exists(path):
             return
         text = path.read_text(encoding="utf-8")
@@ -522,12 +489,3 @@ def _as_mapping(outputs: Any, loss: Tensor) -> Any:
         return outputs
     scalars_dropped = [v for v in outputs if not (isinstance(v, Tensor) and v.dim() == 0)]
     return {"loss": loss, **{f"output_{i}": v for i, v in enumerate(scalars_dropped)}}
-
-
-def _bad_rows(logits: Tensor | None) -> list[int]:
-    """Rows of the batch in which a position has NaN, +inf or nothing but -inf."""
-    if logits is None:
-        return []
-    bad = ~torch.isfinite(logits.detach().amax(-1))
-    return bad.reshape(bad.shape[0], -1).any(-1).nonzero().flatten().tolist()
-

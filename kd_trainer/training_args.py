@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -154,6 +154,11 @@ class DistillationArguments:
             fail("teacher_model_init_kwargs", given, "a JSON object", mend, error=TypeError)
         self.teacher_model_init_kwargs = given
 
+    @property
+    def teacher_kwargs(self) -> dict[str, Any]:
+        """`teacher_model_init_kwargs` as a dict, empty where unset."""
+        return cast(dict, self.teacher_model_init_kwargs or {})
+
     @classmethod
     def of(cls, args: Any) -> "DistillationArguments":
         """The distillation settings inside `args`; a plain `TrainingArguments` has none and gets the defaults."""
@@ -178,7 +183,7 @@ def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:
 
     Raises:
         FileNotFoundError: the JSON file does not exist.
-        ValueError: the file is no JSON object, or a key or option belongs to none of the classes (the nearest is named).
+        ValueError: the file is no JSON object, or a key or option belongs to none of the classes.
         TypeError: a key is `alpha` or `temperature` (see `DistillationArguments`).
     """
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors.torch import save_file
+
 from tests import tiny
 
 LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from kd_trainer import MLPConfig, MLPForImageClassification, soft_target_data, synthetic_classification
-from kd_trainer.data import TensorRows, as_tensors, collate_tensors, load_classification, split_labelled
+from kd_trainer.data import TensorRows, as_tensors, collate_tensors, split_labelled
+from kd_trainer.loading import load_classification
 
 
 @pytest.fixture(autouse=True)

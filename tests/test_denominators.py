@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests import tiny
 
 TASKS = ["classification", "token_classification", "causal_lm"]
@@ -96,4 +97,6 @@ def test_two_processes_evaluate_as_one(two_processes, tmp_path):
         assert result["even"][name] == pytest.approx(metrics[name], rel=1e-4), name
     # 21 rows do not fill the last batches: upstream repeats rows there, and the parts are weighed as its loss is.
     uneven = result["uneven"]
-    assert 0.7 * uneven["eval_soft_loss"] + 0.3 * uneven["eval_hard_loss"] == pytest.approx(uneven["eval_loss"], rel=1e-4)
+    assert 0.7 * uneven["eval_soft_loss"] + 0.3 * uneven["eval_hard_loss"] == pytest.approx(
+        uneven["eval_loss"], rel=1e-4
+    )

@@ -36,7 +36,9 @@ def test_bernoulli():
     p, q = torch.rand(5, **F64), torch.rand(5, **F64)
     torch.testing.assert_close(kl_bernoulli(p, q), kl_divergence(Bernoulli(p), Bernoulli(q)))
     z_p, z_q, zero = p.logit(), q.logit(), torch.zeros(5, **F64)
-    torch.testing.assert_close(kl_bernoulli(p, q), forward_kl(torch.stack([z_q, zero], -1), torch.stack([z_p, zero], -1)))
+    torch.testing.assert_close(
+        kl_bernoulli(p, q), forward_kl(torch.stack([z_q, zero], -1), torch.stack([z_p, zero], -1))
+    )
     p, q = (x.clamp(0.05, 0.95).requires_grad_() for x in (p, q))
     assert torch.autograd.gradcheck(kl_bernoulli, (p, q))
 
@@ -134,7 +136,10 @@ EYE, ONE = torch.eye(2), torch.ones(2)
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: kl_bernoulli(torch.tensor([0.5, 1.5]), ONE), r"`p_probs` is 1.5 at index \[1\]; expected probabilities"),
+        (
+            lambda: kl_bernoulli(torch.tensor([0.5, 1.5]), ONE),
+            r"`p_probs` is 1.5 at index \[1\]; expected probabilities",
+        ),
         (lambda: kl_bernoulli(ONE, torch.ones(3)), r"`p_probs` is of shape \[2\] and `q_probs` of shape \[3\]"),
         (lambda: kl_categorical(ONE, torch.tensor([0.5, -0.5])), r"`q_probs` is -0.5 at index \[1\]"),
         (lambda: kl_categorical(torch.tensor([math.nan, 1.0]), ONE), r"`p_probs` is nan at index \[0\]"),

@@ -358,7 +358,11 @@ Z = torch.zeros(2, 3)
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: forward_kl(Z, Z, beta=0.5), ValueError, r"`beta` is 0.5; expected None with divergence 'forward_kl'.*no"),
+        (
+            lambda: forward_kl(Z, Z, beta=0.5),
+            ValueError,
+            r"`beta` is 0.5; expected None with divergence 'forward_kl'.*no",
+        ),
         (lambda: jsd(Z, Z, beta=0.0), ValueError, r"`beta` is 0.0; expected a number in \(0, 1\)"),
         (lambda: jsd(Z, Z, beta=1), ValueError, r"`beta` is 1; expected a number in \(0, 1\)"),
         (lambda: skew_forward_kl(Z, Z, beta="x"), TypeError, "`beta` is 'x'"),
@@ -375,7 +379,11 @@ Z = torch.zeros(2, 3)
         (lambda: forward_kl(torch.tensor(0.0), torch.tensor(0.0)), ValueError, "at least one class"),
         (lambda: forward_kl(Z, Z.long()), TypeError, "`teacher_logits` is of dtype torch.int64; expected logits"),
         (lambda: forward_kl([0.0], Z), TypeError, "`student_logits` is list; expected a tensor"),
-        (lambda: divergence_terms("foward_kl", Z, Z), ValueError, r"`divergence` is 'foward_kl'.*Did you mean `forward_kl`"),
+        (
+            lambda: divergence_terms("foward_kl", Z, Z),
+            ValueError,
+            r"`divergence` is 'foward_kl'.*Did you mean `forward_kl`",
+        ),
     ],
 )
 def test_messages(call, error, match):

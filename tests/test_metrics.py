@@ -12,19 +12,21 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from kd_trainer import MLPConfig, MLPForImageClassification
 from kd_trainer.data import as_tensors, collate_tensors, synthetic_classification
+from kd_trainer.fidelity import (
+    accuracy,
+    expected_calibration_error,
+    kl_to_teacher,
+    negative_log_likelihood,
+    reliability_bins,
+    teacher_agreement,
+)
 from kd_trainer.metrics import (
     Accuracy,
     ExpectedCalibrationError,
     KLToTeacher,
     NegativeLogLikelihood,
     TeacherAgreement,
-    accuracy,
     classification_metrics,
-    expected_calibration_error,
-    kl_to_teacher,
-    negative_log_likelihood,
-    reliability_bins,
-    teacher_agreement,
 )
 
 ROWS, CLASSES = 200, 5

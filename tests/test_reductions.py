@@ -1,4 +1,4 @@
-"""`reductions.py`: torch's words mean what torch means, masks hide everything, nothing counted gives 0 with a gradient."""
+"""`reductions.py`: torch's words keep torch's meaning, masks hide everything, nothing counted gives 0."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def terms_and_mask():
     return terms, torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
 
 
+@pytest.mark.filterwarnings("ignore:reduction. .mean.")
 @pytest.mark.parametrize("shape", [(6, 5), (3, 4, 5)])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 def test_words_mean_what_torch_means(shape, reduction):
@@ -102,7 +103,10 @@ def test_masked_sum():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: reduce_terms(torch.ones(2, 3), reduction="avg"), "`reduction` is 'avg'; expected one of 'none', 'sum'"),
+        (
+            lambda: reduce_terms(torch.ones(2, 3), reduction="avg"),
+            "`reduction` is 'avg'; expected one of 'none', 'sum'",
+        ),
         (lambda: reduce_total(torch.ones(()), "none", shape=(2, 3), positions=2), "`reduction` is 'none'"),
         (lambda: reduce_terms(torch.ones(2, 3), torch.ones(3)), r"`mask` is of shape \[3\]; expected .* shape \[2\]"),
         (lambda: masked_sum(torch.ones(2), torch.ones(1)), r"`mask` is of shape \[1\]"),

@@ -9,11 +9,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import tiny
 from torch import nn
 from transformers import Trainer
 
 from kd_trainer import DistillationMixin, DistillationTrainer
+from tests import tiny
 
 TASKS = ["classification", "token_classification", "causal_lm"]
 
@@ -23,7 +23,9 @@ TASKS = ["classification", "token_classification", "causal_lm"]
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_alpha_zero_is_the_stock_trainer(task, tmp_path):
-    ours = tiny.trainer(task, tmp_path, kd_alpha=0.0, kd_reduction="tokenmean", max_steps=20, eval_strategy="steps", eval_steps=5)
+    ours = tiny.trainer(
+        task, tmp_path, kd_alpha=0.0, kd_reduction="tokenmean", max_steps=20, eval_strategy="steps", eval_steps=5
+    )
     stock = tiny.stock_trainer(task, tmp_path, max_steps=20, eval_strategy="steps", eval_steps=5)
     ours.train()
     stock.train()
@@ -59,7 +61,9 @@ def test_label_smoothing_is_the_stock_smoothers_loss(task, tmp_path):  # trap 38
 @pytest.mark.parametrize("task", TASKS)
 def test_first_loss_written_out(task, reduction, tmp_path):
     student, teacher = tiny.models(task)
-    run = tiny.trainer(task, tmp_path, pair=(student, teacher), kd_reduction=reduction, kd_alpha=0.6, kd_temperature=2.0, max_steps=1)
+    run = tiny.trainer(
+        task, tmp_path, pair=(student, teacher), kd_reduction=reduction, kd_alpha=0.6, kd_temperature=2.0, max_steps=1
+    )
     batch = tiny.pad(tiny.rows(task)[:8])
     with torch.no_grad():
         inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -104,7 +108,9 @@ def test_t5_never_shifts(tmp_path):  # trap 8
     config = {"vocab_size": tiny.VOCAB, "d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2,
               "dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0}  # fmt: skip
     student, teacher = (T5ForConditionalGeneration(T5Config(**config)) for _ in range(2))
-    data = [{"input_ids": [3, 4, 5, 6], "attention_mask": [1] * 4, "labels": [7, 8, -100, 9][: 2 + i % 3]} for i in range(8)]
+    data = [
+        {"input_ids": [3, 4, 5, 6], "attention_mask": [1] * 4, "labels": [7, 8, -100, 9][: 2 + i % 3]} for i in range(8)
+    ]
     run = DistillationTrainer(
         model=student, teacher_model=teacher, args=tiny.arguments(tmp_path, kd_alpha=0.0, kd_reduction="tokenmean"),
         data_collator=tiny.pad, train_dataset=data,
@@ -154,7 +160,13 @@ def test_an_all_masked_micro_batch_is_finite(task, alpha, tmp_path):  # trap 6
     for row in data[:4]:
         row["labels"] = -100 if task == "classification" else [-100] * len(row["labels"])
     run = tiny.trainer(
-        task, tmp_path, data=data, kd_alpha=alpha, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2
+        task,
+        tmp_path,
+        data=data,
+        kd_alpha=alpha,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=2,
     )
     run.train()
     assert all(math.isfinite(x) for x in tiny.logged(run, "loss"))
@@ -175,8 +187,12 @@ def test_padding_changes_nothing(tmp_path):
         run = tiny.trainer(task, tmp_path, kd_positions="attended")
         run.model.eval()
         batch = tiny.pad(tiny.rows(task)[:4])
-        wider = {k: F.pad(v, (0, 6), value=-100 if k == "labels" else 0) if v.dim() == 2 else v for k, v in batch.items()}
-        assert run.compute_loss(run.model, wider).item() == pytest.approx(run.compute_loss(run.model, batch).item(), rel=1e-5)
+        wider = {
+            k: F.pad(v, (0, 6), value=-100 if k == "labels" else 0) if v.dim() == 2 else v for k, v in batch.items()
+        }
+        assert run.compute_loss(run.model, wider).item() == pytest.approx(
+            run.compute_loss(run.model, batch).item(), rel=1e-5
+        )
 
 
 def test_padding_on_the_left_changes_nothing_where_attended(tmp_path):
@@ -185,7 +201,9 @@ def test_padding_on_the_left_changes_nothing_where_attended(tmp_path):
     batch = tiny.pad([{k: v for k, v in tiny.rows("causal_lm")[0].items() if k != "labels"}])
     left = {k: F.pad(v, (5, 0)) for k, v in batch.items()}
     left["position_ids"] = (left["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    assert run.compute_loss(run.model, left).item() == pytest.approx(run.compute_loss(run.model, batch).item(), rel=1e-4)
+    assert run.compute_loss(run.model, left).item() == pytest.approx(
+        run.compute_loss(run.model, batch).item(), rel=1e-4
+    )
 
 
 # ---- predictions, evaluation, logs ----
@@ -379,7 +397,11 @@ def test_columns_reach_only_the_model_that_accepts_them(tmp_path):  # trap 20
     import datasets
 
     run = tiny.trainer(
-        "classification", tmp_path, pair=(student, teacher), data=datasets.Dataset.from_list(data), remove_unused_columns=True
+        "classification",
+        tmp_path,
+        pair=(student, teacher),
+        data=datasets.Dataset.from_list(data),
+        remove_unused_columns=True,
     )
     run.train()
     assert seen["student"] == {"input_ids", "attention_mask"}

@@ -58,9 +58,7 @@ class NaiveTrainer(Trainer):
         outputs = model(**inputs)
         with torch.no_grad():
             teacher_logits = self.teacher_model(features=inputs["features"]).logits
-        soft = F.kl_div(
-            F.log_softmax(outputs.logits / T, -1), F.softmax(teacher_logits / T, -1), reduction="batchmean"
-        )
+        soft = F.kl_div(F.log_softmax(outputs.logits / T, -1), F.softmax(teacher_logits / T, -1), reduction="batchmean")
         loss = ALPHA * T * T * soft + (1 - ALPHA) * outputs.loss
         return (loss, outputs) if return_outputs else loss
 
@@ -142,10 +140,10 @@ def main() -> None:
     for name, seconds in times.items():
         us = [s / steps * 1e6 for s in seconds]
         # The ratio of each round: what drifts between rounds cancels.
-        to = {ref: statistics.median(a / b for a, b in zip(seconds, times[ref], strict=True)) for ref in ("bare", "naive")}
-        print(
-            f"{name:22}{statistics.median(us):12.0f}{min(us):9.0f}{max(us):9.0f}{to['bare']:9.2f}{to['naive']:9.2f}"
-        )
+        to = {
+            ref: statistics.median(a / b for a, b in zip(seconds, times[ref], strict=True)) for ref in ("bare", "naive")
+        }
+        print(f"{name:22}{statistics.median(us):12.0f}{min(us):9.0f}{max(us):9.0f}{to['bare']:9.2f}{to['naive']:9.2f}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""NaN and inf: seen at once or noted on the device until the next log, and told with step, process, rows and side.
+
+For: `trainer.py` (`kd_check_finite`). Shapes: B rows; logits are [B, C] or [B, S, C]. Imports: checks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .checks import Shown, fail
+
+
+class FiniteWatch:
+    """Watches the losses of a run.
+
+    Args:
+        mode: "step" looks at every loss at once (on accelerators that waits for the device); "log" keeps a note on the
+            device, read by `raise_noted`; "off" never looks.
+        process: index of this process, for the message.
+    """
+
+    def __init__(self, mode: str, process: int) -> None:
+        self.mode, self.process = mode, process
+        # step, then for student and teacher: number of bad rows, first of them; step is -1 while all is well.
+        self._note: Tensor | None = None
+
+    def see(self, loss: Tensor, student: Tensor, teacher: Tensor | None, step: int) -> None:
+        """Takes one loss with the logits behind it; in mode "step" raises RuntimeError if it is not finite."""
+        if self.mode == "off":
+            return
+        if self.mode == "step":
+            if not math.isfinite(loss.item()):
+                rows = [bad_rows(student), [] if teacher is None else bad_rows(teacher)]
+                self._raise(step, rows, [len(side) for side in rows])
+            return
+        ok = torch.isfinite(loss.detach())
+        entries = [torch.as_tensor(step, device=ok.device)]
+        for logits in (student, teacher):
+            bad = ok.new_zeros(1) if logits is None else _is_bad(logits)
+            entries += [bad.sum(), bad.int().argmax()]
+        note = torch.where(ok, -1, torch.stack(entries))
+        self._note = note if self._note is None else torch.where(self._note[0] >= 0, self._note, note)
+
+    def raise_noted(self) -> None:
+        """Raises RuntimeError for the first bad step noted since the start, if there was one."""
+        if self._note is None:
+            return
+        step, students, first_student, teachers, first_teacher = self._note.tolist()
+        if step >= 0:
+            self._raise(step, [[first_student][:students], [first_teacher][:teachers]], [students, teachers])
+
+    def _raise(self, step: int, rows: list[list[int]], counts: list[int]) -> None:
+        sides = []
+        for side, known, count in zip(("student", "teacher"), rows, counts, strict=True):
+            if count:
+                shown = ", ".join(map(str, known[:8])) + (", ..." if count > len(known[:8]) else "")
+                sides.append(f"{count} rows of the {side}'s logits hold NaN or inf (rows [{shown}])")
+        cause = "; ".join(sides) or "all logits are finite, but the teacher has mass where the student has none"
+        fail(
+            "loss",
+            Shown(f"not finite at step {step}, process {self.process}: {cause}"),
+            "finite numbers from both models",
+            "Lower the learning rate or use bf16/float32; kd_check_finite sets when this is looked for.",
+            error=RuntimeError,
+        )
+
+
+def bad_rows(logits: Tensor) -> list[int]:
+    """Indices of the rows of a batch in which a position holds NaN, +inf, or nothing but -inf."""
+    return _is_bad(logits).nonzero().flatten().tolist()
+
+
+def _is_bad(logits: Tensor) -> Tensor:
+    # The maximum is NaN or inf where any entry is, and a single -inf is a class that the model excludes on purpose.
+    peaks = logits.detach().amax(-1)
+    return ~torch.isfinite(peaks).reshape(peaks.shape[0], -1).all(-1)

@@ -1,0 +1,143 @@
+"""Time and memory of `SoftTargetLoss`, forward and backward, against plain log_softmax formulations:
+
+    python tests/benchmarks/bench_soft_target.py            # the bars: forward KL on all shapes, about 5 minutes
+    python tests/benchmarks/bench_soft_target.py --all      # every divergence on [2048, 32000] too
+
+Time: both sides take turns in one process, on two threads; the figures are medians of seconds over the rounds, the ratio
+is the median of the ratios of neighbours (other processes slow both sides of a pair alike).
+Memory: each side runs alone in a fresh process, one forward and backward after the inputs exist; the figure is the growth
+of the process's peak resident size (getrusage), so it holds everything that was allocated, whoever did it. A warm-up
+on one row comes first, so that the libraries' own start is in neither. The student's gradient is in both.
+
+Bar: forward_kl on [2048, 32000] against F.kl_div, time and memory ratios <= 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_trainer import DIVERGENCES, SoftTargetLoss
+
+SHAPES = [(2048, 32_000), (256, 151_936), (32, 10)]
+SIDES = ("plain", "ours")
+THREADS = 2
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b), batchmean: `F.kl_div` takes the second argument of the KL first."""
+    return F.kl_div(log_b, log_a, log_target=True, reduction="batchmean")
+
+
+def _mix(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    return (weight * log_a.exp() + (1 - weight) * log_b.exp()).log()
+
+
+def plain(divergence: str, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """What one writes by hand, without a thought for zeros."""
+    log_q, log_p = F.log_softmax(student_logits, -1), F.log_softmax(teacher_logits, -1)
+    if divergence == "forward_kl":
+        return _kl(log_p, log_q)
+    if divergence == "reverse_kl":
+        return _kl(log_q, log_p)
+    if divergence == "symmetric_kl":
+        return _kl(log_p, log_q) + _kl(log_q, log_p)
+    if divergence == "jsd":
+        log_m = _mix(log_p, log_q, 0.5)
+        return 0.5 * _kl(log_p, log_m) + 0.5 * _kl(log_q, log_m)
+    if divergence == "skew_forward_kl":
+        return _kl(log_p, _mix(log_p, log_q, 0.1))
+    if divergence == "skew_reverse_kl":
+        return _kl(log_q, _mix(log_q, log_p, 0.1))
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum() / len(log_p)
+
+
+def step(side: str, divergence: str, shape: tuple[int, int]) -> Callable[[], float]:
+    """A function that runs forward and backward once and returns the loss."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.empty(shape).normal_(0, 3, generator=generator).requires_grad_()
+    teacher = torch.empty(shape).normal_(0, 3, generator=generator)
+    module = SoftTargetLoss(divergence=divergence)
+
+    def run() -> float:
+        student.grad = None
+        loss = module(student, teacher) if side == "ours" else plain(divergence, student, teacher)
+        loss.backward()
+        return loss.item()
+
+    return run
+
+
+def measure_time(divergence: str, shape: tuple[int, int], rounds: int) -> tuple[dict[str, float], float]:
+    runs = {side: step(side, divergence, shape) for side in SIDES}
+    values = [run() for run in runs.values()]  # warm-up, and both must say the same
+    assert abs(values[0] - values[1]) <= 1e-4 * abs(values[0]) + 1e-5, (divergence, shape, values)
+    repeats = 1 if shape[0] * shape[1] > 10**6 else 500
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    for turn in range(rounds):
+        for side in SIDES if turn % 2 else reversed(SIDES):
+            start = time.perf_counter()
+            for _ in range(repeats):
+                runs[side]()
+            seconds[side].append((time.perf_counter() - start) / repeats)
+    ratio = statistics.median(ours / other for ours, other in zip(seconds["ours"], seconds["plain"], strict=True))
+    return {side: statistics.median(seconds[side]) for side in SIDES}, ratio
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure_memory_here(side: str, divergence: str, shape: tuple[int, int]) -> int:
+    step(side, divergence, (1, 5000))()
+    run = step(side, divergence, shape)
+    before = peak_bytes()
+    run()
+    return peak_bytes() - before
+
+
+def measure_memory(side: str, divergence: str, shape: tuple[int, int]) -> int:
+    command = [sys.executable, __file__, "--memory-of", side, divergence, str(shape[0]), str(shape[1])]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--all", action="store_true", help="every divergence, not forward_kl alone")
+    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    if options.memory_of:
+        side, divergence, rows, classes = options.memory_of
+        print(measure_memory_here(side, divergence, (int(rows), int(classes))))
+        return
+    cases = [("forward_kl", shape) for shape in SHAPES]
+    if options.all:
+        cases += [(name, SHAPES[0]) for name in DIVERGENCES if name != "forward_kl"]
+    print(f"torch {torch.__version__}, {THREADS} threads, {options.rounds} rounds")
+    print(
+        f"{'divergence':16} {'shape':>15} {'plain':>11} {'ours':>11} {'time':>6} {'plain':>9} {'ours':>9} {'memory':>6}"
+    )
+    for divergence, shape in cases:
+        seconds, time_ratio = measure_time(divergence, shape, options.rounds)
+        line = f"{divergence:16} {list(shape)!s:>15} {seconds['plain'] * 1e3:8.3f} ms {seconds['ours'] * 1e3:8.3f} ms "
+        line += f"{time_ratio:6.2f}"
+        if shape[0] * shape[1] > 10**6:  # smaller ones are below what a process's size can show
+            memory = {side: measure_memory(side, divergence, shape) for side in SIDES}
+            line += f" {memory['plain'] / 2**20:6.0f} MB {memory['ours'] / 2**20:6.0f} MB"
+            line += f" {memory['ours'] / memory['plain']:6.2f}"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
