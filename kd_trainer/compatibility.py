@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
         ValueError: a token has different ids, a special id differs, or the teacher has fewer ids than the student.
     """
     mend = "Take a teacher with the student's tokenizer, or give the teacher its own inputs in teacher_* columns."
+    unsure = " If the tokens are the same, pass processing_class: then they are compared instead of the configs."
     ours = processing_class if hasattr(processing_class, "get_vocab") else None
     theirs = _tokenizer_beside(teacher, init_kwargs) if ours is not None else None
     if ours is not None and theirs is not None:
@@ -126,9 +128,10 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
     mine, its = getattr(student, "config", None), getattr(teacher, "config", None)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id"):
         a, b = getattr(mine, name, None), getattr(its, name, None)
-        if a is not None and b is not None and a != b:
+        if a is not None and b is not None and not _ids(a) & _ids(b):
             because = "different special ids mean different tokenizers"
-            fail("teacher_model", Shown(f"a model with {name} {b}"), f"{a} as in the student", mend, because=because)
+            shown = Shown(f"a model with {name} {b}")
+            fail("teacher_model", shown, f"{a} as in the student", mend + unsure, because=because)
     a, b = getattr(mine, "vocab_size", None), getattr(its, "vocab_size", None)
     if isinstance(a, int) and isinstance(b, int) and b < a:
         because = "some of the student's input_ids would be outside its embedding"
@@ -141,12 +144,33 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
         )
 
 
+def _ids(value: int | list[int]) -> set[int]:
+    """A special id of a config as a set: chat models name several ends of a text."""
+    return set(value) if isinstance(value, (list, tuple)) else {value}
+
+
+def check_teacher_columns(batch: Mapping[str, Any]) -> None:
+    """Raises ValueError where the teacher has tokens of its own and no mask of its own: it would attend to padding."""
+    if "teacher_input_ids" in batch and "attention_mask" in batch and "teacher_attention_mask" not in batch:
+        fail(
+            "teacher_attention_mask",
+            None,
+            "a column beside teacher_input_ids",
+            "Keep the attention_mask of the teacher's tokenizer as teacher_attention_mask.",
+            because="the student's mask does not fit the teacher's tokens",
+        )
+
+
 def _tokenizer_beside(teacher: nn.Module, init_kwargs: dict) -> Any:
     """The tokenizer saved with the teacher, from local files only; None where there is none."""
     from transformers import AutoTokenizer
 
     path = getattr(getattr(teacher, "config", None), "_name_or_path", "")
     if not path:
+        return None
+    folder = Path(path)  # where a folder has no tokenizer, upstream makes one up from its special tokens
+    files = ("tokenizer*", "vocab*", "*.model", "*.vocab")
+    if folder.is_dir() and not any(match for pattern in files for match in folder.rglob(pattern)):
         return None
     keep = {k: v for k, v in init_kwargs.items() if k in ("revision", "cache_dir", "subfolder", "trust_remote_code")}
     try:

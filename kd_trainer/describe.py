@@ -85,7 +85,7 @@ def card_section(summary: Mapping[str, Any], log_history: Sequence[Mapping[str, 
         "| Result | Value |",
         "|---|---|",
     ]
-    last = next((entry for entry in reversed(log_history) if "eval_loss" in entry), None)
+    last = next((entry for entry in reversed(log_history) if any(k.startswith("eval_") for k in entry)), None)
     last = last or next((entry for entry in reversed(log_history) if "loss" in entry), {})
     shown = {k: v for k, v in last.items() if isinstance(v, float) and not k.endswith(("_runtime", "_per_second"))}
     return "\n".join([*lines, *(f"| {key} | {value:.4f} |" for key, value in shown.items())]) + "\n"

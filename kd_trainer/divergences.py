@@ -39,7 +39,7 @@ _SMALL = 2**12  # elements below which the plain formula has less overhead than 
 
 def _weigh(probs: Tensor, values: Tensor) -> Tensor:
     """probs * values with 0 * anything = 0; an infinite value passes no gradient on to its weight."""
-    if probs.device.type == "cpu" and probs.numel() > 0:
+    if probs.device.type == "cpu" and probs.numel() >= _SMALL:
         # Two cheap passes tell here, where no device is waited for, that nothing needs a guard: masks cost far more.
         nothing_absent = bool(probs.detach().amin() > 0)
         if nothing_absent and math.isfinite(values.detach().sum()):

@@ -69,11 +69,15 @@ class Head:
     def attended(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Boolean [B, S]: positions whose prediction is about a real token; None when every position counts.
 
-        A prediction made AT padding is not counted either, so that padding on the left changes nothing.
+        A prediction made AT padding is not counted either, so that padding on the left changes nothing. An
+        encoder-decoder without `decoder_attention_mask` has its decoder's padding in the labels alone.
         """
         if not self.token_level:
             return None
-        mask = inputs.get("decoder_attention_mask" if self.name == "seq2seq_lm" else "attention_mask")
+        seq2seq = self.name == "seq2seq_lm"
+        mask = inputs.get("decoder_attention_mask" if seq2seq else "attention_mask")
+        if mask is None and seq2seq and (targets := self.targets(inputs)) is not None:
+            return targets != IGNORE_INDEX
         if mask is None and not self.shifted:
             return None
         mask = torch.ones_like(self.sequences(inputs), dtype=torch.bool) if mask is None else mask.bool()
@@ -124,8 +128,8 @@ class Head:
         dims = 3 if self.token_level else 2
         if student.dim() != dims:
             fail(
-                "student logits",
-                Shown(f"of shape {tuple(student.shape)}"),
+                "model",
+                Shown(f"giving logits of shape {tuple(student.shape)}"),
                 f"{dims} dimensions for the task {self.name!r}",
                 "Set kd_task to the task that the model has.",
             )
@@ -162,8 +166,9 @@ HEADS = {
         ),
         Head("token_classification", True, False, ("AutoModelForTokenClassification",)),
         Head("causal_lm", True, True, ("AutoModelForCausalLM",)),
-        Head("masked_lm", True, False, ("AutoModelForMaskedLM",)),
+        # Before masked_lm: upstream lists BART, mBART and MVP under both, and they are trained as encoder-decoders.
         Head("seq2seq_lm", True, False, ("AutoModelForSeq2SeqLM",)),
+        Head("masked_lm", True, False, ("AutoModelForMaskedLM",)),
     )
 }
 
@@ -234,10 +239,26 @@ def logits_of(outputs: Any, argument: str) -> Tensor:
     )
 
 
+def check_batch(batch: Any) -> None:
+    """Raises where a batch is no mapping, or where its labels have a name under which nobody would look for them."""
+    if not isinstance(batch, Mapping):
+        mend = "Let the data collator return a dict."
+        fail("inputs", Shown(f"a batch of type {type(batch).__name__}"), "a mapping of columns", mend, error=TypeError)
+    misnamed = [name for name in ("label", "label_ids") if name in batch]
+    if misnamed and "labels" not in batch:
+        fail(
+            "inputs",
+            Shown(f"a batch with the column {misnamed[0]!r} and without 'labels'"),
+            "the class ids in 'labels'",
+            f"Rename the column {misnamed[0]!r}, or take the default data collator, which does.",
+            because="the labels would be ignored",
+        )
+
+
 def main_input(inputs: Mapping[str, Any]) -> Tensor:
-    """The first tensor of a batch that is a model input, [B, ...]."""
+    """The first tensor of a batch that is an input of the student, [B, ...]."""
     for name, value in inputs.items():
-        if isinstance(value, Tensor) and name not in NOT_INPUTS and value.dim() >= 1:
+        if isinstance(value, Tensor) and name not in NOT_INPUTS and value.dim() and not name.startswith(TEACHER_PREFIX):
             return value
     fail("inputs", Shown(f"a batch with the keys {', '.join(inputs)}"), "at least one tensor", "Check the collator.")
 

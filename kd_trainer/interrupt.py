@@ -22,10 +22,12 @@ class ResumableInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self._asked = False
+        self._saved_at = -1
         self._previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._asked = False
+        self._asked, self._saved_at = False, -1
+        self.restore()  # an earlier training that failed has not come to its end
         if args.world_size > 1 or threading.current_thread() is not threading.main_thread():
             return
         self._previous = signal.getsignal(signal.SIGINT)
@@ -33,7 +35,7 @@ class ResumableInterrupt(TrainerCallback):
 
     def _on_interrupt(self, signum: int, frame: Any) -> None:
         if self._asked:
-            self._restore()
+            self.restore()
             raise KeyboardInterrupt
         self._asked = True
         print("\n[kd_trainer] stopping after this step; press Ctrl-C again to stop at once", flush=True)
@@ -43,18 +45,24 @@ class ResumableInterrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved_at = state.global_step
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._restore()
+        self.restore()
         if self._asked:
             self._asked = False
-            print(
-                f"[kd_trainer] interrupted: {args.output_dir}/checkpoint-{state.global_step} is complete; go on with "
-                "trainer.train(resume_from_checkpoint=True), or --resume_from_checkpoint true where the script has it",
-                flush=True,
-            )
+            if self._saved_at == state.global_step:  # not so if it was pressed after the last step had ended
+                print(
+                    f"[kd_trainer] interrupted: {args.output_dir}/checkpoint-{state.global_step} is complete; go on "
+                    "with trainer.train(resume_from_checkpoint=True), or --resume_from_checkpoint true where the "
+                    "script has it",
+                    flush=True,
+                )
             raise KeyboardInterrupt
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Gives Ctrl-C back to whoever had it before; also for trainings that end with an error."""
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None

@@ -53,11 +53,15 @@ class Objective:
     label_smoothing: float = 0.0
 
     def formula(self, *, token_level: bool) -> str:
-        """The formula with its numbers, e.g. `loss = 0.7 * soft(forward_kl, T=3) + 0.3 * hard, per row`."""
+        """The formula with its numbers, e.g. `loss = 0.7 * soft(forward_kl, T=3) + 0.3 * hard, per row`.
+
+        A term of weight zero is left out, as it is in the loss.
+        """
         beta = "" if self.beta is None else f", beta={self.beta:g}"
-        soft = f"{self.alpha:g} * soft({self.divergence}{beta}, T={self.temperature:g})"
+        terms = {f"soft({self.divergence}{beta}, T={self.temperature:g})": self.alpha, "hard": 1 - self.alpha}
+        shown = [name if weight == 1 else f"{weight:g} * {name}" for name, weight in terms.items() if weight > 0]
         per = "per token" if token_level and self.reduction == "tokenmean" else "per row"
-        return f"loss = {soft} + {1 - self.alpha:g} * hard, {per}"
+        return f"loss = {' + '.join(shown)}, {per}"
 
     def count(self, head: Head, inputs: Mapping[str, Any]) -> Counts:
         """The counts of one micro-batch, read from its inputs alone."""
@@ -98,6 +102,9 @@ class Objective:
             logits, labels = student_logits, targets
             if mask is not None and self.positions == "labels":  # hard and soft count the same positions
                 logits, labels = chosen, select_positions(targets, mask)
+            elif head.token_level:  # padding's NaN would reach the gradient: 0 * NaN
+                labelled = targets != IGNORE_INDEX
+                logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
                 hard_sum = head.hard_loss_sum(logits, labels, self.label_smoothing)
             hard = _over(hard_sum, counts.rows if by_rows else counts.hard, counts.scale)

@@ -71,7 +71,7 @@ def select_positions(tensor: Tensor, mask: Tensor | None) -> Tensor:
         [[1.0, 2.0]]
     """
     if mask is None:
-        return tensor.reshape(-1, tensor.shape[-1])
+        return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
     per_class = tensor.dim() == mask.dim() + 1
     counted = as_mask(mask, tensor.shape[:-1] if per_class else tensor.shape).reshape(-1)
     rows = tensor.reshape(-1, tensor.shape[-1]) if per_class else tensor.reshape(-1)

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import Shown, fail
+from .checks import Shown, fail, message
 from .heads import TEACHER_PREFIX, accepted_inputs, auto_class_of, logits_of, model_inputs
+
+# Columns that describe the tokens in `input_ids` one by one.
+OF_THE_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 
 
 class LiveTeacher:
@@ -48,6 +51,8 @@ class LiveTeacher:
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of the batch the teacher reads: the student's columns that its forward takes, `teacher_*` ones first."""
         own = {k[len(TEACHER_PREFIX) :]: v for k, v in batch.items() if k.startswith(TEACHER_PREFIX)}
+        if "input_ids" in own:  # another text: what the student's columns say of its tokens does not hold for it
+            batch = {k: v for k, v in batch.items() if k not in OF_THE_TEXT}
         kwargs = model_inputs({**batch, **own}, self.accepted)
         return {**kwargs, "use_cache": False} if self._takes_cache else kwargs
 
@@ -98,11 +103,19 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
         model, info = auto_class.from_pretrained(
             path, output_loading_info=True, **{"use_safetensors": True, **init_kwargs}
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`teacher_model` is {path!r}; expected a folder with config.json and safetensors weights, or a hub name, "
-            f"that {auto_class.__name__} can load ({str(error).splitlines()[0]}). Check the path for a typing error."
-        ) from error
+    except Exception as error:  # upstream and safetensors raise many kinds
+        said = f"{auto_class.__name__} can load ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        if init_kwargs and isinstance(error, (TypeError, RuntimeError)):
+            expected, mend = f"arguments with which {said}", "Check their names and values."
+            raise ValueError(message("teacher_model_init_kwargs", init_kwargs, expected, mend)) from error
+        mend = "Check the path for a typing error."
+        if any(Path(path).glob("*.bin")):
+            mend = (
+                "Its weights are a pickle, which can run code: save them again as safetensors, or, if you trust "
+                'whoever made it, set teacher_model_init_kwargs to {"use_safetensors": false}.'
+            )
+        expected = f"a folder with config.json and safetensors weights, or a hub name, that {said}"
+        raise ValueError(message("teacher_model", path, expected, mend)) from error
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if fresh:
         fail(

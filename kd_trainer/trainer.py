@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import nested_detach
 
 from .checks import Shown, fail
-from .compatibility import check_same_tokens, check_separate, class_order
+from .compatibility import check_same_tokens, check_separate, check_teacher_columns, class_order
 from .describe import card_section, count_parameters, name_of, start_block
 from .files import write_atomically
 from .finite import FiniteWatch, bad_rows
@@ -28,6 +28,7 @@ from .heads import (
     TEACHER_PREFIX,
     Head,
     accepted_inputs,
+    check_batch,
     check_label_range,
     head_for,
     head_from_logits,
@@ -53,6 +54,7 @@ UPSTREAM_NAMES = {
         "_prepare_inputs",
         "_remove_unused_columns",
         "_set_signature_columns_if_needed",
+        "_hp_search_setup",
         "get_tp_size",
         "get_cp_size",
         "get_sp_size",
@@ -103,7 +105,7 @@ class DistillationMixin(_InFrontOf):
 
     # The loss is divided once by the counts of the whole optimizer step: upstream must not divide again.
     loss_is_scaled_for_ga: bool | None = True
-    _signature_columns: list[str] | None
+    _signature_columns: Any  # upstream declares it as None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -132,14 +134,12 @@ class DistillationMixin(_InFrontOf):
             mend = "Leave it out; the hard loss is the task's own, kd_alpha weighs it."
             fail("compute_loss_func", kwargs["compute_loss_func"], "None with distillation", mend)
         super().__init__(model, args, *trainer_args, **kwargs)
-        self.kd_args = DistillationArguments.of(self.args)
+        self._read_settings()
         self._refuse_what_cannot_work()
         if not self.label_names:  # a plain module's forward names no labels; the batch still has them
             self.label_names = ["labels"]
-        self._always_hard = self.kd_args.kd_alpha == 0 and self.kd_args.kd_schedule == "constant"
         self.teacher = self._load_teacher(teacher_model)
         self._fit: Fit | None = None
-        self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
         self._started = False
         self._window = Window()
         self._eval_rows: list[Tensor] | None = None
@@ -149,6 +149,22 @@ class DistillationMixin(_InFrontOf):
             self.add_callback(ResumableInterrupt())
 
     # ---- before the first step ----
+
+    def _read_settings(self) -> None:
+        """Reads the arguments as they stand now: a script or a hyperparameter search may have changed them."""
+        self.kd_args = DistillationArguments.of(self.args)
+        self._always_hard = self.kd_args.kd_alpha == 0 and self.kd_args.kd_schedule == "constant"
+        self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        self._read_settings()
+        self._require_teacher(self.teacher)
+
+    def _require_teacher(self, given: Any) -> None:
+        if given is None and not self._always_hard:
+            mend = "Pass teacher_model= to the trainer, set teacher_model_name_or_path, or set kd_alpha to 0."
+            fail("teacher_model", None, f"a teacher, with kd_alpha {self.kd_args.kd_alpha:g}", mend)
 
     def _refuse_what_cannot_work(self) -> None:
         if self.args.n_gpu > 1:
@@ -166,11 +182,9 @@ class DistillationMixin(_InFrontOf):
         if given is not None and named is not None and str(given) != named:
             fail("teacher_model_name_or_path", named, "nothing beside teacher_model=...", "Give the teacher once.")
         given = named if given is None else given
+        self._require_teacher(given)
         if given is None:
-            if self._always_hard:
-                return None
-            mend = "Pass teacher_model= to the trainer, set teacher_model_name_or_path, or set kd_alpha to 0."
-            fail("teacher_model", None, f"a teacher, with kd_alpha {kd.kd_alpha:g}", mend)
+            return None
         student = self.accelerator.unwrap_model(self.model)
         teacher = load_teacher(given, student, kd.teacher_kwargs)
         check_separate(student, teacher)
@@ -184,11 +198,13 @@ class DistillationMixin(_InFrontOf):
         """Fits teacher, student and head together on the first batch; afterwards returns what it found."""
         if self._fit is not None and self._fit.model is self.model:
             return self._fit
+        check_batch(batch)
         student = self.accelerator.unwrap_model(self.model)
         head = head_for(student, self.kd_args.kd_task, self._loss_shifts_labels)
         teacher_logits = None
         if self.teacher is not None:
             self.teacher.prepare(self.args.device)
+            check_teacher_columns(batch)
             if "input_ids" in batch and f"{TEACHER_PREFIX}input_ids" not in batch:
                 check_same_tokens(student, self.teacher.model, self.processing_class, self.kd_args.teacher_kwargs)
         if head is None or self.teacher is not None:
@@ -201,7 +217,9 @@ class DistillationMixin(_InFrontOf):
         self._note_problem_type(student, head, batch)
         targets, config = head.targets(batch), getattr(student, "config", None)
         classes = getattr(config, "vocab_size" if head.name.endswith("_lm") else "num_labels", None)
-        if targets is not None and isinstance(classes, int) and hasattr(config, "id2label"):
+        if teacher_logits is not None:  # as many as the student's, or `check_shapes` says so
+            classes = teacher_logits.shape[-1] if not isinstance(classes, int) else classes
+        if targets is not None and isinstance(classes, int):
             check_label_range(targets, classes)
         self._fit = Fit(cast(nn.Module, self.model), student, head, accepted_inputs(student))
         return self._fit
@@ -231,14 +249,21 @@ class DistillationMixin(_InFrontOf):
             shown = config.problem_type or "regression (num_labels is 1)"
             mend = "Use a model with num_labels >= 2 and integer labels; other tasks fit no head of this version."
             fail("problem_type", shown, "single_label_classification", mend)
-        if batch.get("labels") is not None and not batch["labels"].is_floating_point():
-            config.problem_type = "single_label_classification"
+        config.problem_type = "single_label_classification"
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results."""
         self._started, self._window = False, Window()
         self._finite = FiniteWatch(self._finite.mode, self._finite.process)
-        result = super().train(*args, **kwargs)
+        self._read_settings()
+        self._require_teacher(self.teacher)
+        try:
+            result = super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ResumableInterrupt):
+                    callback.restore()
+        self._finite.raise_noted()
         if self.teacher is not None and not self._always_hard and self.is_world_process_zero():
             write_atomically(
                 Path(str(self.args.output_dir)) / "distillation.json", json.dumps(self.summary(), indent=2)
@@ -314,12 +339,12 @@ class DistillationMixin(_InFrontOf):
 
     # ---- the loss ----
 
-    def _objective(self, *, training: bool) -> tuple[Objective, SoftTargetLoss]:
+    def _objective(self, *, training: bool, steps_ago: int = 0) -> tuple[Objective, SoftTargetLoss]:
         """The mixture at this step; evaluation uses the end of a schedule, so that its losses can be compared."""
         kd = self.kd_args
         done = 1.0
         if training:
-            done = min(self.state.global_step / max(self.state.max_steps - 1, 1), 1.0)
+            done = min((self.state.global_step - steps_ago) / max(self.state.max_steps - 1, 1), 1.0)
         alpha = scheduled(kd.kd_alpha, kd.kd_alpha_end, kd.kd_schedule, done)
         temperature = scheduled(kd.kd_temperature, kd.kd_temperature_end, kd.kd_schedule, done)
         if (alpha, temperature) not in self._objectives:
@@ -431,7 +456,7 @@ class DistillationMixin(_InFrontOf):
             mean = self.accelerator.reduce(window.sums, reduction="mean") / max(window.steps, 1)
             logs.update(_named(mean.tolist(), ""))
             if self.kd_args.kd_schedule != "constant":
-                objective, _ = self._objective(training=True)
+                objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
                 logs.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
             self._window = Window()
         super().log(logs, start_time)
@@ -440,7 +465,8 @@ class DistillationMixin(_InFrontOf):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._keep_columns(() if self.teacher is None or self.teacher.accepted is None else self.teacher.accepted)
+        taken = () if self.teacher is None or self.teacher.accepted is None else self.teacher.accepted
+        self._keep_columns([*taken, *(TEACHER_PREFIX + name for name in taken)])
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         self._set_signature_columns_if_needed()

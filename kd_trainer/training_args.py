@@ -187,7 +187,7 @@ def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:
         TypeError: a key is `alpha` or `temperature` (see `DistillationArguments`).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(dataclass_types)
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)  # a field half typed is a typing error
     known = {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
     from_file: dict[str, Any] = {}
     if argv and argv[0].endswith(".json"):
