@@ -113,9 +113,7 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
     theirs = _tokenizer_beside(teacher, init_kwargs) if ours is not None else None
     if ours is not None and theirs is not None:
         a, b = ours.get_vocab(), theirs.get_vocab()
-        wrong = next((token for token in a if a[token] != b.get(token)), None) or next(
-            (t for t in b if t not in a), None
-        )
+        wrong = min((t for t in {*a, *b} if a.get(t) != b.get(t)), key=lambda t: a.get(t, b.get(t)), default=None)
         if wrong is not None:
             fail(
                 "teacher_model",

@@ -30,7 +30,7 @@ from .checks import Shown, check_choice, check_number, fail
 # Elements in one block of rows. One thread wants its buffers in the nearest cache; several threads wait for each other
 # at the end of every operation (for long, where other processes use the cores), so they get fewer and larger blocks;
 # an accelerator wants few launches.
-_BLOCK_ONE_THREAD, _BLOCK_THREADS, _BLOCK_ACCELERATOR = 2**17, 2**21, 2**25
+_BLOCK_ONE_THREAD, _BLOCK_THREADS, _BLOCK_ACCELERATOR = 2**17, 2**22, 2**25
 _SMALL = 2**12  # elements below which the plain formula has less overhead than the blocks have gain
 
 
@@ -263,12 +263,13 @@ def _in_blocks(
     block = max(1, _block_elements(device) // classes)
     values = torch.empty(positions, dtype=dtype, device=device)
     gradient_rows = None if gradient is None else gradient.view(-1, classes)
-    scratch = torch.empty(4, min(block, positions), classes, dtype=dtype, device=device)
+    buffers = 0 if divergence != "forward_kl" else 3 if gradient_rows is not None else 4
+    scratch = torch.empty(buffers, min(block, positions), classes, dtype=dtype, device=device)
     for start in range(0, positions, block):
         rows = slice(start, min(start + block, positions))
         z_s, z_t = student_rows[rows], teacher_rows[rows]
-        into = scratch[3, : z_s.shape[0]] if gradient_rows is None else gradient_rows[rows]
         if divergence == "forward_kl":
+            into = scratch[3, : z_s.shape[0]] if gradient_rows is None else gradient_rows[rows]
             values[rows] = _forward_kl_block(z_s, z_t, temperature, scratch[:3, : z_s.shape[0]], into)
         elif gradient_rows is None:
             values[rows] = _terms(divergence, z_s, z_t, temperature, beta).sum(-1)
@@ -276,7 +277,7 @@ def _in_blocks(
             with torch.enable_grad():
                 z_s = z_s.to(dtype).requires_grad_()
                 block_values = _terms(divergence, z_s, z_t, temperature, beta).sum(-1)
-                into.copy_(torch.autograd.grad(block_values.sum(), z_s)[0])
+                gradient_rows[rows] = torch.autograd.grad(block_values.sum(), z_s)[0]
             values[rows] = block_values.detach()
     return values.view(student_logits.shape[:-1])
 

@@ -81,7 +81,13 @@ class Head:
         if mask is None and not self.shifted:
             return None
         mask = torch.ones_like(self.sequences(inputs), dtype=torch.bool) if mask is None else mask.bool()
-        return F.pad(mask[..., 1:] & mask[..., :-1], (0, 1), value=False) if self.shifted else mask
+        if not self.shifted:
+            return mask
+        counted = mask[..., 1:] & mask[..., :-1]
+        ids = inputs.get("position_ids")
+        if ids is not None and ids.shape == mask.shape:  # in a packed row they start again with every sequence
+            counted = counted & (ids[..., 1:] > ids[..., :-1])
+        return F.pad(counted, (0, 1), value=False)
 
     def sequences(self, inputs: Mapping[str, Any]) -> Tensor:
         """A [B, S] tensor with one entry for each position of the logits of a token-level task."""

@@ -206,6 +206,23 @@ def test_padding_on_the_left_changes_nothing_where_attended(tmp_path):
     )
 
 
+@pytest.mark.parametrize("positions", ["labels", "attended"])
+def test_packed_equals_unpacked(positions, tmp_path):  # trap 41
+    from transformers import DataCollatorWithFlattening
+
+    kwargs = {"kd_reduction": "tokenmean", "kd_positions": positions, "per_device_train_batch_size": 4}
+    apart, packed = (tiny.trainer("causal_lm", tmp_path, **kwargs) for _ in range(2))
+    packed.data_collator = DataCollatorWithFlattening()
+    apart.train()
+    packed.train()
+    batch = packed.data_collator(tiny.rows("causal_lm")[:4])
+    assert batch["input_ids"].shape[0] == 1
+    assert "attention_mask" not in batch
+    for key in ("loss", "soft_loss", "hard_loss"):
+        assert tiny.logged(packed, key) == pytest.approx(tiny.logged(apart, key), rel=1e-4)
+    torch.testing.assert_close(tiny.weights(packed.model), tiny.weights(apart.model), rtol=0, atol=1e-5)
+
+
 # ---- predictions, evaluation, logs ----
 
 

@@ -1,0 +1,66 @@
+"""What the READMEs show is true: Python blocks run, JSON blocks parse into the arguments, the options table is complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd_trainer import DIVERGENCES, DistillationArguments, DistillationTrainingArguments, parse_args
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "examples/README.md", "configs/README.md"]
+
+
+def blocks(language: str) -> list:
+    found = []
+    for page in PAGES:
+        for i, text in enumerate(re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)):
+            found.append(pytest.param(text, id=f"{page}-{i}"))
+    return found
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_blocks_run(text, tmp_path):
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("text", blocks("json"))
+def test_json_blocks_parse(text, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"output_dir": str(tmp_path), **json.loads(text)}))
+    assert parse_args(DistillationTrainingArguments, argv=[str(file)]).output_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.name)
+def test_configs_parse(path):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from distill_mlp import ExampleArguments
+    finally:
+        sys.path.pop(0)
+    args, _ = parse_args(DistillationTrainingArguments, ExampleArguments, argv=[str(path), "--use_cpu", "true"])
+    assert args.output_dir.startswith("outputs/")
+
+
+def test_every_option_and_divergence_has_a_row():
+    text = (ROOT / "README.md").read_text()
+    rows = {name: default for name, default in re.findall(r"^\| `(\w+)` \| `?([^`|]+)`? \|", text, re.M)}
+    for field in dataclasses.fields(DistillationArguments):
+        assert field.name in rows, field.name
+        shown = rows[field.name].strip()
+        assert shown == ("none" if field.default is None else str(field.default).lower()), field.name
+    assert all(f"`{name}`" in text for name in DIVERGENCES)
+
+
+def test_the_readme_is_short_and_has_two_setup_commands():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") < 300
+    assert len(re.findall(r"^pip install", text, re.M)) == 2
+    assert all((ROOT / link).exists() for link in re.findall(r"\]\(((?!http)[^)#]+)", text))
