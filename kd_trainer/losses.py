@@ -100,7 +100,7 @@ class SoftTargetLoss(nn.Module):
             labelled = labels != self.ignore_index
             counted = labelled if counted is None else counted & labelled
         if self.reduction == "none":
-            return reduce_terms(self._terms(student_logits, teacher_logits), counted, reduction="none")
+            return self._elementwise(student_logits, teacher_logits, counted)
         student_rows = select_positions(student_logits, counted)
         teacher_rows = select_positions(teacher_logits, counted)
         divergence = DIVERGENCES[self.divergence]
@@ -108,11 +108,14 @@ class SoftTargetLoss(nn.Module):
         total = values.sum() * self.temperature**2
         return reduce_total(total, self.reduction, shape=shape, positions=values.shape[0])
 
-    def _terms(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def _elementwise(self, student_logits: Tensor, teacher_logits: Tensor, counted: Tensor | None) -> Tensor:
+        if counted is not None:  # before the formula too, whose gradient at NaN would be NaN
+            hidden = ~counted.unsqueeze(-1)
+            student_logits, teacher_logits = (z.masked_fill(hidden, 0.0) for z in (student_logits, teacher_logits))
         terms = divergence_terms(
             self.divergence, student_logits, teacher_logits, temperature=self.temperature, beta=self.beta
         )
-        return terms * self.temperature**2
+        return reduce_terms(terms * self.temperature**2, counted, reduction="none")
 
     def extra_repr(self) -> str:
         beta = "" if self.beta is None else f", beta={self.beta}"

@@ -180,7 +180,8 @@ class DistillationMixin(_InFrontOf):
     def _load_teacher(self, given: nn.Module | str | Path | None) -> LiveTeacher | None:
         kd, named = self.kd_args, self.kd_args.teacher_model_name_or_path
         if given is not None and named is not None and str(given) != named:
-            fail("teacher_model_name_or_path", named, "nothing beside teacher_model=...", "Give the teacher once.")
+            expected = "nothing beside the argument teacher_model of the trainer"
+            fail("teacher_model_name_or_path", named, expected, "Give the teacher once.")
         given = named if given is None else given
         self._require_teacher(given)
         if given is None:

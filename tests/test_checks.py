@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,9 @@ def test_nearest_names_the_closest_or_nothing():
 def test_choice():
     check_choice("a", "x", ["x", "y"])
     check_choice("a", "y", iter(["x", "y"]))  # an iterator is read once
-    with pytest.raises(ValueError, match=r"`a` is 'foward'; expected one of 'forward', 'reverse'. Did you mean `forward`"):
+    with pytest.raises(
+        ValueError, match=r"`a` is 'foward'; expected one of 'forward', 'reverse'. Did you mean `forward`"
+    ):
         check_choice("a", "foward", ["forward", "reverse"])
     with pytest.raises(ValueError, match=r"`a` is 7; expected one of 'x'\. Set `a` to one of these\."):
         check_choice("a", 7, ["x"])
@@ -110,6 +113,8 @@ def test_a_failure_leaves_the_old_file_and_no_temporary_one(call, tmp_path, monk
 def test_a_reader_never_sees_half_a_file(tmp_path, monkeypatch):
     path, seen = write_atomically(tmp_path / "file.txt", "old"), []
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append((path.read_text(), open(a).read())), replace(a, b)))
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (seen.append((path.read_text(), Path(a).read_text())), replace(a, b))
+    )
     write_atomically(path, "new")
     assert seen == [("old", "new")]

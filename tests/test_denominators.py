@@ -1,7 +1,7 @@
 """The loss does not depend on how a batch is split: one process, accumulation, two processes give the same weights.
 
-SGD, unequal numbers of labels in every micro-batch and process, every reduction. The two processes are real ones (gloo),
-started by `accelerate launch`; tests/distributed_run.py is what they run.
+SGD, unequal numbers of labels in every micro-batch and process, every reduction. The two processes are real ones
+(gloo), started by `accelerate launch`; tests/distributed_run.py is what they run.
 """
 
 from __future__ import annotations
@@ -57,10 +57,9 @@ def two_processes(tmp_path_factory):
     """What two processes of four rows each made of every case: {case: {"weights": ..., "logs": ..., "world": ...}}."""
     out = tmp_path_factory.mktemp("two_processes")
     script = Path(__file__).with_name("distributed_run.py")
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script), str(out), *CASES,
-    ]  # fmt: skip
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    plain = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, *launch, *plain, str(script), str(out), *CASES]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=script.parent.parent)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import tiny
 from torch import nn
 from transformers import (
     BartConfig,
@@ -42,6 +41,7 @@ from kd_trainer.heads import (
     model_inputs,
 )
 from kd_trainer.models import MLPConfig, MLPForImageClassification
+from tests import tiny
 
 IGNORED = -100
 
@@ -68,14 +68,18 @@ def bart() -> BartForConditionalGeneration:
 def vit() -> ViTForImageClassification:
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
-            num_labels=tiny.CLASSES,
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8,
+            patch_size=4, num_labels=tiny.CLASSES,
         )
     )  # fmt: skip
 
 
 MODELS = {
-    "bert": (lambda: BertForSequenceClassification(tiny.bert_config()), "classification", "AutoModelForSequenceClassification"),
+    "bert": (
+        lambda: BertForSequenceClassification(tiny.bert_config()),
+        "classification",
+        "AutoModelForSequenceClassification",
+    ),
     "vit": (vit, "classification", "AutoModelForImageClassification"),
     "mlp": (
         lambda: MLPForImageClassification(MLPConfig(num_features=6, hidden_sizes=[4], num_labels=3)),
@@ -116,7 +120,9 @@ def test_every_head_has_a_model_above():
     assert {head for _, head, _ in MODELS.values()} == set(HEADS)
 
 
-@pytest.mark.parametrize("model", [BertModel(tiny.bert_config()), BertForQuestionAnswering(tiny.bert_config()), tiny.Plain()])
+@pytest.mark.parametrize(
+    "model", [BertModel(tiny.bert_config()), BertForQuestionAnswering(tiny.bert_config()), tiny.Plain()]
+)
 def test_models_that_no_head_fits_have_none(model):
     assert auto_class_of(model) is None
     assert head_for(model, None, False) is None
@@ -132,7 +138,9 @@ def test_kd_task_wins(task):
 def test_the_logits_of_a_plain_module_tell_its_head():
     assert head_from_logits(torch.zeros(2, 3)) is HEADS["classification"]
     assert head_from_logits(torch.zeros(2, 3, 4)) is HEADS["token_classification"]
-    with pytest.raises(ValueError, match=r"of shape \(2,\); expected \[batch, classes\] or \[batch, sequence, classes\]"):
+    with pytest.raises(
+        ValueError, match=r"of shape \(2,\); expected \[batch, classes\] or \[batch, sequence, classes\]"
+    ):
         head_from_logits(torch.zeros(2))
 
 
@@ -163,7 +171,9 @@ def test_classification_targets_are_a_vector():
 
 @pytest.mark.parametrize("name", HEADS)
 def test_float_labels_are_refused(name):
-    with pytest.raises(TypeError, match=r"`labels` is of dtype torch.float32 and shape \(2, 4\).*Cast the column to int64"):
+    with pytest.raises(
+        TypeError, match=r"`labels` is of dtype torch.float32 and shape \(2, 4\).*Cast the column to int64"
+    ):
         HEADS[name].targets({"labels": LABELS.float()})
 
 
@@ -252,13 +262,17 @@ def test_hard_loss_is_computed_in_float32_or_wider():
     exact = head.hard_loss_sum(logits.bfloat16().double(), labels)
     assert exact.dtype == torch.float64
     assert head.hard_loss_sum(logits.bfloat16(), labels).item() == pytest.approx(exact.item(), rel=1e-6)
-    assert head.hard_loss_sum(logits, labels.int()).item() == pytest.approx(F.cross_entropy(logits[:3], labels[:3], reduction="sum").item())
+    assert head.hard_loss_sum(logits, labels.int()).item() == pytest.approx(
+        F.cross_entropy(logits[:3], labels[:3], reduction="sum").item()
+    )
 
 
 @pytest.mark.parametrize("wrong", [-1, 5, 99])
 def test_a_label_outside_the_classes_is_named(wrong):
     labels = torch.tensor([0, IGNORED, wrong])
-    expected = rf"`labels` is {wrong} at position 2 of the batch; expected 0 to 4 \(the logits have 5 classes\), or -100"
+    expected = (
+        rf"`labels` is {wrong} at position 2 of the batch; expected 0 to 4 \(the logits have 5 classes\), or -100"
+    )
     with pytest.raises(ValueError, match=expected):
         check_label_range(labels, 5)
     with pytest.raises(ValueError, match=expected):
@@ -272,7 +286,9 @@ def test_shapes_that_do_not_fit_are_refused():
     head.check_shapes(logits, None, None)
     with pytest.raises(ValueError, match=r"`model` is giving logits of shape \(4, 5\); expected 3 dimensions.*kd_task"):
         HEADS["causal_lm"].check_shapes(logits, None, None)
-    with pytest.raises(ValueError, match=r"`teacher_model` is giving logits of shape \(4, 6\); expected the student's shape \(4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"`teacher_model` is giving logits of shape \(4, 6\); expected the student's shape \(4, 5\)"
+    ):
         head.check_shapes(logits, torch.zeros(4, 6), None)
     with pytest.raises(ValueError, match=r"`labels` is of shape \(3,\); expected \(4,\)"):
         head.check_shapes(logits, None, torch.zeros(3))
@@ -327,7 +343,9 @@ def test_adapters_are_seen_through():
 def test_misnamed_labels_are_refused(name):
     check_batch({"x": 1})
     check_batch({"x": 1, "labels": 2, name: 3})
-    with pytest.raises(ValueError, match=rf"column '{name}' and without 'labels'.*would be ignored\. Rename the column '{name}'"):
+    with pytest.raises(
+        ValueError, match=rf"column '{name}' and without 'labels'.*would be ignored\. Rename the column '{name}'"
+    ):
         check_batch({"x": 1, name: 3})
 
 
@@ -362,7 +380,10 @@ def test_logits_of_every_kind_of_output(outputs):
 @pytest.mark.parametrize(
     ("outputs", "shown"),
     [
-        ({"last_hidden_state": LOGITS, "pooler_output": LOGITS}, "a mapping with the keys last_hidden_state, pooler_output"),
+        (
+            {"last_hidden_state": LOGITS, "pooler_output": LOGITS},
+            "a mapping with the keys last_hidden_state, pooler_output",
+        ),
         (ModelOutput(start_logits=LOGITS), "a mapping with the keys start_logits"),
         ((torch.zeros(()), "x"), "a tuple of Tensor, str"),
         (SimpleNamespace(logits=LOGITS), "SimpleNamespace"),
@@ -370,5 +391,7 @@ def test_logits_of_every_kind_of_output(outputs):
     ],
 )
 def test_outputs_without_logits_are_described(outputs, shown):
-    with pytest.raises(TypeError, match=f"`teacher_model` is a model that returns {shown}; expected logits.*Wrap the model"):
+    with pytest.raises(
+        TypeError, match=f"`teacher_model` is a model that returns {shown}; expected logits.*Wrap the model"
+    ):
         logits_of(outputs, "teacher_model")

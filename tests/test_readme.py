@@ -1,4 +1,4 @@
-"""What the READMEs show is true: Python blocks run, JSON blocks parse into the arguments, the options table is complete."""
+"""What the READMEs show is true: Python blocks run, JSON blocks parse, the table of options is complete."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_configs_parse(path):
 
 def test_every_option_and_divergence_has_a_row():
     text = (ROOT / "README.md").read_text()
-    rows = {name: default for name, default in re.findall(r"^\| `(\w+)` \| `?([^`|]+)`? \|", text, re.M)}
+    rows = dict(re.findall(r"^\| `(\w+)` \| `?([^`|]+)`? \|", text, re.M))
     for field in dataclasses.fields(DistillationArguments):
         assert field.name in rows, field.name
         shown = rows[field.name].strip()

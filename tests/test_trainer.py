@@ -1,4 +1,4 @@
-"""The Trainer contract: what must stay as upstream has it, and what distillation adds. Numbers refer to the design's traps."""
+"""The Trainer contract: what must stay as upstream has it, and what distillation adds; traps by their number."""
 
 from __future__ import annotations
 
@@ -326,8 +326,8 @@ def test_checkpoints_and_optimizer_hold_the_student_alone(tmp_path):  # trap 16
 
 def test_best_model_by_agreement_with_metrics(tmp_path):
     run = tiny.trainer(
-        "classification", tmp_path, max_steps=6, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="teacher_agreement",
+        "classification", tmp_path, max_steps=6, eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, load_best_model_at_end=True, metric_for_best_model="teacher_agreement",
     )  # fmt: skip
     run.compute_metrics = lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}
     run.train()
@@ -403,8 +403,8 @@ def test_columns_reach_only_the_model_that_accepts_them(tmp_path):  # trap 20
     torch.manual_seed(0)
     names = tiny.bert_config()
     student = DistilBertForSequenceClassification(
-        DistilBertConfig(vocab_size=tiny.VOCAB, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=32,
-                         id2label=names.id2label, label2id=names.label2id, pad_token_id=0)
+        DistilBertConfig(vocab_size=tiny.VOCAB, dim=16, n_layers=1, n_heads=2, hidden_dim=32,
+                         max_position_embeddings=32, id2label=names.id2label, label2id=names.label2id, pad_token_id=0)
     )  # fmt: skip
     _, teacher = tiny.models("classification")
     seen = {}
@@ -529,3 +529,142 @@ def test_upstream_names_exist(tmp_path):
     run = tiny.stock_trainer("classification", tmp_path)
     gone += [f"Trainer().{name}" for name in UPSTREAM_ATTRIBUTES if not hasattr(run, name)]
     assert not gone, f"this transformers no longer has: {gone}"
+
+
+# ---- other ways into the trainer ----
+
+
+def test_model_init_gives_every_training_a_new_student(tmp_path):
+    _, teacher = tiny.models("classification")
+    data = tiny.rows("classification")
+    run = DistillationTrainer(
+        model_init=lambda: tiny.models("classification")[0], teacher_model=teacher, args=tiny.arguments(tmp_path),
+        data_collator=tiny.pad, train_dataset=data, eval_dataset=data,
+    )  # fmt: skip
+    logs = []
+    for _ in range(2):
+        run.train()
+        logs.append(tiny.logged(run, "loss"))
+    assert logs[0] == logs[1]
+    assert run.evaluate()["eval_loss"] < logs[0][0]
+
+
+def test_a_hyperparameter_search_moves_the_settings(tmp_path):
+    from transformers.trainer_utils import HPSearchBackend
+
+    run = tiny.trainer("plain", tmp_path)
+    run.hp_search_backend = HPSearchBackend.WANDB
+    run._hp_search_setup({"kd_alpha": 0.125, "kd_divergence": "reverse_kl", "kd_temperature": 1.0})
+    assert run.summary()["formula"] == "loss = 0.125 * soft(reverse_kl, T=1) + 0.875 * hard, per row"
+
+
+def test_changed_arguments_hold_for_the_next_training(tmp_path, capsys):
+    run = tiny.trainer("plain", tmp_path)
+    run.train()
+    run.args.kd_divergence = "reverse_kl"
+    run.train()
+    assert "0.7 * soft(reverse_kl, T=3)" in capsys.readouterr().out
+    bare = DistillationTrainer(
+        model=tiny.Plain(), args=tiny.arguments(tmp_path, kd_alpha=0.0), data_collator=tiny.pad,
+        train_dataset=tiny.rows("plain"),
+    )  # fmt: skip
+    bare.train()
+    bare.args.kd_alpha = 0.5
+    with pytest.raises(ValueError, match=r"`teacher_model` is None; expected a teacher, with kd_alpha 0.5"):
+        bare.train()
+
+
+def test_the_logged_alpha_is_that_of_the_logged_loss(tmp_path):
+    run = tiny.trainer("plain", tmp_path, max_steps=5, kd_schedule="linear", kd_alpha=1.0, kd_alpha_end=0.0)
+    run.train()
+    assert tiny.logged(run, "kd_alpha") == [1.0, 0.75, 0.5, 0.25, 0.0]
+    columns = (tiny.logged(run, key) for key in ("kd_alpha", "loss", "soft_loss", "hard_loss"))
+    for alpha, loss, soft, hard in zip(*columns, strict=True):
+        assert alpha * soft + (1 - alpha) * hard == pytest.approx(loss, rel=1e-5)
+
+
+def test_nan_after_the_last_log_is_not_forgotten(tmp_path):
+    run = tiny.trainer("plain", tmp_path, kd_check_finite="log", logging_steps=100)
+    run.model.register_forward_hook(lambda m, a, out: out * (math.nan if run.state.global_step == 2 else 1))
+    with pytest.raises(RuntimeError, match=r"step 2, process 0: 8 rows of the student's"):
+        run.train()
+
+
+def test_kd_check_finite_off_never_looks(tmp_path):
+    run = tiny.trainer("plain", tmp_path, kd_check_finite="off")
+    run.model.register_forward_hook(lambda m, a, out: out * math.nan)
+    run.train()
+    assert run.state.global_step == 4
+
+
+def test_predict_without_labels_first_changes_nothing(tmp_path):
+    free = [{k: v for k, v in row.items() if k != "labels"} for row in tiny.rows("classification", 5)]
+    run, fresh = tiny.trainer("classification", tmp_path), tiny.trainer("classification", tmp_path)
+    assert run.predict(free).label_ids is None
+    run.train()
+    fresh.train()
+    assert tiny.logged(run, "loss") == tiny.logged(fresh, "loss")
+    assert run.model.config.problem_type == "single_label_classification"
+
+
+def test_evaluation_sets_by_name(tmp_path):
+    run = tiny.trainer("classification", tmp_path, eval_strategy="steps", eval_steps=4)
+    run.eval_dataset = {"a": tiny.rows("classification", 9, 3), "b": tiny.rows("classification", 9, 4)}
+    run.train()
+    for name in "ab":
+        keys = [f"eval_{name}_{part}" for part in ("loss", "soft_loss", "hard_loss")]
+        (loss,), (soft,), (hard,) = (tiny.logged(run, key) for key in keys)
+        assert 0.7 * soft + 0.3 * hard == pytest.approx(loss, rel=1e-5)
+    run.create_model_card()
+    assert "| eval_b_soft_loss |" in (tmp_path / "README.md").read_text()
+
+
+def test_metrics_batch_by_batch(tmp_path):
+    run, seen = tiny.trainer("classification", tmp_path, batch_eval_metrics=True), []
+
+    def metrics(prediction, compute_result):
+        seen.append(len(prediction.label_ids))
+        return {"rows": sum(seen)} if compute_result else {}
+
+    run.compute_metrics = metrics
+    result, whole = run.evaluate(), tiny.trainer("classification", tmp_path).evaluate()
+    assert result["eval_rows"] == 21
+    assert result["eval_soft_loss"] == pytest.approx(whole["eval_soft_loss"])
+
+
+@pytest.mark.parametrize("kind", ["datasets", "torch"])
+def test_iterable_datasets(kind, tmp_path):
+    import datasets
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from tiny.rows("classification")
+
+    data = Rows() if kind == "torch" else datasets.Dataset.from_list(tiny.rows("classification")).to_iterable_dataset()
+    run = tiny.trainer("classification", tmp_path, data=data, remove_unused_columns=True)
+    whole = tiny.trainer("classification", tmp_path)
+    run.train()
+    whole.train()
+    assert tiny.logged(run, "loss") == pytest.approx(tiny.logged(whole, "loss"))
+    assert run.evaluate(data)["eval_loss"] == pytest.approx(whole.evaluate(tiny.rows("classification"))["eval_loss"])
+
+
+def test_resuming_inside_a_logging_window(tmp_path):
+    kwargs = {"max_steps": 8, "logging_steps": 3, "save_strategy": "steps", "save_steps": 4}
+    tiny.trainer("plain", tmp_path, **kwargs).train()
+    run = tiny.trainer("plain", tmp_path, **kwargs)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    parts = zip(*(tiny.logged(run, key) for key in ("loss", "soft_loss", "hard_loss")), strict=True)
+    for loss, soft, hard in parts:
+        assert 0.7 * soft + 0.3 * hard == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"activation_checkpointing": True}, {"torch_compile": True, "torch_compile_backend": "eager"}]
+)
+def test_what_wraps_the_student_changes_nothing(kwargs, tmp_path):
+    run, plain = tiny.trainer("causal_lm", tmp_path, **kwargs), tiny.trainer("causal_lm", tmp_path)
+    run.train()
+    plain.train()
+    torch.testing.assert_close(tiny.weights(run.model), tiny.weights(plain.model), rtol=0, atol=1e-6)
+    assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
