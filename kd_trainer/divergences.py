@@ -39,11 +39,11 @@ _SMALL = 2**12  # elements below which the plain formula has less overhead than 
 
 def _weigh(probs: Tensor, values: Tensor) -> Tensor:
     """probs * values with 0 * anything = 0; an infinite value passes no gradient on to its weight."""
-    if probs.device.type == "cpu" and probs.numel() >= _SMALL:
-        # Two cheap passes tell here, where no device is waited for, that nothing needs a guard: masks cost far more.
-        nothing_absent = bool(probs.detach().amin() > 0)
-        if nothing_absent and math.isfinite(values.detach().sum()):
-            return probs * values
+    if probs.device.type == "cpu":
+        # One cheap sum tells here, where no device is waited for, that nothing needs a guard: masks cost far more.
+        terms = probs * values
+        if math.isfinite(terms.detach().sum()):
+            return terms
     values = values.masked_fill(probs == 0, 0.0)
     if probs.requires_grad:
         probs = torch.where(values.isinf(), probs.detach(), probs)

@@ -105,7 +105,7 @@ class SoftTargetLoss(nn.Module):
         teacher_rows = select_positions(teacher_logits, counted)
         divergence = DIVERGENCES[self.divergence]
         values = divergence(student_rows, teacher_rows, temperature=self.temperature, beta=self.beta)
-        total = values.sum() * self.temperature**2
+        total = values.sum() if self.temperature == 1 else values.sum() * self.temperature**2
         return reduce_total(total, self.reduction, shape=shape, positions=values.shape[0])
 
     def _elementwise(self, student_logits: Tensor, teacher_logits: Tensor, counted: Tensor | None) -> Tensor:
