@@ -157,6 +157,7 @@ class DistillationMixin(_InFrontOf):
         self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
 
     def _hp_search_setup(self, trial: Any) -> None:
+        """Upstream calls this first in every training, with a trial or without."""
         super()._hp_search_setup(trial)
         self._read_settings()
         self._require_teacher(self.teacher)
@@ -256,8 +257,6 @@ class DistillationMixin(_InFrontOf):
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results."""
         self._started, self._window = False, Window()
         self._finite = FiniteWatch(self._finite.mode, self._finite.process)
-        self._read_settings()
-        self._require_teacher(self.teacher)
         try:
             result = super().train(*args, **kwargs)
         finally:
@@ -276,8 +275,11 @@ class DistillationMixin(_InFrontOf):
         kd = self.kd_args
         token_level = self._fit.head.token_level if self._fit else False
         teacher = None if self.teacher is None else self.teacher.model
+        formulas = [self._objective_at(progress)[0].formula(token_level=token_level) for progress in (0.0, 1.0)]
+        if kd.kd_schedule != "constant":
+            formulas[0] += f"; {kd.kd_schedule} schedule to {formulas[1]}"
         return {
-            "formula": self._objective(training=True)[0].formula(token_level=token_level),
+            "formula": formulas[0],
             "teacher": None if teacher is None else name_of(teacher),
             "teacher_parameters": None if teacher is None else count_parameters(teacher),
             "student_parameters": count_parameters(self.accelerator.unwrap_model(self.model)),
@@ -342,12 +344,13 @@ class DistillationMixin(_InFrontOf):
 
     def _objective(self, *, training: bool, steps_ago: int = 0) -> tuple[Objective, SoftTargetLoss]:
         """The mixture at this step; evaluation uses the end of a schedule, so that its losses can be compared."""
+        done = (self.state.global_step - steps_ago) / max(self.state.max_steps - 1, 1) if training else 1.0
+        return self._objective_at(min(done, 1.0))
+
+    def _objective_at(self, progress: float) -> tuple[Objective, SoftTargetLoss]:
         kd = self.kd_args
-        done = 1.0
-        if training:
-            done = min((self.state.global_step - steps_ago) / max(self.state.max_steps - 1, 1), 1.0)
-        alpha = scheduled(kd.kd_alpha, kd.kd_alpha_end, kd.kd_schedule, done)
-        temperature = scheduled(kd.kd_temperature, kd.kd_temperature_end, kd.kd_schedule, done)
+        alpha = scheduled(kd.kd_alpha, kd.kd_alpha_end, kd.kd_schedule, progress)
+        temperature = scheduled(kd.kd_temperature, kd.kd_temperature_end, kd.kd_schedule, progress)
         if (alpha, temperature) not in self._objectives:
             smoothing = self.args.label_smoothing_factor
             objective = Objective(

@@ -668,3 +668,21 @@ def test_what_wraps_the_student_changes_nothing(kwargs, tmp_path):
     plain.train()
     torch.testing.assert_close(tiny.weights(run.model), tiny.weights(plain.model), rtol=0, atol=1e-6)
     assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["classification", "plain"])
+def test_wrong_labels_are_found_before_the_student_is_asked(task, tmp_path):  # on a GPU they would end the process
+    run = tiny.trainer(task, tmp_path)
+    run.model.register_forward_pre_hook(lambda *args: pytest.fail("asked"))
+    batch = tiny.pad(tiny.rows(task)[:8])
+    with pytest.raises(ValueError, match=r"`labels` is 7 at position 2 of the batch; expected 0 to 4"):
+        run.compute_loss(run.model, {**batch, "labels": batch["labels"].index_fill(0, torch.tensor([2]), 7)})
+
+
+def test_the_summary_tells_both_ends_of_a_schedule(tmp_path):
+    run = tiny.trainer("plain", tmp_path, kd_schedule="cosine", kd_alpha=0.9, kd_alpha_end=0.2)
+    run.train()
+    assert run.summary()["formula"] == (
+        "loss = 0.9 * soft(forward_kl, T=3) + 0.1 * hard, per row; "
+        "cosine schedule to loss = 0.2 * soft(forward_kl, T=3) + 0.8 * hard, per row"
+    )
