@@ -46,7 +46,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`; the message lists them and names the nearest."""
-    choices = list(choices)
+    choices = choices if isinstance(choices, (dict, tuple)) else list(choices)
     if value not in choices:
         near = nearest(value, choices) if isinstance(value, str) else ""
         fail(argument, value, "one of " + ", ".join(map(repr, choices)), near or f"Set `{argument}` to one of these.")
@@ -65,6 +65,11 @@ def check_number(
 
     TypeError for what is no number (bool and str are none), ValueError for NaN, infinities and what lies outside.
     """
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        above = low is None or (value > low if open_low else value >= low)
+        below = high is None or (value < high if open_high else value <= high)
+        if above and below:  # first, since a loss checks its temperature at every step
+            return
     if low is None and high is None:
         expected = "a finite number"
     elif high is None:
@@ -73,12 +78,7 @@ def check_number(
         expected = f"a finite number {'<' if open_high else '<='} {high:g}"
     else:
         expected = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-    mend = f"Set `{argument}` to a value in that range."
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        fail(
-            argument, value, expected, f"Give `{argument}` as a number, not as {type(value).__name__}.", error=TypeError
-        )
-    too_low = low is not None and (value <= low if open_low else value < low)
-    too_high = high is not None and (value >= high if open_high else value > high)
-    if not math.isfinite(value) or too_low or too_high:
-        fail(argument, value, expected, mend)
+        wrong_type = f"Give `{argument}` as a number, not as {type(value).__name__}."
+        fail(argument, value, expected, wrong_type, error=TypeError)
+    fail(argument, value, expected, f"Set `{argument}` to a value in that range.")

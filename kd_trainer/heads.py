@@ -63,7 +63,7 @@ class Head:
                 error=TypeError,
             )
         if not self.token_level:
-            return labels.reshape(-1)
+            return labels if labels.dim() == 1 else labels.reshape(-1)
         return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if self.shifted else labels
 
     def attended(self, inputs: Mapping[str, Any]) -> Tensor | None:

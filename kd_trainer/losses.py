@@ -101,12 +101,12 @@ class SoftTargetLoss(nn.Module):
             counted = labelled if counted is None else counted & labelled
         if self.reduction == "none":
             return self._elementwise(student_logits, teacher_logits, counted)
-        student_rows = select_positions(student_logits, counted)
-        teacher_rows = select_positions(teacher_logits, counted)
+        if counted is not None:
+            student_logits, teacher_logits = (select_positions(z, counted) for z in (student_logits, teacher_logits))
         divergence = DIVERGENCES[self.divergence]
-        values = divergence(student_rows, teacher_rows, temperature=self.temperature, beta=self.beta)
+        values = divergence(student_logits, teacher_logits, temperature=self.temperature, beta=self.beta)
         total = values.sum() if self.temperature == 1 else values.sum() * self.temperature**2
-        return reduce_total(total, self.reduction, shape=shape, positions=values.shape[0])
+        return reduce_total(total, self.reduction, shape=shape, positions=values.numel())
 
     def _elementwise(self, student_logits: Tensor, teacher_logits: Tensor, counted: Tensor | None) -> Tensor:
         if counted is not None:  # before the formula too, whose gradient at NaN would be NaN

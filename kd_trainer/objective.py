@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .heads import Head, main_input
+from .joint import is_small, joint_loss
 from .losses import SoftTargetLoss
 from .reductions import IGNORE_INDEX, divide, select_positions
 
@@ -35,9 +36,9 @@ class Parts(NamedTuple):
     """The loss of a micro-batch and what it is made of; soft holds T^2, agreement is a fraction, both divided alike."""
 
     total: Tensor
-    hard: Tensor | None
-    soft: Tensor | None
-    agreement: Tensor | None
+    hard: Tensor | float | None
+    soft: Tensor | float | None
+    agreement: Tensor | float | None
 
 
 @dataclass(frozen=True)
@@ -95,42 +96,67 @@ class Objective:
         targets = head.targets(inputs)
         head.check_shapes(student_logits, teacher_logits, targets)
         mask = head.soft_mask(inputs, targets, self.positions)
-        by_rows = self.reduction == "batchmean"
         chosen = student_logits if mask is None else select_positions(student_logits, mask)
+        taught = teacher_logits if mask is None or teacher_logits is None else select_positions(teacher_logits, mask)
+        logits, labels = student_logits, targets
+        if targets is not None and mask is not None and self.positions == "labels":
+            logits, labels = chosen, select_positions(targets, mask)  # hard and soft count the same positions
+        elif targets is not None and head.token_level:  # padding's NaN would reach the gradient: 0 * NaN
+            labelled = targets != IGNORE_INDEX
+            logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
+        by_rows = self.reduction == "batchmean"
+        soft_count, hard_count = (counts.rows, counts.rows) if by_rows else (counts.soft, counts.hard)
+
+        plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen
+        if taught is not None and not plain and is_small(chosen, taught):
+            parts = self._joint(chosen, taught, labels, float(soft_count), float(hard_count), counts)
+            if parts is not None:
+                return parts
         hard = soft = agreement = None
-        if targets is not None:
-            logits, labels = student_logits, targets
-            if mask is not None and self.positions == "labels":  # hard and soft count the same positions
-                logits, labels = chosen, select_positions(targets, mask)
-            elif head.token_level:  # padding's NaN would reach the gradient: 0 * NaN
-                labelled = targets != IGNORE_INDEX
-                logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
-                hard_sum = head.hard_loss_sum(logits, labels, self.label_smoothing)
-            hard = _over(hard_sum, counts.rows if by_rows else counts.hard, counts.scale)
-        if teacher_logits is not None:
-            taught = teacher_logits if mask is None else select_positions(teacher_logits, mask)
-            soft = _over(soft_loss(chosen, taught), counts.rows if by_rows else counts.soft, counts.scale)
-            same = chosen.detach().argmax(-1) == taught.argmax(-1)
-            agreement = _over(same.sum(), counts.soft, counts.scale)
+        if labels is not None:
+            # At alpha 1 the hard loss is for the log alone.
+            hard_sum = head.hard_loss_sum(logits if self.alpha < 1 else logits.detach(), labels, self.label_smoothing)
+            hard = divide(hard_sum, hard_count) * counts.scale
+        if taught is not None:
+            soft = divide(soft_loss(chosen, taught), soft_count) * counts.scale
+            same = chosen.argmax(-1) == taught.argmax(-1)
+            agreement = divide(same.sum(), counts.soft) * counts.scale
         return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
+
+    def _joint(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None,
+        soft_count: float,
+        hard_count: float,
+        counts: Counts,
+    ) -> Parts | None:
+        """The same by `joint_loss`, on the CPU, where reading a number waits for nothing; None: take the plain way."""
+        joint = joint_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=self.temperature,
+            soft_weight=divide(self.alpha * counts.scale, soft_count),
+            hard_weight=divide((1 - self.alpha) * counts.scale, hard_count),
+        )
+        if joint is None:
+            return None
+        hard = None if labels is None else divide(joint.hard * counts.scale, hard_count)
+        same = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum().item()
+        agreement = divide(same * counts.scale, float(counts.soft))
+        return Parts(joint.total, hard, divide(joint.soft * counts.scale, soft_count), agreement)
 
     def _mix(self, hard: Tensor | None, soft: Tensor | None, student_logits: Tensor) -> Tensor:
         """alpha * soft + (1 - alpha) * hard; a term of weight zero is not added, since 0 * inf is NaN."""
-        weighted = [
-            term if weight == 1 else weight * term
-            for weight, term in ((self.alpha, soft), (1 - self.alpha, hard))
-            if term is not None and weight > 0
-        ]
-        if not weighted:  # nothing counts: zero, with a gradient path for the processes that wait in backward
-            return student_logits[..., :0].sum()
-        return weighted[0] if len(weighted) == 1 else weighted[0] + weighted[1]
-
-
-def _over(total: Tensor, count: Tensor | int, scale: int) -> Tensor:
-    """This micro-batch's part of a mean over the whole optimizer step."""
-    share = divide(total, count)
-    return share if scale == 1 else share * scale
+        if soft is None or self.alpha == 0:
+            if hard is None:  # nothing counts: zero, with a gradient path for the processes that wait in backward
+                return student_logits[..., :0].sum()
+            return hard if self.alpha == 0 else (1 - self.alpha) * hard
+        if hard is None or self.alpha == 1:
+            return soft if self.alpha == 1 else self.alpha * soft
+        return torch.add((1 - self.alpha) * hard, soft, alpha=self.alpha)
 
 
 def scheduled(start: float, end: float | None, schedule: str, progress: float) -> float:

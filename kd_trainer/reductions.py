@@ -11,6 +11,8 @@ counted, the result is 0 with a gradient path, never NaN.
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -20,11 +22,15 @@ IGNORE_INDEX = -100  # a label that is none, as in torch and transformers
 REDUCTIONS = ("none", "sum", "mean", "batchmean", "tokenmean")
 
 
-def divide(total: Tensor, count: float | Tensor) -> Tensor:
+@overload
+def divide(total: Tensor, count: float | Tensor) -> Tensor: ...
+@overload
+def divide(total: float, count: float) -> float: ...
+def divide(total: float | Tensor, count: float | Tensor) -> float | Tensor:
     """total / max(count, 1): the one place where a sum becomes a mean.
 
     Args:
-        total: a sum, any shape.
+        total: a sum, any shape, or a number.
         count: how many it is over, a number or a tensor (which stays on its device: no synchronisation).
 
     Returns:

@@ -78,15 +78,46 @@ class Fit(NamedTuple):
     accepted: frozenset[str] | None  # names of the student's inputs
 
 
+# hard, soft, agreement and the number of labels, detached; None where a part does not exist
+Row = tuple[Tensor | float | None, Tensor | float | None, Tensor | float | None, Tensor | int]
+
+
 class Window:
-    """Sums of the logged parts since the last log, on the device: no synchronisation before `means`."""
+    """The logged parts since the last log, kept on the device: no synchronisation before `sums` is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.steps = 0  # optimizer steps begun
-        self.sums: Tensor | None = None  # hard, soft, agreement, labelled share; NaN where a part does not exist
+        self._device = device
+        self._sums: list[Tensor] = []
+        self._rows: list[Row] = []
 
-    def add(self, row: Tensor) -> None:
-        self.sums = row if self.sums is None else self.sums + row
+    def add(self, row: Row) -> None:
+        """Takes the parts of one micro-batch; they are summed up now and then, not at every step."""
+        self._rows.append(row)
+        if len(self._rows) == 64:
+            self._fold()
+
+    def _fold(self) -> None:
+        self._sums.append(as_tensor(self._rows, self._device).sum(0))
+        self._rows = []
+
+    def sums(self) -> Tensor | None:
+        """Sums of the four parts over the window, [4]; None where nothing was added."""
+        if self._rows:
+            self._fold()
+        return torch.stack(self._sums).sum(0) if self._sums else None
+
+
+def as_tensor(rows: list[Row], device: torch.device) -> Tensor:
+    """[N, 4] in float32; NaN where a part does not exist."""
+    columns = []
+    for column in zip(*rows, strict=True):
+        if all(isinstance(value, Tensor) for value in column):
+            columns.append(torch.stack(column).to(device, torch.float32))
+        else:
+            numbers = [math.nan if value is None else float(value) for value in column]
+            columns.append(torch.tensor(numbers, device=device))
+    return torch.stack(columns, dim=1)
 
 
 class DistillationMixin(_InFrontOf):
@@ -141,7 +172,7 @@ class DistillationMixin(_InFrontOf):
         self.teacher = self._load_teacher(teacher_model)
         self._fit: Fit | None = None
         self._started = False
-        self._window = Window()
+        self._window = Window(self.args.device)
         self._eval_rows: list[Tensor] | None = None
         mode = self.kd_args.kd_check_finite or ("step" if self.args.device.type == "cpu" else "log")
         self._finite = FiniteWatch(mode, self.args.process_index)
@@ -255,7 +286,7 @@ class DistillationMixin(_InFrontOf):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results."""
-        self._started, self._window = False, Window()
+        self._started, self._window = False, Window(self.args.device)
         self._finite = FiniteWatch(self._finite.mode, self._finite.process)
         try:
             result = super().train(*args, **kwargs)
@@ -410,14 +441,13 @@ class DistillationMixin(_InFrontOf):
         """Keeps the parts on the device: summed for the training log, gathered row by row as `eval_loss` is."""
         if not training and self._eval_rows is None:
             return
-        absent = parts.total.new_full((), math.nan)
-        labelled = torch.as_tensor(counts.hard, dtype=absent.dtype, device=absent.device)
-        values = (parts.hard, parts.soft, parts.agreement)
-        row = torch.stack([*(absent if v is None else v.detach().to(absent.dtype) for v in values), labelled])
+        hard, soft, agreement = (v.detach() if isinstance(v, Tensor) else v for v in parts[1:])
+        row = (hard, soft, agreement, counts.hard)
         if training:
             self._window.add(row)
         elif self._eval_rows is not None:
-            self._eval_rows.append(self.gather_function(row.repeat(self.args.eval_batch_size, 1)))
+            values = as_tensor([row], parts.total.device)
+            self._eval_rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
 
     # ---- evaluation and logs ----
 
@@ -454,15 +484,15 @@ class DistillationMixin(_InFrontOf):
 
         Only that log is gathered over the processes, so a script may log by itself on one process.
         """
-        window = self._window
-        if "loss" in logs and "learning_rate" in logs and window.sums is not None:
+        sums = self._window.sums() if "loss" in logs and "learning_rate" in logs else None
+        if sums is not None:
             self._finite.raise_noted()
-            mean = self.accelerator.reduce(window.sums, reduction="mean") / max(window.steps, 1)
+            mean = self.accelerator.reduce(sums, reduction="mean") / max(self._window.steps, 1)
             logs.update(_named(mean.tolist(), ""))
             if self.kd_args.kd_schedule != "constant":
                 objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
                 logs.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
-            self._window = Window()
+            self._window = Window(self.args.device)
         super().log(logs, start_time)
 
     # ---- columns and the model card ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 import runpy
@@ -123,4 +124,6 @@ def test_by_hand_is_the_trainer(alpha, temperature, tmp_path):
     logged = tiny.logged(trainer, "loss")
     assert len(logged) == len(by_hand) == steps
     assert by_hand[-1] < 0.8 * by_hand[0]  # it did learn something
-    assert logged == pytest.approx(by_hand, rel=1e-6)
+    # 1e-6 as long as the loss is not small beside the rounding of the log-probabilities that it is a difference of.
+    rounding = alpha * temperature**2 * torch.finfo(torch.float32).eps * math.log(10)
+    assert logged == pytest.approx(by_hand, rel=1e-6, abs=rounding if alpha == 1 else 0)

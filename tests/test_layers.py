@@ -20,6 +20,7 @@ ORDER = [
     "reductions",
     "losses",
     "heads",
+    "joint",
     "objective",
     "teacher",
     "compatibility",

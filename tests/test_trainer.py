@@ -293,7 +293,7 @@ def test_teacher_agreement_is_the_share_of_equal_top_classes(tmp_path):
 
 def test_a_users_own_log_is_left_alone(tmp_path):  # trap 26
     run = tiny.trainer("plain", tmp_path)
-    run._window.add(torch.ones(4))
+    run._window.add((torch.ones(()),) * 4)
     run.log({"loss": 1.0})
     assert set(run.state.log_history[-1]) <= {"loss", "epoch", "step"}
 
@@ -373,7 +373,9 @@ def test_bf16_teacher_computes_in_bf16_and_softmax_in_float32(tmp_path):  # trap
     run.train()
     assert set(seen) == {torch.bfloat16}
     assert math.isfinite(metrics["eval_loss"])
-    assert run._window.sums is None or run._window.sums.dtype == torch.float32
+    run._window.steps = 1
+    run.compute_loss(run.model.train(), tiny.pad(tiny.rows("classification")[:4]))
+    assert run._window.sums().dtype == torch.float32
 
 
 def test_constant_alpha_zero_does_not_call_the_teacher_in_training(tmp_path):
@@ -686,3 +688,12 @@ def test_the_summary_tells_both_ends_of_a_schedule(tmp_path):
         "loss = 0.9 * soft(forward_kl, T=3) + 0.1 * hard, per row; "
         "cosine schedule to loss = 0.2 * soft(forward_kl, T=3) + 0.8 * hard, per row"
     )
+
+
+def test_a_long_window_is_summed_up_whole(tmp_path):
+    kwargs = {"max_steps": 150, "per_device_train_batch_size": 2, "learning_rate": 0.0}
+    often, once = (tiny.trainer("plain", tmp_path, logging_steps=steps, **kwargs) for steps in (1, 150))
+    often.train()
+    once.train()
+    for key in ("loss", "hard_loss", "soft_loss", "teacher_agreement"):
+        assert tiny.logged(once, key)[0] == pytest.approx(sum(tiny.logged(often, key)) / 150, rel=1e-5)
