@@ -140,6 +140,7 @@ class Objective:
             temperature=self.temperature,
             soft_weight=divide(self.alpha * counts.scale, soft_count),
             hard_weight=divide((1 - self.alpha) * counts.scale, hard_count),
+            all_labelled=float(counts.hard) == float(counts.rows),
         )
         if joint is None:
             return None

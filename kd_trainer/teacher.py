@@ -8,6 +8,7 @@ Imports: checks, heads, transformers (on use).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ class LiveTeacher:
         # Someone may have called teacher.train(), or trained a part of it, since the last step.
         if any(module.training for module in self._modules):
             self.model.eval()
-        with torch.no_grad(), accelerator.autocast():
+        autocast = nullcontext() if accelerator.mixed_precision == "no" else accelerator.autocast()
+        with torch.no_grad(), autocast:
             logits = logits_of(self.model(**self.inputs(batch)), "teacher_model")
         if self.class_order is not None:
             self.class_order = self.class_order.to(logits.device)

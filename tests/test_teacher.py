@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM, BertForTokenClassification, BertModel,
 from kd_trainer.teacher import LiveTeacher, load_teacher
 from tests import tiny
 
-ACCELERATOR = SimpleNamespace(autocast=contextlib.nullcontext)
+ACCELERATOR = SimpleNamespace(autocast=contextlib.nullcontext, mixed_precision="no")
 
 
 @pytest.fixture
