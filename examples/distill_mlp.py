@@ -1,7 +1,7 @@
 """Teacher, distilled student and baseline student on 784 features: trained, compared, drawn.
 
-    python examples/distill_mlp.py configs/distill_mlp.json               # few labels, many unlabelled rows; ~40 s
-    python examples/distill_mlp.py configs/distill_mlp.json --seeds 5     # mean and spread; ~2 min
+    python examples/distill_mlp.py configs/distill_mlp.json               # few labels, many unlabelled rows; ~20 s
+    python examples/distill_mlp.py configs/distill_mlp.json --seeds 5     # mean and spread; ~85 s
     python examples/distill_mlp.py configs/distill_mlp_classic.json       # 500 labelled rows: all reach 100%
     python examples/distill_mlp.py configs/distill_mlp_digits.json --train_file digits.parquet
     accelerate launch examples/distill_mlp.py configs/distill_mlp.json    # the same on GPUs or several processes
