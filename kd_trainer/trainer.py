@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,6 +39,7 @@ from .losses import SoftTargetLoss
 from .objective import Counts, Objective, Parts, scheduled
 from .teacher import LiveTeacher, load_teacher
 from .training_args import DistillationArguments, refuse_borrowed_names
+from .window import Window, as_tensor, named
 
 if TYPE_CHECKING:  # at run time the mixin has no base of its own, so that it fits in front of any Trainer class
     _InFrontOf = Trainer
@@ -76,48 +76,6 @@ class Fit(NamedTuple):
     student: nn.Module  # the same, unwrapped
     head: Head
     accepted: frozenset[str] | None  # names of the student's inputs
-
-
-# hard, soft, agreement and the number of labels, detached; None where a part does not exist
-Row = tuple[Tensor | float | None, Tensor | float | None, Tensor | float | None, Tensor | int]
-
-
-class Window:
-    """The logged parts since the last log, kept on the device: no synchronisation before `sums` is read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.steps = 0  # optimizer steps begun
-        self._device = device
-        self._sums: list[Tensor] = []
-        self._rows: list[Row] = []
-
-    def add(self, row: Row) -> None:
-        """Takes the parts of one micro-batch; they are summed up now and then, not at every step."""
-        self._rows.append(row)
-        if len(self._rows) == 64:
-            self._fold()
-
-    def _fold(self) -> None:
-        self._sums.append(as_tensor(self._rows, self._device).sum(0))
-        self._rows = []
-
-    def sums(self) -> Tensor | None:
-        """Sums of the four parts over the window, [4]; None where nothing was added."""
-        if self._rows:
-            self._fold()
-        return torch.stack(self._sums).sum(0) if self._sums else None
-
-
-def as_tensor(rows: list[Row], device: torch.device) -> Tensor:
-    """[N, 4] in float32; NaN where a part does not exist."""
-    columns = []
-    for column in zip(*rows, strict=True):
-        if all(isinstance(value, Tensor) for value in column):
-            columns.append(torch.stack(column).to(device, torch.float32))
-        else:
-            numbers = [math.nan if value is None else float(value) for value in column]
-            columns.append(torch.tensor(numbers, device=device))
-    return torch.stack(columns, dim=1)
 
 
 class DistillationMixin(_InFrontOf):
@@ -474,7 +432,7 @@ class DistillationMixin(_InFrontOf):
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
             if self._eval_rows and output.metrics is not None:
-                output.metrics.update(_named(torch.cat(self._eval_rows).mean(0).tolist(), f"{prefix}_"))
+                output.metrics.update(named(torch.cat(self._eval_rows).mean(0).tolist(), f"{prefix}_"))
         finally:
             self._eval_rows = outer
         return output
@@ -488,7 +446,7 @@ class DistillationMixin(_InFrontOf):
         if sums is not None:
             self._finite.raise_noted()
             mean = self.accelerator.reduce(sums, reduction="mean") / max(self._window.steps, 1)
-            logs.update(_named(mean.tolist(), ""))
+            logs.update(named(mean.tolist(), ""))
             if self.kd_args.kd_schedule != "constant":
                 objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
                 logs.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
@@ -531,13 +489,6 @@ class DistillationTrainer(DistillationMixin, Trainer):
         trainer = DistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data)
         trainer.train()
     """
-
-
-def _named(means: list[float], prefix: str) -> dict[str, float]:
-    """The parts that exist, by their logged names; a hard loss without any label is none."""
-    hard, soft, agreement, labelled = means
-    named = {"hard_loss": hard if labelled > 0 else math.nan, "soft_loss": soft, "teacher_agreement": agreement}
-    return {prefix + name: value for name, value in named.items() if not math.isnan(value)}
 
 
 def _as_mapping(outputs: Any, loss: Tensor) -> Any:

@@ -36,6 +36,7 @@ ORDER = [
     "runs",
     "plots",
     "report",
+    "window",
     "trainer",
     "cli",
 ]
