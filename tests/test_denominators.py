@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,9 +59,11 @@ def two_processes(tmp_path_factory):
     out = tmp_path_factory.mktemp("two_processes")
     script = Path(__file__).with_name("distributed_run.py")
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    plain = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # Launches side by side that look for a free port may find the same one, and then wait for each other.
+    port = str(29511 + 101 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+    plain = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
     command = [sys.executable, *launch, *plain, str(script), str(out), *CASES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=script.parent.parent)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=script.parent.parent)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out
 
