@@ -14,16 +14,21 @@ if TYPE_CHECKING:
     from .divergences import jsd as jsd
     from .divergences import reverse_kl as reverse_kl
     from .divergences import symmetric_kl as symmetric_kl
+    from .fused_linear import FusedLoss as FusedLoss
+    from .fused_linear import fused_linear_distillation as fused_linear_distillation
     from .losses import DistillationLoss as DistillationLoss
     from .losses import KLDivergenceLoss as KLDivergenceLoss
     from .losses import SoftTargetLoss as SoftTargetLoss
     from .losses import fit_temperature as fit_temperature
     from .models import MLPConfig as MLPConfig
     from .models import MLPForImageClassification as MLPForImageClassification
+    from .students import student_from_teacher as student_from_teacher
     from .trainer import DistillationMixin as DistillationMixin
     from .trainer import DistillationTrainer as DistillationTrainer
+    from .trainer import Seq2SeqDistillationTrainer as Seq2SeqDistillationTrainer
     from .training_args import DistillationArguments as DistillationArguments
     from .training_args import DistillationTrainingArguments as DistillationTrainingArguments
+    from .training_args import Seq2SeqDistillationTrainingArguments as Seq2SeqDistillationTrainingArguments
     from .training_args import parse_args as parse_args
 
 __version__ = "0.1.0"
@@ -42,10 +47,17 @@ _HOME = {
         "symmetric_kl",
         "total_variation",
     ],
+    "fused_linear": ["FusedLoss", "fused_linear_distillation", "fused_linear_distillation_plain"],
     "losses": ["DistillationLoss", "KLDivergenceLoss", "SoftTargetLoss", "fit_temperature"],
     "models": ["MLPConfig", "MLPForImageClassification"],
-    "trainer": ["DistillationMixin", "DistillationTrainer"],
-    "training_args": ["DistillationArguments", "DistillationTrainingArguments", "parse_args"],
+    "students": ["student_from_teacher"],
+    "trainer": ["DistillationMixin", "DistillationTrainer", "Seq2SeqDistillationTrainer"],
+    "training_args": [
+        "DistillationArguments",
+        "DistillationTrainingArguments",
+        "Seq2SeqDistillationTrainingArguments",
+        "parse_args",
+    ],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -1,21 +1,23 @@
 """Do teacher and student fit? Refuses what would train wrongly in silence, before the first step.
 
 For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared in `heads.py`, batch by batch.
-Imports: checks, transformers (on use).
+Imports: checks, heads, transformers (on use).
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .checks import Shown, fail
+from .heads import vocabulary_rows
 
 logger = logging.getLogger(__name__)
 
@@ -98,48 +100,109 @@ def _some(names: Mapping[int, str]) -> str:
     return ", ".join(shown) + (", ..." if len(names) > 3 else "")
 
 
-def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: Any, init_kwargs: dict) -> None:
-    """For a teacher that reads the student's `input_ids`: token -> id must be the same map.
+_SAME_TOKENS = "Take a teacher with the student's tokenizer, or give the teacher its own inputs in teacher_* columns."
+_COMPARE = (
+    "Take a teacher with the student's tokenizer, give the teacher its own inputs in teacher_* columns, or, if the "
+    "tokens are the same, pass processing_class: then they are compared instead of the configs."
+)
+
+
+def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: Any, init_kwargs: dict) -> str | None:
+    """For a teacher that reads the student's tokens: token -> id must be the same map.
 
     The tokenizers are compared where both are at hand (`processing_class`, and the one saved beside the teacher);
     otherwise the special ids and sizes in the configs.
 
+    Returns:
+        By what they were found equal, "tokenizers" or "special ids"; None where nothing could be compared.
+
     Raises:
         ValueError: a token has different ids, a special id differs, or the teacher has fewer ids than the student.
     """
-    mend = "Take a teacher with the student's tokenizer, or give the teacher its own inputs in teacher_* columns."
-    unsure = " If the tokens are the same, pass processing_class: then they are compared instead of the configs."
     ours = processing_class if hasattr(processing_class, "get_vocab") else None
+    if ours is None and hasattr(getattr(processing_class, "tokenizer", None), "get_vocab"):
+        ours = processing_class.tokenizer  # of a processor for sound or images
     theirs = _tokenizer_beside(teacher, init_kwargs) if ours is not None else None
     if ours is not None and theirs is not None:
-        a, b = ours.get_vocab(), theirs.get_vocab()
-        wrong = min((t for t in {*a, *b} if a.get(t) != b.get(t)), key=lambda t: a.get(t, b.get(t)), default=None)
-        if wrong is not None:
-            fail(
-                "teacher_model",
-                Shown(f"a model whose tokenizer has {len(b)} tokens, {wrong!r} with id {b.get(wrong)}"),
-                f"the tokens of processing_class ({len(a)}, {wrong!r} with id {a.get(wrong)})",
-                mend,
-                because="the teacher would read the student's input_ids as other words",
-            )
-        return
+        _check_tokenizers(ours.get_vocab(), theirs.get_vocab(), vocabulary_rows(student), vocabulary_rows(teacher))
+        return "tokenizers"
+    compared = False
     mine, its = getattr(student, "config", None), getattr(teacher, "config", None)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id"):
         a, b = getattr(mine, name, None), getattr(its, name, None)
-        if a is not None and b is not None and not _ids(a) & _ids(b):
+        if a is None or b is None:
+            continue
+        compared = True
+        if not _ids(a) & _ids(b):
             because = "different special ids mean different tokenizers"
             shown = Shown(f"a model with {name} {b}")
-            fail("teacher_model", shown, f"{a} as in the student", mend + unsure, because=because)
-    a, b = getattr(mine, "vocab_size", None), getattr(its, "vocab_size", None)
-    if isinstance(a, int) and isinstance(b, int) and b < a:
-        because = "some of the student's input_ids would be outside its embedding"
+            fail("teacher_model", shown, f"{a} as in the student", _COMPARE, because=because)
+    a, b = vocabulary_rows(student), vocabulary_rows(teacher)
+    if a is not None and b is not None and b < a:
+        _fail_smaller(b, f"at least {a}, the student's", _COMPARE)
+    return "special ids" if compared else None
+
+
+def _check_tokenizers(ours: Mapping[str, int], theirs: Mapping[str, int], a: int | None, b: int | None) -> None:
+    """Compares token -> id for all ids that both embeddings (of `a` and `b` rows) have.
+
+    A token whose ids are all beyond the smaller embedding may differ: the student cannot read or write it, or the
+    teacher's probability of it is left out of the soft loss. What the student can read and the teacher cannot may not.
+    """
+    common = min(a or sys.maxsize, b or sys.maxsize)
+    moved = [t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)]
+    moved = [t for t in moved if min(ours.get(t, common), theirs.get(t, common)) < common]
+    if moved:
+        wrong = min(moved, key=lambda t: ours.get(t, theirs.get(t, 0)))
         fail(
             "teacher_model",
-            Shown(f"a model with vocab_size {b}"),
-            f"at least {a}, the student's",
-            mend,
-            because=because,
+            Shown(f"a model whose tokenizer has {len(theirs)} tokens, {wrong!r} with id {theirs.get(wrong)}"),
+            f"the tokens of processing_class ({len(ours)}, {wrong!r} with id {ours.get(wrong)})",
+            _SAME_TOKENS,
+            because="the teacher would read the student's input_ids as other words",
         )
+    if a is None or b is None:
+        return
+    unread = max((t for t, i in ours.items() if b <= i < a), key=lambda t: ours[t], default=None)
+    if unread is not None:
+        _fail_smaller(b, f"at least {ours[unread] + 1}, for {unread!r} of processing_class", _SAME_TOKENS)
+
+
+def _fail_smaller(rows: int, expected: str, mend: str) -> NoReturn:
+    because = "some of the student's input_ids would be outside its embedding"
+    fail("teacher_model", Shown(f"a model with vocab_size {rows}"), expected, mend, because=because)
+
+
+def common_ids(ours: int, theirs: int, known_by: str | None) -> int | None:
+    """How many ids, from 0 on, two language models share whose vocabularies differ in size; None where they do not.
+
+    Embeddings are padded to round numbers (Qwen2.5: 151,936 rows at 1.5B, 152,064 at 7B, for the same 151,665 tokens).
+
+    Args:
+        ours, theirs: classes of the student's and of the teacher's logits.
+        known_by: what `check_same_tokens` returned.
+
+    Raises:
+        ValueError: nothing tells that the tokens are the same; or special ids alone do, and the larger vocabulary is
+            no multiple of 8, so that it holds tokens of its own rather than padding (Whisper v3: 51,866 with a new
+            token in the middle, v2: 51,865).
+    """
+    if ours == theirs:
+        return None
+    if known_by == "tokenizers" or (known_by is not None and max(ours, theirs) % 8 == 0):
+        return min(ours, theirs)
+    because = "nothing tells that class i of one means class i of the other"
+    fail("teacher_model", Shown(f"a model of {theirs} token ids"), f"{ours} as the student", _COMPARE, because=because)
+
+
+def vocabulary_line(ours: int, theirs: int, known_by: str | None) -> str:
+    """For the reader: which ids of differing vocabularies have no soft loss, and how the others are known to agree."""
+    side, extra = ("student", ours - theirs) if ours > theirs else ("teacher", theirs - ours)
+    alone = " and learn from the hard loss alone" if side == "student" else ""
+    return (
+        f"vocabularies of {ours:,} (student) and {theirs:,} (teacher) ids, compared by their {known_by}: soft loss and "
+        f"agreement are over the {min(ours, theirs):,} common ids; the {side}'s other {extra:,} are left out{alone}"
+    )
 
 
 def _ids(value: int | list[int]) -> set[int]:

@@ -17,8 +17,8 @@ from .reductions import divide
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of the model, trainable or not."""
-    return sum(p.numel() for p in model.parameters())
+    """Parameters of the model, trainable or not; under ZeRO-3 of all processes together."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def name_of(model: nn.Module) -> str:

@@ -188,6 +188,14 @@ def divergence_terms(
     return _terms(divergence, student_logits, teacher_logits, temperature, beta)
 
 
+def log_prob_terms(divergence: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """The formula alone: contributions [..., V] from log-probabilities of teacher and student, in their dtype.
+
+    For callers that have normalised already; `beta` as `check_divergence` returns it.
+    """
+    return _TERMS[divergence](log_p, log_q, beta)
+
+
 def _terms(divergence: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, beta: float) -> Tensor:
     dtype = _wide(student_logits, teacher_logits)
     log_p = _log_probs(teacher_logits, temperature, dtype)

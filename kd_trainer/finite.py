@@ -23,14 +23,19 @@ class FiniteWatch:
     """
 
     def __init__(self, mode: str, process: int) -> None:
-        self.mode, self.process = mode, process
+        self.mode, self.process, self._of = mode, process, "logits"
         # step, then for student and teacher: number of bad rows, first of them; step is -1 while all is well.
         self._note: Tensor | None = None
 
-    def see(self, loss: Tensor, student: Tensor, teacher: Tensor | None, step: int) -> None:
-        """Takes one loss with the logits behind it; in mode "step" raises RuntimeError if it is not finite."""
+    def see(self, loss: Tensor, student: Tensor, teacher: Tensor | None, step: int, *, of: str = "logits") -> None:
+        """Takes one loss with the logits behind it; in mode "step" raises RuntimeError if it is not finite.
+
+        Args:
+            of: what `student` and `teacher` are where they are no logits: "hidden states".
+        """
         if self.mode == "off":
             return
+        self._of = of
         if self.mode == "step":
             if not math.isfinite(loss.item()):
                 rows = [bad_rows(student), [] if teacher is None else bad_rows(teacher)]
@@ -57,8 +62,10 @@ class FiniteWatch:
         for side, known, count in zip(("student", "teacher"), rows, counts, strict=True):
             if count:
                 shown = ", ".join(map(str, known[:8])) + (", ..." if count > len(known[:8]) else "")
-                sides.append(f"{count} rows of the {side}'s logits hold NaN or inf (rows [{shown}])")
-        cause = "; ".join(sides) or "all logits are finite, but the teacher has mass where the student has none"
+                sides.append(f"{count} rows of the {side}'s {self._of} hold NaN or inf (rows [{shown}])")
+        heads = "an output head's weights or logits are not, or " if self._of != "logits" else ""
+        mass = f"all {self._of} are finite, but {heads}the teacher has mass where the student has none"
+        cause = "; ".join(sides) or mass
         fail(
             "loss",
             Shown(f"not finite at step {step}, process {self.process}: {cause}"),

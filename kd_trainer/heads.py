@@ -44,6 +44,11 @@ class Head:
     shifted: bool
     auto_classes: tuple[str, ...]
 
+    @property
+    def over_tokens(self) -> bool:
+        """Whether the classes are a vocabulary: token ids, of which embeddings may hold more rows than there are."""
+        return self.name.endswith("_lm")
+
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Labels aligned with the logits' positions ([B] or [B, S], `IGNORE_INDEX` where none), or None.
 
@@ -87,6 +92,11 @@ class Head:
         ids = inputs.get("position_ids")
         if ids is not None and ids.shape == mask.shape:  # in a packed row they start again with every sequence
             counted = counted & (ids[..., 1:] > ids[..., :-1])
+        sequence, starts = inputs.get("seq_idx"), inputs.get("cu_seq_lens_q")
+        if sequence is not None and sequence.shape == mask.shape:
+            counted = counted & (sequence[..., 1:] == sequence[..., :-1])
+        if starts is not None and mask.shape[0] == 1:  # where each sequence of the one long row begins, and the end
+            counted[:, starts[1:-1].long() - 1] = False
         return F.pad(counted, (0, 1), value=False)
 
     def sequences(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -129,8 +139,13 @@ class Head:
             check_label_range(targets, wide.shape[-1])
             raise error
 
-    def check_shapes(self, student: Tensor, teacher: Tensor | None, targets: Tensor | None) -> None:
-        """Raises ValueError where logits and labels do not fit each other or this head; never cuts or broadcasts."""
+    def check_shapes(
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor | None, common_ids: int | None = None
+    ) -> None:
+        """Raises ValueError where logits and labels do not fit each other or this head; never cuts or broadcasts.
+
+        With `common_ids` (see `compatibility.common_ids`) the vocabularies may differ, if the smaller has so many ids.
+        """
         dims = 3 if self.token_level else 2
         if student.dim() != dims:
             fail(
@@ -139,7 +154,10 @@ class Head:
                 f"{dims} dimensions for the task {self.name!r}",
                 "Set kd_task to the task that the model has.",
             )
-        if teacher is not None and teacher.shape != student.shape:
+        fits = teacher is None or teacher.shape == student.shape
+        if teacher is not None and not fits and teacher.shape[:-1] == student.shape[:-1]:
+            fits = common_ids == min(student.shape[-1], teacher.shape[-1])
+        if teacher is not None and not fits:
             fail(
                 "teacher_model",
                 Shown(f"giving logits of shape {tuple(teacher.shape)}"),
@@ -186,6 +204,7 @@ def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
     config = getattr(model, "config", None)
     if not isinstance(config, transformers.PreTrainedConfig):
         return None
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for head in HEADS.values():
         for name in head.auto_classes:
             auto_class = getattr(transformers, name)
@@ -269,6 +288,20 @@ def main_input(inputs: Mapping[str, Any]) -> Tensor:
     fail("inputs", Shown(f"a batch with the keys {', '.join(inputs)}"), "at least one tensor", "Check the collator.")
 
 
+def vocabulary_rows(model: Any, *, written: bool = False) -> int | None:
+    """How many token ids the model can read (rows of its embedding) or write (classes of its logits); None: unknown.
+
+    Never from a weight's shape, since a sharded one does not tell.
+    """
+    try:
+        layer = model.get_output_embeddings() if written else model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # of a module of the user's own, of a model without tokens
+        layer = None
+    rows = getattr(layer, "out_features" if written else "num_embeddings", None)
+    rows = getattr(getattr(model, "config", None), "vocab_size", None) if rows is None else rows
+    return rows if isinstance(rows, int) else None
+
+
 def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     """Names that the model's forward takes; None where it takes any (`**kwargs` of a module of the user's own).
 
@@ -289,6 +322,19 @@ def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
             return None
         names |= set(TransformersKwargs.__annotations__) - NOT_INPUTS
     return frozenset(names)
+
+
+def decoder_input_ids(student: nn.Module, labels: Tensor) -> Tensor | None:
+    """The labels shifted right behind the start token, as the student's own forward makes them; None if unknown."""
+    build: Any = getattr(student, "preparedecoder_input_ids_from_labels", None)
+    if build is not None:
+        return build(labels=labels)
+    config = getattr(student, "config", None)  # M2M100 (NLLB) and Blenderbot do it inside their forward
+    start, padding = getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None)
+    if start is None or padding is None:
+        return None
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORE_INDEX, padding)
 
 
 def model_inputs(inputs: Mapping[str, Any], accepted: frozenset[str] | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 S_* are sums over THIS micro-batch, D_* count positions (or rows) over ALL micro-batches of the optimizer step and all
 processes, so the loss does not depend on how a batch is split. Leaves the counting across processes to `trainer.py`.
-Imports: heads, losses, reductions.
+Imports: checks, fused_linear, heads, joint, losses, reductions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import Shown, fail
+from .fused_linear import FusedLoss, fused_linear_distillation
 from .heads import Head, main_input
 from .joint import is_small, joint_loss
 from .losses import SoftTargetLoss
@@ -85,6 +87,8 @@ class Objective:
         teacher_logits: Tensor | None,
         inputs: Mapping[str, Any],
         counts: Counts,
+        *,
+        common_ids: int | None = None,
     ) -> Parts:
         """The loss of one micro-batch.
 
@@ -92,18 +96,22 @@ class Objective:
             soft_loss: sums T^2 * D over the positions it is given (reduction "sum").
             student_logits: [B, C] or [B, S, C]; teacher_logits: the same, or None where the teacher is not called.
             counts: the denominators of the whole optimizer step, and the scale.
+            common_ids: where the vocabularies differ in size, soft loss and agreement are over the first `common_ids`
+                ids of both, renormalised; the hard loss is over all of the student's. None: equal vocabularies.
         """
         targets = head.targets(inputs)
-        head.check_shapes(student_logits, teacher_logits, targets)
+        head.check_shapes(student_logits, teacher_logits, targets, common_ids)
         mask = head.soft_mask(inputs, targets, self.positions)
-        chosen = student_logits if mask is None else select_positions(student_logits, mask)
-        taught = teacher_logits if mask is None or teacher_logits is None else select_positions(teacher_logits, mask)
+        chosen = select_positions(student_logits, mask)
+        taught = None if teacher_logits is None else select_positions(teacher_logits, mask)
         logits, labels = student_logits, targets
         if targets is not None and mask is not None and self.positions == "labels":
             logits, labels = chosen, select_positions(targets, mask)  # hard and soft count the same positions
         elif targets is not None and head.token_level:  # padding's NaN would reach the gradient: 0 * NaN
             labelled = targets != IGNORE_INDEX
             logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
+        if common_ids is not None and taught is not None:
+            chosen, taught = chosen[..., :common_ids], taught[..., :common_ids]
         by_rows = self.reduction == "batchmean"
         soft_count, hard_count = (counts.rows, counts.rows) if by_rows else (counts.soft, counts.hard)
 
@@ -122,6 +130,68 @@ class Objective:
             same = chosen.argmax(-1) == taught.argmax(-1)
             agreement = divide(same.sum(), counts.soft) * counts.scale
         return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
+
+    def fused(
+        self,
+        head: Head,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        weights: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        counts: Counts,
+        *,
+        common_ids: int | None = None,
+    ) -> FusedLoss:
+        """The same from final hidden states [B, S, H], without logits: see `fused_linear_distillation`.
+
+        Args:
+            weights: both output heads, by that function's argument names.
+            inputs, counts, common_ids: as in `__call__`. Of the result, `parts` makes `Parts`.
+        """
+        targets = head.targets(inputs)
+        shape = student_hidden.shape[:-1]
+        if targets is not None and targets.shape != shape:
+            fail(
+                "labels",
+                Shown(f"of shape {tuple(targets.shape)}"),
+                f"{tuple(shape)}, one for each position of the model's hidden states",
+                "Check the label column and the data collator.",
+            )
+        mask = None  # both losses count the positions with a label, or all of them
+        if targets is None or self.positions != "labels":
+            mask = head.soft_mask(inputs, targets, self.positions)
+            if mask is None and targets is not None:
+                mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)
+        by_rows = self.reduction == "batchmean"
+        return fused_linear_distillation(
+            student_hidden.flatten(0, 1),
+            weights["student_weight"],
+            teacher_hidden.flatten(0, 1),
+            weights["teacher_weight"],
+            None if targets is None else targets.flatten(),
+            alpha=self.alpha,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            beta=self.beta,
+            soft_mask=None if mask is None else mask.flatten(),
+            soft_count=counts.rows if by_rows else counts.soft,
+            hard_count=counts.rows if by_rows else counts.hard,
+            factor=counts.scale,
+            label_smoothing=self.label_smoothing,
+            common_ids=common_ids,
+            **{name: value for name, value in weights.items() if not name.endswith("_weight")},
+        )
+
+    def parts(self, loss: FusedLoss, counts: Counts, *, labelled: bool) -> Parts:
+        """`Parts` of a fused loss: its sums over the denominators, as `__call__` gives them."""
+        by_rows = self.reduction == "batchmean"
+        soft_count, hard_count = (counts.rows, counts.rows) if by_rows else (counts.soft, counts.hard)
+        return Parts(
+            loss.total,
+            divide(loss.hard, hard_count) * counts.scale if labelled else None,
+            divide(loss.soft, soft_count) * counts.scale,
+            divide(loss.agreement, counts.soft) * counts.scale,
+        )
 
     def _joint(
         self,

@@ -2,22 +2,29 @@
 
 For: `trainer.py`. Leaves what teacher and student must agree on to `compatibility.py`. The teacher is never registered
 with the accelerator and never a submodule of the student: checkpoints and optimizers do not know of it.
-Imports: checks, heads, transformers (on use).
+Imports: backends, checks, heads, transformers (on use).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .backends import prepare_teacher
 from .checks import Shown, fail, message
-from .heads import TEACHER_PREFIX, accepted_inputs, auto_class_of, logits_of, model_inputs
+from .heads import TEACHER_PREFIX, accepted_inputs, auto_class_of, logits_of, model_inputs, vocabulary_rows
 
+logger = logging.getLogger(__name__)
+
+# In place of a teacher: the student with its adapters switched off. It says what happens and is no likely name of a
+# folder, as "base" would be; such a folder is still reached as "./adapter_off".
+ADAPTER_OFF = "adapter_off"
 # Columns that describe the tokens in `input_ids` one by one.
 OF_THE_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 
@@ -27,26 +34,39 @@ class LiveTeacher:
 
     Args:
         model: the teacher; its parameters stop requiring gradients.
+        compiled: whether its forward goes through `torch.compile`.
 
     Attributes:
         class_order: indices that reorder the teacher's classes into the student's, or None (see `compatibility`).
+        id_limit: where the student's embedding has more rows than the teacher's, the number of the latter; the ids of
+            every batch are compared with it. None where the student would stumble first.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, compiled: bool = False) -> None:
         self.model = model
+        self.compiled = compiled
+        self.id_limit: int | None = None
+        self._home: torch.device | None = None  # of a teacher that its loader placed, maybe not where the batch is
+        self._compiled_model: Any = None
+        self.prepared = model  # what is called: the model, or the backend's wrapper around it
         self.class_order: Tensor | None = None
         self.accepted = accepted_inputs(model)
         self._takes_cache = self.accepted is not None and "use_cache" in self.accepted
         self._modules: list[nn.Module] = []
 
-    def prepare(self, device: torch.device) -> None:
-        """Moves the teacher to `device`, once; quantised models and those with a `device_map` stay where they are."""
+    def prepare(self, device: torch.device, accelerator: Any = None) -> None:
+        """Places the teacher, once: whole on `device`, or sharded by the accelerator's backend (see `backends`).
+
+        Quantised models and those with a `device_map` stay where they are. Every process must call it.
+        """
         if self._modules:
             return
         self.model.requires_grad_(False)
         placed = getattr(self.model, "hf_device_map", None) is not None
         if not placed and getattr(self.model, "quantization_method", None) is None:
-            self.model.to(device)
+            self.prepared = prepare_teacher(self.model, device, accelerator)
+        elif len(set((getattr(self.model, "hf_device_map", None) or {}).values())) < 2:  # else accelerate moves inputs
+            self._home = next(self.model.parameters()).device
         self._modules = list(self.model.modules())
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,21 +77,152 @@ class LiveTeacher:
         kwargs = model_inputs({**batch, **own}, self.accepted)
         return {**kwargs, "use_cache": False} if self._takes_cache else kwargs
 
-    def __call__(self, batch: Mapping[str, Any], accelerator: Any) -> Tensor:
-        """The teacher's logits for the batch, on the batch's device, in the teacher's dtype.
-
-        Autocast is entered here because upstream patches only the student's forward with it.
-        """
-        # Someone may have called teacher.train(), or trained a part of it, since the last step.
-        if any(module.training for module in self._modules):
-            self.model.eval()
-        autocast = nullcontext() if accelerator.mixed_precision == "no" else accelerator.autocast()
-        with torch.no_grad(), autocast:
-            logits = logits_of(self.model(**self.inputs(batch)), "teacher_model")
+    def __call__(self, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None = None) -> Tensor:
+        """The teacher's logits for the batch, in the teacher's dtype and on its device; see `outputs`."""
+        logits = logits_of(self.outputs(batch, accelerator, student), "teacher_model")
         if self.class_order is not None:
             self.class_order = self.class_order.to(logits.device)
             logits = logits[..., self.class_order]
         return logits
+
+    def outputs(self, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None = None) -> Any:
+        """What the teacher's forward returns for the batch, without gradient, dropout and cache.
+
+        Not under `torch.inference_mode`: its tensors cannot be saved for the backward pass of the soft loss, and the
+        copy that would mend this costs more than the mode saves.
+
+        Args:
+            student: the student as the accelerator wrapped it; only an `AdapterOffTeacher` calls it.
+
+        Raises:
+            ValueError: an id of the batch has no row in the teacher's embedding.
+        """
+        inputs = self.inputs(batch)
+        if self.id_limit is not None:
+            check_ids(inputs, self.id_limit)
+        if self._home is not None:
+            inputs = {k: v.to(self._home) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        # Someone may have called teacher.train(), or trained a part of it, since the last step.
+        if any(module.training for module in self._modules):
+            self.model.eval()
+        autocast = nullcontext() if accelerator.mixed_precision == "no" else accelerator.autocast()
+        # Autocast is entered here because upstream patches only the student's forward with it.
+        with torch.no_grad(), autocast:
+            try:
+                return self._ask(inputs, student)
+            except IndexError:
+                rows = vocabulary_rows(self.model)
+                if rows is not None:
+                    check_ids(inputs, rows)
+                raise
+
+    def _ask(self, inputs: dict[str, Any], student: nn.Module | None) -> Any:
+        if not self.compiled:
+            return self.prepared(**inputs)
+        if self._compiled_model is not None:
+            return self._compiled_model(**inputs)
+        self._compiled_model = torch.compile(self.prepared)
+        try:
+            return self._compiled_model(**inputs)
+        except RuntimeError as error:
+            outputs = self.prepared(**inputs)  # raises again where the compiler was not to blame
+            self.compiled = False
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("teacher_compile: the teacher runs uncompiled, because torch.compile said: %s", said)
+            return outputs
+
+
+class AdapterOffTeacher(LiveTeacher):
+    """The student's own base as the teacher: the student with its adapters off, no second copy of the weights.
+
+    Args:
+        student: a model with adapters in its layers (LoRA and its kin): a `PeftModel`, or transformers' `add_adapter`.
+        over_tokens: whether the student is a language model (`Head.over_tokens`).
+
+    Raises:
+        ValueError: the student has no such adapters, or what is off is no fixed teacher (see `check_adapters`).
+    """
+
+    def __init__(self, student: nn.Module, *, over_tokens: bool) -> None:
+        check_adapters(student, over_tokens=over_tokens)
+        super().__init__(student)
+
+    def prepare(self, device: torch.device, accelerator: Any = None) -> None:
+        """Nothing to place: the student is where it belongs."""
+
+    def _ask(self, inputs: dict[str, Any], student: nn.Module | None) -> Any:
+        # The wrapped one: FSDP and DeepSpeed gather the weights in its forward.
+        with adapters_off(self.model):
+            return (self.model if student is None else student)(**inputs)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode with its adapters off; afterwards each module and each adapter is as it was.
+
+    peft's own `disable_adapter` makes every parameter of the active adapters trainable on its way out, those that were
+    frozen on purpose too.
+    """
+    on = [layer for layer in _adapter_layers(model) if not layer._disable_adapters]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for layer in on:
+            layer._disable_adapters = True
+        model.eval()
+        yield
+    finally:
+        for layer in on:
+            layer._disable_adapters = False
+        for module in training:
+            module.training = True
+
+
+def check_adapters(student: nn.Module, *, over_tokens: bool) -> None:
+    """Raises ValueError unless the student with its adapters off is a teacher, and stays the same one."""
+    layers = _adapter_layers(student)
+    own = "Give the teacher as a model of its own, e.g. by path."
+    if not layers:
+        mend = f"Add adapters with peft first; a folder of that name is './{ADAPTER_OFF}'."
+        shown = Shown(f"'{ADAPTER_OFF}' with a student of type {type(student).__name__}")
+        fail("teacher_model", shown, "a student with adapters in its layers (LoRA and its kin)", mend)
+    bases = ("base_layer.", "original_module.")
+    adapters = {id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith(bases)}
+    moving = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in adapters]
+    if moving:
+        shown = Shown(f"'{ADAPTER_OFF}' with a student that trains {', '.join(moving[:4])}")
+        because = f"these {len(moving)} parameters are the teacher's too and would move with the student"
+        fail("teacher_model", shown, "all but the adapters frozen", "Freeze them. Or: " + own, because=because)
+    saved = [n for n, m in student.named_modules() if _is_adapter_layer(m) and hasattr(m, "modules_to_save")]
+    if saved and not over_tokens:
+        shown = Shown(f"'{ADAPTER_OFF}' with a classifier in modules_to_save ({saved[0]})")
+        because = "the base's own classifier may be newly initialised and teach noise"
+        fail("teacher_model", shown, "a classifier without modules_to_save", own, because=because)
+
+
+def _is_adapter_layer(module: nn.Module) -> bool:
+    """A layer of peft that can be switched off, told by the attributes that are used here: no import of peft."""
+    return hasattr(module, "_disable_adapters") and hasattr(module, "adapter_layer_names")
+
+
+def _adapter_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if _is_adapter_layer(module)]
+
+
+def check_ids(inputs: Mapping[str, Any], rows: int) -> None:
+    """Raises ValueError where an id of a token has no row in an embedding of `rows` rows."""
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = inputs.get(name)
+        if not isinstance(ids, Tensor) or not ids.numel():
+            continue
+        wrong = ids[(ids < 0) | (ids >= rows)]
+        if wrong.numel():
+            mend = "Take a teacher whose tokenizer has that token, or leave the token (a pad token?) out of the data."
+            fail(
+                name,
+                Shown(f"{int(wrong[0])} in a batch"),
+                f"0 to {rows - 1}, the rows of the teacher's embedding",
+                mend,
+            )
 
 
 def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init_kwargs: dict[str, Any]) -> nn.Module:
@@ -107,7 +258,7 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
         )
     except Exception as error:  # upstream and safetensors raise many kinds
         said = f"{auto_class.__name__} can load ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-        if init_kwargs and isinstance(error, (TypeError, RuntimeError)):
+        if init_kwargs and isinstance(error, (TypeError, RuntimeError, ImportError)):
             expected, mend = f"arguments with which {said}", "Check their names and values."
             raise ValueError(message("teacher_model_init_kwargs", init_kwargs, expected, mend)) from error
         mend = "Check the path for a typing error."
@@ -118,6 +269,8 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
             )
         expected = f"a folder with config.json and safetensors weights, or a hub name, that {said}"
         raise ValueError(message("teacher_model", path, expected, mend)) from error
+    if init_kwargs.get("device_map") is not None and getattr(model, "hf_device_map", None) is None:
+        model.hf_device_map = {"": model.device}  # upstream notes a map of several devices only
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if fresh:
         fail(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,31 +16,45 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 
 from .checks import Shown, fail
-from .compatibility import check_same_tokens, check_separate, check_teacher_columns, class_order
+from .compatibility import (
+    check_same_tokens,
+    check_separate,
+    check_teacher_columns,
+    class_order,
+    common_ids,
+    vocabulary_line,
+)
 from .describe import card_section, count_parameters, name_of, start_block
 from .files import write_atomically
 from .finite import FiniteWatch, bad_rows
+from .fused_forward import NotPlain, OutputHead, few_products, head_weights, student_loss, teacher_hidden, whole_weight
+from .fused_linear import FusedLoss
 from .heads import (
     TEACHER_PREFIX,
     Head,
     accepted_inputs,
     check_batch,
     check_label_range,
+    decoder_input_ids,
     head_for,
     head_from_logits,
     logits_of,
     model_inputs,
+    vocabulary_rows,
 )
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
 from .objective import Counts, Objective, Parts, scheduled
-from .teacher import LiveTeacher, load_teacher
+from .router import check_router, with_router_loss
+from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, check_ids, load_teacher
 from .training_args import DistillationArguments, refuse_borrowed_names
-from .window import Window, as_tensor, named
+from .window import Evaluation, Window, as_tensor, named, perplexity
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:  # at run time the mixin has no base of its own, so that it fits in front of any Trainer class
     _InFrontOf = Trainer
@@ -62,11 +77,24 @@ UPSTREAM_NAMES = {
         "prediction_step",
         "evaluation_loop",
     ),
+    "transformers.Seq2SeqTrainer": ("prediction_step",),
     "transformers.AutoModelForCausalLM": ("_model_mapping",),
     "transformers.utils.generic.TransformersKwargs": ("__annotations__",),
+    "peft.tuners.tuners_utils.BaseTunerLayer": ("_disable_adapters", "adapter_layer_names"),
 }
 # Attributes that upstream's constructor sets and this file reads.
-UPSTREAM_ATTRIBUTES = ("gather_function", "label_names", "_loss_shifts_labels", "_signature_columns", "accelerator")
+UPSTREAM_ATTRIBUTES = (
+    "gather_function",
+    "label_names",
+    "label_smoother",
+    "_loss_shifts_labels",
+    "_signature_columns",
+    "accelerator",
+)
+
+
+# Below it "auto" takes full logits: they cost little, and the fused loss has more calls.
+SMALL_VOCABULARY = 2048
 
 
 class Fit(NamedTuple):
@@ -76,20 +104,24 @@ class Fit(NamedTuple):
     student: nn.Module  # the same, unwrapped
     head: Head
     accepted: frozenset[str] | None  # names of the student's inputs
+    common_ids: int | None = None  # ids that both vocabularies have, where they differ in size: see `compatibility`
+    heads: tuple[OutputHead, OutputHead] | None = None  # of student and teacher, where the loss needs no logits
+    notes: tuple[str, ...] = ()  # lines for the start block
 
 
 class DistillationMixin(_InFrontOf):
     """Puts distillation in front of any `Trainer` class: `class MyKD(DistillationMixin, MyTrainer)`.
 
     Args:
-        teacher_model: a module, a folder or a hub name; None takes `args.teacher_model_name_or_path`. Needed unless
-            `kd_alpha` is constantly 0.
+        teacher_model: a module, a folder or a hub name, or "adapter_off": the student's own base, with the student's
+            adapters switched off. None takes `args.teacher_model_name_or_path`. Needed unless `kd_alpha` is
+            constantly 0.
         everything else: as the `Trainer` class behind it.
 
     Raises:
         TypeError: the mixin stands behind a `Trainer` class in the bases, or `alpha`/`temperature` are passed.
         ValueError: teacher and student do not fit (see `compatibility`), or an option of upstream that this loss
-            cannot honour (`compute_loss_func`, DataParallel, DeepSpeed ZeRO-3, Ulysses sequence parallelism).
+            cannot honour (`compute_loss_func`, DataParallel, Ulysses sequence parallelism).
     """
 
     # The loss is divided once by the counts of the whole optimizer step: upstream must not divide again.
@@ -123,6 +155,7 @@ class DistillationMixin(_InFrontOf):
             mend = "Leave it out; the hard loss is the task's own, kd_alpha weighs it."
             fail("compute_loss_func", kwargs["compute_loss_func"], "None with distillation", mend)
         super().__init__(model, args, *trainer_args, **kwargs)
+        self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
         self._read_settings()
         self._refuse_what_cannot_work()
         if not self.label_names:  # a plain module's forward names no labels; the batch still has them
@@ -130,8 +163,9 @@ class DistillationMixin(_InFrontOf):
         self.teacher = self._load_teacher(teacher_model)
         self._fit: Fit | None = None
         self._started = False
+        self._loss_only = False  # whether the outputs of the current evaluation step are thrown away
         self._window = Window(self.args.device)
-        self._eval_rows: list[Tensor] | None = None
+        self._evaluation: Evaluation | None = None
         mode = self.kd_args.kd_check_finite or ("step" if self.args.device.type == "cpu" else "log")
         self._finite = FiniteWatch(mode, self.args.process_index)
         if not any(isinstance(c, ResumableInterrupt) for c in self.callback_handler.callbacks):
@@ -160,9 +194,6 @@ class DistillationMixin(_InFrontOf):
         if self.args.n_gpu > 1:
             mend = "Start the script with `accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
             fail("n_gpu", self.args.n_gpu, "1 GPU for each process, not nn.DataParallel", mend)
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None and plugin.zero_stage == 3:
-            fail("deepspeed", "ZeRO stage 3", "stage 0, 1 or 2 in this version", "Set zero_stage to 2.")
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
             fail("parallelism_config", "Ulysses sequence parallelism", "none", "Switch sequence parallelism off.")
@@ -177,10 +208,17 @@ class DistillationMixin(_InFrontOf):
         if given is None:
             return None
         student = self.accelerator.unwrap_model(self.model)
+        head = head_for(student, kd.kd_task, self._loss_shifts_labels)
+        if isinstance(given, str) and given == ADAPTER_OFF:
+            of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_compile": kd.teacher_compile}
+            for name, value in of_another.items():
+                if value:
+                    because = "the teacher is the student's own base"
+                    fail(name, value, f"nothing with the teacher {given!r}", "Leave it out.", because=because)
+            return AdapterOffTeacher(student, over_tokens=head is not None and head.over_tokens)
         teacher = load_teacher(given, student, kd.teacher_kwargs)
         check_separate(student, teacher)
-        live = LiveTeacher(teacher)
-        head = head_for(student, kd.kd_task, self._loss_shifts_labels)
+        live = LiveTeacher(teacher, compiled=kd.teacher_compile)
         if head is None or head.name in ("classification", "token_classification"):
             live.class_order = class_order(student, teacher, remap=kd.kd_remap_labels)
         return live
@@ -191,35 +229,105 @@ class DistillationMixin(_InFrontOf):
             return self._fit
         check_batch(batch)
         student = self.accelerator.unwrap_model(self.model)
+        check_router(student)
         head = head_for(student, self.kd_args.kd_task, self._loss_shifts_labels)
-        teacher_logits = None
+        teacher_logits = known_by = None
+        if isinstance(self.teacher, AdapterOffTeacher) and self.teacher.model is not student:  # from model_init
+            self.teacher = AdapterOffTeacher(student, over_tokens=head is not None and head.over_tokens)
         if self.teacher is not None:
-            self.teacher.prepare(self.args.device)
-            check_teacher_columns(batch)
-            if "input_ids" in batch and f"{TEACHER_PREFIX}input_ids" not in batch:
-                check_same_tokens(student, self.teacher.model, self.processing_class, self.kd_args.teacher_kwargs)
+            self.teacher.prepare(self.args.device, self.accelerator)
+            known_by = self._check_tokens(student, self.teacher, head, batch)
+        heads, heads_notes = self._output_heads(student, head)
         if head is None or self.teacher is not None:
-            batch = self._with_decoder_inputs(head, self._prepare_inputs(dict(batch)))
-            teacher_logits = self._probe(batch)
+            batch = self._with_decoder_inputs(student, head, self._prepare_inputs(dict(batch)))
+            try:
+                teacher_logits = self._probe(batch, None if heads is None else heads[1])
+            except NotPlain as reason:
+                heads, heads_notes = None, (self._full_logits(reason),)
+                teacher_logits = self._probe(batch, None)
         if head is None and teacher_logits is None:
             dims = getattr(batch.get("labels"), "dim", lambda: 1)()
             head = head_for(student, "classification" if dims == 1 else "token_classification", False)
         head = head_from_logits(teacher_logits) if head is None else head  # type: ignore[arg-type]
         self._note_problem_type(student, head, batch)
         targets, config = head.targets(batch), getattr(student, "config", None)
-        classes = getattr(config, "vocab_size" if head.name.endswith("_lm") else "num_labels", None)
+        classes = vocabulary_rows(student, written=True) if head.over_tokens else getattr(config, "num_labels", None)
+        shared: int | None = None
+        notes: tuple[str, ...] = ()
+        if isinstance(self.teacher, AdapterOffTeacher):
+            notes = ("the teacher is the student with its adapters off",)
         if teacher_logits is not None:  # as many as the student's, or `check_shapes` says so
-            classes = teacher_logits.shape[-1] if not isinstance(classes, int) else classes
+            theirs = teacher_logits.shape[-1]
+            classes = theirs if not isinstance(classes, int) else classes
+            if head.over_tokens and classes != theirs:
+                shared = common_ids(classes, theirs, known_by)
+                notes = (vocabulary_line(classes, theirs, known_by),)
         if targets is not None and isinstance(classes, int):
             check_label_range(targets, classes)
-        self._fit = Fit(cast(nn.Module, self.model), student, head, accepted_inputs(student))
+        model = cast(nn.Module, self.model)
+        self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, (*notes, *heads_notes))
         return self._fit
 
-    def _probe(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """The teacher's logits on the first batch: their shape tells the head, their values whether it is alive."""
+    def _output_heads(
+        self, student: nn.Module, head: Head | None
+    ) -> tuple[tuple[OutputHead, OutputHead] | None, tuple[str, ...]]:
+        """Student's and teacher's output heads where the loss can do without logits, and a line for the start block."""
+        wanted = self.kd_args.kd_loss_implementation
+        if wanted == "full" or self.teacher is None or self._always_hard:
+            return None, ()
+        if head is None or not head.over_tokens:
+            if wanted == "fused":
+                expected = "'auto' or 'full' where the task is no language model's"
+                fail("kd_loss_implementation", wanted, expected, "Leave it at 'auto'.")
+            return None, ()
+        rows = vocabulary_rows(student, written=True)
+        if wanted == "auto" and rows is not None and rows < SMALL_VOCABULARY:
+            return None, ()
+        try:
+            if self.args.torch_compile or self.teacher.compiled:
+                raise NotPlain("a compiled forward cannot leave its output head out")
+            heads = OutputHead(student), OutputHead(self.teacher.model)
+            if heads[0].module.weight.device != heads[1].module.weight.device:
+                raise NotPlain("the output heads of student and teacher are on different devices")
+        except NotPlain as reason:
+            return None, (self._full_logits(reason),)
+        return heads, ("the loss is computed inside the output heads: no logits are held",)
+
+    def _full_logits(self, reason: NotPlain) -> str:
+        """The line that says why; an error where nothing but the fused loss was asked for."""
+        if self.kd_args.kd_loss_implementation == "fused":
+            expected = "'auto' or 'full' with these models"
+            mend = "Set kd_loss_implementation to auto: it takes full logits where it must."
+            fail("kd_loss_implementation", "fused", expected, mend, because=str(reason))
+        return f"full logits: {reason}"
+
+    def _check_tokens(
+        self, student: nn.Module, teacher: LiveTeacher, head: Head | None, batch: Mapping[str, Any]
+    ) -> str | None:
+        """Whether the teacher can read the batch; by what the tokens of both are known to be the same, or None."""
+        check_teacher_columns(batch)
+        known_by = None
+        apart = f"{TEACHER_PREFIX}input_ids" in batch or teacher.model is student
+        if not apart and ("input_ids" in batch or (head is not None and head.over_tokens)):
+            known_by = check_same_tokens(student, teacher.model, self.processing_class, self.kd_args.teacher_kwargs)
+        ours, theirs = vocabulary_rows(student), vocabulary_rows(teacher.model)
+        if theirs is not None:
+            teacher.id_limit = theirs if ours is not None and ours > theirs else None
+            check_ids(teacher.inputs(batch), theirs)
+        return known_by
+
+    def _probe(self, batch: Mapping[str, Any], output_head: OutputHead | None) -> Tensor | None:
+        """The teacher's logits on the first batch: their shape tells the head, their values whether it is alive.
+
+        Of a few positions only, where the loss will do without logits.
+        """
         if self.teacher is None:
             return None
-        logits = self.teacher(batch, self.accelerator)
+        if output_head is None:
+            logits = self.teacher(batch, self.accelerator, self.model_wrapped)
+        else:
+            teacher = self.teacher
+            logits = few_products(lambda: teacher.outputs(batch, self.accelerator, self.model_wrapped), output_head)
         bad = bad_rows(logits)
         if bad and (self._finite.mode != "off" or len(bad) == logits.shape[0]):
             fail(
@@ -311,7 +419,7 @@ class DistillationMixin(_InFrontOf):
                 last, _ = self._objective(training=False)
                 labelled = fit.head.targets(batches[0]) is not None
                 block = start_block(fit.student, teacher, fit.head, objective, last, counts, labelled=labelled)
-                print(block, flush=True)
+                print("\n".join([block, *("[kd_trainer] " + note for note in fit.notes)]), flush=True)
         self._window.steps += 1
         return batches, self._over_processes(counts, device)
 
@@ -351,13 +459,13 @@ class DistillationMixin(_InFrontOf):
             self._objectives = {(alpha, temperature): (objective, soft_loss)}
         return self._objectives[alpha, temperature]
 
-    def _with_decoder_inputs(self, head: Head | None, inputs: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def _with_decoder_inputs(student: nn.Module, head: Head | None, inputs: dict[str, Any]) -> dict[str, Any]:
         """Encoder-decoders build their decoder's inputs from labels: built once here, for both models."""
         if head is None or head.name != "seq2seq_lm" or "decoder_input_ids" in inputs or inputs.get("labels") is None:
             return inputs
-        student = self.accelerator.unwrap_model(self.model)
-        build = getattr(student, "prepare_decoder_input_ids_from_labels", None)
-        return inputs if build is None else {**inputs, "decoder_input_ids": build(labels=inputs["labels"])}
+        ids = decoder_input_ids(student, inputs["labels"])
+        return inputs if ids is None else {**inputs, "decoder_input_ids": ids}
 
     def compute_loss(
         self,
@@ -377,44 +485,108 @@ class DistillationMixin(_InFrontOf):
             The loss, or the loss and a mapping with the keys that the student returns for a batch with labels.
         """
         fit = self._look_at(inputs)
-        objective, soft_loss = self._objective(training=model.training)
+        training = fit.student.training  # a DeepSpeed engine itself says True in evaluation too
+        objective, soft_loss = self._objective(training=training)
         counts = num_items_in_batch if num_items_in_batch is not None else objective.count(fit.head, inputs)
         if not isinstance(counts, Counts):
             mend = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
             fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", mend, error=TypeError)
-        inputs = self._with_decoder_inputs(fit.head, inputs)
+        inputs = self._with_decoder_inputs(fit.student, fit.head, inputs)
+        if fit.heads is not None and (not return_outputs or self._loss_only):
+            fused = self._fused_loss(fit, objective, model, inputs, counts)
+            if fused is not None:
+                return (fused[0], _as_mapping(fused[1], fused[0])) if return_outputs else fused[0]
         teacher_logits = None
-        if self.teacher is not None and not (self._always_hard and model.training):
-            teacher_logits = self.teacher(inputs, self.accelerator)
+        if self.teacher is not None and not (self._always_hard and training):
+            teacher_logits = self.teacher(inputs, self.accelerator, model)
         outputs = model(**model_inputs(inputs, fit.accepted))
         logits = logits_of(outputs, "model")
         if teacher_logits is not None:
             teacher_logits = teacher_logits.to(logits.device)
-        parts = objective(fit.head, soft_loss, logits, teacher_logits, inputs, counts)
+        parts = objective(fit.head, soft_loss, logits, teacher_logits, inputs, counts, common_ids=fit.common_ids)
+        parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
         self._finite.see(parts.total, logits, teacher_logits, self.state.global_step)
-        self._collect(parts, counts, model.training)
+        self._collect(parts, aux, counts, training)
         return (parts.total, _as_mapping(outputs, parts.total)) if return_outputs else parts.total
 
-    def _collect(self, parts: Parts, counts: Counts, training: bool) -> None:
+    def _fused_loss(
+        self, fit: Fit, objective: Objective, model: nn.Module, inputs: dict[str, Any], counts: Counts
+    ) -> tuple[Tensor, Any] | None:
+        """`compute_loss` without logits; None where a model turns out to do more with its logits than is known."""
+        assert fit.heads is not None
+        ours, theirs = fit.heads
+        teacher: LiveTeacher = cast(LiveTeacher, self.teacher)
+        try:
+            taught = teacher_hidden(lambda: teacher.outputs(inputs, self.accelerator, model), theirs)
+            with whole_weight(theirs) as (teacher_weight, teacher_bias):
+
+                def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
+                    if hidden.shape[:-1] != taught.shape[:-1]:
+                        raise NotPlain("student and teacher give hidden states for different positions")
+                    weights = head_weights(ours, weight, bias, theirs, teacher_weight, teacher_bias, taught)
+                    on_device = taught.to(hidden.device)
+                    return objective.fused(
+                        fit.head, hidden, on_device, weights, inputs, counts, common_ids=fit.common_ids
+                    )
+
+                computed, outputs, hidden = student_loss(
+                    lambda: model(**model_inputs(inputs, fit.accepted)), ours, loss
+                )
+        except NotPlain as reason:
+            self._fit = fit._replace(heads=None)
+            logger.warning("[kd_trainer] %s", self._full_logits(reason))
+            return None
+        parts = objective.parts(computed, counts, labelled=fit.head.targets(inputs) is not None)
+        parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
+        self._finite.see(parts.total, hidden, taught, self.state.global_step, of="hidden states")
+        self._collect(parts, aux, counts, fit.student.training)
+        return parts.total, outputs
+
+    def _collect(self, parts: Parts, aux: Tensor | None, counts: Counts, training: bool) -> None:
         """Keeps the parts on the device: summed for the training log, gathered row by row as `eval_loss` is."""
-        if not training and self._eval_rows is None:
+        if not training and self._evaluation is None:
             return
-        hard, soft, agreement = (v.detach() if isinstance(v, Tensor) else v for v in parts[1:])
-        row = (hard, soft, agreement, counts.hard)
+        hard, soft, agreement, router = (v.detach() if isinstance(v, Tensor) else v for v in (*parts[1:], aux))
+        row = (hard, soft, agreement, counts.hard, router)
         if training:
             self._window.add(row)
-        elif self._eval_rows is not None:
+        elif self._evaluation is not None:
             values = as_tensor([row], parts.total.device)
-            self._eval_rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
+            self._evaluation.rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
+            if hard is not None:
+                divisor = counts.hard if self.kd_args.kd_reduction == "tokenmean" else counts.rows
+                self._evaluation.tokens.add((hard * divisor, counts.hard))
 
     # ---- evaluation and logs ----
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Any, Any]:
-        """Upstream's, and a loss for batches without labels too: the soft loss needs none."""
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
+    ) -> tuple[Any, Any, Any]:
+        """Upstream's, with the loss of `compute_loss` where it generates and for batches without labels too."""
+        self._loss_only = prediction_loss_only
+        try:
+            return self._prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        finally:
+            self._loss_only = False
+
+    def _prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None,
+        **gen_kwargs: Any,
+    ) -> tuple[Any, Any, Any]:
+        generates = isinstance(self, Seq2SeqTrainer) and getattr(self.args, "predict_with_generate", False)
+        if generates and not prediction_loss_only:
+            return self._generation_step(model, inputs, ignore_keys, **gen_kwargs)
         if self.teacher is None or all(inputs.get(name) is not None for name in self.label_names):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
         if ignore_keys is None:
             config = getattr(self.model, "config", None)
             ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
@@ -425,17 +597,51 @@ class DistillationMixin(_InFrontOf):
         logits = nested_detach(tuple(v for k, v in outputs.items() if k not in [*ignore_keys, "loss"]))
         return loss.detach(), logits[0] if len(logits) == 1 else logits, None
 
+    def _generation_step(
+        self, model: nn.Module, inputs: dict[str, Any], ignore_keys: list[str] | None, **gen_kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """Upstream's generating step; where it asks the model for the model's own loss, ours is given."""
+        inputs = self._prepare_inputs(inputs)
+
+        def distilled(**_: Any) -> dict[str, Tensor]:
+            return {"loss": self.compute_loss(model, inputs)}
+
+        # `generate` refuses columns that only the teacher reads.
+        taken = model_inputs(inputs, accepted_inputs(self.accelerator.unwrap_model(self.model)))
+        own = {name: value for name, value in inputs.items() if name in taken or name in self.label_names}
+        loss, tokens, labels = super().prediction_step(distilled, own, False, ignore_keys=ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
+        if loss is None and self.teacher is not None and "decoder_input_ids" in inputs:
+            with torch.no_grad():
+                loss = self.compute_loss(model, inputs)
+        return loss, tokens, labels
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's, with hard_loss, soft_loss and teacher_agreement beside the loss, weighed as the loss is."""
-        outer, self._eval_rows = self._eval_rows, []
+        """Upstream's, with hard_loss, soft_loss and teacher_agreement beside the loss, weighed as the loss is.
+
+        Language models also get perplexity: exp of the mean hard loss per labelled token over all batches, whatever
+        their size, their padding and kd_reduction; inf where that is too large a number. It is left out where there
+        are no labels, and with label smoothing, whose loss is no log-likelihood. Where several processes share rows
+        that do not fill their last batches, the rows that accelerate repeats there count again, as in the loss.
+        """
+        outer, self._evaluation = self._evaluation, Evaluation([], Window(self.args.device))
         try:
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-            if self._eval_rows and output.metrics is not None:
-                output.metrics.update(named(torch.cat(self._eval_rows).mean(0).tolist(), f"{prefix}_"))
+            if self._evaluation.rows and output.metrics is not None:
+                output.metrics.update(named(torch.cat(self._evaluation.rows).mean(0).tolist(), f"{prefix}_"))
+                output.metrics.update(self._perplexity(self._evaluation.tokens, f"{prefix}_"))
         finally:
-            self._eval_rows = outer
+            self._evaluation = outer
         return output
+
+    def _perplexity(self, tokens: Window, prefix: str) -> dict[str, float]:
+        """`perplexity` by its logged name, from the sums of all processes; nothing where it has no meaning."""
+        if self._fit is None or not self._fit.head.over_tokens or self.args.label_smoothing_factor > 0:
+            return {}
+        sums = tokens.sums()
+        sums = torch.zeros(2, device=self.args.device) if sums is None else sums  # this process saw no label
+        hard_sum, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        return {f"{prefix}perplexity": perplexity(hard_sum, count)} if count > 0 else {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`; the window's own log (it has `loss` and `learning_rate`) gets the parts of that loss.
@@ -489,6 +695,34 @@ class DistillationTrainer(DistillationMixin, Trainer):
         trainer = DistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data)
         trainer.train()
     """
+
+
+class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
+    """A `Seq2SeqTrainer` that distils: everything as `Seq2SeqTrainer`, plus `teacher_model`.
+
+    With `predict_with_generate` the predictions are upstream's generated tokens and `eval_loss` is the distillation
+    loss on the labels, as without.
+
+    Raises:
+        TypeError: `args` are no `Seq2SeqTrainingArguments`; otherwise as `DistillationMixin`.
+
+    Example::
+
+        args = Seq2SeqDistillationTrainingArguments("out", predict_with_generate=True, kd_reduction="tokenmean")
+        trainer = Seq2SeqDistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data)
+        trainer.train()
+    """
+
+    def __init__(self, model: Any = None, args: Any = None, *trainer_args: Any, **kwargs: Any) -> None:
+        if not isinstance(args, Seq2SeqTrainingArguments):
+            fail(
+                "args",
+                Shown(f"of type {type(args).__name__}"),
+                "Seq2SeqDistillationTrainingArguments",
+                "Build the arguments with that class; it has the same fields and those of generation.",
+                error=TypeError,
+            )
+        super().__init__(model, args, *trainer_args, **kwargs)
 
 
 def _as_mapping(outputs: Any, loss: Tensor) -> Any:

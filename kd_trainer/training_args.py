@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from .checks import check_choice, check_number, fail, nearest
 from .divergences import DIVERGENCES
@@ -22,6 +22,7 @@ REDUCTIONS = ("batchmean", "tokenmean")
 POSITIONS = ("labels", "attended")
 SCHEDULES = ("constant", "linear", "cosine")
 CHECK_FINITE = ("step", "log", "off")
+IMPLEMENTATIONS = ("auto", "full", "fused")
 
 # The names that a well-known textbook's class of the same purpose uses, where alpha weighs the HARD loss.
 _BORROWED = {
@@ -86,12 +87,17 @@ class DistillationArguments:
         default=None,
         metadata={"help": "Stop on NaN or inf: step (default on CPU), log (default on accelerators) or off."},
     )
+    kd_loss_implementation: str = field(
+        default="auto",
+        metadata={"help": "Language models: fused (no logits are held), full, or auto: fused where it is possible."},
+    )
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The teacher, if it is not given to the trainer: a folder or a hub name."}
     )
     teacher_model_init_kwargs: dict | str | None = field(
         default=None, metadata={"help": 'Arguments of the teacher\'s from_pretrained, e.g. {"dtype": "bfloat16"}.'}
     )
+    teacher_compile: bool = field(default=False, metadata={"help": "Run the teacher's forward through torch.compile."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "DistillationArguments":
         """Refuses borrowed names before the dataclass would answer 'unexpected keyword argument'."""
@@ -105,6 +111,7 @@ class DistillationArguments:
         check_choice("kd_divergence", self.kd_divergence, DIVERGENCES)
         check_choice("kd_reduction", self.kd_reduction, REDUCTIONS)
         check_choice("kd_positions", self.kd_positions, POSITIONS)
+        check_choice("kd_loss_implementation", self.kd_loss_implementation, IMPLEMENTATIONS)
         check_choice("kd_schedule", self.kd_schedule, SCHEDULES)
         if self.kd_beta is not None:
             self._check_beta()
@@ -169,6 +176,11 @@ class DistillationArguments:
 @dataclass
 class DistillationTrainingArguments(DistillationArguments, TrainingArguments):
     """`TrainingArguments` with the distillation settings of `DistillationArguments` in front."""
+
+
+@dataclass
+class Seq2SeqDistillationTrainingArguments(DistillationArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` (generation in evaluation) with the settings of `DistillationArguments` in front."""
 
 
 def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:

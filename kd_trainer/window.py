@@ -6,12 +6,13 @@ For: `trainer.py`. Imports: torch only.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# hard, soft, agreement and the number of labels, detached; None where a part does not exist
-Row = tuple[Tensor | float | None, Tensor | float | None, Tensor | float | None, Tensor | int]
+# hard, soft, agreement, the number of labels and the router's loss, detached; None where a part does not exist
+Row = tuple[Tensor | float | None, ...]
 
 
 class Window:
@@ -34,14 +35,22 @@ class Window:
         self._rows = []
 
     def sums(self) -> Tensor | None:
-        """Sums of the four parts over the window, [4]; None where nothing was added."""
+        """Sums over the window, one for each entry of a row; None where nothing was added."""
         if self._rows:
             self._fold()
         return torch.stack(self._sums).sum(0) if self._sums else None
 
 
+@dataclass
+class Evaluation:
+    """The parts of one evaluation: as upstream weighs its loss, and by the token for the perplexity."""
+
+    rows: list[Tensor]  # of every batch, repeated and gathered as upstream does with its loss
+    tokens: Window  # of this process: the sum of the hard loss and the number of labels
+
+
 def as_tensor(rows: list[Row], device: torch.device) -> Tensor:
-    """[N, 4] in float32; NaN where a part does not exist."""
+    """[N, entries of a row] in float32; NaN where a part does not exist."""
     columns = []
     for column in zip(*rows, strict=True):
         if all(isinstance(value, Tensor) for value in column):
@@ -54,6 +63,19 @@ def as_tensor(rows: list[Row], device: torch.device) -> Tensor:
 
 def named(means: list[float], prefix: str) -> dict[str, float]:
     """The parts that exist, by their logged names; a hard loss without any label is none."""
-    hard, soft, agreement, labelled = means
-    named = {"hard_loss": hard if labelled > 0 else math.nan, "soft_loss": soft, "teacher_agreement": agreement}
+    hard, soft, agreement, labelled, router = means
+    named = {
+        "hard_loss": hard if labelled > 0 else math.nan,
+        "soft_loss": soft,
+        "aux_loss": router,
+        "teacher_agreement": agreement,
+    }
     return {prefix + name: value for name, value in named.items() if not math.isnan(value)}
+
+
+def perplexity(hard_sum: float, count: float) -> float:
+    """exp(hard_sum / count), nats over tokens; inf where it is too large for a float."""
+    try:
+        return math.exp(hard_sum / count)
+    except OverflowError:
+        return math.inf

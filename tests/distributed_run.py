@@ -26,6 +26,8 @@ def result_of(run) -> dict:
 def main(out: Path, cases: list[str]) -> None:
     evaluated = tiny.trainer("classification", out / "run", per_device_eval_batch_size=4)
     metrics = {"even": evaluated.evaluate(tiny.rows("classification", 24, seed=2)), "uneven": evaluated.evaluate()}
+    lm = tiny.trainer("causal_lm", out / "run", per_device_eval_batch_size=4)
+    metrics["causal_lm"] = lm.evaluate(tiny.rows("causal_lm", 24, seed=2))
     # Only one process logs by itself: nothing in `log` may wait for the other.
     if evaluated.is_world_process_zero():
         evaluated.log({"note": 1.0})

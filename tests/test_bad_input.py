@@ -233,15 +233,6 @@ def several_GPUs_in_one_process(tmp_path):
     build(tmp_path, teacher=tiny.models("classification")[1], args=args)
 
 
-@case("deepspeed", "Set zero_stage to 2", "stage 0, 1 or 2")
-def ZeRO_3(tmp_path):
-    from types import SimpleNamespace
-
-    run = tiny.trainer("plain", tmp_path)
-    run.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3)))
-    run._refuse_what_cannot_work()
-
-
 @case("parallelism_config", "Switch sequence parallelism off", "Ulysses")
 def Ulysses(tmp_path):
     from types import SimpleNamespace

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import tiny
+from tests import launch, tiny
 
 TASKS = ["classification", "token_classification", "causal_lm"]
 CASES = [f"{task}-{reduction}" for task, reduction in itertools.product(TASKS, ["tokenmean", "batchmean"])]
@@ -56,16 +53,9 @@ def test_an_incomplete_last_window_changes_nothing(task, tmp_path):  # trap 5
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What two processes of four rows each made of every case: {case: {"weights": ..., "logs": ..., "world": ...}}."""
-    out = tmp_path_factory.mktemp("two_processes")
-    script = Path(__file__).with_name("distributed_run.py")
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    # Launches side by side that look for a free port may find the same one, and then wait for each other.
-    port = str(29511 + 101 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
-    plain = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
-    command = [sys.executable, *launch, *plain, str(script), str(out), *CASES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=script.parent.parent)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out
+    return launch.once(
+        tmp_path_factory, "denominators", lambda out: launch.two_processes("distributed_run.py", str(out), *CASES)
+    )
 
 
 @pytest.mark.slow
@@ -97,6 +87,9 @@ def test_two_processes_evaluate_as_one(two_processes, tmp_path):
     metrics = one.evaluate(tiny.rows("classification", 24, seed=2))
     for name in ("eval_loss", "eval_hard_loss", "eval_soft_loss", "eval_teacher_agreement"):
         assert result["even"][name] == pytest.approx(metrics[name], rel=1e-4), name
+    lm = tiny.trainer("causal_lm", tmp_path, per_device_eval_batch_size=8)
+    perplexity = lm.evaluate(tiny.rows("causal_lm", 24, seed=2))["eval_perplexity"]
+    assert result["causal_lm"]["eval_perplexity"] == pytest.approx(perplexity, rel=1e-5)
     # 21 rows do not fill the last batches: upstream repeats rows there, and the parts are weighed as its loss is.
     uneven = result["uneven"]
     assert 0.7 * uneven["eval_soft_loss"] + 0.3 * uneven["eval_hard_loss"] == pytest.approx(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -11,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from kd_trainer import DIVERGENCES, DistillationArguments, DistillationTrainingArguments, parse_args
+from kd_trainer import (
+    DIVERGENCES,
+    DistillationArguments,
+    DistillationTrainingArguments,
+    Seq2SeqDistillationTrainingArguments,
+    parse_args,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "examples/README.md", "configs/README.md"]
@@ -40,12 +47,16 @@ def test_json_blocks_parse(text, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.name)
 def test_configs_parse(path):
+    script = next(
+        name for name in ("distill_mlp", "distill_causal_lm", "distill_seq2seq") if path.stem.startswith(name)
+    )
     sys.path.insert(0, str(ROOT / "examples"))
     try:
-        from distill_mlp import ExampleArguments
+        example = importlib.import_module(script)
     finally:
         sys.path.pop(0)
-    args, _ = parse_args(DistillationTrainingArguments, ExampleArguments, argv=[str(path), "--use_cpu", "true"])
+    kind = Seq2SeqDistillationTrainingArguments if script == "distill_seq2seq" else DistillationTrainingArguments
+    args, _ = parse_args(kind, example.ExampleArguments, argv=[str(path), "--use_cpu", "true"])
     assert args.output_dir.startswith("outputs/")
 
 

@@ -199,6 +199,28 @@ def test_the_teacher_reads_the_students_columns_or_its_own():
     assert spy.seen["token_type_ids"] is own
 
 
+def test_ids_beyond_a_smaller_embedding_never_reach_the_teacher():
+    """On an accelerator they would stop the process without a name."""
+    spy = Spy()
+    teacher = live(spy)
+    teacher.id_limit = 3
+    teacher({"input_ids": torch.tensor([[0, 2]])}, ACCELERATOR)
+    seen = spy.seen
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=rf"`input_ids` is {wrong} in a batch; expected 0 to 2, the rows of the t"):
+            teacher({"input_ids": torch.tensor([[0, wrong]])}, ACCELERATOR)
+    assert spy.seen is seen
+
+
+def test_another_index_error_of_the_teacher_stays_what_it_is():
+    class Broken(Spy):
+        def forward(self, input_ids):
+            raise IndexError("something else")
+
+    with pytest.raises(IndexError, match="something else"):
+        live(Broken())({"input_ids": torch.tensor([[0, 2]])}, ACCELERATOR)
+
+
 def test_the_batch_is_not_changed():
     teacher = live(Spy())
     batch = {"input_ids": torch.ones(2, 3), "teacher_input_ids": torch.zeros(2, 3), "attention_mask": torch.ones(2, 3)}

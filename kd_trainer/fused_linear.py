@@ -1,0 +1,649 @@
+"""Output head + hard loss + soft loss in one call that never holds the logits of either model.
+
+For: language models, whose logits are far larger than anything else in a training step. The counted positions are
+visited in chunks: both models' logits of a chunk are computed into reused buffers, `visit.py` makes of them losses and,
+in place, the gradient at the student's logits, which is multiplied on at once. Backward only scales: four
+products in all, three where the student's head is frozen, two without gradients.
+Letters: N positions, V vocabulary, H hidden size; s and t of student and teacher.
+Imports: checks, divergences, reductions, visit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import Shown, check_number, fail
+from .divergences import check_divergence, log_prob_terms
+from .reductions import IGNORE_INDEX, divide, select_positions
+from .visit import Setting, compile_pays, visit
+
+_CHUNK_ROWS = 256  # below it the products lose speed (128 rows: 7%), above it they gain none
+_TILE_BYTES = 160 * 2**20  # of one tile: with larger vocabularies the chunks have fewer rows
+_GROUP_BYTES = 256 * 2**20  # half precision: gradient rows kept for one product with the hidden states
+
+
+class FusedLoss(NamedTuple):
+    """total is differentiable; the others are detached sums over this call's counted positions."""
+
+    total: Tensor  # factor * (alpha * soft / soft_count + (1 - alpha) * hard / hard_count)
+    soft: Tensor  # T^2 * sum of D(p, q), nats
+    hard: Tensor  # sum of the cross-entropy at temperature 1, nats
+    agreement: Tensor  # number of soft positions where a class is on top in both models
+
+
+def cap_and_scale(product: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """softcap * tanh(scale * product / softcap); without softcap scale * product."""
+    product = product if scale == 1 else scale * product
+    return product if softcap is None else softcap * torch.tanh(product / softcap)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A model's way from hidden states to logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight, self.bias)
+        return self.capped(logits if logits.dtype == torch.float64 else logits.float())
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """From h @ weight.T + bias to logits."""
+        return cap_and_scale(logits, self.scale, self.softcap)
+
+    def product(self, hidden: Tensor, factor: float, out: Tensor) -> Tensor:
+        """factor * (h @ weight.T + bias), into `out`."""
+        if self.bias is not None:
+            return torch.addmm(self.bias, hidden, self.weight.t(), beta=factor, alpha=factor, out=out)
+        if factor == 1:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=factor, out=out)
+
+
+@dataclass
+class _Job:
+    """Everything but the student's tensors; rows of every tensor are the N counted positions."""
+
+    setting: Setting
+    student: _Side
+    teacher: _Side | None
+    teacher_rows: Any  # hidden states, or logits where `teacher` is None; None with top_k
+    top_k: tuple[Tensor, Tensor, Tensor] | None
+    labels: Tensor | None
+    soft: Tensor | None  # bool [N]: counted for the soft loss; None: all
+    alpha: float
+    soft_weight: Any  # factor / soft_count, factor / hard_count: numbers or 0-dim tensors
+    hard_weight: Any
+    label_smoothing: float
+    common_ids: int | None
+    chunk_rows: int
+    compiled: bool | None
+    plain_rows: bool = False
+
+    def __post_init__(self) -> None:
+        """Sets `plain_rows`: whether only autograd knows the gradient of these settings."""
+        capped = any(side is not None and side.softcap is not None for side in (self.student, self.teacher))
+        capped = capped or self.label_smoothing > 0 or self.common_ids is not None or self.top_k is not None
+        excluding = [self.student.bias, self.teacher.bias if self.teacher is not None else self.teacher_rows]
+        self.plain_rows = capped or any(_excludes(x) for x in excluding)
+
+
+def fused_linear_distillation(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    alpha: float = 0.7,
+    temperature: float = 3.0,
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    soft_mask: Tensor | None = None,
+    soft_count: float | Tensor | None = None,
+    hard_count: float | Tensor | None = None,
+    factor: float = 1.0,
+    label_smoothing: float = 0.0,
+    common_ids: int | None = None,
+    teacher_logits: Tensor | None = None,
+    teacher_top_k: tuple[Tensor, Tensor, Tensor] | None = None,
+    chunk_rows: int | None = None,
+    compiled: bool | None = None,
+) -> FusedLoss:
+    """alpha * T^2 sum D(p, q) / soft_count + (1 - alpha) * sum CE / hard_count, from hidden states, without logits.
+
+    When to use: instead of two output heads and `DistillationLoss`, wherever V is large. Logits are
+    softcap * tanh(scale * (h @ weight.T + bias) / softcap), without softcap scale * (h @ weight.T + bias). Several
+    positions of one sequence are simply several rows: shift labels before.
+
+    Args:
+        student_hidden: [N, Hs]; student_weight: [Vs, Hs]. Gradients flow into both, and into `student_bias`.
+        teacher_hidden: [N, Ht]; teacher_weight: [Vt, Ht]. None where the teacher comes in another form, below.
+        labels: [N] class ids, -100 where there is none; None: no hard loss.
+        alpha: weight of the soft loss, 0 to 1. A term of weight 0 is not added, but its sum is still returned.
+        temperature: T > 0 of the soft loss.
+        divergence, beta: as in `DIVERGENCES`.
+        student_bias: [Vs]; teacher_bias: [Vt].
+        student_scale, teacher_scale, student_softcap, teacher_softcap: what some models do to their logits.
+        soft_mask: [N] bool, positions of the soft loss; None: those with a label, or all where there are no labels.
+            Positions counted by neither loss may hold NaN and cost nothing.
+        soft_count, hard_count: the denominators, numbers or 0-dim tensors; None: the counts of this call.
+        factor: of the total, e.g. the number of processes over which gradients are averaged.
+        label_smoothing: of the hard loss, as torch's `cross_entropy`.
+        common_ids: the soft loss sees the first so many ids of both vocabularies, renormalised; the hard loss sees all.
+        teacher_logits: [N, Vt], the teacher as logits.
+        teacher_top_k: ids [N, k], log-probabilities at T [N, k], log of the mass of all other ids at T [N]: the
+            divergence of the k + 1 buckets.
+        chunk_rows: positions visited at once; None: 256, fewer where a tile of logits would pass 160 MiB.
+        compiled: `torch.compile` the elementwise part; None: where a compiler is at hand and the problem is large.
+
+    Returns:
+        `FusedLoss`, in float32 or wider.
+
+    Raises:
+        ValueError: shapes, ranges or ids that do not fit; TypeError: the teacher given in no form, or in several.
+
+    Example:
+        >>> student, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(6, 8)
+        >>> loss = fused_linear_distillation(student, torch.randn(50, 4), teacher, torch.randn(50, 8), alpha=1.0)
+        >>> loss.total.backward()
+        >>> tuple(student.grad.shape)
+        (6, 4)
+
+    Source: the gradient beside the loss, chunk by chunk: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989; the
+    divergences' sources stand with `DIVERGENCES`.
+    """
+    job, hidden, weight, bias = _read(locals())
+    if hidden.shape[0] == 0:
+        return _nothing(hidden, weight, bias)
+    return FusedLoss(*_Fused.apply(hidden, weight, bias, job, torch.is_grad_enabled()))
+
+
+def fused_linear_distillation_plain(*args: Any, **kwargs: Any) -> FusedLoss:
+    """The plain twin of `fused_linear_distillation`, its specification: all logits at once, gradients by autograd."""
+    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "labels")
+    given = {**_DEFAULTS, **dict(zip(names, args, strict=False)), **kwargs}
+    job, hidden, weight, bias = _read(given)
+    if hidden.shape[0] == 0:
+        return _nothing(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        z_s = _Side(weight, bias, job.student.scale, job.student.softcap).logits(hidden)
+        z_t: Any = job.teacher_rows if job.teacher is None else job.teacher.logits(job.teacher_rows)
+        soft, hard, same = _row_losses(job, z_s, z_t, slice(None))
+    soft_sum, hard_sum = soft.sum() * job.setting.temperature**2, hard.sum()
+    agreement = same.sum().to(hard_sum.dtype)
+    return FusedLoss(_mix(job, soft_sum, hard_sum), soft_sum.detach(), hard_sum.detach(), agreement)
+
+
+# ---- reading and checking the arguments -----------------------------------------------------------------------------
+
+_DEFAULTS = dict(fused_linear_distillation.__kwdefaults__ or {}, labels=None)
+
+
+def _read(given: dict[str, Any]) -> tuple[_Job, Tensor, Tensor, Tensor | None]:
+    """Checks; selects the counted positions; casts as autocast would. Job, hidden, weight and bias of the student."""
+    g = given
+    _check_numbers(g)
+    beta = check_divergence(g["divergence"], g["beta"])
+    _check_shapes(g)
+    labels, mask = g["labels"], g["soft_mask"]
+    labelled = None if labels is None else labels != IGNORE_INDEX
+    if mask is None:
+        counted = soft = labelled
+    else:
+        soft = mask if mask.dtype == torch.bool else mask != 0
+        counted = soft if labelled is None else soft | labelled
+    soft_weight = g["factor"] * _one_over(g["soft_count"], soft, g["student_hidden"])
+    hard_weight = g["factor"] * _one_over(g["hard_count"], labelled, g["student_hidden"])
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or counted is None else select_positions(tensor, counted)
+
+    labels, soft = rows(labels), None if soft is counted else rows(soft)
+    hidden: Any
+    weight: Any
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = (
+        _autocast(x)
+        for x in (
+            rows(g["student_hidden"]),
+            *(g[n] for n in ("student_weight", "student_bias")),
+            rows(g["teacher_hidden"]),
+            *(g[n] for n in ("teacher_weight", "teacher_bias")),
+        )
+    )
+    teacher = None
+    common = g["common_ids"]
+    if teacher_weight is not None and common is not None:
+        teacher_weight, teacher_bias = teacher_weight[:common], None if teacher_bias is None else teacher_bias[:common]
+        common = None if common == weight.shape[0] else common
+    if teacher_weight is not None:
+        teacher = _Side(teacher_weight.detach(), _detached(teacher_bias), g["teacher_scale"], g["teacher_softcap"])
+    teacher_rows: Any = _detached(rows(g["teacher_logits"]) if teacher_hidden is None else teacher_hidden)
+    if soft is not None and teacher_rows is not None:  # what the teacher says elsewhere may be NaN: 0 * NaN
+        teacher_rows = teacher_rows.masked_fill(~soft.unsqueeze(1), 0.0)
+    top_k = g["teacher_top_k"]
+    if top_k is not None:
+        ids, log_probs, log_tail = (rows(x.detach()) for x in top_k)
+        ids = ids if soft is None else ids.masked_fill(~soft.unsqueeze(1), 0)
+        _check_range("teacher_top_k", ids, g["common_ids"] or weight.shape[0], or_none=False)
+        top_k = ids, log_probs, log_tail
+    setting = Setting(g["divergence"], beta, float(g["temperature"]), labels is not None)
+    side = _Side(weight.detach(), _detached(bias), g["student_scale"], g["student_softcap"])
+    job = _Job(
+        setting,
+        side,
+        teacher,
+        teacher_rows,
+        top_k,
+        labels,
+        soft,
+        g["alpha"],
+        soft_weight,
+        hard_weight,
+        g["label_smoothing"],
+        common,
+        _chunk_rows(g, weight),
+        g["compiled"],
+    )
+    return job, hidden, weight, bias
+
+
+def _one_over(given: float | Tensor | None, mask: Tensor | None, hidden: Tensor) -> float | Tensor:
+    """1 / a denominator: the given one, or the number of counted positions."""
+    if given is None:
+        given = hidden.shape[0] if mask is None else mask.sum()
+    wide = torch.float32 if hidden.device.type == "mps" else torch.float64
+    return divide(1.0, given) if not isinstance(given, Tensor) else divide(given.new_ones((), dtype=wide), given)
+
+
+def _excludes(tensor: Tensor | None) -> bool:
+    """Whether classes are excluded by logits of -inf, which the written-out gradients do not expect."""
+    return tensor is not None and tensor.device.type == "cpu" and bool(tensor.isneginf().any())
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _autocast(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as torch's autocast would hand it to a matrix product."""
+    if tensor is None or not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _chunk_rows(g: dict[str, Any], weight: Tensor) -> int:
+    if g["chunk_rows"] is not None:
+        return g["chunk_rows"]
+    return max(1, min(_CHUNK_ROWS, _TILE_BYTES // (weight.shape[0] * weight.element_size())))
+
+
+def _check_numbers(g: dict[str, Any]) -> None:
+    check_number("alpha", g["alpha"], low=0, high=1)
+    check_number("temperature", g["temperature"], low=0, open_low=True)
+    check_number("factor", g["factor"], low=0, open_low=True)
+    check_number("label_smoothing", g["label_smoothing"], low=0, high=1)
+    for name in ("student_softcap", "teacher_softcap"):
+        if g[name] is not None:
+            check_number(name, g[name], low=0, open_low=True)
+    for name in ("student_scale", "teacher_scale"):
+        check_number(name, g[name], low=0, open_low=True)
+    if g["chunk_rows"] is not None and (not isinstance(g["chunk_rows"], int) or g["chunk_rows"] < 1):
+        fail("chunk_rows", g["chunk_rows"], "a whole number of positions, at least 1", "Leave it out for the default.")
+
+
+def _check_shapes(g: dict[str, Any]) -> None:
+    hidden, weight = g["student_hidden"], g["student_weight"]
+    _check_product("student", hidden, weight, g["student_bias"])
+    positions = hidden.shape[0]
+    forms = {name: g[name] for name in ("teacher_hidden", "teacher_logits", "teacher_top_k")}
+    given = [name for name, value in forms.items() if value is not None]
+    expected = "the teacher in exactly one form: teacher_hidden with teacher_weight, teacher_logits, or teacher_top_k"
+    if len(given) != 1:
+        shown = Shown(" and ".join(given[1:]) + " given as well" if given else "None, and no other form is given")
+        fail("teacher_hidden", shown, expected, "Leave the others out.", error=TypeError)
+    if (g["teacher_hidden"] is None) != (g["teacher_weight"] is None):
+        mend = "Give both or neither."
+        fail(
+            "teacher_weight",
+            Shown("given alone" if given != ["teacher_hidden"] else "None"),
+            expected,
+            mend,
+            error=TypeError,
+        )
+    vocabulary, owner = weight.shape[0], given[0]
+    if g["teacher_hidden"] is not None:
+        _check_product("teacher", g["teacher_hidden"], g["teacher_weight"], g["teacher_bias"])
+        vocabulary, owner = g["teacher_weight"].shape[0], "teacher_weight"
+    elif g["teacher_logits"] is not None:
+        vocabulary = g["teacher_logits"].shape[-1]
+    if g["common_ids"] is None and vocabulary != weight.shape[0]:
+        shown = Shown(f"of {vocabulary} ids where the student has {weight.shape[0]}")
+        mend = "If the first ids mean the same tokens in both, say how many: common_ids."
+        fail(owner, shown, "equal vocabularies", mend, because="they are compared id by id")
+    if g["common_ids"] is not None and not 1 <= g["common_ids"] <= min(vocabulary, weight.shape[0]):
+        expected = f"1 to {min(vocabulary, weight.shape[0])}, the smaller vocabulary"
+        fail("common_ids", g["common_ids"], expected, "Count the ids that both share.")
+    columns = {"labels": g["labels"], "soft_mask": g["soft_mask"]}
+    if g["teacher_top_k"] is None:
+        columns[given[0]] = forms[given[0]][..., 0] if forms[given[0]].dim() == 2 else forms[given[0]]
+    else:
+        if len(g["teacher_top_k"]) != 3:
+            shown = Shown(f"a tuple of {len(g['teacher_top_k'])}")
+            fail("teacher_top_k", shown, "ids, log-probabilities and log of the tail's mass", "Give all three.")
+        ids, log_probs, tail = g["teacher_top_k"]
+        columns["teacher_top_k"] = tail
+        if ids.shape != log_probs.shape or ids.dim() != 2 or ids.shape[0] != positions:
+            shown = Shown(f"of shapes {list(ids.shape)} and {list(log_probs.shape)}")
+            fail("teacher_top_k", shown, f"ids and log-probabilities [{positions}, k]", "Give one row a position.")
+    for name, column in columns.items():
+        if column is not None and tuple(column.shape) != (positions,):
+            shown = Shown(f"of shape {list(column.shape)}")
+            fail(name, shown, f"one row for each of the {positions} positions", "Flatten batch and sequence alike.")
+    if g["labels"] is not None and g["labels"].is_floating_point():
+        fail("labels", Shown(f"of dtype {g['labels'].dtype}"), "integer ids", "Cast to int64.", error=TypeError)
+    _check_range("labels", g["labels"], weight.shape[0])
+
+
+def _check_product(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for argument, tensor in ((f"{name}_hidden", hidden), (f"{name}_weight", weight)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            shown = Shown(f"of dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__)
+            fail(argument, shown, "a floating tensor", "Pass the hidden states and the head's weight.", error=TypeError)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        shown = Shown(f"of shape {list(hidden.shape)} with {name}_weight of shape {list(weight.shape)}")
+        fail(f"{name}_hidden", shown, "[N, H] and [V, H]", "Flatten batch and sequence; give the head of this model.")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        fail(f"{name}_bias", Shown(f"of shape {list(bias.shape)}"), f"[{weight.shape[0]}]", "Give the head's own bias.")
+
+
+def _check_range(name: str, ids: Tensor | None, vocabulary: int, or_none: bool = True) -> None:
+    """On CPU alone: elsewhere looking would wait for the device, whose own indexing raises."""
+    if ids is None or ids.device.type != "cpu" or not ids.numel():
+        return
+    wrong = (ids < 0) | (ids >= vocabulary)
+    wrong = wrong & (ids != IGNORE_INDEX) if or_none else wrong
+    if wrong.any():
+        expected = f"ids from 0 to {vocabulary - 1}" + (f", or {IGNORE_INDEX} for no label" if or_none else "")
+        fail(name, Shown(f"a tensor that holds {int(ids[wrong][0])}"), expected, "Take the ids of this vocabulary.")
+
+
+# ---- from logits to sums --------------------------------------------------------------------------------------------
+
+
+def _row_losses(job: _Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """(soft without T^2, hard, same) [R] from whole logits, by autograd: the formulas as they are written."""
+    setting, n = job.setting, job.common_ids
+    hard = z_s.new_zeros(z_s.shape[0])
+    if job.labels is not None:
+        hard = F.cross_entropy(
+            z_s, job.labels[rows].long(), ignore_index=IGNORE_INDEX, reduction="none",
+            label_smoothing=job.label_smoothing,
+        )  # fmt: skip
+    common = z_s if n is None else z_s[:, :n]
+    if job.top_k is not None:
+        ids, log_p, log_tail = (x[rows] for x in job.top_k)
+        log_q, same = _buckets(common, ids.long(), log_p, setting.temperature)
+        log_p = torch.cat((log_p, log_tail.unsqueeze(1)), 1).to(log_q.dtype)
+    else:
+        assert z_t is not None
+        taught = (z_t if n is None else z_t[:, :n]).to(z_s.dtype)
+        log_q = torch.log_softmax(common / setting.temperature, -1)
+        log_p = torch.log_softmax(taught / setting.temperature, -1)
+        same = ((common == common.amax(-1, True)) & (taught == taught.amax(-1, True))).any(-1)
+    soft = log_prob_terms(setting.divergence, log_p, log_q, setting.beta).sum(-1)
+    if job.soft is not None:
+        counted = job.soft[rows]
+        soft, same = torch.where(counted, soft, 0.0), same & counted
+    return soft, hard, same
+
+
+def _buckets(z: Tensor, ids: Tensor, log_p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The student's log-probabilities of the k ids and of all others together [R, k + 1]; whether the tops agree."""
+    z_t = z / temperature
+    log_z = z_t.logsumexp(-1, True)
+    tail = z_t.scatter(1, ids, torch.finfo(z.dtype).min).logsumexp(-1, True)
+    same = z.argmax(-1) == ids.gather(1, log_p.argmax(-1, True)).squeeze(1)
+    return torch.cat((z_t.gather(1, ids), tail), 1) - log_z, same
+
+
+def _mix(job: _Job, soft: Tensor, hard: Tensor) -> Tensor:
+    """The total from both sums; a term of weight zero is not added, since 0 * inf is NaN."""
+    total = torch.zeros_like(soft) if job.alpha == 0 else soft * (job.alpha * job.soft_weight)
+    if job.alpha < 1 and job.labels is not None:
+        total = total + hard * ((1 - job.alpha) * job.hard_weight)
+    return total.to(soft.dtype)
+
+
+def _nothing(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
+    """Nothing counts: zero, with a gradient path to all that would have one."""
+    total = hidden[:0].sum(dtype=torch.float32) + weight[:0].sum(dtype=torch.float32)
+    total = total if bias is None else total + bias[:0].sum(dtype=torch.float32)
+    zero = torch.zeros((), device=hidden.device)
+    return FusedLoss(total, zero, zero.clone(), zero.clone())
+
+
+# ---- the visits -----------------------------------------------------------------------------------------------------
+
+
+class _Fused(torch.autograd.Function):
+    """The loss with its gradients computed beside it; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, grad_enabled: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        wanted = [grad_enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        # Half precision has no room for gradients divided by the counts: they are divided after the products.
+        ctx.unit = divide(1.0, 1.0) if hidden.dtype != torch.float16 else _unit(job)
+        with torch.autocast(hidden.device.type, enabled=False):
+            soft, hard, agreement, gradients = _visit_all(job, hidden, wanted, ctx.unit)
+        ctx.save_for_backward(*gradients)
+        soft = soft * job.setting.temperature**2
+        total = _mix(job, soft, hard)
+        ctx.mark_non_differentiable(soft, hard, agreement)
+        return total, soft, hard, agreement
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Any, ...]:
+        factor = grad_total * ctx.unit
+        same = factor.device.type == "cpu" and factor.item() == 1
+        return *(g if g is None or same else _scaled(g, factor) for g in ctx.saved_tensors), None, None
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    if gradient.dtype in (torch.float16, torch.bfloat16):
+        return (gradient.float() * factor).to(gradient.dtype)
+    return gradient * factor.to(gradient.dtype)
+
+
+def _unit(job: _Job) -> Any:
+    """The larger of the two weights a position can have."""
+    weights = [job.alpha * job.soft_weight, (1 - job.alpha) * job.hard_weight]
+    return (
+        max(weights)
+        if not any(isinstance(w, Tensor) for w in weights)
+        else torch.stack(
+            [torch.as_tensor(w, dtype=torch.float32, device=job.student.weight.device) for w in weights]
+        ).max()
+    )
+
+
+def _visit_all(
+    job: _Job, hidden: Tensor, wanted: list[bool], unit: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """Chunk by chunk: sums of soft (without T^2), hard and agreement, and the gradients of total / unit."""
+    n, vocabulary = hidden.shape[0], job.student.weight.shape[0]
+    chunk, gradient = min(job.chunk_rows, n), any(wanted)
+    products = _Products(job, hidden, wanted, chunk)
+    weights = _row_weights(job, n, unit) if gradient else hidden.new_zeros(n, 2, dtype=_wide(hidden.dtype))
+    compiled = compile_pays(job.setting, chunk, vocabulary, hidden, job.compiled) and not job.plain_rows
+    sums = torch.zeros(3, dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
+    teacher_tile = _teacher_tile(job, chunk)
+    for start in range(0, n, chunk):
+        rows = slice(start, min(start + chunk, n))
+        # Known gradients are those at z / T, and the product divides for nothing; the others begin at the product.
+        factor = 1.0 if job.plain_rows else job.student.scale / job.setting.temperature
+        tile = job.student.product(hidden[rows], factor, products.tile(rows))
+        taught: Any = _taught(job, rows, teacher_tile)
+        if job.plain_rows:
+            losses = _plain_visit(job, tile, taught, weights[rows], rows, gradient)
+        else:
+            labels = None if job.labels is None else job.labels[rows]
+            losses = visit(job.setting, tile, taught, weights[rows], labels, gradient=gradient, compiled=compiled)
+            if job.soft is not None:
+                losses = (torch.where(job.soft[rows], losses[0], 0.0), losses[1], losses[2] & job.soft[rows])
+        sums += torch.stack([column.sum(dtype=sums.dtype) for column in losses])
+        products.add(rows)
+    soft, hard, agreement = sums.to(_wide(hidden.dtype)).unbind()
+    return soft.clone(), hard.clone(), agreement.clone(), products.gradients()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _row_weights(job: _Job, n: int, unit: Any) -> Tensor:
+    """[N, 2]: what a position's D(p, q) and hard loss weigh in the gradient at the head's output, over `unit`."""
+    device, scale = job.student.weight.device, job.student.scale
+    weights = torch.zeros(n, 2, dtype=_wide(job.student.weight.dtype), device=device)
+    # T^2 of the loss, 1/T of the logits that the divergence sees.
+    weights[:, 0] = job.alpha * job.soft_weight * job.setting.temperature * scale
+    if job.soft is not None:
+        weights[:, 0] *= job.soft
+    if job.labels is not None:
+        weights[:, 1] = (1 - job.alpha) * job.hard_weight * scale
+        weights[:, 1] *= job.labels != IGNORE_INDEX
+    return weights / unit
+
+
+def _teacher_tile(job: _Job, chunk: int) -> Tensor | None:
+    if job.teacher is not None:
+        return _buffer("teacher", chunk, job.teacher.weight.shape[0], job.teacher.weight)
+    if job.teacher_rows is not None and not job.plain_rows and job.setting.temperature != 1:
+        wide = _wide(job.teacher_rows.dtype)  # dividing in half precision would round once more than the twin
+        return torch.empty(chunk, job.teacher_rows.shape[1], dtype=wide, device=job.teacher_rows.device)
+    return None
+
+
+def _taught(job: _Job, rows: slice, tile: Tensor | None) -> Tensor | None:
+    """The teacher's logits of a chunk, over T where the gradient is known; None where it is given as top-k."""
+    if job.teacher_rows is None:
+        return None
+    given, temperature = job.teacher_rows[rows], job.setting.temperature
+    if job.teacher is not None:
+        assert tile is not None
+        factor = 1.0 if job.plain_rows else job.teacher.scale / temperature
+        return job.teacher.product(given, factor, tile[: given.shape[0]])
+    return given if tile is None else torch.div(given, temperature, out=tile[: given.shape[0]])
+
+
+def _plain_visit(
+    job: _Job, tile: Tensor, taught: Tensor | None, weights: Tensor, rows: slice, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`visit` by autograd, for settings without a gradient written out; in blocks, to hold little at once."""
+    block = max(1, 2**22 // tile.shape[1])
+    losses = []
+    for start in range(0, tile.shape[0], block):
+        part = slice(start, min(start + block, tile.shape[0]))
+        here = slice(rows.start + part.start, rows.start + part.stop)
+        with torch.set_grad_enabled(gradient):
+            raw = tile[part].to(_wide(tile.dtype), copy=True).requires_grad_(gradient)
+            z_s = job.student.capped(raw)
+            z_t = None if taught is None else taught[part].to(raw.dtype)
+            z_t = z_t if z_t is None or job.teacher is None else job.teacher.capped(z_t)
+            soft, hard, same = _row_losses(job, z_s, z_t, here)
+            if gradient:
+                # The weights are those of the gradients of D at z / T and of the hard loss at z, times the scale.
+                total = _weighted(soft, weights[part, 0] * job.setting.temperature) + _weighted(hard, weights[part, 1])
+                (grad,) = torch.autograd.grad(total, raw)
+                tile[part] = grad / job.student.scale
+        losses.append((soft.detach(), hard.detach(), same))
+    return tuple(torch.cat(column) for column in zip(*losses, strict=True))  # type: ignore[return-value]
+
+
+class _Products:
+    """The student's tiles and the gradient products: every chunk in float32, many rows at once in half precision."""
+
+    def __init__(self, job: _Job, hidden: Tensor, wanted: list[bool], chunk: int) -> None:
+        self.hidden, self.weight = hidden, job.student.weight
+        n, (vocabulary, width) = hidden.shape[0], self.weight.shape
+        rows = chunk
+        if wanted[1] and hidden.dtype in (torch.bfloat16, torch.float16):
+            # The weight's gradient in one product: a float32 sum would be visited once for each chunk.
+            most = min(2 * width, _GROUP_BYTES // (vocabulary * self.weight.element_size()))
+            rows = min(n, max(chunk, most // chunk * chunk))
+        self.tiles = _buffer("student", rows, vocabulary, self.weight)
+        self.group = 0  # the first row of `tiles`
+        self.grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
+        self.grad_weight: Tensor | None = None
+        self.wanted = wanted
+        self.grad_bias = hidden.new_zeros(vocabulary, dtype=_wide(hidden.dtype)) if wanted[2] else None
+
+    def tile(self, rows: slice) -> Tensor:
+        return self.tiles[rows.start - self.group : rows.stop - self.group]
+
+    def add(self, rows: slice) -> None:
+        """Multiplies the gradient, which `visit` left in the tile, on."""
+        if not any(self.wanted):
+            self.group = rows.stop
+            return
+        gradient = self.tile(rows)
+        if self.grad_hidden is not None:
+            torch.mm(gradient, self.weight, out=self.grad_hidden[rows])
+        if self.grad_bias is not None:
+            self.grad_bias += gradient.sum(0, dtype=self.grad_bias.dtype)
+        last = rows.stop == self.hidden.shape[0]
+        step = rows.stop - rows.start
+        if last or rows.stop - self.group + step > self.tiles.shape[0]:
+            if self.wanted[1]:
+                self._add_weight(self.tiles[: rows.stop - self.group], self.hidden[self.group : rows.stop], last)
+            self.group = rows.stop
+
+    def _add_weight(self, gradient: Tensor, hidden: Tensor, last: bool) -> None:
+        if self.grad_weight is None:
+            self.grad_weight = torch.mm(gradient.t(), hidden)
+            if not last and self.grad_weight.dtype in (torch.bfloat16, torch.float16):
+                self.grad_weight = self.grad_weight.float()
+        elif self.grad_weight.dtype == gradient.dtype:
+            self.grad_weight.addmm_(gradient.t(), hidden)
+        else:
+            self.grad_weight += torch.mm(gradient.t(), hidden)
+
+    def gradients(self) -> list[Tensor | None]:
+        dtype = self.weight.dtype
+        found = (self.grad_hidden, self.grad_weight, self.grad_bias)
+        return [None if g is None else g.to(dtype) for g in found]
+
+
+_BUFFERS: dict[str, Tensor] = {}
+
+
+def _buffer(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+    """A tile [rows, columns]; on CPU the last one is kept, since fresh memory costs about as much as a visit."""
+    if like.device.type != "cpu":
+        return like.new_empty(rows, columns)
+    kept = _BUFFERS.get(name)
+    if kept is None or kept.dtype != like.dtype or kept.numel() < rows * columns:
+        kept = _BUFFERS[name] = like.new_empty(rows * columns)
+    return kept[: rows * columns].view(rows, columns)
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weights * values with 0 * inf = 0."""
+    return torch.where(weights == 0, 0.0, values * weights).sum()

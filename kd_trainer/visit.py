@@ -1,0 +1,280 @@
+"""One visit to a tile of both models' logits: the losses of its rows, and the gradient over the student's tile.
+
+The elementwise middle of `fused_linear.py`, which brings the tiles and multiplies the gradient on. Each function here
+is plain torch; it runs as it stands on blocks of rows that stay in the processor's cache, or compiled on whole tiles.
+Letters: R rows, V vocabulary; s, t logits of student and teacher over T [R, V] less their row's maximum; es, et their
+exponentials; zs, zt the row sums of these; q = es/zs, p = et/zt.
+Imports: torch alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Bytes of one tile's rows in a block of the uncompiled visit: its temporaries then stay in a core's cache.
+_BLOCK_BYTES = 2**22
+
+
+class Rows(NamedTuple):
+    """What a visit says of each row [R], in float32 or wider."""
+
+    soft: Tensor  # D(p, q), nats, without T^2
+    hard: Tensor  # cross-entropy at temperature 1, nats; 0 without a label
+    same: Tensor  # bool: whether a class is on top in both
+
+
+class Setting(NamedTuple):
+    """What a visit computes; hashable, one compiled function each."""
+
+    divergence: str
+    beta: float
+    temperature: float
+    hard: bool
+
+
+def _power(es: Tensor, s: Tensor, temperature: float) -> Tensor:
+    """exp(T * s) from es = exp(s): by multiplications where 2T is a small whole number."""
+    halves = round(2 * temperature)
+    if abs(halves - 2 * temperature) > 1e-9 or not 1 <= halves <= 8:
+        return (s * temperature).exp()
+    power = es.sqrt() if halves % 2 else None
+    for _ in range(halves // 2):
+        power = es if power is None else power * es
+    return es if power is None else power
+
+
+def _kl_gradient(setting: Setting, s: Tensor, t: Tensor, es: Tensor, et: Tensor, stats: tuple[Tensor, ...]) -> Tensor:
+    """dD/ds of forward, reverse or symmetric KL; stats: 1/zs, 1/zt, sum of q (s - t)."""
+    iz_s, iz_t, mean = stats
+    if setting.divergence == "forward_kl":
+        return es * iz_s - et * iz_t
+    if setting.divergence == "reverse_kl":
+        return es * iz_s * ((s - t) - mean)
+    return es * iz_s * ((s - t) - mean + 1) - et * iz_t
+
+
+def _mixture_terms(setting: Setting, log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """(value, h) per element: D = sum of value, h = dD/dlog q where log q is taken as free; dD/ds = h - q * sum(h)."""
+    b, name = setting.beta, setting.divergence
+    if name == "total_variation":
+        return 0.5 * (p - q).abs(), 0.5 * (q - p).sign() * q
+    tiny = torch.finfo(p.dtype).tiny
+    if name == "jsd":
+        log_m = (b * p + (1 - b) * q).clamp(min=tiny).log()
+        of_q = (1 - b) * q * (log_q - log_m)
+        return b * p * (log_p - log_m) + of_q, of_q
+    if name == "skew_forward_kl":
+        m = (b * p + (1 - b) * q).clamp(min=tiny)
+        return p * (log_p - m.log()), -(1 - b) * p * q / m
+    assert name == "skew_reverse_kl"
+    m = (b * q + (1 - b) * p).clamp(min=tiny)
+    value = q * (log_q - m.log())
+    return value, value + q - b * q * q / m
+
+
+def _shifted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row maxima [R, 1] and the logits less them, in float32 or wider."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    top_s, top_t = student.to(wide).amax(-1, True), teacher.to(wide).amax(-1, True)
+    return top_s, top_t, student.to(wide) - top_s, teacher.to(wide) - top_t
+
+
+def _kl_visit(
+    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor
+) -> tuple[Tensor, ...]:
+    """KLs: maxima, one pass of sums, one for the gradient; two exponentials a pair of logits. Seven columns [R, 1]."""
+    top_s, top_t, s, t = _shifted(student, teacher)
+    es, et = s.exp(), t.exp()
+    zs, zt = es.sum(-1, True), et.sum(-1, True)
+    same = (s + t).amax(-1, True)
+    # Row sums are returned as they are: a division of rows between the passes would part the compiled loops.
+    forward = (et * (t - s)).sum(-1, True) if setting.divergence != "reverse_kl" else zs
+    reverse = (es * (s - t)).sum(-1, True) if setting.divergence != "forward_kl" else zs
+    zh = _power(es, s, setting.temperature).sum(-1, True) if setting.hard else zs
+    if out is not None:
+        gradient = _kl_gradient(setting, s, t, es, et, (1 / zs, 1 / zt, reverse / zs)) * weights[:, :1]
+        if setting.hard:
+            gradient = gradient + _power(es, s, setting.temperature) * (weights[:, 1:] / zh)
+        out.copy_(gradient)
+    return top_s, top_t, zs, zt, zh, same, forward, reverse
+
+
+def _sums_visit(setting: Setting, student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    """The first half for divergences whose terms need the normalised p and q. Six columns [R, 1]."""
+    top_s, top_t, s, t = _shifted(student, teacher)
+    es = s.exp()
+    zs, zt = es.sum(-1, True), t.exp().sum(-1, True)
+    zh = _power(es, s, setting.temperature).sum(-1, True) if setting.hard else zs
+    return top_s, top_t, zs, zt, zh, (s + t).amax(-1, True)
+
+
+def _mixture_visit(
+    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The second half; columns [R, 7]: maxima, log zs, log zt, 1/zs, 1/zt, 1/zh. Returns D and sum(h), [R, 1]."""
+    wide = torch.promote_types(student.dtype, torch.float32)
+    s, t = student.to(wide) - columns[:, :1], teacher.to(wide) - columns[:, 1:2]
+    es, et = s.exp(), t.exp()
+    q, p = es * columns[:, 4:5], et * columns[:, 5:6]
+    value, h = _mixture_terms(setting, t - columns[:, 3:4], s - columns[:, 2:3], p, q)
+    total, mean = value.sum(-1, True), h.sum(-1, True)
+    if out is not None:
+        gradient = (h - q * mean) * weights[:, :1]
+        if setting.hard:
+            gradient = gradient + _power(es, s, setting.temperature) * (weights[:, 1:] * columns[:, 6:])
+        out.copy_(gradient)
+    return total, mean
+
+
+def visit(
+    setting: Setting,
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor,
+    labels: Tensor | None,
+    *,
+    gradient: bool,
+    compiled: bool,
+) -> Rows:
+    """Losses of a tile's rows; with `gradient`, the student's tile is overwritten by dL/d(student's logits over T).
+
+    Args:
+        setting: what is computed.
+        student, teacher: logits over T [R, V], float32, float64, bfloat16 or float16; finite.
+        weights: [R, 2] in float32 or wider: L = sum over rows of weights[:, 0] * D + weights[:, 1] / T * hard.
+        labels: [R] class ids, -100 where there is none; None without hard loss.
+        compiled: the whole tile by `torch.compile`, else blocks of rows as they are.
+
+    Returns:
+        `Rows`; `hard` is 0 in rows without a label.
+    """
+    # Not gather and scatter_: on CPU, theirs visit the whole tile in bfloat16.
+    index = None if labels is None else (torch.arange(len(labels), device=labels.device), labels.clamp(min=0))
+    at_label = None if index is None else (student[index].unsqueeze(1), teacher[index].unsqueeze(1))
+    run = _run_compiled if compiled and student.shape[0] > 1 else _run_in_blocks
+    stats = run(setting, student, teacher, weights, gradient)
+    top_s, top_t, zs, zt, zh, same = stats[:6]
+    if setting.divergence in _KLS:
+        ratio = (zs / zt).log()
+        soft = 0 * zs
+        if setting.divergence != "reverse_kl":
+            soft = soft + stats[6] / zt + ratio
+        if setting.divergence != "forward_kl":
+            soft = soft + stats[7] / zs - ratio
+    else:
+        soft = stats[6]
+    hard = 0 * soft
+    if at_label is not None and index is not None and labels is not None:
+        labelled = labels.unsqueeze(1) >= 0
+        s, t = (z.to(zs.dtype) - top for z, top in zip(at_label, (top_s, top_t), strict=True))
+        hard = torch.where(labelled, zh.log() - setting.temperature * s, 0.0)
+        if gradient:
+            at = _gradient_at(setting, s, t, stats) * weights[:, :1]
+            at = at + (_power(s.exp(), s, setting.temperature) / zh - 1) * weights[:, 1:]
+            student[index] = torch.where(labelled.squeeze(1), at.squeeze(1).to(student.dtype), student[index])
+    return Rows(soft.squeeze(1), hard.squeeze(1), same.squeeze(1) == 0)
+
+
+_KLS = ("forward_kl", "reverse_kl", "symmetric_kl")
+
+
+def _gradient_at(setting: Setting, s: Tensor, t: Tensor, stats: tuple[Tensor, ...]) -> Tensor:
+    """dD/ds at single classes [R, 1], unrounded: at the label, 1 - q may be far smaller than the tile can hold."""
+    zs, zt = stats[2:4]
+    es, et = s.exp(), t.exp()
+    if setting.divergence in _KLS:
+        return _kl_gradient(setting, s, t, es, et, (1 / zs, 1 / zt, stats[7] / zs))
+    q, p = es / zs, et / zt
+    _, h = _mixture_terms(setting, t - zt.log(), s - zs.log(), p, q)
+    return h - q * stats[7]
+
+
+def _whole(setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, out: Tensor | None, ways: Any) -> Any:
+    kl_visit, sums_visit, mixture_visit = ways
+    if setting.divergence in _KLS:
+        return kl_visit(setting, student, teacher, out, weights)
+    top_s, top_t, zs, zt, zh, same = sums_visit(setting, student, teacher)
+    columns = torch.cat((top_s, top_t, zs.log(), zt.log(), 1 / zs, 1 / zt, 1 / zh), 1)
+    if ways is not _EAGER:
+        torch._dynamo.mark_dynamic(columns, 0)
+    return top_s, top_t, zs, zt, zh, same, *mixture_visit(setting, student, teacher, out, weights, columns)
+
+
+_EAGER = (_kl_visit, _sums_visit, _mixture_visit)
+
+
+def _run_in_blocks(setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, gradient: bool) -> Any:
+    block = max(1, _BLOCK_BYTES // (4 * student.shape[1])) if student.device.type == "cpu" else student.shape[0]
+    stats = []
+    for start in range(0, student.shape[0], block):
+        s, t, w = (x[start : start + block] for x in (student, teacher, weights))
+        stats.append(_whole(setting, s, t, w, s if gradient else None, _EAGER))
+    return stats[0] if len(stats) == 1 else tuple(torch.cat(column) for column in zip(*stats, strict=True))
+
+
+def _run_compiled(setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, gradient: bool) -> Any:
+    for tensor in (student, teacher, weights):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    out = None
+    if gradient:
+        # The same memory under a second name: every element is read before it is written, but the compiler, knowing
+        # that both are one, would keep a copy of the tile.
+        out = torch.from_dlpack(student)
+        torch._dynamo.mark_dynamic(out, 0)
+    return _whole(setting, student, teacher, weights, out, _compiled_ways())
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_ways() -> tuple[Callable, ...]:
+    return tuple(torch.compile(way, dynamic=False) for way in _EAGER)
+
+
+_PAYS_FROM = 2**24  # logits of a tile's whole problem; below it compiling takes longer than it will ever save
+
+
+def compile_pays(setting: Setting, rows: int, columns: int, like: Tensor, asked: bool | None) -> bool:
+    """Whether to visit compiled: as asked, or where a compiler is at hand and the tile is large.
+
+    The first time for a setting the compiled visit is compared with the plain one on a small tile.
+    """
+    if asked is False or like.dtype == torch.float64 or rows < 2:
+        return False
+    if asked is None and (rows * columns < _PAYS_FROM // 4 or not _has_compiler(like.device.type)):
+        return False
+    return _agrees(setting, columns, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=4)
+def _has_compiler(device: str) -> bool:
+    return device == "cuda" or any(shutil.which(name) for name in ("g++", "clang++", "cl"))
+
+
+@functools.lru_cache(maxsize=64)
+def _agrees(setting: Setting, columns: int, dtype: torch.dtype, device: torch.device) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    tiles = (4 * torch.randn(2, 6, columns, generator=generator)).to(device, dtype)
+    labels = torch.tensor([0, -100, columns - 1, 1, 2, 3], device=device) if setting.hard and columns > 4 else None
+    weights = torch.tensor([[0.5, 0.25]], device=device).repeat(6, 1)
+    results = []
+    try:
+        for compiled in (False, True):
+            student = tiles[0].clone()
+            rows = visit(setting, student, tiles[1], weights, labels, gradient=True, compiled=compiled)
+            results.append((student.float(), rows.soft, rows.hard))
+    except Exception as error:  # compilers fail in many ways
+        logger.warning("The loss runs uncompiled: torch.compile failed with %s.", str(error).splitlines()[:1])
+        return False
+    room = 1e-4 if dtype == torch.float32 else 2e-2
+    if all(torch.allclose(a, b, rtol=room, atol=room * 1e-2) for a, b in zip(*results, strict=True)):
+        return True
+    logger.warning("The loss runs uncompiled: what torch.compile made of it differs from the plain computation.")
+    return False

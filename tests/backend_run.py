@@ -1,0 +1,203 @@
+"""Cases of `test_backends.py`: each runs in that process alone, and here by `accelerate launch` in two processes.
+
+Usage: backend_run.py OUT fsdp2|zero3|zero2 CASE... with the teachers' checkpoints in OUT. Results go into OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+
+from tests import tiny
+
+LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: the teacher's kind, training arguments of every run of it, and those of the two processes alone."""
+
+    teacher: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    in_two: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "same_layers": Case("llama"),
+    "other_layers": Case("gpt2", in_two={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "by_path": Case("gpt2", {"max_steps": 4}),
+    "plain": Case("plain", {"max_steps": 4}),
+    "bf16": Case("llama", {"bf16": True, "max_steps": 2}),
+    "plain_bf16": Case("plain", {"bf16": True, "max_steps": 2}),
+    "resumed": Case("llama", {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 6}),
+    "evaluated": Case("llama", {"max_steps": 0}),
+}
+
+
+def zero_config(stage: int, *, has_config: bool) -> dict[str, Any]:
+    """Threshold 0: parameters as small as these would otherwise stay whole in every process."""
+    zero = {
+        "stage": stage,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+        "reduce_bucket_size": "auto" if has_config else 1000,  # upstream reads it off the student's config
+        "stage3_prefetch_bucket_size": 1000,
+    }
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {**dict.fromkeys(sizes, "auto"), "zero_optimization": zero, "bf16": {"enabled": "auto"}}
+
+
+def pair(kind: str) -> tuple[nn.Module, nn.Module]:
+    """(student, teacher). GPT-2 has other layers than the student, dropout, and a head tied to its embedding."""
+    torch.manual_seed(0)
+    if kind == "plain":
+        return tiny.Plain(), tiny.Plain()
+    student = LlamaForCausalLM(tiny.llama_config(16, num_hidden_layers=2))
+    if kind == "llama":
+        return student, LlamaForCausalLM(tiny.llama_config(24, num_hidden_layers=3))
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = GPT2Config(vocab_size=tiny.VOCAB, n_positions=32, n_embd=24, n_layer=2, n_head=2, **ids)
+    return student, GPT2LMHeadModel(config).train()
+
+
+def build(name: str, out: Path, folder: Path, **arguments: Any) -> Any:
+    """The trainer of a case; `arguments` are training arguments on top of the case's own."""
+    case = CASES[name]
+    student, teacher = pair(case.teacher)
+    settings = {"max_steps": 20, "kd_reduction": "tokenmean", "per_device_eval_batch_size": 4, **case.arguments}
+    if name == "by_path":
+        teacher, settings["teacher_model_name_or_path"] = None, str(out / case.teacher)
+    return tiny.trainer(task_of(name), folder, pair=(student, teacher), **{**settings, **arguments})
+
+
+def task_of(name: str) -> str:
+    return "plain" if CASES[name].teacher == "plain" else "causal_lm"
+
+
+def run_fsdp2_on_cpu() -> None:
+    """Accelerate makes FSDP of GPUs only, and forgets the type whenever its state is asked for again."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        if getattr(self, "fsdp_plugin", None) is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def run_deepspeed_on_cpu() -> None:
+    """Its reduction through shared memory would be compiled first; gloo's needs no compiler."""
+    import deepspeed.comm.torch
+
+    deepspeed.comm.torch.build_shm_op = lambda: None
+
+
+def facts(run: Any, name: str, backend: str) -> dict[str, Any]:
+    """What accelerator, wrappers and shards look like on this process after the run."""
+    model, (_, fresh) = run.teacher.model, pair(CASES[name].teacher)
+    batch = run._prepare_inputs(tiny.pad(tiny.rows(task_of(name), 2)))
+    found: dict[str, Any] = {
+        "world_size": run.accelerator.num_processes,
+        "student_wrapper": [c.__name__ for c in type(run.model_wrapped).__mro__],
+        "teacher_wrapper": [c.__name__ for c in type(run.teacher.prepared).__mro__],
+        "known_models": [known is run.model_wrapped for known in run.accelerator._models],
+        "teacher_training": any(module.training for module in model.modules()),
+        "teacher_gradients": [n for n, p in model.named_parameters() if p.requires_grad or p.grad is not None],
+        "teacher_dtype": str(run.teacher(batch, run.accelerator).dtype),
+        "logs": {key: tiny.logged(run, key) for key in LOGGED},
+    }
+    more = {"fsdp2": fsdp2_facts, "zero3": zero3_facts, "zero2": zero2_facts}[backend]
+    return {**found, **more(run, model, dict(fresh.named_parameters()))}
+
+
+def fsdp2_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, Any]:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    plugin = run.accelerator.state.fsdp_plugin
+    parameters = dict(model.named_parameters())
+    sharded = {n: p for n, p in parameters.items() if isinstance(p, DTensor)}
+    classes = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    optimized = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    return {
+        "share": sum(p.to_local().numel() for p in sharded.values()) / sum(p.numel() for p in fresh.values()),
+        "gathered": sorted(set(parameters) - set(sharded)),
+        "unchanged": all(torch.equal(p.full_tensor(), fresh[n]) for n, p in sharded.items()),
+        "only_student_optimized": optimized == {id(p) for p in run.model.parameters()},
+        # The second base of a sharded module's class is the class it had before.
+        "units": sorted(type(m).__mro__[2].__name__ for m in model.modules() if isinstance(m, FSDPModule)),
+        "policy": [sorted(c.__name__ for c in classes), plugin.transformer_cls_names_to_wrap],
+    }
+
+
+def zero3_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, Any]:
+    import deepspeed
+
+    parameters = dict(model.named_parameters())
+    optimized = {id(p) for group in getattr(run.model_wrapped.optimizer, "fp16_groups", ()) for p in group}
+    with deepspeed.zero.GatheredParameters(list(parameters.values())):
+        unchanged = all(torch.equal(p, fresh[n].to(p.dtype)) for n, p in parameters.items())
+    return {
+        "share": sum(p.ds_tensor.numel() for p in parameters.values()) / sum(p.numel() for p in fresh.values()),
+        "gathered": [n for n, p in parameters.items() if p.ds_status.name != "NOT_AVAILABLE"],
+        "unchanged": unchanged,
+        "only_student_optimized": optimized == {id(p) for p in run.model.parameters()},
+        "student_config_has": sorted(run.accelerator.state.deepspeed_plugin.deepspeed_config),
+        "teacher_config_has": sorted(run.teacher.prepared.config),
+    }
+
+
+def zero2_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "share": sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in fresh.values()),
+        "unchanged": all(torch.equal(p, fresh[n].to(p.dtype)) for n, p in model.named_parameters()),
+    }
+
+
+def main(out: Path, backend: str, names: list[str]) -> None:
+    (run_fsdp2_on_cpu if backend == "fsdp2" else run_deepspeed_on_cpu)()
+    for name in names:
+        folder = out / name
+        arguments: dict[str, Any] = {"per_device_train_batch_size": 4, **CASES[name].in_two}
+        if backend == "fsdp2":
+            config = {
+                "version": 2,
+                "state_dict_type": "FULL_STATE_DICT",
+                "cpu_ram_efficient_loading": name == "by_path",
+            }
+            arguments |= {"fsdp": True, "fsdp_config": config}
+        else:
+            arguments["deepspeed"] = zero_config(int(backend[-1]), has_config=CASES[name].teacher != "plain")
+        if name == "resumed":
+            build(name, out, folder, **arguments, save_strategy="steps", save_steps=3).train()
+        run = build(name, out, folder, **arguments)
+        if name != "evaluated":
+            run.train(resume_from_checkpoint=str(folder / "checkpoint-3") if name == "resumed" else None)
+        evaluation = run.evaluate(tiny.rows(task_of(name), 24, seed=2))
+        if name != "evaluated":
+            run.save_model(str(folder / "saved"))
+        found = {**facts(run, name, backend), "evaluation": evaluation}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"process_{run.args.process_index}.json").write_text(json.dumps(found))
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

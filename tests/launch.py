@@ -1,0 +1,66 @@
+"""Starts a script of the tests in two real processes (gloo), one such run at a time, and leaves none behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+
+def two_processes(script: str, *arguments: str, timeout: float = 240) -> None:
+    """Runs tests/`script` by `accelerate launch` on the CPU; AssertionError with the end of its output if it fails."""
+    path = Path(__file__).with_name(script)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    plain = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, *launch, *plain, str(path), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=path.parent.parent,
+        env=environment,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            process.terminate()  # the launcher ends its processes, which a kill would leave behind
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            process.kill()
+            raise
+    assert process.returncode == 0, output[-6000:]
+
+
+@contextlib.contextmanager
+def shared_folder(tmp_path_factory: Any) -> Iterator[Path]:
+    """A folder that all test workers of this run share; whoever is inside is alone there."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(str(base / "two_processes.lock")):
+        yield base
+
+
+def once(tmp_path_factory: Any, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` that `make` filled, made by the first test worker that asks for it.
+
+    A run that failed is not tried again by the next worker: it fails there too.
+    """
+    with shared_folder(tmp_path_factory) as base:
+        out = base / name
+        if not out.exists():
+            out.mkdir()
+            make(out)
+            (out / "done").touch()
+    assert (out / "done").exists(), f"the run {name} has failed in another test worker"
+    return out
