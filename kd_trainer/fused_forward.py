@@ -2,8 +2,9 @@
 
 For: `trainer.py`. While the wrapped student runs, its output head's forward is replaced by one that calls
 `fused_linear_distillation`: there FSDP2 and ZeRO-3 have gathered the head's weight, and all hooks around the model
-fire as ever. The teacher's head keeps its hidden states instead. The first time, each head gives the model known logits,
-which must come out of it as `OutputHead` believes; otherwise `NotPlain` says why, and the caller takes full logits.
+fire as ever. The teacher's head keeps its hidden states instead. The first time, each head gives its model known
+logits, which must come out of it as `OutputHead` believes; otherwise `NotPlain` says why, and the caller takes full
+logits.
 Letters: B rows, S positions, H hidden size, V vocabulary.
 Imports: fused_linear, heads.
 """
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .fused_linear import FusedLoss, cap_and_scale
 from .heads import logits_of
@@ -127,7 +127,7 @@ def _ways(model: nn.Module) -> list[tuple[float, float | None]]:
 
 
 def few_products(ask: Callable[[], Any], head: OutputHead) -> Tensor:
-    """The product of the teacher's head [B, few, V] at a few positions; `ask` runs its forward once. Raises NotPlain."""
+    """The product of the teacher's head at a few positions [B, few, V]; as `teacher_hidden`."""
     with _replaced(head, _keep) as kept:
         outputs = ask()
     _right(head, kept, outputs)
@@ -169,7 +169,7 @@ def student_loss(
 
     while True:
         # A forward that is run again draws the same dropout again.
-        drawn = None if head.verified else (torch.get_rng_state(), *get_device_states(head.module.weight))
+        drawn = None if head.verified else _random_state(head.module.weight.device)
         try:
             with _replaced(head, compute) as kept:
                 outputs = ask()
@@ -187,10 +187,17 @@ def student_loss(
         _draw_again(drawn)
 
 
-def _draw_again(drawn: tuple[Tensor, list[int], list[Tensor]] | None) -> None:
-    if drawn is not None:
-        torch.set_rng_state(drawn[0])
-        set_device_states(*drawn[1:])
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None, torch.device]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None, device
+
+
+def _draw_again(drawn: tuple[Tensor, Tensor | None, torch.device] | None) -> None:
+    if drawn is None:
+        return
+    on_cpu, on_gpu, device = drawn
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu, device)
 
 
 def _keep(kept: dict[str, Any], hidden: Tensor, module: nn.Linear) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,8 +23,10 @@ from .divergences import check_divergence, log_prob_terms
 from .reductions import IGNORE_INDEX, divide, select_positions
 from .visit import Setting, compile_pays, visit
 
-_CHUNK_ROWS = 256  # below it the products lose speed (128 rows: 7%), above it they gain none
-_TILE_BYTES = 160 * 2**20  # of one tile: with larger vocabularies the chunks have fewer rows
+# Rows of a chunk: as many as fit in a tile of these bytes (each product reads all of a weight again), at least 256 (or
+# the products lose speed: 7% at 128), unless the tile is then larger than the second number.
+_TILE_BYTES, _LARGEST_TILE_BYTES = 48 * 2**20, 160 * 2**20
+_CHUNK_ROWS = 256
 _GROUP_BYTES = 256 * 2**20  # half precision: gradient rows kept for one product with the hidden states
 
 
@@ -148,7 +151,8 @@ def fused_linear_distillation(
         teacher_logits: [N, Vt], the teacher as logits.
         teacher_top_k: ids [N, k], log-probabilities at T [N, k], log of the mass of all other ids at T [N]: the
             divergence of the k + 1 buckets.
-        chunk_rows: positions visited at once; None: 256, fewer where a tile of logits would pass 160 MiB.
+        chunk_rows: positions visited at once; None: 48 MiB of logits of each model, but from 256 positions to
+            160 MiB on CPU; 256 MiB on accelerators.
         compiled: `torch.compile` the elementwise part; None: where a compiler is at hand and the problem is large.
 
     Returns:
@@ -237,7 +241,9 @@ def _read(given: dict[str, Any]) -> tuple[_Job, Tensor, Tensor, Tensor | None]:
         teacher_rows = teacher_rows.masked_fill(~soft.unsqueeze(1), 0.0)
     top_k = g["teacher_top_k"]
     if top_k is not None:
-        ids, log_probs, log_tail = (rows(x.detach()) for x in top_k)
+        ids, log_probs, log_tail = (
+            x.detach() if counted is None else select_positions(x.detach(), counted) for x in top_k
+        )
         ids = ids if soft is None else ids.masked_fill(~soft.unsqueeze(1), 0)
         _check_range("teacher_top_k", ids, g["common_ids"] or weight.shape[0], or_none=False)
         top_k = ids, log_probs, log_tail
@@ -289,7 +295,10 @@ def _autocast(tensor: Tensor | None) -> Tensor | None:
 def _chunk_rows(g: dict[str, Any], weight: Tensor) -> int:
     if g["chunk_rows"] is not None:
         return g["chunk_rows"]
-    return max(1, min(_CHUNK_ROWS, _TILE_BYTES // (weight.shape[0] * weight.element_size())))
+    row = weight.shape[0] * weight.element_size()
+    if weight.device.type != "cpu":
+        return max(1, _GROUP_BYTES // row)
+    return max(1, min(max(_CHUNK_ROWS, _TILE_BYTES // row), _LARGEST_TILE_BYTES // row))
 
 
 def _check_numbers(g: dict[str, Any]) -> None:
@@ -605,7 +614,10 @@ class _Products:
             return
         gradient = self.tile(rows)
         if self.grad_hidden is not None:
-            torch.mm(gradient, self.weight, out=self.grad_hidden[rows])
+            into = self.grad_hidden[rows]
+            block = _CHUNK_ROWS if gradient.device.type == "cpu" else len(gradient)  # on CPU more rows are slower
+            for start in range(0, len(gradient), block):
+                torch.mm(gradient[start : start + block], self.weight, out=into[start : start + block])
         if self.grad_bias is not None:
             self.grad_bias += gradient.sum(0, dtype=self.grad_bias.dtype)
         last = rows.stop == self.hidden.shape[0]
@@ -617,7 +629,7 @@ class _Products:
 
     def _add_weight(self, gradient: Tensor, hidden: Tensor, last: bool) -> None:
         if self.grad_weight is None:
-            self.grad_weight = torch.mm(gradient.t(), hidden)
+            self.grad_weight = torch.mm(gradient.t(), hidden, out=_fresh(self.weight.shape, gradient))
             if not last and self.grad_weight.dtype in (torch.bfloat16, torch.float16):
                 self.grad_weight = self.grad_weight.float()
         elif self.grad_weight.dtype == gradient.dtype:
@@ -631,6 +643,16 @@ class _Products:
         return [None if g is None else g.to(dtype) for g in found]
 
 
+def _fresh(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """New memory of the dtype of `like`; on CPU from numpy, which asks the system for huge pages.
+
+    Touching new memory in small pages costs up to a fifth of all that the loss computes.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    return torch.from_numpy(numpy.empty(shape, f"i{like.element_size()}")).view(like.dtype)
+
+
 _BUFFERS: dict[str, Tensor] = {}
 
 
@@ -640,7 +662,7 @@ def _buffer(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         return like.new_empty(rows, columns)
     kept = _BUFFERS.get(name)
     if kept is None or kept.dtype != like.dtype or kept.numel() < rows * columns:
-        kept = _BUFFERS[name] = like.new_empty(rows * columns)
+        kept = _BUFFERS[name] = _fresh((rows * columns,), like)
     return kept[: rows * columns].view(rows, columns)
 
 

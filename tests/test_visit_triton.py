@@ -30,20 +30,19 @@ EPS = torch.finfo(torch.float32).eps
 
 @pytest.fixture(scope="module")
 def start():
-    """start(**environment) -> a process, fresh at its first task, as an executor; ended after the module's tests."""
-    with mock.patch.dict(os.environ):
-        executors = []
+    """start(**environment) -> an executor of one fresh process in that environment; ended after the module's tests."""
+    executors = []
 
-        def begin(**environment):
-            executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-            executors.append(executor)
-            with mock.patch.dict(os.environ, environment):
-                executor.submit(int).result()
-            return executor
+    def begin(**environment):
+        executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        executors.append(executor)
+        with mock.patch.dict(os.environ, environment):
+            executor.submit(int).result()  # the process starts with its first task
+        return executor
 
-        yield begin
-        for executor in executors:
-            executor.shutdown()
+    yield begin
+    for executor in executors:
+        executor.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -88,30 +87,32 @@ def interpreted(setting, student, teacher, dtypes, weights, labels, gradient, tr
 
 
 def built(divergence, temperature, dtype, hard, gradient):
-    """The assembly of the kernel that `visit_on_device` would launch on compute capability 9.0, and its resources."""
+    """The assembly of what `visit_on_device` would launch on compute capability 9.0, where addresses divide by 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from kd_trainer import visit_triton
 
-    launch = mock.MagicMock()
-    launch.__getitem__.return_value = launch
+    kernel, launch = visit_triton._visit, mock.MagicMock()
     tiles = [torch.zeros(2, 64, dtype=getattr(torch, dtype)) for _ in range(2)]
-    kernel = visit_triton._visit
     with mock.patch.object(visit_triton, "_visit", launch), mock.patch.object(torch.version, "cuda", "13.0"):
         setting = Setting(divergence, 0.3, temperature, hard)
         visit_on_device(setting, *tiles, torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), gradient=gradient)
-    given = dict(zip(kernel.arg_names, launch.call_args.args, strict=False)) | launch.call_args.kwargs
+    ((values, options),) = launch.__getitem__.return_value.call_args_list
+    given = dict(zip(kernel.arg_names, values, strict=False)) | options
     warps = given.pop("num_warps")
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1", int: "i32"}
-    types |= {float: "fp32"}
-    signature = {
-        name: "constexpr" if name.isupper() else types[getattr(value, "dtype", type(value))]
-        for name, value in given.items()
-    }
-    constants = {(kernel.arg_names.index(name),): value for name, value in given.items() if name.isupper()}
-    source = ASTSource(kernel, signature, constants)
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.bool: "*i1"}
+    types |= {int: "i32", float: "fp32"}
+    signature, constants, divisible = {}, {}, {}
+    for name, value in given.items():
+        place = (kernel.arg_names.index(name),)
+        signature[name] = "constexpr" if name.isupper() else types[getattr(value, "dtype", type(value))]
+        if name.isupper():
+            constants[place] = value
+        elif isinstance(value, torch.Tensor) or value % 16 == 0:
+            divisible[place] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, divisible)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
 
 
@@ -149,7 +150,7 @@ def error(found, expected):
 
 
 def check(interpreter, setting, student, teacher, *, weights=None, labels=None, gradient=True, **options):
-    """No more error than `visit.py` has in float32, where each is held against float64, but for a few roundings."""
+    """Errors against float64 are of the size that `visit.py` has in float32; half precision is rounded but once."""
     rows, columns = student.shape
     weights = torch.rand(rows, 2, generator=torch.Generator().manual_seed(1)) if weights is None else weights
     if labels is None and setting.hard:
@@ -159,13 +160,13 @@ def check(interpreter, setting, student, teacher, *, weights=None, labels=None, 
     exact = plain(setting, student, teacher, weights, labels, gradient=gradient)
     twin = plain(setting, student, teacher, weights, labels, gradient=gradient, dtype=torch.float32)
     for name, one, other, truth in zip(("soft", "hard"), found[1:3], twin[1:3], exact[1:3], strict=True):
-        assert error(one, truth) <= 2 * error(other, truth) + 4 * EPS, name
+        assert error(one, truth) <= 4 * error(other, truth) + 4 * EPS, name
     assert found[3].equal(exact[3])
     if not gradient:
         assert found[0].equal(student.double())
     elif student.dtype == torch.float32:
-        assert error(found[0], exact[0]) <= 2 * error(twin[0], exact[0]) + 4 * EPS
-    else:  # rounded once
+        assert error(found[0], exact[0]) <= 4 * error(twin[0], exact[0]) + 4 * EPS
+    else:
         info = torch.finfo(student.dtype)
         room = exact[0].abs() * info.eps / 2 + 8 * EPS * exact[0].abs().max() + info.smallest_normal * info.eps
         assert ((found[0] - exact[0]).abs() <= room).all()
@@ -230,27 +231,20 @@ def test_probabilities_of_zero_leave_the_values_finite(interpreter, divergence):
 @needs_triton
 def test_the_label_of_a_confident_student(interpreter):
     """1 - q, which is far smaller than the spacing of bfloat16 at 1."""
-    student, teacher = tiles(dtype=torch.bfloat16)
-    student[:, 5] = 16.0
+    setting, (student, teacher) = Setting("forward_kl", 0.0, 1.0, True), tiles(spread=1.0, dtype=torch.bfloat16)
+    student[:, 5] = 14.0
     labels, weights = torch.tensor([5, 5, 5]), torch.tensor([[0.0, 1.0]]).repeat(3, 1)
-    found, exact = check(
-        interpreter, Setting("forward_kl", 0.0, 1.0, True), student, teacher, weights=weights, labels=labels
-    )
-    at_label = exact[0][:, 5]
-    assert (at_label.abs() < torch.finfo(torch.bfloat16).eps).all()
-    assert (
-        error(found[0][:, 5] / at_label, torch.ones(3))
-        <= torch.finfo(torch.bfloat16).eps / 2 + EPS / at_label.abs().min()
-    )
+    found, exact = check(interpreter, setting, student, teacher, weights=weights, labels=labels)
+    spacing, at_label = torch.finfo(torch.bfloat16).eps, exact[0][:, 5]
+    assert (at_label.abs() < spacing / 4).all()
+    assert error(found[0][:, 5] / at_label, torch.ones(3)) <= spacing / 2 + EPS / at_label.abs().min()
 
 
 @needs_triton
 @pytest.mark.parametrize("divergence", ["reverse_kl", "total_variation"])
 def test_rows_of_weight_zero_have_values_and_no_gradient(interpreter, divergence):
-    weights = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    found, _ = check(
-        interpreter, Setting(divergence, 0.5, 2.0, True), *tiles(), weights=weights, labels=torch.arange(3)
-    )
+    setting, weights = Setting(divergence, 0.5, 2.0, True), torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    found, _ = check(interpreter, setting, *tiles(), weights=weights, labels=torch.arange(3))
     assert found[0][0].eq(0).all()
     assert found[0][1:].ne(0).any(-1).all()
     assert found[1].gt(0).all()
