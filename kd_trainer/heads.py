@@ -210,7 +210,9 @@ def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
             auto_class = getattr(transformers, name)
             classes = auto_class._model_mapping.get(type(config), ())
             if isinstance(model, classes):
-                return head, auto_class
+                # Speech models that are decoders alone are listed there too; they shift their labels.
+                decoder = head.name == "seq2seq_lm" and not getattr(config, "is_encoder_decoder", True)
+                return (HEADS["causal_lm"] if decoder else head), auto_class
     return None
 
 
@@ -326,7 +328,7 @@ def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
 
 def decoder_input_ids(student: nn.Module, labels: Tensor) -> Tensor | None:
     """The labels shifted right behind the start token, as the student's own forward makes them; None if unknown."""
-    build: Any = getattr(student, "preparedecoder_input_ids_from_labels", None)
+    build: Any = getattr(student, "prepare_decoder_input_ids_from_labels", None)
     if build is not None:
         return build(labels=labels)
     config = getattr(student, "config", None)  # M2M100 (NLLB) and Blenderbot do it inside their forward

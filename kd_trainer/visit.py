@@ -4,7 +4,7 @@ The elementwise middle of `fused_linear.py`, which brings the tiles and multipli
 is plain torch; it runs as it stands on blocks of rows that stay in the processor's cache, or compiled on whole tiles.
 Letters: R rows, V vocabulary; s, t logits of student and teacher over T [R, V] less their row's maximum; es, et their
 exponentials; zs, zt the row sums of these; q = es/zs, p = et/zt.
-Imports: torch alone.
+Imports: visit_triton (on use).
 """
 
 from __future__ import annotations
@@ -158,11 +158,16 @@ def visit(
         student, teacher: logits over T [R, V], float32, float64, bfloat16 or float16; finite.
         weights: [R, 2] in float32 or wider: L = sum over rows of weights[:, 0] * D + weights[:, 1] / T * hard.
         labels: [R] class ids, -100 where there is none; None without hard loss.
-        compiled: the whole tile by `torch.compile`, else blocks of rows as they are.
+        compiled: the whole tile by the Triton kernel (CUDA) or `torch.compile`, else blocks of rows as they are.
 
     Returns:
         `Rows`; `hard` is 0 in rows without a label.
     """
+    if compiled and student.is_cuda:
+        from .visit_triton import has_triton, visit_on_device
+
+        if has_triton(student):
+            return Rows(*visit_on_device(setting, student, teacher, weights, labels, gradient=gradient))
     # Not gather and scatter_: on CPU, theirs visit the whole tile in bfloat16.
     index = None if labels is None else (torch.arange(len(labels), device=labels.device), labels.clamp(min=0))
     at_label = None if index is None else (student[index].unsqueeze(1), teacher[index].unsqueeze(1))

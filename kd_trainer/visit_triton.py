@@ -60,7 +60,7 @@ def visit_on_device(
         labels: [R] class ids, below 0 where there is none; None: none anywhere.
         gradient: whether the student's tile is overwritten by dL/d(student's logits over T), in float32 rounded once.
         lanes, times: powers of two; a thread is a lane and holds 16 bytes of the student's row so many times at once.
-            With the defaults a program has 64 registers a thread, so that four are at work on each multiprocessor.
+            With the defaults a thread has 64 to 80 registers: three or four programs at a time on a multiprocessor.
 
     Returns:
         soft [R] and hard [R], nats, float32; same [R], bool.

@@ -39,6 +39,13 @@ CASES = {
     "bf16": Case("llama", {"bf16": True, "max_steps": 2}),
     "plain_bf16": Case("plain", {"bf16": True, "max_steps": 2}),
     "resumed": Case("llama", {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 6}),
+    "fused": Case("llama", {"kd_loss_implementation": "fused"}),
+    "fused_other_layers": Case(
+        "gpt2",
+        {"kd_loss_implementation": "fused"},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    ),
+    "fused_bf16": Case("llama", {"kd_loss_implementation": "fused", "bf16": True, "max_steps": 2}),
     "evaluated": Case("llama", {"max_steps": 0}),
 }
 
@@ -115,6 +122,7 @@ def facts(run: Any, name: str, backend: str) -> dict[str, Any]:
     batch = run._prepare_inputs(tiny.pad(tiny.rows(task_of(name), 2)))
     found: dict[str, Any] = {
         "world_size": run.accelerator.num_processes,
+        "fused": run._fit.heads is not None,
         "student_wrapper": [c.__name__ for c in type(run.model_wrapped).__mro__],
         "teacher_wrapper": [c.__name__ for c in type(run.teacher.prepared).__mro__],
         "known_models": [known is run.model_wrapped for known in run.accelerator._models],

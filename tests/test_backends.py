@@ -25,6 +25,7 @@ from tests import backend_run, launch, tiny
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
 EVERYWHERE = ["same_layers", "other_layers", "by_path", "plain", "bf16", "plain_bf16", "resumed"]
+EVERYWHERE += ["fused", "fused_other_layers", "fused_bf16"]
 RUNS = {"fsdp2": EVERYWHERE, "zero3": [*EVERYWHERE, "evaluated"], "zero2": ["plain_bf16"]}
 WRAPPERS = {
     "fsdp2": ("FSDPModule", "FSDPModule"),
@@ -91,6 +92,19 @@ def test_two_processes_give_what_one_gives(backend, case, results, alone):
             assert found["logs"][key] == pytest.approx(expected, rel=1e-5, abs=1e-5), key
     start = backend_run.pair(backend_run.CASES[case].teacher)[0].state_dict()
     assert max((saved[name] - start[name]).abs().max() for name in saved) > 1e-3  # it did learn something
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "case"), [row for row in EXACT if "fused" in row.values[1]])
+def test_the_fused_loss_in_two_processes_is_full_logits_in_one(backend, case, results, alone):
+    weights, logs, run = alone({"fused": "same_layers", "fused_other_layers": "other_layers"}[case])
+    assert run._fit.heads is None
+    for name, value in load_file(results(backend, case) / "saved" / "model.safetensors").items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-5)
+    for found in facts_of(results(backend, case)):
+        assert found["fused"]
+        for key in backend_run.LOGGED:
+            assert found["logs"][key] == pytest.approx(logs[key], rel=1e-5, abs=1e-5), key
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from kd_trainer import MLPConfig, MLPForImageClassification, student_from_teacher
+from kd_trainer import MLPConfig, MLPForImageClassification, student_from_teacher, students
 from kd_trainer.compatibility import check_separate
 from tests import tiny
 
@@ -241,6 +242,14 @@ def test_lists_of_the_config_move_with_their_layers():
     assert neo.attention_layers == ["local", "local"]
 
 
+def test_a_list_inside_a_layer_is_no_stack():
+    """T5's layers are lists themselves, of 2 sub-layers in the encoder and 3 in the decoder."""
+    teacher = build("T5ForConditionalGeneration", num_layers=2, num_decoder_layers=3)
+    student = student_from_teacher(teacher, layers=[0], decoder_layers=[0, 2])
+    assert (len(student.encoder.block), len(student.decoder.block)) == (1, 2)
+    assert len(student.decoder.block[0].layer) == 3
+
+
 def test_tokens_are_no_layers():
     """A list that only happens to be as long as the stack keeps all its entries."""
     teacher = build("LlamaForCausalLM", eos_token_id=[2, 3, 4, 5, 6, 7])
@@ -407,3 +416,9 @@ def test_a_teacher_that_cannot_be_copied_is_refused():
     quantised.quantization_method = "bitsandbytes"
     with pytest.raises(ValueError, match=r"quantised \(bitsandbytes\)"):
         student_from_teacher(quantised, layers=[0])
+
+
+def test_the_example_of_the_docstring_runs():
+    results = doctest.testmod(students)
+    assert results.attempted == 4
+    assert results.failed == 0

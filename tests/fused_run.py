@@ -1,0 +1,62 @@
+"""Run by `accelerate launch` from test_fused_trainer.py: cases of the fused loss under DDP, results into a folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
+
+from kd_trainer import trainer as trainer_module
+from tests import tiny
+
+LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "second way": {},  # the first forward shows that the logits are multiplied, where most models divide
+    "not plain": {},
+}
+
+
+def build(case: str, folder: Path, **settings: Any) -> Any:
+    trainer_module.SMALL_VOCABULARY = 0
+    torch.manual_seed(0)
+    pair = tiny.models("causal_lm")
+    if case == "second way":
+        config = HyperCLOVAXConfig(**{**tiny.llama_config().to_dict(), "logits_scaling": 0.5, "model_type": None})
+        pair = HyperCLOVAXForCausalLM(config), pair[1]
+    elif case == "not plain":
+        pair[0].lm_head.register_forward_hook(lambda module, given, out: out / 2)
+    return tiny.trainer(
+        "causal_lm",
+        folder,
+        pair=pair,
+        data=tiny.rows("causal_lm", 80),
+        **{"kd_reduction": "tokenmean", "max_steps": 20, **settings},
+    )
+
+
+def main(out: Path) -> None:
+    for case, settings in CASES.items():
+        run = build(case, out / "run", **{"per_device_train_batch_size": 4, **settings})
+        run.train()
+        if run.is_world_process_zero():
+            torch.save(tiny.weights(run.model), out / f"{case}.pt")
+            found = {
+                "world_size": run.accelerator.num_processes,
+                "wrapper": type(run.model_wrapped).__name__,
+                "fused": run._fit.heads is not None,
+                "logs": {key: tiny.logged(run, key) for key in LOGGED},
+            }
+            (out / f"{case}.json").write_text(json.dumps(found))
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
