@@ -41,15 +41,20 @@ class Setting(NamedTuple):
     hard: bool
 
 
-def _power(es: Tensor, s: Tensor, temperature: float) -> Tensor:
+def _power(setting: Setting, es: Tensor, s: Tensor, temperature: Tensor) -> Tensor:
     """exp(T * s) from es = exp(s): by multiplications where 2T is a small whole number."""
-    halves = round(2 * temperature)
-    if abs(halves - 2 * temperature) > 1e-9 or not 1 <= halves <= 8:
+    halves = _halves(setting.temperature)
+    if not halves:
         return (s * temperature).exp()
     power = es.sqrt() if halves % 2 else None
     for _ in range(halves // 2):
         power = es if power is None else power * es
     return es if power is None else power
+
+
+def _halves(temperature: float) -> int:
+    """2T where it is a whole number up to 8, else 0."""
+    return int(2 * temperature) if 2 * temperature in range(1, 9) else 0
 
 
 def _kl_gradient(setting: Setting, s: Tensor, t: Tensor, es: Tensor, et: Tensor, stats: tuple[Tensor, ...]) -> Tensor:
@@ -102,7 +107,7 @@ def _shifted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def _kl_visit(
-    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor
+    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, temperature: Tensor
 ) -> tuple[Tensor, ...]:
     """KLs: maxima, one pass of sums, one for the gradient; two exponentials a pair of logits. Seven columns [R, 1]."""
     top_s, top_t, s, t = _shifted(student, teacher)
@@ -112,31 +117,31 @@ def _kl_visit(
     # Row sums are returned as they are: a division of rows between the passes would part the compiled loops.
     forward = (et * (t - s)).sum(-1, True) if setting.divergence != "reverse_kl" else zs
     reverse = (es * (s - t)).sum(-1, True) if setting.divergence != "forward_kl" else zs
-    zh = _power(es, s, setting.temperature).sum(-1, True) if setting.hard else zs
+    zh = _power(setting, es, s, temperature).sum(-1, True) if setting.hard else zs
     if out is not None:
         gradient = _kl_gradient(setting, s, t, es, et, (1 / zs, 1 / zt, reverse / zs)) * weights[:, :1]
         if setting.hard:
-            gradient = gradient + _power(es, s, setting.temperature) * (weights[:, 1:] / zh)
+            gradient = gradient + _power(setting, es, s, temperature) * (weights[:, 1:] / zh)
         out.copy_(gradient)
     return top_s, top_t, zs, zt, zh, same, forward, reverse
 
 
 def _mixture_visit(
-    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor
+    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, temperature: Tensor
 ) -> tuple[Tensor, ...]:
     """Divergences to a mixture, whose terms need the normalised p and q: one more pass. Eight columns [R, 1]."""
     top_s, top_t, s, t = _shifted(student, teacher)
     es, et = s.exp(), t.exp()
     zs, zt = es.sum(-1, True), et.sum(-1, True)
     same = (s + t).amax(-1, True)
-    zh = _power(es, s, setting.temperature).sum(-1, True) if setting.hard else zs
+    zh = _power(setting, es, s, temperature).sum(-1, True) if setting.hard else zs
     q = es * (1 / zs)
     value, h = _mixture_terms(setting, s, t, q, et * (1 / zt))
     total, mean = value.sum(-1, True), h.sum(-1, True)
     if out is not None:
         gradient = (h - q * mean) * weights[:, :1]
         if setting.hard:
-            gradient = gradient + _power(es, s, setting.temperature) * (weights[:, 1:] / zh)
+            gradient = gradient + _power(setting, es, s, temperature) * (weights[:, 1:] / zh)
         out.copy_(gradient)
     return top_s, top_t, zs, zt, zh, same, total, mean
 
@@ -172,7 +177,8 @@ def visit(
     index = None if labels is None else (torch.arange(len(labels), device=labels.device), labels.clamp(min=0))
     at_label = None if index is None else (student[index].unsqueeze(1), teacher[index].unsqueeze(1))
     run = _run_compiled if compiled and student.shape[0] > 1 else _run_in_blocks
-    stats = run(setting, student, teacher, weights, gradient)
+    temperature = weights.new_full((), setting.temperature)
+    stats = run(setting, student, teacher, weights, temperature, gradient)
     top_s, top_t, zs, zt, zh, same = stats[:6]
     if setting.divergence in _KLS:
         ratio = (zs / zt).log()
@@ -190,7 +196,7 @@ def visit(
         hard = torch.where(labelled, zh.log() - setting.temperature * s, 0.0)
         if gradient:
             at = _gradient_at(setting, s, t, stats) * weights[:, :1]
-            at = at + (_power(s.exp(), s, setting.temperature) / zh - 1) * weights[:, 1:]
+            at = at + (_power(setting, s.exp(), s, temperature) / zh - 1) * weights[:, 1:]
             student[index] = torch.where(labelled.squeeze(1), at.squeeze(1).to(student.dtype), student[index])
     return Rows(soft.squeeze(1), hard.squeeze(1), same.squeeze(1) == 0)
 
@@ -213,16 +219,20 @@ def _way(setting: Setting) -> Callable[..., tuple[Tensor, ...]]:
     return _kl_visit if setting.divergence in _KLS else _mixture_visit
 
 
-def _run_in_blocks(setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, gradient: bool) -> Any:
+def _run_in_blocks(
+    setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, temperature: Tensor, gradient: bool
+) -> Any:
     block = max(1, _BLOCK_BYTES // (4 * student.shape[1])) if student.device.type == "cpu" else student.shape[0]
     stats = []
     for start in range(0, student.shape[0], block):
         s, t, w = (x[start : start + block] for x in (student, teacher, weights))
-        stats.append(_way(setting)(setting, s, t, s if gradient else None, w))
+        stats.append(_way(setting)(setting, s, t, s if gradient else None, w, temperature))
     return stats[0] if len(stats) == 1 else tuple(torch.cat(column) for column in zip(*stats, strict=True))
 
 
-def _run_compiled(setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, gradient: bool) -> Any:
+def _run_compiled(
+    setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, temperature: Tensor, gradient: bool
+) -> Any:
     for tensor in (student, teacher, weights):
         torch._dynamo.mark_dynamic(tensor, 0)
     out = None
@@ -231,7 +241,16 @@ def _run_compiled(setting: Setting, student: Tensor, teacher: Tensor, weights: T
         # that both are one, would keep a copy of the tile.
         out = torch.from_dlpack(student)
         torch._dynamo.mark_dynamic(out, 0)
-    return _compiled(setting)(setting, student, teacher, out, weights)
+    setting = _compiled_for(setting)
+    with torch._dynamo.config.patch(recompile_limit=64):  # each setting, dtype and vocabulary counts as one
+        return _compiled(setting)(setting, student, teacher, out, weights, temperature)
+
+
+def _compiled_for(setting: Setting) -> Setting:
+    """The setting without a temperature that is no constant of the code: a schedule must not compile at every step."""
+    if setting.hard and not _halves(setting.temperature):
+        return setting._replace(temperature=0.0)
+    return setting if setting.hard else setting._replace(temperature=1.0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -251,7 +270,7 @@ def compile_pays(setting: Setting, rows: int, columns: int, like: Tensor, asked:
         return False
     if asked is None and (rows * columns < _PAYS_FROM // 4 or not _has_compiler(like.device.type)):
         return False
-    return _agrees(setting, columns, like.dtype, like.device)
+    return _agrees(_compiled_for(setting), columns, like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=4)
@@ -266,6 +285,7 @@ def _agrees(setting: Setting, columns: int, dtype: torch.dtype, device: torch.de
     labels = torch.tensor([0, -100, columns - 1, 1, 2, 3], device=device) if setting.hard and columns > 4 else None
     weights = torch.tensor([[0.5, 0.25]], device=device).repeat(6, 1)
     results = []
+    setting = setting if setting.temperature else setting._replace(temperature=1.3)
     try:
         for compiled in (False, True):
             student = tiles[0].clone()
