@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_trainer import fused_linear
 from kd_trainer.fused_linear import fused_linear_distillation, fused_linear_distillation_plain
 
 T, ALPHA = 2.0, 0.7
@@ -390,6 +391,7 @@ def measure_memory_here(case: Case, name: str, device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         peak = torch.cuda.max_memory_allocated
     else:
+        fused_linear._BUFFERS.clear()  # kept between the steps: counted as if they were new
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the warm-up has freed goes back, so that it counts again
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
         peak = resident_peak
