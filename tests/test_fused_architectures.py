@@ -100,6 +100,8 @@ def run(name: str, implementation: str, tmp_path: Any, steps: int = 3) -> Distil
     torch.manual_seed(0)
     student, teacher = build(name, 16), build(name, 32)
     rows = [{**row, "labels": [x % tiny.VOCAB if x >= 0 else x for x in row["labels"]]} for row in data_of(name)]
+    if name.startswith("MBart"):  # it wraps the last label to the front, and knows of no row without one
+        rows = [{**row, "labels": [2, *row["labels"][1:]]} for row in rows]
     trainer = DistillationTrainer(
         model=student, teacher_model=teacher, data_collator=tiny.pad, train_dataset=rows, eval_dataset=rows[:11],
         args=tiny.arguments(tmp_path, kd_loss_implementation=implementation, kd_reduction="tokenmean", max_steps=steps,
