@@ -399,14 +399,13 @@ def test_a_teacher_compiled_by_inductor(tmp_path, caplog):
     assert len(said) == (0 if runs[1].teacher.compiled else 1)
 
 
-def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path, monkeypatch, caplog):
+def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path, caplog):
     import torch._inductor.config as inductor
 
     torch.compiler.reset()
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "/no/such/compiler"))
-    monkeypatch.setattr(inductor, "force_disable_caches", True)
     run = tiny.trainer("causal_lm", tmp_path, teacher_compile=True, max_steps=2, **LM)
-    with caplog.at_level(logging.WARNING, logger="kd_trainer"):
+    no_compiler = inductor.patch({"cpp.cxx": (None, "/no/such/compiler"), "force_disable_caches": True})
+    with no_compiler, caplog.at_level(logging.WARNING, logger="kd_trainer"):
         run.train()
     torch.compiler.reset()
     said = [record.message for record in caplog.records if record.name.startswith("kd_trainer")]
