@@ -458,7 +458,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wanted = [grad_enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         # Half precision has no room for gradients divided by the counts: they are divided after the products.
-        ctx.unit = divide(1.0, 1.0) if hidden.dtype != torch.float16 else _unit(job)
+        ctx.unit = 1.0 if hidden.dtype != torch.float16 else _unit(job)
         with torch.autocast(hidden.device.type, enabled=False):
             soft, hard, agreement, gradients = _visit_all(job, hidden, wanted, ctx.unit)
         ctx.save_for_backward(*gradients)
@@ -501,7 +501,7 @@ def _visit_all(
     chunk, gradient = min(job.chunk_rows, n), any(wanted)
     products = _Products(job, hidden, wanted, chunk)
     weights = _row_weights(job, n, unit) if gradient else hidden.new_zeros(n, 2, dtype=_wide(hidden.dtype))
-    compiled = compile_pays(job.setting, chunk, vocabulary, hidden, job.compiled) and not job.plain_rows
+    compiled = not job.plain_rows and compile_pays(job.setting, chunk, vocabulary, hidden, job.compiled)
     sums = torch.zeros(3, dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
     teacher_tile = _teacher_tile(job, chunk)
     for start in range(0, n, chunk):

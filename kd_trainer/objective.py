@@ -112,8 +112,7 @@ class Objective:
             logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
         if common_ids is not None and taught is not None:
             chosen, taught = chosen[..., :common_ids], taught[..., :common_ids]
-        by_rows = self.reduction == "batchmean"
-        soft_count, hard_count = (counts.rows, counts.rows) if by_rows else (counts.soft, counts.hard)
+        soft_count, hard_count = self._denominators(counts)
 
         plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen
         if taught is not None and not plain and is_small(chosen, taught):
@@ -162,7 +161,7 @@ class Objective:
             mask = head.soft_mask(inputs, targets, self.positions)
             if mask is None and targets is not None:
                 mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)
-        by_rows = self.reduction == "batchmean"
+        soft_count, hard_count = self._denominators(counts)
         return fused_linear_distillation(
             student_hidden.flatten(0, 1),
             weights["student_weight"],
@@ -174,8 +173,8 @@ class Objective:
             divergence=self.divergence,
             beta=self.beta,
             soft_mask=None if mask is None else mask.flatten(),
-            soft_count=counts.rows if by_rows else counts.soft,
-            hard_count=counts.rows if by_rows else counts.hard,
+            soft_count=soft_count,
+            hard_count=hard_count,
             factor=counts.scale,
             label_smoothing=self.label_smoothing,
             common_ids=common_ids,
@@ -184,14 +183,17 @@ class Objective:
 
     def parts(self, loss: FusedLoss, counts: Counts, *, labelled: bool) -> Parts:
         """`Parts` of a fused loss: its sums over the denominators, as `__call__` gives them."""
-        by_rows = self.reduction == "batchmean"
-        soft_count, hard_count = (counts.rows, counts.rows) if by_rows else (counts.soft, counts.hard)
+        soft_count, hard_count = self._denominators(counts)
         return Parts(
             loss.total,
             divide(loss.hard, hard_count) * counts.scale if labelled else None,
             divide(loss.soft, soft_count) * counts.scale,
             divide(loss.agreement, counts.soft) * counts.scale,
         )
+
+    def _denominators(self, counts: Counts) -> tuple[Tensor | int, Tensor | int]:
+        """What the sums of the soft and of the hard loss are divided by."""
+        return (counts.rows, counts.rows) if self.reduction == "batchmean" else (counts.soft, counts.hard)
 
     def _joint(
         self,

@@ -99,42 +99,45 @@ def _lacking(setting: Setting, zs: Tensor, zt: Tensor) -> Tensor:
     return of_q * zs.log() + of_p * zt.log()
 
 
-def _shifted(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row maxima [R, 1] and the logits less them, in float32 or wider."""
+def _sums(
+    setting: Setting, student: Tensor, teacher: Tensor, temperature: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor, Tensor]:
+    """What every divergence begins with, in float32 or wider: six columns [R, 1], and s, t, es, et [R, V].
+
+    The columns: both maxima, zs, zt, sum of exp(T * s), and 0 where a class is on top in both.
+    """
     wide = torch.promote_types(student.dtype, torch.float32)
     top_s, top_t = student.to(wide).amax(-1, True), teacher.to(wide).amax(-1, True)
-    return top_s, top_t, student.to(wide) - top_s, teacher.to(wide) - top_t
+    s, t = student.to(wide) - top_s, teacher.to(wide) - top_t
+    es, et = s.exp(), t.exp()
+    zs, zt = es.sum(-1, True), et.sum(-1, True)
+    zh = _power(setting, es, s, temperature).sum(-1, True) if setting.hard else zs
+    return (top_s, top_t, zs, zt, zh, (s + t).amax(-1, True)), s, t, es, et
 
 
 def _kl_visit(
     setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, temperature: Tensor
 ) -> tuple[Tensor, ...]:
-    """KLs: maxima, one pass of sums, one for the gradient; two exponentials a pair of logits. Seven columns [R, 1]."""
-    top_s, top_t, s, t = _shifted(student, teacher)
-    es, et = s.exp(), t.exp()
-    zs, zt = es.sum(-1, True), et.sum(-1, True)
-    same = (s + t).amax(-1, True)
+    """KLs: maxima, one pass of sums, one for the gradient; two exponentials a pair of logits. Eight columns [R, 1]."""
+    sums, s, t, es, et = _sums(setting, student, teacher, temperature)
+    _, _, zs, zt, zh, _ = sums
     # Row sums are returned as they are: a division of rows between the passes would part the compiled loops.
     forward = (et * (t - s)).sum(-1, True) if setting.divergence != "reverse_kl" else zs
     reverse = (es * (s - t)).sum(-1, True) if setting.divergence != "forward_kl" else zs
-    zh = _power(setting, es, s, temperature).sum(-1, True) if setting.hard else zs
     if out is not None:
         gradient = _kl_gradient(setting, s, t, es, et, (1 / zs, 1 / zt, reverse / zs)) * weights[:, :1]
         if setting.hard:
             gradient = gradient + _power(setting, es, s, temperature) * (weights[:, 1:] / zh)
         out.copy_(gradient)
-    return top_s, top_t, zs, zt, zh, same, forward, reverse
+    return *sums, forward, reverse
 
 
 def _mixture_visit(
     setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, temperature: Tensor
 ) -> tuple[Tensor, ...]:
     """Divergences to a mixture, whose terms need the normalised p and q: one more pass. Eight columns [R, 1]."""
-    top_s, top_t, s, t = _shifted(student, teacher)
-    es, et = s.exp(), t.exp()
-    zs, zt = es.sum(-1, True), et.sum(-1, True)
-    same = (s + t).amax(-1, True)
-    zh = _power(setting, es, s, temperature).sum(-1, True) if setting.hard else zs
+    sums, s, t, es, et = _sums(setting, student, teacher, temperature)
+    _, _, zs, zt, zh, _ = sums
     q = es * (1 / zs)
     value, h = _mixture_terms(setting, s, t, q, et * (1 / zt))
     total, mean = value.sum(-1, True), h.sum(-1, True)
@@ -143,7 +146,7 @@ def _mixture_visit(
         if setting.hard:
             gradient = gradient + _power(setting, es, s, temperature) * (weights[:, 1:] / zh)
         out.copy_(gradient)
-    return top_s, top_t, zs, zt, zh, same, total, mean
+    return *sums, total, mean
 
 
 def visit(
@@ -258,7 +261,7 @@ def _compiled(setting: Setting) -> Callable[..., tuple[Tensor, ...]]:
     return torch.compile(_way(setting), dynamic=False)
 
 
-_PAYS_FROM = 2**24  # logits of a tile's whole problem; below it compiling takes longer than it will ever save
+_PAYS_FROM = 2**22  # logits of a tile; below it compiling may take longer than it will ever save
 
 
 def compile_pays(setting: Setting, rows: int, columns: int, like: Tensor, asked: bool | None) -> bool:
@@ -268,7 +271,7 @@ def compile_pays(setting: Setting, rows: int, columns: int, like: Tensor, asked:
     """
     if asked is False or like.dtype == torch.float64 or rows < 2:
         return False
-    if asked is None and (rows * columns < _PAYS_FROM // 4 or not _has_compiler(like.device.type)):
+    if asked is None and (rows * columns < _PAYS_FROM or not _has_compiler(like.device.type)):
         return False
     return _agrees(_compiled_for(setting), columns, like.dtype, like.device)
 
