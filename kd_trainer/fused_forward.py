@@ -6,7 +6,7 @@ fire as ever. The teacher's head keeps its hidden states instead. The first time
 logits, which must come out of it as `OutputHead` believes; otherwise `NotPlain` says why, and the caller takes full
 logits.
 Letters: B rows, S positions, H hidden size, V vocabulary.
-Imports: fused_linear, heads.
+Imports: fused_arguments, fused_linear, heads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused_linear import FusedLoss, cap_and_scale
+from .fused_arguments import cap_and_scale
+from .fused_linear import FusedLoss
 from .heads import logits_of
 
 _SAMPLE = 16  # positions of a row whose product is looked at

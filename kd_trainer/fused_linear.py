@@ -5,12 +5,11 @@ visited in chunks: both models' logits of a chunk are computed into reused buffe
 in place, the gradient at the student's logits, which is multiplied on at once. Backward only scales: four
 products in all, three where the student's head is frozen, two without gradients.
 Letters: N positions, V vocabulary, H hidden size; s and t of student and teacher.
-Imports: checks, divergences, reductions, visit.
+Imports: divergences, fused_arguments, reductions, visit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy
@@ -18,16 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import Shown, check_number, fail
-from .divergences import check_divergence, log_prob_terms
-from .reductions import IGNORE_INDEX, divide, select_positions
-from .visit import Setting, compile_pays, visit
-
-# Rows of a chunk: as many as fit in a tile of these bytes (each product reads all of a weight again), at least 256 (or
-# the products lose speed: 7% at 128), unless the tile is then larger than the second number.
-_TILE_BYTES, _LARGEST_TILE_BYTES = 48 * 2**20, 160 * 2**20
-_CHUNK_ROWS = 256
-_GROUP_BYTES = 256 * 2**20  # half precision: gradient rows kept for one product with the hidden states
+from .divergences import log_prob_terms
+from .fused_arguments import CHUNK_ROWS, GROUP_BYTES, Job, Side, read
+from .reductions import IGNORE_INDEX
+from .visit import compile_pays, visit
 
 
 class FusedLoss(NamedTuple):
@@ -37,66 +30,6 @@ class FusedLoss(NamedTuple):
     soft: Tensor  # T^2 * sum of D(p, q), nats
     hard: Tensor  # sum of the cross-entropy at temperature 1, nats
     agreement: Tensor  # number of soft positions where a class is on top in both models
-
-
-def cap_and_scale(product: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """softcap * tanh(scale * product / softcap); without softcap scale * product."""
-    product = product if scale == 1 else scale * product
-    return product if softcap is None else softcap * torch.tanh(product / softcap)
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A model's way from hidden states to logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.weight, self.bias)
-        return self.capped(logits if logits.dtype == torch.float64 else logits.float())
-
-    def capped(self, logits: Tensor) -> Tensor:
-        """From h @ weight.T + bias to logits."""
-        return cap_and_scale(logits, self.scale, self.softcap)
-
-    def product(self, hidden: Tensor, factor: float, out: Tensor) -> Tensor:
-        """factor * (h @ weight.T + bias), into `out`."""
-        if self.bias is not None:
-            return torch.addmm(self.bias, hidden, self.weight.t(), beta=factor, alpha=factor, out=out)
-        if factor == 1:
-            return torch.mm(hidden, self.weight.t(), out=out)
-        return torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=factor, out=out)
-
-
-@dataclass
-class _Job:
-    """Everything but the student's tensors; rows of every tensor are the N counted positions."""
-
-    setting: Setting
-    student: _Side
-    teacher: _Side | None
-    teacher_rows: Any  # hidden states, or logits where `teacher` is None; None with top_k
-    top_k: tuple[Tensor, Tensor, Tensor] | None
-    labels: Tensor | None
-    soft: Tensor | None  # bool [N]: counted for the soft loss; None: all
-    alpha: float
-    soft_weight: Any  # factor / soft_count, factor / hard_count: numbers or 0-dim tensors
-    hard_weight: Any
-    label_smoothing: float
-    common_ids: int | None
-    chunk_rows: int
-    compiled: bool | None
-    plain_rows: bool = False
-
-    def __post_init__(self) -> None:
-        """Sets `plain_rows`: whether only autograd knows the gradient of these settings."""
-        capped = any(side is not None and side.softcap is not None for side in (self.student, self.teacher))
-        capped = capped or self.label_smoothing > 0 or self.common_ids is not None or self.top_k is not None
-        excluding = [self.student.bias, self.teacher.bias if self.teacher is not None else self.teacher_rows]
-        self.plain_rows = capped or any(_excludes(x) for x in excluding)
 
 
 def fused_linear_distillation(
@@ -171,7 +104,7 @@ def fused_linear_distillation(
     Source: the gradient beside the loss, chunk by chunk: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989; the
     divergences' sources stand with `DIVERGENCES`.
     """
-    job, hidden, weight, bias = _read(locals())
+    job, hidden, weight, bias = read(locals())
     if hidden.shape[0] == 0:
         return _nothing(hidden, weight, bias)
     return FusedLoss(*_Fused.apply(hidden, weight, bias, job, torch.is_grad_enabled()))
@@ -180,12 +113,17 @@ def fused_linear_distillation(
 def fused_linear_distillation_plain(*args: Any, **kwargs: Any) -> FusedLoss:
     """The plain twin of `fused_linear_distillation`, its specification: all logits at once, gradients by autograd."""
     names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "labels")
-    given = {**_DEFAULTS, **dict(zip(names, args, strict=False)), **kwargs}
-    job, hidden, weight, bias = _read(given)
+    given = {
+        **fused_linear_distillation.__kwdefaults__,
+        "labels": None,
+        **dict(zip(names, args, strict=False)),
+        **kwargs,
+    }
+    job, hidden, weight, bias = read(given)
     if hidden.shape[0] == 0:
         return _nothing(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        z_s = _Side(weight, bias, job.student.scale, job.student.softcap).logits(hidden)
+        z_s = Side(weight, bias, job.student.scale, job.student.softcap).logits(hidden)
         z_t: Any = job.teacher_rows if job.teacher is None else job.teacher.logits(job.teacher_rows)
         soft, hard, same = _row_losses(job, z_s, z_t, slice(None))
     soft_sum, hard_sum = soft.sum() * job.setting.temperature**2, hard.sum()
@@ -193,208 +131,10 @@ def fused_linear_distillation_plain(*args: Any, **kwargs: Any) -> FusedLoss:
     return FusedLoss(_mix(job, soft_sum, hard_sum), soft_sum.detach(), hard_sum.detach(), agreement)
 
 
-# ---- reading and checking the arguments -----------------------------------------------------------------------------
-
-_DEFAULTS = dict(fused_linear_distillation.__kwdefaults__ or {}, labels=None)
-
-
-def _read(given: dict[str, Any]) -> tuple[_Job, Tensor, Tensor, Tensor | None]:
-    """Checks; selects the counted positions; casts as autocast would. Job, hidden, weight and bias of the student."""
-    g = given
-    _check_numbers(g)
-    beta = check_divergence(g["divergence"], g["beta"])
-    _check_shapes(g)
-    labels, mask = g["labels"], g["soft_mask"]
-    labelled = None if labels is None else labels != IGNORE_INDEX
-    if mask is None:
-        counted = soft = labelled
-    else:
-        soft = mask if mask.dtype == torch.bool else mask != 0
-        counted = soft if labelled is None else soft | labelled
-    soft_weight = g["factor"] * _one_over(g["soft_count"], soft, g["student_hidden"])
-    hard_weight = g["factor"] * _one_over(g["hard_count"], labelled, g["student_hidden"])
-
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or counted is None else select_positions(tensor, counted)
-
-    labels, soft = rows(labels), None if soft is counted else rows(soft)
-    hidden: Any
-    weight: Any
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = (
-        _autocast(x)
-        for x in (
-            rows(g["student_hidden"]),
-            *(g[n] for n in ("student_weight", "student_bias")),
-            rows(g["teacher_hidden"]),
-            *(g[n] for n in ("teacher_weight", "teacher_bias")),
-        )
-    )
-    teacher = None
-    common = g["common_ids"]
-    if teacher_weight is not None and common is not None:
-        teacher_weight, teacher_bias = teacher_weight[:common], None if teacher_bias is None else teacher_bias[:common]
-        common = None if common == weight.shape[0] else common
-    if teacher_weight is not None:
-        teacher = _Side(teacher_weight.detach(), _detached(teacher_bias), g["teacher_scale"], g["teacher_softcap"])
-    teacher_rows: Any = _detached(rows(g["teacher_logits"]) if teacher_hidden is None else teacher_hidden)
-    if soft is not None and teacher_rows is not None:  # what the teacher says elsewhere may be NaN: 0 * NaN
-        teacher_rows = teacher_rows.masked_fill(~soft.unsqueeze(1), 0.0)
-    top_k = g["teacher_top_k"]
-    if top_k is not None:
-        ids, log_probs, log_tail = (
-            x.detach() if counted is None else select_positions(x.detach(), counted) for x in top_k
-        )
-        ids = ids if soft is None else ids.masked_fill(~soft.unsqueeze(1), 0)
-        _check_range("teacher_top_k", ids, g["common_ids"] or weight.shape[0], or_none=False)
-        top_k = ids, log_probs, log_tail
-    setting = Setting(g["divergence"], beta, float(g["temperature"]), labels is not None)
-    side = _Side(weight.detach(), _detached(bias), g["student_scale"], g["student_softcap"])
-    job = _Job(
-        setting,
-        side,
-        teacher,
-        teacher_rows,
-        top_k,
-        labels,
-        soft,
-        g["alpha"],
-        soft_weight,
-        hard_weight,
-        g["label_smoothing"],
-        common,
-        _chunk_rows(g, weight),
-        g["compiled"],
-    )
-    return job, hidden, weight, bias
-
-
-def _one_over(given: float | Tensor | None, mask: Tensor | None, hidden: Tensor) -> float | Tensor:
-    """1 / a denominator: the given one, or the number of counted positions."""
-    if given is None:
-        given = hidden.shape[0] if mask is None else mask.sum()
-    wide = torch.float32 if hidden.device.type == "mps" else torch.float64
-    return divide(1.0, given) if not isinstance(given, Tensor) else divide(given.new_ones((), dtype=wide), given)
-
-
-def _excludes(tensor: Tensor | None) -> bool:
-    """Whether classes are excluded by logits of -inf, which the written-out gradients do not expect."""
-    return tensor is not None and tensor.device.type == "cpu" and bool(tensor.isneginf().any())
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
-def _autocast(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as torch's autocast would hand it to a matrix product."""
-    if tensor is None or not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _chunk_rows(g: dict[str, Any], weight: Tensor) -> int:
-    if g["chunk_rows"] is not None:
-        return g["chunk_rows"]
-    row = weight.shape[0] * weight.element_size()
-    if weight.device.type != "cpu":
-        return max(1, _GROUP_BYTES // row)
-    return max(1, min(max(_CHUNK_ROWS, _TILE_BYTES // row), _LARGEST_TILE_BYTES // row))
-
-
-def _check_numbers(g: dict[str, Any]) -> None:
-    check_number("alpha", g["alpha"], low=0, high=1)
-    check_number("temperature", g["temperature"], low=0, open_low=True)
-    check_number("factor", g["factor"], low=0, open_low=True)
-    check_number("label_smoothing", g["label_smoothing"], low=0, high=1)
-    for name in ("student_softcap", "teacher_softcap"):
-        if g[name] is not None:
-            check_number(name, g[name], low=0, open_low=True)
-    for name in ("student_scale", "teacher_scale"):
-        check_number(name, g[name], low=0, open_low=True)
-    if g["chunk_rows"] is not None and (not isinstance(g["chunk_rows"], int) or g["chunk_rows"] < 1):
-        fail("chunk_rows", g["chunk_rows"], "a whole number of positions, at least 1", "Leave it out for the default.")
-
-
-def _check_shapes(g: dict[str, Any]) -> None:
-    hidden, weight = g["student_hidden"], g["student_weight"]
-    _check_product("student", hidden, weight, g["student_bias"])
-    positions = hidden.shape[0]
-    forms = {name: g[name] for name in ("teacher_hidden", "teacher_logits", "teacher_top_k")}
-    given = [name for name, value in forms.items() if value is not None]
-    expected = "the teacher in exactly one form: teacher_hidden with teacher_weight, teacher_logits, or teacher_top_k"
-    if len(given) != 1:
-        shown = Shown(" and ".join(given[1:]) + " given as well" if given else "None, and no other form is given")
-        fail("teacher_hidden", shown, expected, "Leave the others out.", error=TypeError)
-    if (g["teacher_hidden"] is None) != (g["teacher_weight"] is None):
-        mend = "Give both or neither."
-        fail(
-            "teacher_weight",
-            Shown("given alone" if given != ["teacher_hidden"] else "None"),
-            expected,
-            mend,
-            error=TypeError,
-        )
-    vocabulary, owner = weight.shape[0], given[0]
-    if g["teacher_hidden"] is not None:
-        _check_product("teacher", g["teacher_hidden"], g["teacher_weight"], g["teacher_bias"])
-        vocabulary, owner = g["teacher_weight"].shape[0], "teacher_weight"
-    elif g["teacher_logits"] is not None:
-        vocabulary = g["teacher_logits"].shape[-1]
-    if g["common_ids"] is None and vocabulary != weight.shape[0]:
-        shown = Shown(f"of {vocabulary} ids where the student has {weight.shape[0]}")
-        mend = "If the first ids mean the same tokens in both, say how many: common_ids."
-        fail(owner, shown, "equal vocabularies", mend, because="they are compared id by id")
-    if g["common_ids"] is not None and not 1 <= g["common_ids"] <= min(vocabulary, weight.shape[0]):
-        expected = f"1 to {min(vocabulary, weight.shape[0])}, the smaller vocabulary"
-        fail("common_ids", g["common_ids"], expected, "Count the ids that both share.")
-    columns = {"labels": g["labels"], "soft_mask": g["soft_mask"]}
-    if g["teacher_top_k"] is None:
-        columns[given[0]] = forms[given[0]][..., 0] if forms[given[0]].dim() == 2 else forms[given[0]]
-    else:
-        if len(g["teacher_top_k"]) != 3:
-            shown = Shown(f"a tuple of {len(g['teacher_top_k'])}")
-            fail("teacher_top_k", shown, "ids, log-probabilities and log of the tail's mass", "Give all three.")
-        ids, log_probs, tail = g["teacher_top_k"]
-        columns["teacher_top_k"] = tail
-        if ids.shape != log_probs.shape or ids.dim() != 2 or ids.shape[0] != positions:
-            shown = Shown(f"of shapes {list(ids.shape)} and {list(log_probs.shape)}")
-            fail("teacher_top_k", shown, f"ids and log-probabilities [{positions}, k]", "Give one row a position.")
-    for name, column in columns.items():
-        if column is not None and tuple(column.shape) != (positions,):
-            shown = Shown(f"of shape {list(column.shape)}")
-            fail(name, shown, f"one row for each of the {positions} positions", "Flatten batch and sequence alike.")
-    if g["labels"] is not None and g["labels"].is_floating_point():
-        fail("labels", Shown(f"of dtype {g['labels'].dtype}"), "integer ids", "Cast to int64.", error=TypeError)
-    _check_range("labels", g["labels"], weight.shape[0])
-
-
-def _check_product(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for argument, tensor in ((f"{name}_hidden", hidden), (f"{name}_weight", weight)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            shown = Shown(f"of dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__)
-            fail(argument, shown, "a floating tensor", "Pass the hidden states and the head's weight.", error=TypeError)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        shown = Shown(f"of shape {list(hidden.shape)} with {name}_weight of shape {list(weight.shape)}")
-        fail(f"{name}_hidden", shown, "[N, H] and [V, H]", "Flatten batch and sequence; give the head of this model.")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        fail(f"{name}_bias", Shown(f"of shape {list(bias.shape)}"), f"[{weight.shape[0]}]", "Give the head's own bias.")
-
-
-def _check_range(name: str, ids: Tensor | None, vocabulary: int, or_none: bool = True) -> None:
-    """On CPU alone: elsewhere looking would wait for the device, whose own indexing raises."""
-    if ids is None or ids.device.type != "cpu" or not ids.numel():
-        return
-    wrong = (ids < 0) | (ids >= vocabulary)
-    wrong = wrong & (ids != IGNORE_INDEX) if or_none else wrong
-    if wrong.any():
-        expected = f"ids from 0 to {vocabulary - 1}" + (f", or {IGNORE_INDEX} for no label" if or_none else "")
-        fail(name, Shown(f"a tensor that holds {int(ids[wrong][0])}"), expected, "Take the ids of this vocabulary.")
-
-
 # ---- from logits to sums --------------------------------------------------------------------------------------------
 
 
-def _row_losses(job: _Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     """(soft without T^2, hard, same) [R] from whole logits, by autograd: the formulas as they are written."""
     setting, n = job.setting, job.common_ids
     hard = z_s.new_zeros(z_s.shape[0])
@@ -430,7 +170,7 @@ def _buckets(z: Tensor, ids: Tensor, log_p: Tensor, temperature: float) -> tuple
     return torch.cat((z_t.gather(1, ids), tail), 1) - log_z, same
 
 
-def _mix(job: _Job, soft: Tensor, hard: Tensor) -> Tensor:
+def _mix(job: Job, soft: Tensor, hard: Tensor) -> Tensor:
     """The total from both sums; a term of weight zero is not added, since 0 * inf is NaN."""
     total = torch.zeros_like(soft) if job.alpha == 0 else soft * (job.alpha * job.soft_weight)
     if job.alpha < 1 and job.labels is not None:
@@ -454,7 +194,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, grad_enabled: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, grad_enabled: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wanted = [grad_enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         # Half precision has no room for gradients divided by the counts: they are divided after the products.
@@ -481,7 +221,7 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient * factor.to(gradient.dtype)
 
 
-def _unit(job: _Job) -> Any:
+def _unit(job: Job) -> Any:
     """The larger of the two weights a position can have."""
     weights = [job.alpha * job.soft_weight, (1 - job.alpha) * job.hard_weight]
     return (
@@ -494,7 +234,7 @@ def _unit(job: _Job) -> Any:
 
 
 def _visit_all(
-    job: _Job, hidden: Tensor, wanted: list[bool], unit: Any
+    job: Job, hidden: Tensor, wanted: list[bool], unit: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """Chunk by chunk: sums of soft (without T^2), hard and agreement, and the gradients of total / unit."""
     n, vocabulary = hidden.shape[0], job.student.weight.shape[0]
@@ -504,30 +244,35 @@ def _visit_all(
     compiled = not job.plain_rows and compile_pays(job.setting, chunk, vocabulary, hidden, job.compiled)
     sums = torch.zeros(3, dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
     teacher_tile = _teacher_tile(job, chunk)
-    for start in range(0, n, chunk):
-        rows = slice(start, min(start + chunk, n))
-        # Known gradients are those at z / T, and the product divides for nothing; the others begin at the product.
-        factor = 1.0 if job.plain_rows else job.student.scale / job.setting.temperature
-        tile = job.student.product(hidden[rows], factor, products.tile(rows))
-        taught: Any = _taught(job, rows, teacher_tile)
-        if job.plain_rows:
-            losses = _plain_visit(job, tile, taught, weights[rows], rows, gradient)
-        else:
-            labels = None if job.labels is None else job.labels[rows]
-            losses = visit(job.setting, tile, taught, weights[rows], labels, gradient=gradient, compiled=compiled)
-            if job.soft is not None:
-                losses = (torch.where(job.soft[rows], losses[0], 0.0), losses[1], losses[2] & job.soft[rows])
-        sums += torch.stack([column.sum(dtype=sums.dtype) for column in losses])
-        products.add(rows)
+    # Known gradients are those at z / T, and the product divides for nothing; the others begin at the product.
+    factor = 1.0 if job.plain_rows else job.student.scale / job.setting.temperature
+    for group in _parts(0, n, products.rows):
+        tiles = products.logits(group, factor)
+        for rows in _parts(group.start, group.stop, chunk):
+            tile = tiles[rows.start - group.start : rows.stop - group.start]
+            taught: Any = _taught(job, rows, teacher_tile)
+            if job.plain_rows:
+                losses = _plain_visit(job, tile, taught, weights[rows], rows, gradient)
+            else:
+                labels = None if job.labels is None else job.labels[rows]
+                losses = visit(job.setting, tile, taught, weights[rows], labels, gradient=gradient, compiled=compiled)
+                if job.soft is not None:
+                    losses = (torch.where(job.soft[rows], losses[0], 0.0), losses[1], losses[2] & job.soft[rows])
+            sums += torch.stack([column.sum(dtype=sums.dtype) for column in losses])
+        products.multiply(group, tiles)
     soft, hard, agreement = sums.to(_wide(hidden.dtype)).unbind()
     return soft.clone(), hard.clone(), agreement.clone(), products.gradients()
+
+
+def _parts(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _row_weights(job: _Job, n: int, unit: Any) -> Tensor:
+def _row_weights(job: Job, n: int, unit: Any) -> Tensor:
     """[N, 2]: what a position's D(p, q) and hard loss weigh in the gradient at the head's output, over `unit`."""
     device, scale = job.student.weight.device, job.student.scale
     weights = torch.zeros(n, 2, dtype=_wide(job.student.weight.dtype), device=device)
@@ -541,7 +286,7 @@ def _row_weights(job: _Job, n: int, unit: Any) -> Tensor:
     return weights / unit
 
 
-def _teacher_tile(job: _Job, chunk: int) -> Tensor | None:
+def _teacher_tile(job: Job, chunk: int) -> Tensor | None:
     if job.teacher is not None:
         return _buffer("teacher", chunk, job.teacher.weight.shape[0], job.teacher.weight)
     if job.teacher_rows is not None and not job.plain_rows and job.setting.temperature != 1:
@@ -550,7 +295,7 @@ def _teacher_tile(job: _Job, chunk: int) -> Tensor | None:
     return None
 
 
-def _taught(job: _Job, rows: slice, tile: Tensor | None) -> Tensor | None:
+def _taught(job: Job, rows: slice, tile: Tensor | None) -> Tensor | None:
     """The teacher's logits of a chunk, over T where the gradient is known; None where it is given as top-k."""
     if job.teacher_rows is None:
         return None
@@ -563,7 +308,7 @@ def _taught(job: _Job, rows: slice, tile: Tensor | None) -> Tensor | None:
 
 
 def _plain_visit(
-    job: _Job, tile: Tensor, taught: Tensor | None, weights: Tensor, rows: slice, gradient: bool
+    job: Job, tile: Tensor, taught: Tensor | None, weights: Tensor, rows: slice, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`visit` by autograd, for settings without a gradient written out; in blocks, to hold little at once."""
     block = max(1, 2**22 // tile.shape[1])
@@ -587,50 +332,40 @@ def _plain_visit(
 
 
 class _Products:
-    """The student's tiles and the gradient products: every chunk in float32, many rows at once in half precision."""
+    """The student's logits and the gradient products, of a group of rows: a chunk, or many in half precision."""
 
-    def __init__(self, job: _Job, hidden: Tensor, wanted: list[bool], chunk: int) -> None:
-        self.hidden, self.weight = hidden, job.student.weight
-        n, (vocabulary, width) = hidden.shape[0], self.weight.shape
-        rows = chunk
+    def __init__(self, job: Job, hidden: Tensor, wanted: list[bool], chunk: int) -> None:
+        self.hidden, self.student, self.wanted = hidden, job.student, wanted
+        n, (vocabulary, width) = hidden.shape[0], self.student.weight.shape
+        self.rows = chunk
         if wanted[1] and hidden.dtype in (torch.bfloat16, torch.float16):
             # The weight's gradient in one product: a float32 sum would be visited once for each chunk.
-            most = min(2 * width, _GROUP_BYTES // (vocabulary * self.weight.element_size()))
-            rows = min(n, max(chunk, most // chunk * chunk))
-        self.tiles = _buffer("student", rows, vocabulary, self.weight)
-        self.group = 0  # the first row of `tiles`
+            most = min(2 * width, GROUP_BYTES // (vocabulary * hidden.element_size()))
+            self.rows = min(n, max(chunk, most // chunk * chunk))
+        self.tiles = _buffer("student", self.rows, vocabulary, self.student.weight)
         self.grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
         self.grad_weight: Tensor | None = None
-        self.wanted = wanted
         self.grad_bias = hidden.new_zeros(vocabulary, dtype=_wide(hidden.dtype)) if wanted[2] else None
 
-    def tile(self, rows: slice) -> Tensor:
-        return self.tiles[rows.start - self.group : rows.stop - self.group]
+    def logits(self, group: slice, factor: float) -> Tensor:
+        """Of a group of rows, times the factor."""
+        return self.student.product(self.hidden[group], factor, self.tiles[: group.stop - group.start])
 
-    def add(self, rows: slice) -> None:
-        """Multiplies the gradient, which `visit` left in the tile, on."""
-        if not any(self.wanted):
-            self.group = rows.stop
-            return
-        gradient = self.tile(rows)
+    def multiply(self, group: slice, gradient: Tensor) -> None:
+        """Multiplies the gradient that `visit` left in the tiles of a group on."""
         if self.grad_hidden is not None:
-            into = self.grad_hidden[rows]
-            block = _CHUNK_ROWS if gradient.device.type == "cpu" else len(gradient)  # on CPU more rows are slower
-            for start in range(0, len(gradient), block):
-                torch.mm(gradient[start : start + block], self.weight, out=into[start : start + block])
+            into = self.grad_hidden[group]
+            size = CHUNK_ROWS if gradient.device.type == "cpu" else len(gradient)  # on CPU more rows are slower
+            for rows in _parts(0, len(gradient), size):
+                torch.mm(gradient[rows], self.student.weight, out=into[rows])
         if self.grad_bias is not None:
             self.grad_bias += gradient.sum(0, dtype=self.grad_bias.dtype)
-        last = rows.stop == self.hidden.shape[0]
-        step = rows.stop - rows.start
-        if last or rows.stop - self.group + step > self.tiles.shape[0]:
-            if self.wanted[1]:
-                self._add_weight(self.tiles[: rows.stop - self.group], self.hidden[self.group : rows.stop], last)
-            self.group = rows.stop
-
-    def _add_weight(self, gradient: Tensor, hidden: Tensor, last: bool) -> None:
+        if not self.wanted[1]:
+            return
+        hidden, weight = self.hidden[group], self.student.weight
         if self.grad_weight is None:
-            self.grad_weight = torch.mm(gradient.t(), hidden, out=_fresh(self.weight.shape, gradient))
-            if not last and self.grad_weight.dtype in (torch.bfloat16, torch.float16):
+            self.grad_weight = torch.mm(gradient.t(), hidden, out=_fresh(weight.shape, gradient))
+            if group.stop < len(self.hidden) and weight.dtype in (torch.bfloat16, torch.float16):
                 self.grad_weight = self.grad_weight.float()
         elif self.grad_weight.dtype == gradient.dtype:
             self.grad_weight.addmm_(gradient.t(), hidden)
@@ -638,7 +373,7 @@ class _Products:
             self.grad_weight += torch.mm(gradient.t(), hidden)
 
     def gradients(self) -> list[Tensor | None]:
-        dtype = self.weight.dtype
+        dtype = self.student.weight.dtype
         found = (self.grad_hidden, self.grad_weight, self.grad_bias)
         return [None if g is None else g.to(dtype) for g in found]
 

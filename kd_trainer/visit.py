@@ -21,7 +21,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 # Bytes of one tile's rows in a block of the uncompiled visit: its temporaries then stay in a core's cache.
-_BLOCK_BYTES = 2**19
+_BLOCK_BYTES = 2**20
+_LARGE_BLOCK_BYTES = 2**27  # on accelerators, to hold few of them
 
 
 class Rows(NamedTuple):
@@ -41,15 +42,29 @@ class Setting(NamedTuple):
     hard: bool
 
 
-def _power(setting: Setting, es: Tensor, s: Tensor, temperature: Tensor) -> Tensor:
+# Every element-sized result goes into `room`, six tensors [R, V] of which some may share their memory. The compiler,
+# which holds no element-sized result at all, is given none.
+Room = tuple[Tensor | None, ...]
+_NO_ROOM: Room = (None,) * 6
+
+
+def _dot(a: Tensor, b: Tensor, room: Room) -> Tensor:
+    """Row sums of a * b [R, 1]; uncompiled without the products in memory."""
+    if room is _NO_ROOM:
+        return (a * b).sum(-1, True)
+    return torch.linalg.vecdot(a, b).unsqueeze(-1)
+
+
+def _power(setting: Setting, es: Tensor, s: Tensor, temperature: Tensor, out: Tensor | None = None) -> Tensor:
     """exp(T * s) from es = exp(s): by multiplications where 2T is a small whole number."""
     halves = _halves(setting.temperature)
     if not halves:
-        return (s * temperature).exp()
-    power = es.sqrt() if halves % 2 else None
+        return torch.exp(torch.mul(s, temperature, out=out), out=out)
+    power = torch.sqrt(es, out=out) if halves % 2 else None
     for _ in range(halves // 2):
-        power = es if power is None else power * es
-    return es if power is None else power
+        power = es if power is None else torch.mul(power, es, out=out)
+    power = es if power is None else power
+    return power if power is not es or out is None else out.copy_(es)
 
 
 def _halves(temperature: float) -> int:
@@ -57,96 +72,133 @@ def _halves(temperature: float) -> int:
     return int(2 * temperature) if 2 * temperature in range(1, 9) else 0
 
 
-def _kl_gradient(setting: Setting, s: Tensor, t: Tensor, es: Tensor, et: Tensor, stats: tuple[Tensor, ...]) -> Tensor:
-    """dD/ds of forward, reverse or symmetric KL; stats: 1/zs, 1/zt, sum of q (s - t)."""
-    iz_s, iz_t, mean = stats
+def _kl_gradient(
+    setting: Setting, d: Tensor, es: Tensor, et: Tensor, stats: tuple[Tensor, ...], weight: Tensor, room: Room
+) -> Tensor:
+    """weight * dD/ds of forward, reverse or symmetric KL; d = s - t; stats: zs, zt, sum of es (s - t)."""
+    zs, zt, reverse = stats
+    of_q, of_p = weight / zs, weight / zt
     if setting.divergence == "forward_kl":
-        return es * iz_s - et * iz_t
-    if setting.divergence == "reverse_kl":
-        return es * iz_s * ((s - t) - mean)
-    return es * iz_s * ((s - t) - mean + 1) - et * iz_t
+        return torch.addcmul(torch.mul(es, of_q, out=room[0]), et, of_p, value=-1, out=room[0])
+    mean = reverse / zs - (1.0 if setting.divergence == "symmetric_kl" else 0.0)
+    d = torch.mul(torch.mul(torch.sub(d, mean, out=room[2]), of_q, out=room[2]), es, out=room[2])
+    return d if setting.divergence == "reverse_kl" else torch.addcmul(d, et, of_p, value=-1, out=room[2])
 
 
-def _mixture_terms(setting: Setting, s: Tensor, t: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """(value, h) per element: D = sum of value, h = dD/dlog q where log q is taken as free; dD/ds = h - q * sum(h).
+def _mixture_terms(
+    setting: Setting, s: Tensor, t: Tensor, q: Tensor, p: Tensor, room: Room
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(value, sum of h) [R, 1], and h [R, V] = dD/dlog q where log q is taken as free; dD/ds = h - q * sum(h).
 
-    s and t stand for log q and log p: what they lack, log zs and log zt, is a constant of the row that `_lacking` knows
-    and that falls out of the gradient.
+    s and t stand for log q and log p: what they lack, log zs and log zt, is a constant of the row that falls out of the
+    gradient. `_mixture_divergence` makes D of it and of the value: arithmetic of rows would part the compiled loops.
     """
     b, name = setting.beta, setting.divergence
     if name == "total_variation":
-        return 0.5 * (p - q).abs(), 0.5 * (q - p).sign() * q
-    tiny = torch.finfo(p.dtype).tiny
-    if name == "jsd":
-        log_m = (b * p + (1 - b) * q).clamp(min=tiny).log()
-        of_q = (1 - b) * q * (s - log_m)
-        return b * p * (t - log_m) + of_q, of_q
+        d = torch.mul(torch.sub(q, p, out=room[2]), 0.5, out=room[2])
+        h = torch.mul(torch.mul(torch.sign(d, out=room[0]), 0.5, out=room[0]), q, out=room[0])
+        return torch.abs(d, out=room[2]).sum(-1, True), h.sum(-1, True), h
+    of_q = b if name == "skew_reverse_kl" else 1 - b  # of the mixture
+    m = torch.add(torch.mul(p, 1 - of_q, out=room[2]), q, alpha=of_q, out=room[2])
+    m = torch.clamp(m, min=torch.finfo(p.dtype).tiny, out=room[2])
     if name == "skew_forward_kl":
-        m = (b * p + (1 - b) * q).clamp(min=tiny)
-        return p * (t - m.log()), -(1 - b) * p * q / m
-    assert name == "skew_reverse_kl"
-    m = (b * q + (1 - b) * p).clamp(min=tiny)
-    value = q * (s - m.log())
-    return value, value + q - b * q * q / m
+        h = torch.mul(torch.div(torch.mul(p, q, out=room[0]), m, out=room[0]), -of_q, out=room[0])
+        return _dot(p, torch.sub(t, torch.log(m, out=room[2]), out=room[2]), room), h.sum(-1, True), h
+    if name == "skew_reverse_kl":
+        share = torch.mul(torch.div(q, m, out=room[1]), -of_q, out=room[1])
+        value = torch.sub(s, torch.log(m, out=room[2]), out=room[2])
+        h = torch.mul(torch.add(torch.add(value, 1, out=room[0]), share, out=room[0]), q, out=room[0])
+        return _dot(q, value, room), h.sum(-1, True), h
+    assert name == "jsd"
+    log_m = torch.log(m, out=room[2])
+    h = torch.mul(torch.mul(torch.sub(s, log_m, out=room[0]), of_q, out=room[0]), q, out=room[0])
+    return _dot(p, torch.sub(t, log_m, out=room[1]), room), h.sum(-1, True), h
 
 
-def _lacking(setting: Setting, zs: Tensor, zt: Tensor) -> Tensor:
-    """What the sum of `_mixture_terms`' values has too much."""
-    b = setting.beta
-    of_q, of_p = {"jsd": (1 - b, b), "skew_forward_kl": (0, 1), "skew_reverse_kl": (1, 0)}.get(
-        setting.divergence, (0, 0)
-    )
-    return of_q * zs.log() + of_p * zt.log()
+def _mixture_divergence(setting: Setting, zs: Tensor, zt: Tensor, value: Tensor, mean: Tensor) -> Tensor:
+    """D [R, 1] of `_mixture_terms`."""
+    b, name = setting.beta, setting.divergence
+    if name == "total_variation":
+        return value
+    if name == "jsd":
+        return b * (value - zt.log()) + mean - (1 - b) * zs.log()
+    return value - (zt if name == "skew_forward_kl" else zs).log()
 
 
-def _sums(
-    setting: Setting, student: Tensor, teacher: Tensor, temperature: Tensor
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor, Tensor]:
-    """What every divergence begins with, in float32 or wider: six columns [R, 1], and s, t, es, et [R, V].
+class _Sums(NamedTuple):
+    """What every divergence begins with: columns [R, 1] of float32 or wider, then tensors [R, V]."""
 
-    The columns: both maxima, zs, zt, sum of exp(T * s), and 0 where a class is on top in both.
-    """
-    wide = torch.promote_types(student.dtype, torch.float32)
-    top_s, top_t = student.to(wide).amax(-1, True), teacher.to(wide).amax(-1, True)
-    s, t = student.to(wide) - top_s, teacher.to(wide) - top_t
-    es, et = s.exp(), t.exp()
+    top_s: Tensor
+    top_t: Tensor
+    zs: Tensor
+    zt: Tensor
+    zh: Tensor  # sum of exp(T * s)
+    same: Tensor  # 0 where a class is on top in both
+    s: Tensor
+    t: Tensor
+    d: Tensor  # s - t
+    es: Tensor
+    et: Tensor
+    power: Tensor  # exp(T * s)
+
+
+def _sums(setting: Setting, student: Tensor, teacher: Tensor, temperature: Tensor, room: Room) -> _Sums:
+    """Maxima and row sums; where `room` has the same memory for s and es (t and et), s and t are gone afterwards."""
+    s, t = _widened(student, room[0]), _widened(teacher, room[1])
+    top_s, top_t = s.amax(-1, True), t.amax(-1, True)
+    s, t = torch.sub(s, top_s, out=room[0]), torch.sub(t, top_t, out=room[1])
+    same = torch.add(s, t, out=room[2]).amax(-1, True)
+    d = torch.sub(s, t, out=room[2]) if setting.divergence in _KLS else s
+    power = None if _halves(setting.temperature) or not setting.hard else _power(setting, s, s, temperature, room[5])
+    es, et = torch.exp(s, out=room[3]), torch.exp(t, out=room[4])
     zs, zt = es.sum(-1, True), et.sum(-1, True)
-    zh = _power(setting, es, s, temperature).sum(-1, True) if setting.hard else zs
-    return (top_s, top_t, zs, zt, zh, (s + t).amax(-1, True)), s, t, es, et
+    zh = zs
+    if setting.hard:
+        power = _power(setting, es, s, temperature, room[5]) if power is None else power
+        zh = power.sum(-1, True)
+    return _Sums(top_s, top_t, zs, zt, zh, same, s, t, d, es, et, es if power is None else power)
+
+
+def _widened(logits: Tensor, out: Tensor | None) -> Tensor:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.to(wide) if out is None or logits.dtype == wide else out.copy_(logits)
 
 
 def _kl_visit(
-    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, temperature: Tensor
-) -> tuple[Tensor, ...]:
+    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, temperature: Tensor,
+    room: Room = _NO_ROOM,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """KLs: maxima, one pass of sums, one for the gradient; two exponentials a pair of logits. Eight columns [R, 1]."""
-    sums, s, t, es, et = _sums(setting, student, teacher, temperature)
-    _, _, zs, zt, zh, _ = sums
+    sums = _sums(setting, student, teacher, temperature, room)
     # Row sums are returned as they are: a division of rows between the passes would part the compiled loops.
-    forward = (et * (t - s)).sum(-1, True) if setting.divergence != "reverse_kl" else zs
-    reverse = (es * (s - t)).sum(-1, True) if setting.divergence != "forward_kl" else zs
+    forward = _dot(sums.et, sums.d, room) if setting.divergence != "reverse_kl" else sums.zs
+    reverse = _dot(sums.es, sums.d, room) if setting.divergence != "forward_kl" else sums.zs
     if out is not None:
-        gradient = _kl_gradient(setting, s, t, es, et, (1 / zs, 1 / zt, reverse / zs)) * weights[:, :1]
-        if setting.hard:
-            gradient = gradient + _power(setting, es, s, temperature) * (weights[:, 1:] / zh)
-        out.copy_(gradient)
-    return *sums, forward, reverse
+        stats = sums.zs, sums.zt, reverse
+        gradient = _kl_gradient(setting, sums.d, sums.es, sums.et, stats, weights[:, :1], room)
+        out.copy_(_with_hard(setting, gradient, sums, weights, room))
+    return *sums[:6], forward, reverse
 
 
 def _mixture_visit(
-    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, temperature: Tensor
-) -> tuple[Tensor, ...]:
+    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, temperature: Tensor,
+    room: Room = _NO_ROOM,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Divergences to a mixture, whose terms need the normalised p and q: one more pass. Eight columns [R, 1]."""
-    sums, s, t, es, et = _sums(setting, student, teacher, temperature)
-    _, _, zs, zt, zh, _ = sums
-    q = es * (1 / zs)
-    value, h = _mixture_terms(setting, s, t, q, et * (1 / zt))
-    total, mean = value.sum(-1, True), h.sum(-1, True)
+    sums = _sums(setting, student, teacher, temperature, room)
+    q, p = torch.mul(sums.es, 1 / sums.zs, out=room[3]), torch.mul(sums.et, 1 / sums.zt, out=room[4])
+    total, mean, h = _mixture_terms(setting, sums.s, sums.t, q, p, room)
     if out is not None:
-        gradient = (h - q * mean) * weights[:, :1]
-        if setting.hard:
-            gradient = gradient + _power(setting, es, s, temperature) * (weights[:, 1:] / zh)
-        out.copy_(gradient)
-    return *sums, total, mean
+        gradient = torch.mul(torch.addcmul(h, q, mean, value=-1, out=room[0]), weights[:, :1], out=room[0])
+        out.copy_(_with_hard(setting, gradient, sums, weights, room))
+    return *sums[:6], total, mean
+
+
+def _with_hard(setting: Setting, gradient: Tensor, sums: _Sums, weights: Tensor, room: Room) -> Tensor:
+    """The gradient with that of the hard loss, in the place of the first."""
+    if not setting.hard:
+        return gradient
+    return torch.addcmul(gradient, sums.power, weights[:, 1:] / sums.zh, out=None if room is _NO_ROOM else gradient)
 
 
 def visit(
@@ -187,18 +239,18 @@ def visit(
         ratio = (zs / zt).log()
         soft = 0 * zs
         if setting.divergence != "reverse_kl":
-            soft = soft + stats[6] / zt + ratio
+            soft = soft - stats[6] / zt + ratio
         if setting.divergence != "forward_kl":
             soft = soft + stats[7] / zs - ratio
     else:
-        soft = stats[6] - _lacking(setting, zs, zt)
+        soft = _mixture_divergence(setting, zs, zt, *stats[6:])
     hard = 0 * soft
     if at_label is not None and index is not None and labels is not None:
         labelled = labels.unsqueeze(1) >= 0
         s, t = (z.to(zs.dtype) - top for z, top in zip(at_label, (top_s, top_t), strict=True))
         hard = torch.where(labelled, zh.log() - setting.temperature * s, 0.0)
         if gradient:
-            at = _gradient_at(setting, s, t, stats) * weights[:, :1]
+            at = _gradient_at(setting, s, t, stats, weights[:, :1])
             at = at + (_power(setting, s.exp(), s, temperature) / zh - 1) * weights[:, 1:]
             student[index] = torch.where(labelled.squeeze(1), at.squeeze(1).to(student.dtype), student[index])
     return Rows(soft.squeeze(1), hard.squeeze(1), same.squeeze(1) == 0)
@@ -207,15 +259,14 @@ def visit(
 _KLS = ("forward_kl", "reverse_kl", "symmetric_kl")
 
 
-def _gradient_at(setting: Setting, s: Tensor, t: Tensor, stats: tuple[Tensor, ...]) -> Tensor:
-    """dD/ds at single classes [R, 1], unrounded: at the label, 1 - q may be far smaller than the tile can hold."""
+def _gradient_at(setting: Setting, s: Tensor, t: Tensor, stats: tuple[Tensor, ...], weight: Tensor) -> Tensor:
+    """weight * dD/ds at single classes [R, 1], unrounded: at the label, 1 - q may be less than the tile can hold."""
     zs, zt = stats[2:4]
     es, et = s.exp(), t.exp()
     if setting.divergence in _KLS:
-        return _kl_gradient(setting, s, t, es, et, (1 / zs, 1 / zt, stats[7] / zs))
+        return _kl_gradient(setting, s - t, es, et, (zs, zt, stats[7]), weight, _NO_ROOM)
     q = es / zs
-    _, h = _mixture_terms(setting, s, t, q, et / zt)
-    return h - q * stats[7]
+    return (_mixture_terms(setting, s, t, q, et / zt, _NO_ROOM)[2] - q * stats[7]) * weight
 
 
 def _way(setting: Setting) -> Callable[..., tuple[Tensor, ...]]:
@@ -225,11 +276,17 @@ def _way(setting: Setting) -> Callable[..., tuple[Tensor, ...]]:
 def _run_in_blocks(
     setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, temperature: Tensor, gradient: bool
 ) -> Any:
-    block = max(1, _BLOCK_BYTES // (4 * student.shape[1])) if student.device.type == "cpu" else student.shape[0]
+    size = _BLOCK_BYTES if student.device.type == "cpu" else _LARGE_BLOCK_BYTES
+    block = min(student.shape[0], max(1, size // (4 * student.shape[1])))
+    kinds = 4 if setting.divergence in _KLS else 6
+    room = torch.empty(kinds, block, student.shape[1], dtype=weights.dtype, device=student.device)
     stats = []
     for start in range(0, student.shape[0], block):
         s, t, w = (x[start : start + block] for x in (student, teacher, weights))
-        stats.append(_way(setting)(setting, s, t, s if gradient else None, w, temperature))
+        a, b, c, *more = room[:, : len(s)].unbind()
+        # A KL needs of s and t only their difference: their exponentials take their place.
+        rooms = (a, b, c, a, b, *more) if kinds == 4 else (a, b, c, *more)
+        stats.append(_way(setting)(setting, s, t, s if gradient else None, w, temperature, rooms))
     return stats[0] if len(stats) == 1 else tuple(torch.cat(column) for column in zip(*stats, strict=True))
 
 

@@ -327,8 +327,8 @@ def long_rows(count):
 )  # fmt: skip
 def test_the_logits_never_exist(name, tmp_path, monkeypatch):
     """From the first step on; the tile of a chunk holds as many rows as it is allowed, here few."""
-    monkeypatch.setattr("kd_trainer.fused_linear._chunk_rows", lambda *_: 8)
-    monkeypatch.setattr("kd_trainer.fused_linear._TILE_BYTES", 0)
+    monkeypatch.setattr("kd_trainer.fused_arguments._chunk_rows", lambda *_: 8)
+    monkeypatch.setattr("kd_trainer.fused_arguments._TILE_BYTES", 0)
     monkeypatch.setattr("kd_trainer.fused_linear._BUFFERS", {})
     monkeypatch.setitem(test_fused_architectures.COMMON, "vocab_size", CLASSES)
     monkeypatch.setitem(test_fused_architectures.COMMON, "max_position_embeddings", LONG + 2)

@@ -21,6 +21,7 @@ ORDER = [
     "losses",
     "visit_triton",
     "visit",
+    "fused_arguments",
     "fused_linear",
     "heads",
     "joint",
