@@ -93,22 +93,24 @@ def _mixture_terms(
     s and t stand for log q and log p: what they lack, log zs and log zt, is a constant of the row that falls out of the
     gradient. `_mixture_divergence` makes D of it and of the value: arithmetic of rows would part the compiled loops.
     """
-    b, name = setting.beta, setting.divergence
+    b, name, tiny = setting.beta, setting.divergence, torch.finfo(p.dtype).tiny
     if name == "total_variation":
         d = torch.mul(torch.sub(q, p, out=room[2]), 0.5, out=room[2])
         h = torch.mul(torch.mul(torch.sign(d, out=room[0]), 0.5, out=room[0]), q, out=room[0])
         return torch.abs(d, out=room[2]).sum(-1, True), h.sum(-1, True), h
     of_q = b if name == "skew_reverse_kl" else 1 - b  # of the mixture
     m = torch.add(torch.mul(p, 1 - of_q, out=room[2]), q, alpha=of_q, out=room[2])
-    m = torch.clamp(m, min=torch.finfo(p.dtype).tiny, out=room[2])
-    if name == "skew_forward_kl":
-        h = torch.mul(torch.div(torch.mul(p, q, out=room[0]), m, out=room[0]), -of_q, out=room[0])
-        return _dot(p, torch.sub(t, torch.log(m, out=room[2]), out=room[2]), room), h.sum(-1, True), h
-    if name == "skew_reverse_kl":
-        share = torch.mul(torch.div(q, m, out=room[1]), -of_q, out=room[1])
-        value = torch.sub(s, torch.log(m, out=room[2]), out=room[2])
-        h = torch.mul(torch.add(torch.add(value, 1, out=room[0]), share, out=room[0]), q, out=room[0])
-        return _dot(q, value, room), h.sum(-1, True), h
+    m = torch.clamp(m, min=tiny, out=room[2])
+    if name in ("skew_forward_kl", "skew_reverse_kl"):
+        one = p if name == "skew_forward_kl" else q
+        share = torch.div(one, m, out=room[1])
+        log_share = torch.log(torch.clamp(share, min=tiny, out=room[2]), out=room[2])
+        value = _dot(one, log_share, room)
+        h = torch.mul(share, -of_q, out=room[0])
+        if name == "skew_reverse_kl":
+            h = torch.add(torch.add(h, 1, out=room[0]), log_share, out=room[0])
+        h = torch.mul(h, q, out=room[0])
+        return value, h.sum(-1, True), h
     assert name == "jsd"
     log_m = torch.log(m, out=room[2])
     h = torch.mul(torch.mul(torch.sub(s, log_m, out=room[0]), of_q, out=room[0]), q, out=room[0])
@@ -117,12 +119,10 @@ def _mixture_terms(
 
 def _mixture_divergence(setting: Setting, zs: Tensor, zt: Tensor, value: Tensor, mean: Tensor) -> Tensor:
     """D [R, 1] of `_mixture_terms`."""
-    b, name = setting.beta, setting.divergence
-    if name == "total_variation":
+    if setting.divergence != "jsd":
         return value
-    if name == "jsd":
-        return b * (value - zt.log()) + mean - (1 - b) * zs.log()
-    return value - (zt if name == "skew_forward_kl" else zs).log()
+    b = setting.beta
+    return b * (value - zt.log()) + mean - (1 - b) * zs.log()
 
 
 class _Sums(NamedTuple):

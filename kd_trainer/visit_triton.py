@@ -218,20 +218,19 @@ def _mixture_sums(
     block = _block(TIMES, LANES, NEIGHBOURS)
     size = TIMES * LANES * NEIGHBOURS
     last = (columns - 1) // size * size
-    log_zs = tl.log(zs)
-    log_zt = tl.log(zt)
     total = tl.zeros([LANES], tl.float32)
     mean = tl.zeros([LANES], tl.float32)
     for back in tl.range(0, columns, size, num_stages=3):
         at = last - back + block
         s = tl.load(student + at, mask=at < columns, other=LOW_S).to(tl.float32) - top_s
         t = tl.load(teacher + at, mask=at < columns, other=LOW_T).to(tl.float32) - top_t
-        value, h = _mixture_terms(
-            t - log_zt, s - log_zs, _exp(t) * (1 / zt), _exp(s) * (1 / zs), beta, DIVERGENCE, PRECISE
-        )
+        value, h = _mixture_terms(t, s, _exp(t) * (1 / zt), _exp(s) * (1 / zs), beta, DIVERGENCE, PRECISE)
         total += _lane_sums(value)
         mean += _lane_sums(h)
-    return tl.sum(total, 0), tl.sum(mean, 0)
+    divergence = tl.sum(total, 0)
+    if DIVERGENCE == "jsd":
+        divergence -= beta * tl.log(zt) + (1 - beta) * tl.log(zs)
+    return divergence, tl.sum(mean, 0)
 
 
 @_jit
@@ -246,8 +245,6 @@ def _write_gradient(
     block = _block(TIMES, LANES, NEIGHBOURS)
     size = TIMES * LANES * NEIGHBOURS
     last = (columns - 1) // size * size
-    log_zs = tl.log(zs)
-    log_zt = tl.log(zt)
     missing = _power(_exp(at_label - top_s), at_label - top_s, temperature, WHOLE) / zh - 1
     for back in tl.range(0, columns, size, num_stages=3):
         at = last - back + block
@@ -263,7 +260,7 @@ def _write_gradient(
         elif REVERSE:
             gradient = q * (s - t - mean)
         else:
-            _, h = _mixture_terms(t - log_zt, s - log_zs, p, q, beta, DIVERGENCE, PRECISE)
+            _, h = _mixture_terms(t, s, p, q, beta, DIVERGENCE, PRECISE)
             gradient = h - q * mean
         gradient *= soft_weight
         if HARD:
@@ -284,25 +281,26 @@ def _lane_sums(x):
 
 
 @_jit
-def _mixture_terms(log_p, log_q, p, q, beta, DIVERGENCE: tl.constexpr, PRECISE: tl.constexpr):
-    """(value, h) as in `visit.py`: D = sum of value, dD/ds = h - q * sum(h)."""
+def _mixture_terms(t, s, p, q, beta, DIVERGENCE: tl.constexpr, PRECISE: tl.constexpr):
+    """(value, h) as in `visit.py`: s and t stand for log q and log p; dD/ds = h - q * sum(h)."""
     tiny = 1.1754943508222875e-38  # keeps log finite where p and q are both 0
     if DIVERGENCE == "total_variation":
         value = 0.5 * tl.abs(p - q)
         h = tl.where(q > p, 0.5 * q, tl.where(q < p, -0.5 * q, 0.0))
     elif DIVERGENCE == "jsd":
         log_m = _log(tl.maximum(beta * p + (1 - beta) * q, tiny), PRECISE)
-        h = (1 - beta) * q * (log_q - log_m)
-        value = beta * p * (log_p - log_m) + h
+        h = (1 - beta) * q * (s - log_m)
+        value = beta * p * (t - log_m) + h
     elif DIVERGENCE == "skew_forward_kl":
-        m = tl.maximum(beta * p + (1 - beta) * q, tiny)
-        value = p * (log_p - _log(m, PRECISE))
-        h = -(1 - beta) * q * (p / m)
+        share = p / tl.maximum(beta * p + (1 - beta) * q, tiny)
+        value = p * _log(tl.maximum(share, tiny), PRECISE)
+        h = -(1 - beta) * q * share
     else:
         tl.static_assert(DIVERGENCE == "skew_reverse_kl")
-        m = tl.maximum(beta * q + (1 - beta) * p, tiny)
-        value = q * (log_q - _log(m, PRECISE))
-        h = value + q - beta * q * (q / m)
+        share = q / tl.maximum(beta * q + (1 - beta) * p, tiny)
+        log_share = _log(tl.maximum(share, tiny), PRECISE)
+        value = q * log_share
+        h = q * (log_share + (1 - beta * share))
     return value, h
 
 
