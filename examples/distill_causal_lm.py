@@ -9,7 +9,7 @@
 Without a text it takes the docstrings of Python's standard library, of which the students see 300 blocks alone. Without
 a teacher one is trained first, on all of the text. Without a student it is made of every second layer of the teacher.
 Distilled student and baseline take equally many steps on the same blocks from the same start. Every option of the JSON
-can be given on the command line too.
+can be given on the command line too. After Ctrl-C, `--resume_from_checkpoint true` goes on.
 """
 
 import copy
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-from lm_text import END, HARD_LOSS_ONLY, local_texts, print_comparison, train_tokenizer
+from lm_text import END, HARD_LOSS_ONLY, local_texts, print_comparison, train, train_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -96,7 +96,7 @@ def pack(texts: datasets.DatasetDict, tokenizer, example: ExampleArguments) -> d
 
 
 def make_teacher(tokenizer, data, args, example):
-    """A small Llama, trained with the stock Trainer on the same blocks; (model, tokens per second)."""
+    """A small Llama, trained with the stock Trainer on the same blocks; (model, its tokens per second if known)."""
     width = example.teacher_hidden_size
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -124,18 +124,16 @@ def make_teacher(tokenizer, data, args, example):
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
-    speed = tokens_per_second(trainer.train(), args, data)
-    trainer.save_model()
-    return trainer.model, speed
+    return trainer.model, tokens_per_second(train(trainer), data)
 
 
-def tokens_per_second(result, args, data) -> float:
-    rows = result.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return rows * len(data["train"][0]["input_ids"]) / result.metrics["train_runtime"]
+def tokens_per_second(metrics, data) -> dict[str, float]:
+    size = len(data["train"][0]["input_ids"])
+    return {"Tokens/s": size * metrics["train_samples_per_second"]} if metrics else {}
 
 
-def train_student(name, student, teacher, tokenizer, data, args) -> float:
-    """Trains `student` with the loss that `args` say; its tokens per second."""
+def train_student(name, student, teacher, tokenizer, data, args) -> dict[str, float]:
+    """Trains `student` with the loss that `args` say; its tokens per second, if known."""
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
@@ -144,11 +142,7 @@ def train_student(name, student, teacher, tokenizer, data, args) -> float:
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
-    result = trainer.train()
-    trainer.save_model()
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    return tokens_per_second(result, args, data)
+    return tokens_per_second(train(trainer), data)
 
 
 def measure(model, teacher, data, args) -> dict[str, float]:
@@ -180,8 +174,7 @@ def run_seed(args, example) -> dict[str, dict[str, float]]:
     else:
         tokenizer = train_tokenizer(texts["train"][example.text_column], example.vocab_size)
         data = pack(texts, tokenizer, example)
-        teacher, tokens = make_teacher(tokenizer, data, args, example)
-        speed = {"Tokens/s": tokens}
+        teacher, speed = make_teacher(tokenizer, data, args, example)
     if example.student_model_name_or_path:
         start = AutoModelForCausalLM.from_pretrained(example.student_model_name_or_path)
     else:
@@ -193,8 +186,8 @@ def run_seed(args, example) -> dict[str, dict[str, float]]:
     for name, changes in (("distilled", {}), ("baseline", HARD_LOSS_ONLY)):
         student = copy.deepcopy(start)
         set_seed(args.seed)  # the same order of rows
-        tokens = train_student(name, student, teacher, tokenizer, data, dataclasses.replace(args, **changes))
-        done[name] = measure(student, teacher, data, args) | {"Tokens/s": tokens}
+        speed = train_student(name, student, teacher, tokenizer, data, dataclasses.replace(args, **changes))
+        done[name] = measure(student, teacher, data, args) | speed
     return done
 
 

@@ -9,7 +9,7 @@ Without a file the task is made of the docstrings of Python's standard library: 
 goes in, the line comes out; the students see 500 such pairs alone. Without a teacher one is trained first, on all
 pairs. Without a student it is made of every second layer of the teacher, in encoder and decoder. Distilled student and
 baseline take equally many steps on the same pairs from the same start. Every option of the JSON can be given on the
-command line too.
+command line too. After Ctrl-C, `--resume_from_checkpoint true` goes on.
 """
 
 import copy
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from lm_text import HARD_LOSS_ONLY, local_texts, print_comparison, train_tokenizer
+from lm_text import HARD_LOSS_ONLY, local_texts, print_comparison, train, train_tokenizer
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -137,7 +137,7 @@ def words_right(tokenizer):
 
 
 def make_teacher(tokenizer, data, args, example):
-    """A small BART, trained with the stock Seq2SeqTrainer on the same pairs; (model, seconds of training)."""
+    """A small BART, trained with the stock Seq2SeqTrainer on the same pairs; (model, its seconds if known)."""
     width, layers = example.teacher_hidden_size, example.teacher_num_layers
     config = BartConfig(
         vocab_size=len(tokenizer),
@@ -162,20 +162,18 @@ def make_teacher(tokenizer, data, args, example):
     )
     teacher = BartForConditionalGeneration(config)
     trainer = Seq2SeqTrainer(args=args, **common_arguments(teacher, tokenizer, data))
-    seconds = trainer.train().metrics["train_runtime"]
-    trainer.save_model()
-    return teacher, seconds
+    return teacher, seconds(train(trainer))
 
 
-def train_student(name, student, teacher, tokenizer, data, args) -> float:
-    """Trains `student` with the loss that `args` say; the seconds it took."""
+def seconds(metrics) -> dict[str, float]:
+    return {"Training (s)": metrics["train_runtime"]} if metrics else {}
+
+
+def train_student(name, student, teacher, tokenizer, data, args) -> dict[str, float]:
+    """Trains `student` with the loss that `args` say; the seconds it took, if known."""
     args = dataclasses.replace(args, output_dir=f"{args.output_dir}/{name}", teacher_model_name_or_path=None)
     trainer = Seq2SeqDistillationTrainer(teacher_model=teacher, args=args, **common_arguments(student, tokenizer, data))
-    result = trainer.train()
-    trainer.save_model()
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    return result.metrics["train_runtime"]
+    return seconds(train(trainer))
 
 
 def measure(model, teacher, tokenizer, data, args) -> dict[str, float]:
@@ -210,8 +208,7 @@ def run_seed(args, example) -> dict[str, dict[str, float]]:
     else:
         tokenizer = train_tokenizer(pairs["train"][example.target_column], example.vocab_size, append_end=True)
         data = encode(pairs, tokenizer, example)
-        teacher, seconds = make_teacher(tokenizer, data, args, example)
-        cost = {"Training (s)": seconds}
+        teacher, cost = make_teacher(tokenizer, data, args, example)
     if example.student_model_name_or_path:
         start = AutoModelForSeq2SeqLM.from_pretrained(example.student_model_name_or_path)
     else:
@@ -223,8 +220,8 @@ def run_seed(args, example) -> dict[str, dict[str, float]]:
     for name, changes in (("distilled", {}), ("baseline", HARD_LOSS_ONLY)):
         student = copy.deepcopy(start)
         set_seed(args.seed)  # the same order of rows
-        seconds = train_student(name, student, teacher, tokenizer, data, dataclasses.replace(args, **changes))
-        done[name] = measure(student, teacher, tokenizer, data, args) | {"Training (s)": seconds}
+        cost = train_student(name, student, teacher, tokenizer, data, dataclasses.replace(args, **changes))
+        done[name] = measure(student, teacher, tokenizer, data, args) | cost
     return done
 
 

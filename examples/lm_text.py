@@ -1,4 +1,4 @@
-"""What both language-model examples need: text that every machine has, a tokenizer made of it, packing, a table.
+"""What both language-model examples need: text that every machine has, a tokenizer, a training to resume, a table.
 
 The text is the docstrings of Python's own standard library and the licences beside it: about 1.7 million characters,
 always in the same order, held out by file.
@@ -13,8 +13,12 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from kd_trainer.interrupt import ResumableInterrupt
 
 END, PAD = "<|end|>", "<|pad|>"
 # The held-out text is measured with these, whatever the training's own settings are; alpha 0 alone is the baseline.
@@ -71,6 +75,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, append_end: bool =
         end = (END, tokenizer.token_to_id(END))
         tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[end])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=PAD)
+
+
+def train(trainer: Trainer) -> dict[str, float]:
+    """Trains and saves the model; upstream's metrics of it, or none where they are not those of the whole training.
+
+    With `--resume_from_checkpoint true` a training that was stopped goes on, and one that was finished is read back.
+    """
+    folder, resume = Path(trainer.args.output_dir), bool(trainer.args.resume_from_checkpoint)
+    if resume and (folder / "train_results.json").exists():
+        load_model(trainer.model, folder / "model.safetensors", device=str(trainer.args.device))
+        return {}
+    if not any(isinstance(callback, ResumableInterrupt) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(ResumableInterrupt())
+    checkpoint = get_last_checkpoint(folder) if resume and folder.is_dir() else None
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", metrics)  # last: it says that all is there
+    return {} if checkpoint else metrics
 
 
 def print_comparison(columns: dict[str, str], runs: list[dict[str, dict[str, float]]]) -> None:

@@ -3,7 +3,7 @@
 For: `teacher.py`. One device, DDP, FSDP 1 and ZeRO 0 to 2 keep a whole teacher in every process; FSDP2 and DeepSpeed
 ZeRO-3 shard it. The teacher never passes through `accelerator.prepare`: the accelerator knows no model but the student,
 so that checkpoints, backward and the patch of autocast stay the student's.
-Imports: torch, accelerate and deepspeed (on use).
+Imports: checks, accelerate and deepspeed (on use).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .checks import fail
 
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -38,6 +40,7 @@ def prepare_teacher(model: nn.Module, device: torch.device, accelerator: Any = N
     if accelerator.is_fsdp2:
         return _shard_fsdp2(model, accelerator)
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    _refuse_weights_of_one_process(accelerator)
     if plugin is None:
         return model.to(device)
     if plugin.zero_stage == 3:
@@ -49,6 +52,15 @@ def prepare_teacher(model: nn.Module, device: torch.device, accelerator: Any = N
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtypes[accelerator.mixed_precision])
     return model.to(device)
+
+
+def _refuse_weights_of_one_process(accelerator: Any) -> None:
+    """FSDP 1 hands the student's weights on from the first process; a whole teacher's would stay empty elsewhere."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if getattr(plugin, "cpu_ram_efficient_loading", False) and accelerator.num_processes > 1:
+        because = "only the first process loads weights, and FSDP 1 does not hand a teacher's on"
+        mend = 'Set it to false, or take FSDP 2 ("version": 2).'
+        fail("fsdp_config: cpu_ram_efficient_loading", True, "false with FSDP 1", mend, because=because)
 
 
 def layer_classes(model: nn.Module) -> list[str]:

@@ -30,6 +30,19 @@ def check_router(student: nn.Module) -> None:
     )
 
 
+def notes_on_own_losses(student: nn.Module) -> tuple[str, ...]:
+    """Lines for the start block: what is added to the loss besides distillation, and what of the model's own is not."""
+    config: Any = getattr(student, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    notes: list[str] = []
+    weight = _router_weight(student) if getattr(config, "output_router_logits", False) else None
+    if weight is not None:
+        notes.append(f"the loss has {weight:g} * the student's router loss (aux_loss) added")
+    if getattr(config, "z_loss_coefficient", 0) > 0:
+        notes.append(f"the student's own z-loss (z_loss_coefficient {config.z_loss_coefficient:g}) is left out")
+    return tuple(notes)
+
+
 def with_router_loss(
     parts: Parts, outputs: Any, student: nn.Module, inputs: Mapping[str, Any], counts: Counts
 ) -> tuple[Parts, Tensor | None]:
@@ -50,11 +63,14 @@ def with_router_loss(
         return parts, None
     aux = divide(aux.to(parts.total.device) * (main_input(inputs).shape[0] * counts.scale), counts.rows)
     weight = _router_weight(student)
+    if weight is None:
+        mend = "Set model.router_aux_loss_coef; 0 leaves the loss out."
+        fail("router_aux_loss_coef", None, f"the weight of the aux_loss that {type(student).__name__} returns", mend)
     return (parts._replace(total=parts.total + weight * aux) if weight else parts), aux
 
 
-def _router_weight(student: nn.Module) -> float:
-    """The weight of `aux_loss` in the student's own loss, where its class keeps it."""
+def _router_weight(student: nn.Module) -> float | None:
+    """The weight of `aux_loss` in the student's own loss, where its class keeps it; None where it has none."""
     config: Any = getattr(student, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for owner in (student, text):
@@ -62,5 +78,4 @@ def _router_weight(student: nn.Module) -> float:
             weight = getattr(owner, name, None)
             if weight is not None:
                 return float(weight)
-    mend = "Set model.router_aux_loss_coef; 0 leaves the loss out."
-    fail("router_aux_loss_coef", None, f"the weight of the aux_loss that {type(student).__name__} returns", mend)
+    return None

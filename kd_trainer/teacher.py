@@ -51,7 +51,8 @@ class LiveTeacher:
         self.prepared = model  # what is called: the model, or the backend's wrapper around it
         self.class_order: Tensor | None = None
         self.accepted = accepted_inputs(model)
-        self._takes_cache = self.accepted is not None and "use_cache" in self.accepted
+        # What would only cost: the cache, and the load-balancing loss of a mixture of experts.
+        self._off = {k: False for k in ("use_cache", "output_router_logits") if k in (self.accepted or ())}
         self._modules: list[nn.Module] = []
 
     def prepare(self, device: torch.device, accelerator: Any = None) -> None:
@@ -74,8 +75,7 @@ class LiveTeacher:
         own = {k[len(TEACHER_PREFIX) :]: v for k, v in batch.items() if k.startswith(TEACHER_PREFIX)}
         if "input_ids" in own:  # another text: what the student's columns say of its tokens does not hold for it
             batch = {k: v for k, v in batch.items() if k not in OF_THE_TEXT}
-        kwargs = model_inputs({**batch, **own}, self.accepted)
-        return {**kwargs, "use_cache": False} if self._takes_cache else kwargs
+        return {**model_inputs({**batch, **own}, self.accepted), **self._off}
 
     def __call__(self, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None = None) -> Tensor:
         """The teacher's logits for the batch, in the teacher's dtype and on its device; see `outputs`."""

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from kd_trainer import first_look
+from kd_trainer.teacher import ADAPTER_OFF
 from tests import tiny
 
 LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
@@ -47,7 +49,19 @@ CASES = {
     ),
     "fused_bf16": Case("llama", {"kd_loss_implementation": "fused", "bf16": True, "max_steps": 2}),
     "evaluated": Case("llama", {"max_steps": 0}),
+    "adapter_off": Case("lora", {"max_steps": 6, "learning_rate": 0.02}),
+    "unknown_head": Case("scaled", {"max_steps": 6, "kd_loss_implementation": "auto"}),
 }
+OWN_TEACHER = [name for name, case in CASES.items() if case.teacher != "lora"]
+
+
+class Scaled(LlamaForCausalLM):
+    """Does to its logits what nothing tells: the fused loss must find out and fall back."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        outputs = super().forward(input_ids, attention_mask, **kwargs)
+        outputs.logits = 1.5 * outputs.logits
+        return outputs
 
 
 def zero_config(stage: int, *, has_config: bool) -> dict[str, Any]:
@@ -63,13 +77,18 @@ def zero_config(stage: int, *, has_config: bool) -> dict[str, Any]:
     return {**dict.fromkeys(sizes, "auto"), "zero_optimization": zero, "bf16": {"enabled": "auto"}}
 
 
-def pair(kind: str) -> tuple[nn.Module, nn.Module]:
-    """(student, teacher). GPT-2 has other layers than the student, dropout, and a head tied to its embedding."""
+def pair(kind: str) -> tuple[nn.Module, Any]:
+    """(student, teacher or its name). GPT-2 has other layers than the student, dropout and a head tied to its input."""
     torch.manual_seed(0)
     if kind == "plain":
         return tiny.Plain(), tiny.Plain()
-    student = LlamaForCausalLM(tiny.llama_config(16, num_hidden_layers=2))
-    if kind == "llama":
+    student = (Scaled if kind == "scaled" else LlamaForCausalLM)(tiny.llama_config(16, num_hidden_layers=2))
+    if kind == "lora":
+        import peft
+
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return peft.get_peft_model(student, config), ADAPTER_OFF
+    if kind in ("llama", "scaled"):
         return student, LlamaForCausalLM(tiny.llama_config(24, num_hidden_layers=3))
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = GPT2Config(vocab_size=tiny.VOCAB, n_positions=32, n_embd=24, n_layer=2, n_head=2, **ids)
@@ -118,18 +137,22 @@ def run_deepspeed_on_cpu() -> None:
 
 def facts(run: Any, name: str, backend: str) -> dict[str, Any]:
     """What accelerator, wrappers and shards look like on this process after the run."""
-    model, (_, fresh) = run.teacher.model, pair(CASES[name].teacher)
     batch = run._prepare_inputs(tiny.pad(tiny.rows(task_of(name), 2)))
     found: dict[str, Any] = {
         "world_size": run.accelerator.num_processes,
         "fused": run._fit.heads is not None,
         "student_wrapper": [c.__name__ for c in type(run.model_wrapped).__mro__],
-        "teacher_wrapper": [c.__name__ for c in type(run.teacher.prepared).__mro__],
         "known_models": [known is run.model_wrapped for known in run.accelerator._models],
+        "logs": {key: tiny.logged(run, key) for key in LOGGED},
+    }
+    if name not in OWN_TEACHER:
+        return found
+    model, (_, fresh) = run.teacher.model, pair(CASES[name].teacher)
+    found |= {
+        "teacher_wrapper": [c.__name__ for c in type(run.teacher.prepared).__mro__],
         "teacher_training": any(module.training for module in model.modules()),
         "teacher_gradients": [n for n, p in model.named_parameters() if p.requires_grad or p.grad is not None],
         "teacher_dtype": str(run.teacher(batch, run.accelerator).dtype),
-        "logs": {key: tiny.logged(run, key) for key in LOGGED},
     }
     more = {"fsdp2": fsdp2_facts, "zero3": zero3_facts, "zero2": zero2_facts}[backend]
     return {**found, **more(run, model, dict(fresh.named_parameters()))}
@@ -181,7 +204,9 @@ def zero2_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, 
 
 def main(out: Path, backend: str, names: list[str]) -> None:
     (run_fsdp2_on_cpu if backend == "fsdp2" else run_deepspeed_on_cpu)()
+    small = first_look.SMALL_VOCABULARY
     for name in names:
+        first_look.SMALL_VOCABULARY = 0 if name == "unknown_head" else small
         folder = out / name
         arguments: dict[str, Any] = {"per_device_train_batch_size": 4, **CASES[name].in_two}
         if backend == "fsdp2":

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
-from kd_trainer import trainer as trainer_module
+from kd_trainer import first_look
 from tests import tiny
 
 LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def build(case: str, folder: Path, **settings: Any) -> Any:
-    trainer_module.SMALL_VOCABULARY = 0
+    first_look.SMALL_VOCABULARY = 0
     torch.manual_seed(0)
     pair = tiny.models("causal_lm")
     if case == "second way":

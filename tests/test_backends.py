@@ -26,7 +26,8 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
 EVERYWHERE = ["same_layers", "other_layers", "by_path", "plain", "bf16", "plain_bf16", "resumed"]
 EVERYWHERE += ["fused", "fused_other_layers", "fused_bf16"]
-RUNS = {"fsdp2": EVERYWHERE, "zero3": [*EVERYWHERE, "evaluated"], "zero2": ["plain_bf16"]}
+OTHERS = ["adapter_off", "unknown_head"]
+RUNS = {"fsdp2": [*EVERYWHERE, *OTHERS], "zero3": [*EVERYWHERE, "evaluated", *OTHERS], "zero2": ["plain_bf16"]}
 WRAPPERS = {
     "fsdp2": ("FSDPModule", "FSDPModule"),
     "zero3": ("DeepSpeedEngine", "DeepSpeedEngine"),
@@ -39,7 +40,9 @@ def cases(backend: str, names: list[str]) -> list:
     return [pytest.param(backend, name, id=f"{backend}-{name}", marks=marks) for name in names]
 
 
-ALL = [row for backend, names in RUNS.items() for row in cases(backend, names)]
+ALL = [
+    row for backend, names in RUNS.items() for row in cases(backend, [n for n in names if n in backend_run.OWN_TEACHER])
+]
 SHARDED = [row for row in ALL if row.values[0] != "zero2"]
 EXACT = [row for row in SHARDED if "bf16" not in row.values[1] and row.values[1] != "evaluated"]
 
@@ -105,6 +108,29 @@ def test_the_fused_loss_in_two_processes_is_full_logits_in_one(backend, case, re
         assert found["fused"]
         for key in backend_run.LOGGED:
             assert found["logs"][key] == pytest.approx(logs[key], rel=1e-5, abs=1e-5), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "case"), [*cases("fsdp2", ["adapter_off"]), *cases("zero3", ["adapter_off"])])
+def test_the_students_own_base_teaches_in_two_processes_as_in_one(backend, case, results, alone):
+    weights, logs, _ = alone(case)
+    adapters = {name.replace(".default", ""): w for name, w in weights.items() if "lora_" in name}
+    saved = load_file(results(backend, case) / "saved" / "adapter_model.safetensors")
+    assert saved.keys() == adapters.keys()
+    for name, value in saved.items():
+        torch.testing.assert_close(value, adapters[name], rtol=0, atol=1e-5)
+    for found in facts_of(results(backend, case)):
+        assert WRAPPERS[backend][0] in found["student_wrapper"]
+        for key in backend_run.LOGGED:
+            assert found["logs"][key] == pytest.approx(logs[key], rel=1e-5, abs=1e-5), key
+    start = backend_run.pair("lora")[0].state_dict()
+    assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-3  # it did learn something
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "case"), [*cases("fsdp2", ["unknown_head"]), *cases("zero3", ["unknown_head"])])
+def test_an_unknown_head_falls_back_in_every_process(backend, case, results):
+    assert not any(found["fused"] for found in facts_of(results(backend, case)))
 
 
 @pytest.mark.slow
@@ -203,6 +229,16 @@ def test_elsewhere_the_teacher_is_whole_and_itself(given):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert backends.prepare_teacher(tiny.Plain(), torch.device("meta"), given).linear.weight.device.type == "meta"
+
+
+def test_fsdp_1_that_loads_weights_in_one_process_alone_is_refused():
+    given = accelerator(fsdp_plugin=SimpleNamespace(cpu_ram_efficient_loading=True))
+    given.num_processes = 1
+    assert isinstance(backends.prepare_teacher(tiny.Plain(), torch.device("cpu"), given), tiny.Plain)
+    given.num_processes = 2
+    with pytest.raises(ValueError, match=r"cpu_ram_efficient_loading.*FSDP 1") as error:
+        backends.prepare_teacher(tiny.Plain(), torch.device("cpu"), given)
+    assert '"version": 2' in str(error.value)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

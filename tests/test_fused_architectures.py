@@ -10,8 +10,7 @@ import transformers
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from kd_trainer import DistillationTrainer
-from kd_trainer import trainer as trainer_module
+from kd_trainer import DistillationTrainer, first_look
 
 from . import tiny
 
@@ -128,7 +127,7 @@ def difference(one: DistillationTrainer, other: DistillationTrainer) -> float:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_numbers_are_those_of_full_logits(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer_module, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(first_look, "SMALL_VOCABULARY", 0)
     auto, full = (run(name, implementation, tmp_path) for implementation in ("auto", "full"))
     assert auto._fit.heads is not None
     assert full._fit.heads is None
@@ -238,7 +237,7 @@ def assert_fell_back(auto: DistillationTrainer, full: DistillationTrainer) -> No
 
 @pytest.fixture
 def auto_everywhere(monkeypatch):
-    monkeypatch.setattr(trainer_module, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(first_look, "SMALL_VOCABULARY", 0)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -281,6 +280,20 @@ def test_what_changes_in_evaluation_alone_is_seen_there(tmp_path, auto_everywher
     for key in KEYS:
         for name in (key, f"eval_{key}"):
             assert tiny.logged(runs[0], name) == pytest.approx(tiny.logged(runs[1], name), rel=1e-5), name
+
+
+def test_an_evaluation_alone_says_why_it_takes_full_logits(tmp_path, auto_everywhere, caplog):
+    student, teacher = own_pair("", "student")
+    student.__class__ = ByShape
+    run = tiny.trainer("causal_lm", tmp_path, pair=(student, teacher), kd_reduction="tokenmean")
+    run.evaluate()
+    assert caplog.text.count("full logits: ByShape cannot do without its logits") == 1
+    caplog.clear()
+    student.__class__ = Changed
+    student.get_output_embeddings = lambda: nn.Identity()
+    run = tiny.trainer("causal_lm", tmp_path, pair=(student, teacher), kd_reduction="tokenmean")
+    run.evaluate()
+    assert caplog.text.count("full logits: Changed has no plain linear output head") == 1
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])

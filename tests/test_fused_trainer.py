@@ -176,7 +176,7 @@ def test_a_larger_student(tmp_path):
 
 @pytest.mark.parametrize("where", ["target_modules", "modules_to_save"])
 def test_adapters_on_the_head_take_full_logits(where, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("kd_trainer.trainer.SMALL_VOCABULARY", 0)
+    monkeypatch.setattr("kd_trainer.first_look.SMALL_VOCABULARY", 0)
     settings = {"target_modules": ["q_proj"], where: ["lm_head"]}
     runs = [run(tmp_path, name, lambda: with_lora(**settings), rows("causal_lm")) for name in ("auto", "full")]
     assert "full logits: PeftModelForCausalLM has no plain linear output head" in capsys.readouterr().out

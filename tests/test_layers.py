@@ -45,6 +45,7 @@ ORDER = [
     "plots",
     "report",
     "window",
+    "first_look",
     "trainer",
     "cli",
 ]

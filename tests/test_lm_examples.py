@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,23 @@ def test_causal_lm_over_seeds(tmp_path):
     assert "±" in table(printed)["distilled"][1]
     assert "±" not in table(printed)["distilled"][0]
     assert (tmp_path / "out" / "seed-43" / "baseline" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on(tmp_path):
+    options = {"train_file": text_file(tmp_path), "block_size": 16, "max_validation_blocks": 8, "save_steps": 3}
+    options["save_strategy"] = "steps"
+    whole = table(run("distill_causal_lm.py", "distill_causal_lm.json", tmp_path, **options))
+    baseline = tmp_path / "out" / "seed-42" / "baseline"
+    for name in ("train_results.json", "model.safetensors"):
+        (baseline / name).unlink()
+    shutil.rmtree(baseline / "checkpoint-6")
+    options["resume_from_checkpoint"] = "true"
+    again = table(run("distill_causal_lm.py", "distill_causal_lm.json", tmp_path, **options))
+    assert again.keys() == whole.keys()
+    for name, row in again.items():
+        assert row[:-1] == whole[name][:-1]
+        assert row[-1] == "–"  # the time of the last session is not that of the whole training
 
 
 @pytest.mark.slow

@@ -1,0 +1,258 @@
+"""What is settled before the first step: the teacher, and on the first batch how it, the student and the task fit.
+
+For: `trainer.py`, whose mixin stands on the one here. Formulas and their counts are not its business.
+Imports: checks, compatibility, finite, fused_forward, heads, router, teacher, training_args, transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .checks import Shown, fail
+from .compatibility import (
+    check_same_tokens,
+    check_separate,
+    check_teacher_columns,
+    class_order,
+    common_ids,
+    vocabulary_line,
+)
+from .finite import FiniteWatch, bad_rows
+from .fused_forward import NotPlain, OutputHead, few_products
+from .heads import (
+    TEACHER_PREFIX,
+    Head,
+    accepted_inputs,
+    check_batch,
+    check_label_range,
+    decoder_input_ids,
+    head_for,
+    head_from_logits,
+    vocabulary_rows,
+)
+from .router import check_router, notes_on_own_losses
+from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, check_ids, load_teacher
+from .training_args import DistillationArguments
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:  # at run time the mixin has no base of its own, so that it fits in front of any Trainer class
+    _InFrontOf = Trainer
+else:
+    _InFrontOf = object
+
+# Below it "auto" takes full logits: they cost little, and the fused loss has more calls.
+SMALL_VOCABULARY = 2048
+
+
+class Fit(NamedTuple):
+    """What the first batch told about the models; made once for a student."""
+
+    model: nn.Module  # `trainer.model` as it was when looked at: model_init makes a new one
+    student: nn.Module  # the same, unwrapped
+    head: Head
+    accepted: frozenset[str] | None  # names of the student's inputs
+    common_ids: int | None = None  # ids that both vocabularies have, where they differ in size: see `compatibility`
+    heads: tuple[OutputHead, OutputHead] | None = None  # of student and teacher, where the loss needs no logits
+    notes: tuple[str, ...] = ()  # lines for the start block
+
+
+class FirstLook(_InFrontOf):
+    """Loads the teacher and looks at the first batch; `trainer.DistillationMixin` sets what is declared here."""
+
+    kd_args: DistillationArguments
+    teacher: LiveTeacher | None
+    _always_hard: bool
+    _finite: FiniteWatch
+    _fit: Fit | None
+
+    def _require_teacher(self, given: Any) -> None:
+        if given is None and not self._always_hard:
+            mend = "Pass teacher_model= to the trainer, set teacher_model_name_or_path, or set kd_alpha to 0."
+            fail("teacher_model", None, f"a teacher, with kd_alpha {self.kd_args.kd_alpha:g}", mend)
+
+    def _load_teacher(self, given: nn.Module | str | Path | None) -> LiveTeacher | None:
+        kd, named = self.kd_args, self.kd_args.teacher_model_name_or_path
+        if given is not None and named is not None and str(given) != named:
+            expected = "nothing beside the argument teacher_model of the trainer"
+            fail("teacher_model_name_or_path", named, expected, "Give the teacher once.")
+        given = named if given is None else given
+        self._require_teacher(given)
+        if given is None:
+            return None
+        student = self.accelerator.unwrap_model(self.model)
+        head = head_for(student, kd.kd_task, self._loss_shifts_labels)
+        if isinstance(given, str) and given == ADAPTER_OFF:
+            of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_compile": kd.teacher_compile}
+            for name, value in of_another.items():
+                if value:
+                    because = "the teacher is the student's own base"
+                    fail(name, value, f"nothing with the teacher {given!r}", "Leave it out.", because=because)
+            return AdapterOffTeacher(student, over_tokens=head is not None and head.over_tokens)
+        teacher = load_teacher(given, student, kd.teacher_kwargs)
+        check_separate(student, teacher)
+        live = LiveTeacher(teacher, compiled=kd.teacher_compile)
+        if head is None or head.name in ("classification", "token_classification"):
+            live.class_order = class_order(student, teacher, remap=kd.kd_remap_labels)
+        return live
+
+    def _look_at(self, batch: Mapping[str, Any]) -> Fit:
+        """Fits teacher, student and head together on the first batch; afterwards returns what it found."""
+        if self._fit is not None and self._fit.model is self.model:
+            return self._fit
+        check_batch(batch)
+        student = self.accelerator.unwrap_model(self.model)
+        check_router(student)
+        head = head_for(student, self.kd_args.kd_task, self._loss_shifts_labels)
+        teacher_logits = known_by = None
+        if isinstance(self.teacher, AdapterOffTeacher) and self.teacher.model is not student:  # from model_init
+            self.teacher = AdapterOffTeacher(student, over_tokens=head is not None and head.over_tokens)
+        if self.teacher is not None:
+            self.teacher.prepare(self.args.device, self.accelerator)
+            known_by = self._check_tokens(student, self.teacher, head, batch)
+        heads, heads_notes = self._output_heads(student, head)
+        if head is None or self.teacher is not None:
+            batch = self._with_decoder_inputs(student, head, self._prepare_inputs(dict(batch)))
+            try:
+                teacher_logits = self._probe(batch, None if heads is None else heads[1])
+            except NotPlain as reason:
+                heads, heads_notes = None, (self._full_logits(reason),)
+                teacher_logits = self._probe(batch, None)
+        if head is None and teacher_logits is None:
+            dims = getattr(batch.get("labels"), "dim", lambda: 1)()
+            head = head_for(student, "classification" if dims == 1 else "token_classification", False)
+        head = head_from_logits(teacher_logits) if head is None else head  # type: ignore[arg-type]
+        self._note_problem_type(student, head, batch)
+        targets, config = head.targets(batch), getattr(student, "config", None)
+        classes = vocabulary_rows(student, written=True) if head.over_tokens else getattr(config, "num_labels", None)
+        shared: int | None = None
+        notes: tuple[str, ...] = ()
+        if isinstance(self.teacher, AdapterOffTeacher):
+            notes = ("the teacher is the student with its adapters off",)
+        if teacher_logits is not None:  # as many as the student's, or `check_shapes` says so
+            theirs = teacher_logits.shape[-1]
+            classes = theirs if not isinstance(classes, int) else classes
+            if head.over_tokens and classes != theirs:
+                shared = common_ids(classes, theirs, known_by)
+                notes = (vocabulary_line(classes, theirs, known_by),)
+        if targets is not None and isinstance(classes, int):
+            check_label_range(targets, classes)
+        model = cast(nn.Module, self.model)
+        notes = (*notes, *heads_notes, *notes_on_own_losses(student))
+        self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, notes)
+        if heads is None and not self.is_in_train:  # training prints all notes in its start block
+            for note in heads_notes:
+                logger.warning("[kd_trainer] %s", note)
+        return self._fit
+
+    def _output_heads(
+        self, student: nn.Module, head: Head | None
+    ) -> tuple[tuple[OutputHead, OutputHead] | None, tuple[str, ...]]:
+        """Student's and teacher's output heads where the loss can do without logits, and a line for the start block."""
+        wanted = self.kd_args.kd_loss_implementation
+        if wanted == "full" or self.teacher is None or self._always_hard:
+            return None, ()
+        if head is None or not head.over_tokens:
+            if wanted == "fused":
+                expected = "'auto' or 'full' where the task is no language model's"
+                fail("kd_loss_implementation", wanted, expected, "Leave it at 'auto'.")
+            return None, ()
+        rows = vocabulary_rows(student, written=True)
+        if wanted == "auto" and rows is not None and rows < SMALL_VOCABULARY:
+            return None, ()
+        try:
+            if self.args.torch_compile or self.teacher.compiled:
+                raise NotPlain("a compiled forward cannot leave its output head out")
+            heads = OutputHead(student), OutputHead(self.teacher.model)
+            if heads[0].module.weight.device != heads[1].module.weight.device:
+                raise NotPlain("the output heads of student and teacher are on different devices")
+        except NotPlain as reason:
+            return None, (self._full_logits(reason),)
+        return heads, ("the loss is computed inside the output heads: no logits are held",)
+
+    def _full_logits(self, reason: NotPlain) -> str:
+        """The line that says why; an error where nothing but the fused loss was asked for."""
+        if self.kd_args.kd_loss_implementation == "fused":
+            expected = "'auto' or 'full' with these models"
+            mend = "Set kd_loss_implementation to auto: it takes full logits where it must."
+            fail("kd_loss_implementation", "fused", expected, mend, because=str(reason))
+        return f"full logits: {reason}"
+
+    def _check_tokens(
+        self, student: nn.Module, teacher: LiveTeacher, head: Head | None, batch: Mapping[str, Any]
+    ) -> str | None:
+        """Whether the teacher can read the batch; by what the tokens of both are known to be the same, or None."""
+        check_teacher_columns(batch)
+        known_by = None
+        apart = f"{TEACHER_PREFIX}input_ids" in batch or teacher.model is student
+        if not apart and ("input_ids" in batch or (head is not None and head.over_tokens)):
+            known_by = check_same_tokens(student, teacher.model, self.processing_class, self.kd_args.teacher_kwargs)
+        ours, theirs = vocabulary_rows(student), vocabulary_rows(teacher.model)
+        if theirs is not None:
+            teacher.id_limit = theirs if ours is not None and ours > theirs else None
+            check_ids(teacher.inputs(batch), theirs)
+        return known_by
+
+    def _probe(self, batch: Mapping[str, Any], output_head: OutputHead | None) -> Tensor | None:
+        """The teacher's logits on the first batch: their shape tells the head, their values whether it is alive.
+
+        Of a few positions only, where the loss will do without logits.
+        """
+        if self.teacher is None:
+            return None
+        if output_head is None:
+            logits = self.teacher(batch, self.accelerator, self.model_wrapped)
+        else:
+            teacher = self.teacher
+            logits = few_products(lambda: teacher.outputs(batch, self.accelerator, self.model_wrapped), output_head)
+        bad = bad_rows(logits)
+        if bad and (self._finite.mode != "off" or len(bad) == logits.shape[0]):
+            fail(
+                "teacher_model",
+                Shown(f"giving NaN or inf on rows {bad[:8]} of the first batch"),
+                "finite logits",
+                "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs.",
+            )
+        return logits
+
+    @staticmethod
+    def _note_problem_type(student: nn.Module, head: Head, batch: Mapping[str, Any]) -> None:
+        """Models write this into their config when they see labels; here labels never reach them."""
+        config: Any = getattr(student, "config", None)
+        if head.name != "classification" or not hasattr(config, "problem_type"):
+            return
+        if config.problem_type not in (None, "single_label_classification") or config.num_labels == 1:
+            shown = config.problem_type or "regression (num_labels is 1)"
+            mend = "Use a model with num_labels >= 2 and integer labels; other tasks fit no head of this version."
+            fail("problem_type", shown, "single_label_classification", mend)
+        config.problem_type = "single_label_classification"
+
+    @staticmethod
+    def _with_decoder_inputs(student: nn.Module, head: Head | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Encoder-decoders build their decoder's inputs from labels: built once here, for both models."""
+        if head is None or head.name != "seq2seq_lm" or "decoder_input_ids" in inputs or inputs.get("labels") is None:
+            return inputs
+        ids = decoder_input_ids(student, inputs["labels"])
+        return inputs if ids is None else {**inputs, "decoder_input_ids": ids}
+
+    @staticmethod
+    def _refuse_packed(batch: Mapping[str, Any]) -> None:
+        positions = batch.get("position_ids")
+        packed = any(key in batch for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
+        if not packed and isinstance(positions, Tensor) and positions.dim() == 2:
+            packed = bool((positions.diff(dim=-1) < 0).any())
+        if packed:
+            because = "rows of a packed batch are no longer sequences"
+            fail(
+                "kd_reduction",
+                "batchmean",
+                "'tokenmean' with packed batches",
+                "Set kd_reduction to tokenmean.",
+                because=because,
+            )
