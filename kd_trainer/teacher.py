@@ -52,7 +52,9 @@ class LiveTeacher:
         self.class_order: Tensor | None = None
         self.accepted = accepted_inputs(model)
         # What would only cost: the cache, and the load-balancing loss of a mixture of experts.
-        self._off = {k: False for k in ("use_cache", "output_router_logits") if k in (self.accepted or ())}
+        routed = getattr(getattr(model, "config", None), "output_router_logits", False)
+        costly = ("use_cache", "output_router_logits") if routed else ("use_cache",)
+        self._off = {name: False for name in costly if name in (self.accepted or ())}
         self._modules: list[nn.Module] = []
 
     def prepare(self, device: torch.device, accelerator: Any = None) -> None:
