@@ -10,7 +10,8 @@ Imports: divergences, fused_arguments, reductions, visit.
 
 from __future__ import annotations
 
-import math
+import threading
+import weakref
 from typing import Any, NamedTuple, cast
 
 import numpy
@@ -285,7 +286,7 @@ def _row_weights(job: Job, n: int, unit: Any) -> Tensor:
 
 def _teacher_tile(job: Job, chunk: int) -> Tensor | None:
     if job.teacher is not None:
-        return _buffer("teacher", chunk, job.teacher.weight.shape[0], job.teacher.weight)
+        return _memory("teacher", chunk, job.teacher.weight.shape[0], job.teacher.weight)
     if job.teacher_rows is not None and not job.plain_rows and job.setting.temperature != 1:
         wide = _wide(job.teacher_rows.dtype)  # dividing in half precision would round once more than the twin
         return torch.empty(chunk, job.teacher_rows.shape[1], dtype=wide, device=job.teacher_rows.device)
@@ -339,7 +340,7 @@ class _Products:
             # The weight's gradient in one product: a float32 sum would be visited once for each chunk.
             most = min(2 * width, GROUP_BYTES // (vocabulary * hidden.element_size()))
             self.rows = min(n, max(chunk, most // chunk * chunk))
-        self.tiles = _buffer("student", self.rows, vocabulary, self.student.weight)
+        self.tiles = _memory("student", self.rows, vocabulary, self.student.weight)
         # On CPU, products into few columns are faster in parts: [512, 49152] @ [49152, 576] takes 23 ms, whole 42.
         self.few_rows = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and width < 640
         self.grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
@@ -362,7 +363,8 @@ class _Products:
             return
         hidden, weight = self.hidden[group], self.student.weight
         if self.grad_weight is None:
-            self.grad_weight = torch.mm(gradient.t(), hidden, out=_fresh(weight.shape, gradient))
+            memory = _memory("gradient", len(weight), weight.shape[1], gradient)
+            self.grad_weight = torch.mm(gradient.t(), hidden, out=memory)
             if group.stop < len(self.hidden) and weight.dtype in (torch.bfloat16, torch.float16):
                 self.grad_weight = self.grad_weight.float()
         elif self.grad_weight.dtype == gradient.dtype:
@@ -376,30 +378,27 @@ class _Products:
         return [None if g is None else g.to(dtype) for g in found]
 
 
-def _fresh(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """New memory of the dtype of `like`; on CPU from numpy, which asks the system for huge pages.
+_LINE = 64  # bytes of a cache line
+_KEPT = threading.local()  # by name: memory, and whether a tensor in it still lives (a weak reference)
 
-    Touching new memory in small pages costs up to a fifth of all that the loss computes; products into memory that
-    begins within a cache line cost two fifths more.
+
+def _memory(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+    """A tensor [rows, columns] as `like`; on CPU its memory is kept for the next call that finds it unused.
+
+    Fresh memory costs about as much as a visit, and more on virtual machines whose host takes back what is freed. It
+    comes from numpy, which asks the system for huge pages, and begins at a cache line: elsewhere products into it
+    take two fifths longer.
     """
     if like.device.type != "cpu":
-        return like.new_empty(shape)
-    room = torch.from_numpy(numpy.empty(math.prod(shape) * like.element_size() + _LINE, numpy.uint8))
-    return room[-room.data_ptr() % _LINE :][: math.prod(shape) * like.element_size()].view(like.dtype).view(shape)
-
-
-_LINE = 64  # bytes of a cache line
-_BUFFERS: dict[str, Tensor] = {}
-
-
-def _buffer(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
-    """A tile [rows, columns]; on CPU the last one is kept, since fresh memory costs about as much as a visit."""
-    if like.device.type != "cpu":
         return like.new_empty(rows, columns)
-    kept = _BUFFERS.get(name)
-    if kept is None or kept.dtype != like.dtype or kept.numel() < rows * columns:
-        kept = _BUFFERS[name] = _fresh((rows * columns,), like)
-    return kept[: rows * columns].view(rows, columns)
+    size = rows * columns * like.element_size()
+    room, user = _KEPT.__dict__.get(name, (None, None))
+    if room is None or room.nbytes < size + _LINE or user() is not None:
+        room = numpy.empty(size + _LINE, numpy.uint8)
+    start = -room.ctypes.data % _LINE
+    part = room[start : start + size]  # lives as long as a tensor in it
+    _KEPT.__dict__[name] = room, weakref.ref(part)
+    return torch.from_numpy(part).view(like.dtype).view(rows, columns)
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:

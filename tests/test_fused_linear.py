@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -561,6 +562,45 @@ def test_the_logits_never_exist(divergence, form):
     with LargestTensor() as largest:
         fused_linear_distillation_plain(**x, **options)
     assert largest.bytes >= 8 * 40 * classes
+
+
+def test_kept_memory_is_never_that_of_a_gradient_in_use():
+    kept, addresses = [], set()
+    for seed in range(4):
+        x = learn(problem(seed=seed))
+        expected = gradients(fused_linear_distillation_plain, x)[1]["student_weight"]
+        fused_linear_distillation(**x).total.backward()
+        weight = x["student_weight"]
+        held = [weight.grad, weight.grad[1:].view(-1), weight.grad.detach()][seed % 3]  # or a view of it
+        kept.append((held, held.clone()))
+        addresses.add(weight.grad.untyped_storage().data_ptr())
+        torch.testing.assert_close(weight.grad, expected, rtol=1e-9, atol=1e-12)
+        weight.grad = None
+        for one, copy in kept:
+            assert torch.equal(one, copy)
+    assert len(addresses) == 4
+    kept.clear()
+    del held, one, copy
+    for _ in range(3):  # nobody holds it: the same memory again
+        fused_linear_distillation(**x).total.backward()
+        addresses.add(x["student_weight"].grad.untyped_storage().data_ptr())
+        x["student_weight"].grad = None
+    assert len(addresses) <= 5
+
+
+def test_threads_do_not_share_memory():
+    problems = [learn(problem(64, 2001, seed=seed)) for seed in range(4)]
+    expected = [gradients(fused_linear_distillation_plain, x)[1]["student_weight"] for x in problems]
+
+    def repeatedly(x):
+        for _ in range(20):
+            x["student_weight"].grad = None
+            fused_linear_distillation(**x, chunk_rows=16).total.backward()
+        return x["student_weight"].grad
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(repeatedly, problems), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
 
 
 @both

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import peft
 import pytest
@@ -329,7 +330,7 @@ def test_the_logits_never_exist(name, tmp_path, monkeypatch):
     """From the first step on; the tile of a chunk holds as many rows as it is allowed, here few."""
     monkeypatch.setattr("kd_trainer.fused_arguments._chunk_rows", lambda *_: 8)
     monkeypatch.setattr("kd_trainer.fused_arguments._TILE_BYTES", 0)
-    monkeypatch.setattr("kd_trainer.fused_linear._BUFFERS", {})
+    monkeypatch.setattr("kd_trainer.fused_linear._KEPT", threading.local())
     monkeypatch.setitem(test_fused_architectures.COMMON, "vocab_size", CLASSES)
     monkeypatch.setitem(test_fused_architectures.COMMON, "max_position_embeddings", LONG + 2)
     largest = {}
