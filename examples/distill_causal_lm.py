@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-from lm_text import END, HARD_LOSS_ONLY, local_texts, print_comparison, train, train_tokenizer
+from lm_text import END, compare, for_measuring, local_texts, measured, run_seeds, train, train_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,10 +26,10 @@ from transformers import (
     LlamaForCausalLM,
     Trainer,
     default_data_collator,
-    set_seed,
 )
 
 from kd_trainer import DistillationTrainer, DistillationTrainingArguments, parse_args, student_from_teacher
+from kd_trainer.interrupt import ResumableInterrupt
 
 COLUMNS = {
     "Parameters": ",.0f",
@@ -123,6 +123,7 @@ def make_teacher(tokenizer, data, args, example):
         train_dataset=data["train"],
         data_collator=default_data_collator,
         processing_class=tokenizer,
+        callbacks=[ResumableInterrupt()],
     )
     return trainer.model, tokens_per_second(train(trainer), data)
 
@@ -132,12 +133,12 @@ def tokens_per_second(metrics, data) -> dict[str, float]:
     return {"Tokens/s": size * metrics["train_samples_per_second"]} if metrics else {}
 
 
-def train_student(name, student, teacher, tokenizer, data, args) -> dict[str, float]:
+def train_student(student, teacher, tokenizer, data, args) -> dict[str, float]:
     """Trains `student` with the loss that `args` say; its tokens per second, if known."""
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,
-        args=dataclasses.replace(args, output_dir=f"{args.output_dir}/{name}", teacher_model_name_or_path=None),
+        args=args,
         train_dataset=data["train"],
         data_collator=default_data_collator,
         processing_class=tokenizer,
@@ -150,22 +151,15 @@ def measure(model, teacher, data, args) -> dict[str, float]:
     trainer = DistillationTrainer(
         model=model,
         teacher_model=teacher,
-        args=dataclasses.replace(args, teacher_model_name_or_path=None, kd_reduction="tokenmean", **HARD_LOSS_ONLY),
+        args=for_measuring(args),
         eval_dataset=data["validation"],
         data_collator=default_data_collator,
     )
-    metrics = trainer.evaluate()
-    numbers = {"Parameters": model.num_parameters(), "Perplexity": metrics["eval_perplexity"]}
-    if teacher is not None:
-        numbers["KL to teacher (nats)"] = metrics["eval_soft_loss"]
-        numbers["Agreement (%)"] = 100 * metrics["eval_teacher_agreement"]
-    return numbers
+    return measured(model, teacher, trainer.evaluate())
 
 
 def run_seed(args, example) -> dict[str, dict[str, float]]:
     """All models of one seed: {name: numbers}."""
-    set_seed(args.seed)
-    args = dataclasses.replace(args, output_dir=f"{args.output_dir}/seed-{args.seed}")
     texts = load_texts(example)
     if args.teacher_model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
@@ -181,21 +175,19 @@ def run_seed(args, example) -> dict[str, dict[str, float]]:
         start = student_from_teacher(teacher, layers=example.student_layers)
     if example.student_blocks and not (example.train_file or example.dataset_name):
         data["train"] = data["train"].shuffle(seed=args.seed).take(min(example.student_blocks, len(data["train"])))
-    done = {"teacher": measure(teacher, None, data, args) | speed}
-    done["student, before"] = measure(start, teacher, data, args)
-    for name, changes in (("distilled", {}), ("baseline", HARD_LOSS_ONLY)):
-        student = copy.deepcopy(start)
-        set_seed(args.seed)  # the same order of rows
-        speed = train_student(name, student, teacher, tokenizer, data, dataclasses.replace(args, **changes))
-        done[name] = measure(student, teacher, data, args) | speed
-    return done
+    return compare(
+        start,
+        teacher,
+        speed,
+        args,
+        train_student=lambda student, args: train_student(student, teacher, tokenizer, data, args),
+        measure=lambda model, teacher: measure(model, teacher, data, args),
+    )
 
 
 def main() -> None:
     args, example = parse_args(DistillationTrainingArguments, ExampleArguments)
-    runs = [run_seed(dataclasses.replace(args, seed=args.seed + i), example) for i in range(example.seeds)]
-    if args.process_index == 0:
-        print_comparison(COLUMNS, runs)
+    run_seeds(run_seed, COLUMNS, args, example)
 
 
 if __name__ == "__main__":

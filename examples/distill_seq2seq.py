@@ -12,7 +12,6 @@ baseline take equally many steps on the same pairs from the same start. Every op
 command line too. After Ctrl-C, `--resume_from_checkpoint true` goes on.
 """
 
-import copy
 import dataclasses
 import random
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from lm_text import HARD_LOSS_ONLY, local_texts, print_comparison, train, train_tokenizer
+from lm_text import compare, for_measuring, local_texts, measured, run_seeds, train, train_tokenizer
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -28,7 +27,6 @@ from transformers import (
     BartForConditionalGeneration,
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
-    set_seed,
 )
 
 from kd_trainer import (
@@ -37,6 +35,7 @@ from kd_trainer import (
     parse_args,
     student_from_teacher,
 )
+from kd_trainer.interrupt import ResumableInterrupt
 
 COLUMNS = {
     "Parameters": ",.0f",
@@ -161,7 +160,7 @@ def make_teacher(tokenizer, data, args, example):
         learning_rate=example.teacher_learning_rate,
     )
     teacher = BartForConditionalGeneration(config)
-    trainer = Seq2SeqTrainer(args=args, **common_arguments(teacher, tokenizer, data))
+    trainer = Seq2SeqTrainer(args=args, callbacks=[ResumableInterrupt()], **common_arguments(teacher, tokenizer, data))
     return teacher, seconds(train(trainer))
 
 
@@ -169,16 +168,15 @@ def seconds(metrics) -> dict[str, float]:
     return {"Training (s)": metrics["train_runtime"]} if metrics else {}
 
 
-def train_student(name, student, teacher, tokenizer, data, args) -> dict[str, float]:
+def train_student(student, teacher, tokenizer, data, args) -> dict[str, float]:
     """Trains `student` with the loss that `args` say; the seconds it took, if known."""
-    args = dataclasses.replace(args, output_dir=f"{args.output_dir}/{name}", teacher_model_name_or_path=None)
     trainer = Seq2SeqDistillationTrainer(teacher_model=teacher, args=args, **common_arguments(student, tokenizer, data))
     return seconds(train(trainer))
 
 
 def measure(model, teacher, tokenizer, data, args) -> dict[str, float]:
     """The numbers of the table on the held-out pairs; the teacher's own where `teacher` is None."""
-    args = dataclasses.replace(args, teacher_model_name_or_path=None, kd_reduction="tokenmean", **HARD_LOSS_ONLY)
+    args = for_measuring(args)
     trainer = Seq2SeqDistillationTrainer(
         teacher_model=teacher,
         args=args,
@@ -186,19 +184,12 @@ def measure(model, teacher, tokenizer, data, args) -> dict[str, float]:
         **common_arguments(model, tokenizer, data),
     )
     metrics = trainer.evaluate()
-    numbers = {"Parameters": model.num_parameters(), "Perplexity": metrics["eval_perplexity"]}
-    if args.predict_with_generate:
-        numbers["Words right (%)"] = 100 * metrics["eval_words_right"]
-    if teacher is not None:
-        numbers["KL to teacher (nats)"] = metrics["eval_soft_loss"]
-        numbers["Agreement (%)"] = 100 * metrics["eval_teacher_agreement"]
-    return numbers
+    words = {"Words right (%)": 100 * metrics["eval_words_right"]} if args.predict_with_generate else {}
+    return measured(model, teacher, metrics) | words
 
 
 def run_seed(args, example) -> dict[str, dict[str, float]]:
     """All models of one seed: {name: numbers}."""
-    set_seed(args.seed)
-    args = dataclasses.replace(args, output_dir=f"{args.output_dir}/seed-{args.seed}")
     pairs = load_pairs(example)
     if args.teacher_model_name_or_path:
         tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
@@ -215,21 +206,19 @@ def run_seed(args, example) -> dict[str, dict[str, float]]:
         start = student_from_teacher(teacher, layers=example.student_layers)
     if example.student_pairs and not example.train_file:
         data["train"] = data["train"].shuffle(seed=args.seed).take(min(example.student_pairs, len(data["train"])))
-    done = {"teacher": measure(teacher, None, tokenizer, data, args) | cost}
-    done["student, before"] = measure(start, teacher, tokenizer, data, args)
-    for name, changes in (("distilled", {}), ("baseline", HARD_LOSS_ONLY)):
-        student = copy.deepcopy(start)
-        set_seed(args.seed)  # the same order of rows
-        cost = train_student(name, student, teacher, tokenizer, data, dataclasses.replace(args, **changes))
-        done[name] = measure(student, teacher, tokenizer, data, args) | cost
-    return done
+    return compare(
+        start,
+        teacher,
+        cost,
+        args,
+        train_student=lambda student, args: train_student(student, teacher, tokenizer, data, args),
+        measure=lambda model, teacher: measure(model, teacher, tokenizer, data, args),
+    )
 
 
 def main() -> None:
     args, example = parse_args(Seq2SeqDistillationTrainingArguments, ExampleArguments)
-    runs = [run_seed(dataclasses.replace(args, seed=args.seed + i), example) for i in range(example.seeds)]
-    if args.process_index == 0:
-        print_comparison(COLUMNS, runs)
+    run_seeds(run_seed, COLUMNS, args, example)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""What both language-model examples need: text that every machine has, a tokenizer, a training to resume, a table.
+"""What both language-model examples share: text that every machine has, a tokenizer, the comparison and its table.
 
 The text is the docstrings of Python's own standard library and the licences beside it: about 1.7 million characters,
 always in the same order, held out by file.
 """
 
 import ast
+import copy
+import dataclasses
 import statistics
 import sysconfig
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedTokenizerFast, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-
-from kd_trainer.interrupt import ResumableInterrupt
 
 END, PAD = "<|end|>", "<|pad|>"
 # The held-out text is measured with these, whatever the training's own settings are; alpha 0 alone is the baseline.
@@ -86,14 +86,53 @@ def train(trainer: Trainer) -> dict[str, float]:
     if resume and (folder / "train_results.json").exists():
         load_model(trainer.model, folder / "model.safetensors", device=str(trainer.args.device))
         return {}
-    if not any(isinstance(callback, ResumableInterrupt) for callback in trainer.callback_handler.callbacks):
-        trainer.add_callback(ResumableInterrupt())
     checkpoint = get_last_checkpoint(folder) if resume and folder.is_dir() else None
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", metrics)  # last: it says that all is there
     return {} if checkpoint else metrics
+
+
+def for_measuring(args):
+    """The arguments with which every model is measured on the held-out text."""
+    return dataclasses.replace(args, teacher_model_name_or_path=None, kd_reduction="tokenmean", **HARD_LOSS_ONLY)
+
+
+def measured(model, teacher, metrics: dict[str, float]) -> dict[str, float]:
+    """The numbers of the table that are in the metrics of every evaluation; the teacher's own where it is None."""
+    numbers = {"Parameters": model.num_parameters(), "Perplexity": metrics["eval_perplexity"]}
+    if teacher is not None:
+        numbers["KL to teacher (nats)"] = metrics["eval_soft_loss"]
+        numbers["Agreement (%)"] = 100 * metrics["eval_teacher_agreement"]
+    return numbers
+
+
+def compare(start, teacher, cost, args, train_student: Callable, measure: Callable) -> dict[str, dict[str, float]]:
+    """Distilled student and baseline, from the same start, over the same rows in the same order: {name: numbers}.
+
+    `train_student(student, args)` returns what it cost, as `cost` is the teacher's; `measure(model, teacher)` the rest.
+    """
+    done = {"teacher": measure(teacher, None) | cost, "student, before": measure(start, teacher)}
+    for name, changes in (("distilled", {}), ("baseline", HARD_LOSS_ONLY)):
+        student = copy.deepcopy(start)
+        set_seed(args.seed)  # the same order of rows
+        folder = {"output_dir": f"{args.output_dir}/{name}", "teacher_model_name_or_path": None}
+        cost = train_student(student, dataclasses.replace(args, **changes, **folder))
+        done[name] = measure(student, teacher) | cost
+    return done
+
+
+def run_seeds(run_seed: Callable, columns: dict[str, str], args, example) -> None:
+    """`run_seed(args, example)` for each seed in a folder of its own; prints the table of all."""
+    runs = []
+    for seed in range(args.seed, args.seed + example.seeds):
+        set_seed(seed)
+        runs.append(
+            run_seed(dataclasses.replace(args, seed=seed, output_dir=f"{args.output_dir}/seed-{seed}"), example)
+        )
+    if args.process_index == 0:
+        print_comparison(columns, runs)
 
 
 def print_comparison(columns: dict[str, str], runs: list[dict[str, dict[str, float]]]) -> None:

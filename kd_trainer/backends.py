@@ -39,8 +39,8 @@ def prepare_teacher(model: nn.Module, device: torch.device, accelerator: Any = N
         return model.to(device)
     if accelerator.is_fsdp2:
         return _shard_fsdp2(model, accelerator)
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     _refuse_weights_of_one_process(accelerator)
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is None:
         return model.to(device)
     if plugin.zero_stage == 3:

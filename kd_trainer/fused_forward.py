@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .fused_arguments import cap_and_scale
 from .fused_linear import FusedLoss
-from .heads import logits_of
+from .heads import logits_of, text_config
 
 _SAMPLE = 16  # positions of a row whose product is looked at
 _SIZES = (0.1, 1.0, 10.0, 100.0)  # of the known logits, each at one position: a cap shows in the large ones
@@ -114,8 +114,7 @@ def _known(product: Tensor) -> Tensor:
 
 def _ways(model: nn.Module) -> list[tuple[float, float | None]]:
     """(scale, softcap) that the config hints at, the likeliest first."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
 
     def number(name: str) -> list[float]:
         value = getattr(config, name, None)

@@ -309,10 +309,8 @@ def _plain_visit(
     job: Job, tile: Tensor, taught: Tensor | None, weights: Tensor, rows: slice, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`visit` by autograd, for settings without a gradient written out; in blocks, to hold little at once."""
-    block = max(1, 2**22 // tile.shape[1])
     losses = []
-    for start in range(0, tile.shape[0], block):
-        part = slice(start, min(start + block, tile.shape[0]))
+    for part in _parts(0, tile.shape[0], max(1, 2**22 // tile.shape[1])):
         here = slice(rows.start + part.start, rows.start + part.stop)
         with torch.set_grad_enabled(gradient):
             raw = tile[part].to(_wide(tile.dtype), copy=True).requires_grad_(gradient)

@@ -304,6 +304,12 @@ def vocabulary_rows(model: Any, *, written: bool = False) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model within, which is the model's own where it has no other part; None without."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     """Names that the model's forward takes; None where it takes any (`**kwargs` of a module of the user's own).
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checks import fail
-from .heads import main_input
+from .heads import main_input, text_config
 from .objective import Counts, Parts
 from .reductions import divide
 
@@ -32,8 +32,7 @@ def check_router(student: nn.Module) -> None:
 
 def notes_on_own_losses(student: nn.Module) -> tuple[str, ...]:
     """Lines for the start block: what is added to the loss besides distillation, and what of the model's own is not."""
-    config: Any = getattr(student, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(student)
     notes: list[str] = []
     weight = _router_weight(student) if getattr(config, "output_router_logits", False) else None
     if weight is not None:
@@ -71,9 +70,7 @@ def with_router_loss(
 
 def _router_weight(student: nn.Module) -> float | None:
     """The weight of `aux_loss` in the student's own loss, where its class keeps it; None where it has none."""
-    config: Any = getattr(student, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for owner in (student, text):
+    for owner in (student, text_config(student)):
         for name in ("router_aux_loss_coef", "aux_loss_coef"):
             weight = getattr(owner, name, None)
             if weight is not None:
