@@ -25,7 +25,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def build(case: str, folder: Path, **settings: Any) -> Any:
-    first_look.SMALL_VOCABULARY = 0
     torch.manual_seed(0)
     pair = tiny.models("causal_lm")
     if case == "second way":
@@ -43,6 +42,7 @@ def build(case: str, folder: Path, **settings: Any) -> Any:
 
 
 def main(out: Path) -> None:
+    first_look.SMALL_VOCABULARY = 0
     for case, settings in CASES.items():
         run = build(case, out / "run", **{"per_device_train_batch_size": 4, **settings})
         run.train()
