@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import numpy
@@ -87,7 +88,8 @@ def fused_linear_distillation(
         teacher_top_k: ids [N, k], log-probabilities at T [N, k], log of the mass of all other ids at T [N]: the
             divergence of the k + 1 buckets.
         chunk_rows: positions visited at once; None: 48 MiB of logits of each model, but from 256 positions to
-            160 MiB on CPU; 256 MiB on accelerators.
+            160 MiB on CPU; 256 MiB on accelerators. On CPU the first visit is to twice as many, in the same memory,
+            where the head is wide enough that the gradient of its weight, not written yet, can hold their logits.
         compiled: `torch.compile` the elementwise part; None: where a compiler is at hand and the problem is large.
 
     Returns:
@@ -241,12 +243,12 @@ def _visit_all(
     weights = _row_weights(job, n, unit) if gradient else hidden.new_zeros(n, 2, dtype=_wide(hidden.dtype))
     compiled = not job.plain_rows and compile_pays(job.setting, chunk, vocabulary, hidden, job.compiled)
     sums = torch.zeros(3, dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
-    teacher_tile = _teacher_tile(job, chunk)
     # Known gradients are those at z / T, and the product divides for nothing; the others begin at the product.
     factor = 1.0 if job.plain_rows else job.student.scale / job.setting.temperature
-    for group in _parts(0, n, products.rows):
-        tiles = products.logits(group, factor)
-        for rows in _parts(group.start, group.stop, chunk):
+    for group, tiles, teacher_tile in products.groups(job, chunk):
+        job.student.product(hidden[group], factor, tiles)
+        at_once = chunk if teacher_tile is None else len(teacher_tile)
+        for rows in _parts(group.start, group.stop, at_once):
             tile = tiles[rows.start - group.start : rows.stop - group.start]
             taught: Any = _taught(job, rows, teacher_tile)
             if job.plain_rows:
@@ -338,16 +340,36 @@ class _Products:
             # The weight's gradient in one product: a float32 sum would be visited once for each chunk.
             most = min(2 * width, GROUP_BYTES // (vocabulary * hidden.element_size()))
             self.rows = min(n, max(chunk, most // chunk * chunk))
-        self.tiles = _memory("student", self.rows, vocabulary, self.student.weight)
         # On CPU, products into few columns are faster in parts: [512, 49152] @ [49152, 576] takes 23 ms, whole 42.
         self.few_rows = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and width < 640
         self.grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
+        self.memory = _memory("gradient", vocabulary, width, self.student.weight) if wanted[1] else None
         self.grad_weight: Tensor | None = None
         self.grad_bias = hidden.new_zeros(vocabulary, dtype=_wide(hidden.dtype)) if wanted[2] else None
 
-    def logits(self, group: slice, factor: float) -> Tensor:
-        """Of a group of rows, times the factor."""
-        return self.student.product(self.hidden[group], factor, self.tiles[: group.stop - group.start])
+    def groups(self, job: Job, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Groups of rows, with memory for the student's logits of a whole group and the teacher's of a chunk.
+
+        On CPU, the teacher's logits of the first group lie where the weight's gradient will be written. In float32 the
+        student's may then take both tiles: products of twice as many rows read their weights half as often.
+        """
+        n, vocabulary = len(self.hidden), len(self.student.weight)
+        first, teacher = 0, None if job.teacher is None else job.teacher.weight
+        if self.memory is not None and teacher is not None and teacher.dtype == self.memory.dtype and teacher.is_cpu:
+            fitting = self.memory.numel() // len(teacher)
+            if fitting >= min(CHUNK_ROWS, n):
+                first = min(n, 2 * chunk if self.rows == chunk else self.rows)
+                lent = self.memory.view(-1)[: min(fitting, first) * len(teacher)].view(-1, len(teacher))
+        tiles = _memory("student", first or self.rows, vocabulary, self.student.weight)
+        if first:
+            yield slice(0, first), tiles, lent
+        if first == n:
+            return
+        taught = _teacher_tile(job, chunk) if first <= self.rows else None
+        if taught is None and teacher is not None:
+            taught = tiles[chunk:].view(-1)[: chunk * len(teacher)].view(chunk, -1)
+        for group in _parts(first, n, self.rows):
+            yield group, tiles[: group.stop - group.start], taught
 
     def multiply(self, group: slice, gradient: Tensor) -> None:
         """Multiplies the gradient that `visit` left in the tiles of a group on."""
@@ -361,8 +383,8 @@ class _Products:
             return
         hidden, weight = self.hidden[group], self.student.weight
         if self.grad_weight is None:
-            memory = _memory("gradient", len(weight), weight.shape[1], gradient)
-            self.grad_weight = torch.mm(gradient.t(), hidden, out=memory)
+            assert self.memory is not None
+            self.grad_weight = torch.mm(gradient.t(), hidden, out=self.memory)
             if group.stop < len(self.hidden) and weight.dtype in (torch.bfloat16, torch.float16):
                 self.grad_weight = self.grad_weight.float()
         elif self.grad_weight.dtype == gradient.dtype:

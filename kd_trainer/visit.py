@@ -20,8 +20,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Bytes of one tile's rows in a block of the uncompiled visit: its temporaries then stay in a core's cache.
-_BLOCK_BYTES = 2**20
+# Bytes of one tile's rows that a thread has in a block of the uncompiled visit: all temporaries then stay in its cache.
+_BLOCK_BYTES = 3 * 2**17
 _LARGE_BLOCK_BYTES = 2**27  # on accelerators, to hold few of them
 
 
@@ -42,28 +42,18 @@ class Setting(NamedTuple):
     hard: bool
 
 
-# Every element-sized result goes into `room`, six tensors [R, V] of which some may share their memory. The compiler,
+# Every element-sized result goes into `room`, seven tensors [R, V] of which some may share their memory. The compiler,
 # which holds no element-sized result at all, is given none.
 Room = tuple[Tensor | None, ...]
-_NO_ROOM: Room = (None,) * 6
+_NO_ROOM: Room = (None,) * 7
 
 
-def _dot(a: Tensor, b: Tensor, room: Room) -> Tensor:
-    """Row sums of a * b [R, 1]; uncompiled without the products in memory."""
-    if room is _NO_ROOM:
-        return (a * b).sum(-1, True)
-    return torch.linalg.vecdot(a, b).unsqueeze(-1)
-
-
-def _power(setting: Setting, es: Tensor, s: Tensor, temperature: Tensor, out: Tensor | None = None) -> Tensor:
-    """exp(T * s) from es = exp(s): by multiplications where 2T is a small whole number."""
-    halves = _halves(setting.temperature)
-    if not halves:
-        return torch.exp(torch.mul(s, temperature, out=out), out=out)
+def _power(halves: int, es: Tensor, out: Tensor | None = None) -> Tensor:
+    """es to the power of halves / 2, by multiplications."""
     power = torch.sqrt(es, out=out) if halves % 2 else None
     for _ in range(halves // 2):
         power = es if power is None else torch.mul(power, es, out=out)
-    power = es if power is None else power
+    assert power is not None
     return power if power is not es or out is None else out.copy_(es)
 
 
@@ -75,14 +65,14 @@ def _halves(temperature: float) -> int:
 def _kl_gradient(
     setting: Setting, d: Tensor, es: Tensor, et: Tensor, stats: tuple[Tensor, ...], weight: Tensor, room: Room
 ) -> Tensor:
-    """weight * dD/ds of forward, reverse or symmetric KL; d = s - t; stats: zs, zt, sum of es (s - t)."""
+    """weight * dD/ds of a KL; d = es (s - t), unread in forward KL; stats: zs, zt and the row sum of d."""
     zs, zt, reverse = stats
-    of_q, of_p = weight / zs, weight / zt
+    of_q = weight / zs
     if setting.divergence == "forward_kl":
-        return torch.addcmul(torch.mul(es, of_q, out=room[0]), et, of_p, value=-1, out=room[0])
-    mean = reverse / zs - (1.0 if setting.divergence == "symmetric_kl" else 0.0)
-    d = torch.mul(torch.mul(torch.sub(d, mean, out=room[2]), of_q, out=room[2]), es, out=room[2])
-    return d if setting.divergence == "reverse_kl" else torch.addcmul(d, et, of_p, value=-1, out=room[2])
+        return torch.addcmul(torch.mul(es, of_q, out=room[0]), et, weight / zt, value=-1, out=room[0])
+    mean = reverse / zs if setting.divergence == "reverse_kl" else reverse / zs - 1
+    d = torch.mul(torch.addcmul(d, es, mean, value=-1, out=room[2]), of_q, out=room[2])
+    return d if setting.divergence == "reverse_kl" else torch.addcmul(d, et, weight / zt, value=-1, out=room[2])
 
 
 def _mixture_terms(
@@ -105,7 +95,7 @@ def _mixture_terms(
         one = p if name == "skew_forward_kl" else q
         share = torch.div(one, m, out=room[1])
         log_share = torch.log(torch.clamp(share, min=tiny, out=room[2]), out=room[2])
-        value = _dot(one, log_share, room)
+        value = torch.mul(one, log_share, out=room[0]).sum(-1, True)
         h = torch.mul(share, -of_q, out=room[0])
         if name == "skew_reverse_kl":
             h = torch.add(torch.add(h, 1, out=room[0]), log_share, out=room[0])
@@ -114,7 +104,8 @@ def _mixture_terms(
     assert name == "jsd"
     log_m = torch.log(m, out=room[2])
     h = torch.mul(torch.mul(torch.sub(s, log_m, out=room[0]), of_q, out=room[0]), q, out=room[0])
-    return _dot(p, torch.sub(t, log_m, out=room[1]), room), h.sum(-1, True), h
+    value = torch.mul(torch.sub(t, log_m, out=room[1]), p, out=room[1]).sum(-1, True)
+    return value, h.sum(-1, True), h
 
 
 def _mixture_divergence(setting: Setting, zs: Tensor, zt: Tensor, value: Tensor, mean: Tensor) -> Tensor:
@@ -132,14 +123,13 @@ class _Sums(NamedTuple):
     top_t: Tensor
     zs: Tensor
     zt: Tensor
-    zh: Tensor  # sum of exp(T * s)
     same: Tensor  # 0 where a class is on top in both
     s: Tensor
     t: Tensor
     d: Tensor  # s - t
     es: Tensor
     et: Tensor
-    power: Tensor  # exp(T * s)
+    power: Tensor | None  # exp(T * s) where it can't be had from es
 
 
 def _sums(setting: Setting, student: Tensor, teacher: Tensor, temperature: Tensor, room: Room) -> _Sums:
@@ -149,14 +139,18 @@ def _sums(setting: Setting, student: Tensor, teacher: Tensor, temperature: Tenso
     s, t = torch.sub(s, top_s, out=room[0]), torch.sub(t, top_t, out=room[1])
     same = torch.add(s, t, out=room[2]).amax(-1, True)
     d = torch.sub(s, t, out=room[2]) if setting.divergence in _KLS else s
-    power = None if _halves(setting.temperature) or not setting.hard else _power(setting, s, s, temperature, room[5])
+    early = setting.hard and not _halves(setting.temperature)
+    power = torch.exp(torch.mul(s, temperature, out=room[5]), out=room[5]) if early else None
     es, et = torch.exp(s, out=room[3]), torch.exp(t, out=room[4])
-    zs, zt = es.sum(-1, True), et.sum(-1, True)
-    zh = zs
-    if setting.hard:
-        power = _power(setting, es, s, temperature, room[5]) if power is None else power
-        zh = power.sum(-1, True)
-    return _Sums(top_s, top_t, zs, zt, zh, same, s, t, d, es, et, es if power is None else power)
+    return _Sums(top_s, top_t, es.sum(-1, True), et.sum(-1, True), same, s, t, d, es, et, power)
+
+
+def _hard_sum(setting: Setting, sums: _Sums, room: Room) -> tuple[Tensor, Tensor]:
+    """The row sum [R, 1] of exp(T * s), and itself."""
+    if not setting.hard:
+        return sums.zs, sums.es
+    power = _power(_halves(setting.temperature), sums.es, room[5]) if sums.power is None else sums.power
+    return power.sum(-1, True), power
 
 
 def _widened(logits: Tensor, out: Tensor | None) -> Tensor:
@@ -171,13 +165,18 @@ def _kl_visit(
     """KLs: maxima, one pass of sums, one for the gradient; two exponentials a pair of logits. Eight columns [R, 1]."""
     sums = _sums(setting, student, teacher, temperature, room)
     # Row sums are returned as they are: a division of rows between the passes would part the compiled loops.
-    forward = _dot(sums.et, sums.d, room) if setting.divergence != "reverse_kl" else sums.zs
-    reverse = _dot(sums.es, sums.d, room) if setting.divergence != "forward_kl" else sums.zs
+    d, forward, reverse = sums.d, sums.zs, sums.zs
+    if setting.divergence != "reverse_kl":
+        forward = torch.mul(sums.et, d, out=room[6]).sum(-1, True)
+    if setting.divergence != "forward_kl":
+        d = torch.mul(sums.es, d, out=room[2])
+        reverse = d.sum(-1, True)
+    zh, power = _hard_sum(setting, sums, room)
     if out is not None:
         stats = sums.zs, sums.zt, reverse
-        gradient = _kl_gradient(setting, sums.d, sums.es, sums.et, stats, weights[:, :1], room)
-        out.copy_(_with_hard(setting, gradient, sums, weights, room))
-    return *sums[:6], forward, reverse
+        gradient = _kl_gradient(setting, d, sums.es, sums.et, stats, weights[:, :1], room)
+        _write(setting, gradient, power, weights[:, 1:] / zh, out, room)
+    return *sums[:5], zh, forward, reverse
 
 
 def _mixture_visit(
@@ -186,19 +185,25 @@ def _mixture_visit(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Divergences to a mixture, whose terms need the normalised p and q: one more pass. Eight columns [R, 1]."""
     sums = _sums(setting, student, teacher, temperature, room)
+    zh, power = _hard_sum(setting, sums, room)
     q, p = torch.mul(sums.es, 1 / sums.zs, out=room[3]), torch.mul(sums.et, 1 / sums.zt, out=room[4])
     total, mean, h = _mixture_terms(setting, sums.s, sums.t, q, p, room)
     if out is not None:
         gradient = torch.mul(torch.addcmul(h, q, mean, value=-1, out=room[0]), weights[:, :1], out=room[0])
-        out.copy_(_with_hard(setting, gradient, sums, weights, room))
-    return *sums[:6], total, mean
+        _write(setting, gradient, power, weights[:, 1:] / zh, out, room)
+    return *sums[:5], zh, total, mean
 
 
-def _with_hard(setting: Setting, gradient: Tensor, sums: _Sums, weights: Tensor, room: Room) -> Tensor:
-    """The gradient with that of the hard loss, in the place of the first."""
+def _write(setting: Setting, gradient: Tensor, power: Tensor, weight: Tensor, out: Tensor, room: Room) -> None:
+    """The gradient with that of the hard loss, weight * exp(T * s), into `out`."""
     if not setting.hard:
-        return gradient
-    return torch.addcmul(gradient, sums.power, weights[:, 1:] / sums.zh, out=None if room is _NO_ROOM else gradient)
+        out.copy_(gradient)
+    elif room is _NO_ROOM:
+        out.copy_(torch.addcmul(gradient, power, weight))
+    elif out.dtype == gradient.dtype:
+        torch.addcmul(gradient, power, weight, out=out)
+    else:
+        out.copy_(torch.addcmul(gradient, power, weight, out=gradient))
 
 
 def visit(
@@ -234,7 +239,7 @@ def visit(
     run = _run_compiled if compiled and student.shape[0] > 1 else _run_in_blocks
     temperature = weights.new_full((), setting.temperature)
     stats = run(setting, student, teacher, weights, temperature, gradient)
-    top_s, top_t, zs, zt, zh, same = stats[:6]
+    top_s, top_t, zs, zt, same, zh = stats[:6]
     if setting.divergence in _KLS:
         ratio = (zs / zt).log()
         soft = 0 * zs
@@ -251,7 +256,7 @@ def visit(
         hard = torch.where(labelled, zh.log() - setting.temperature * s, 0.0)
         if gradient:
             at = _gradient_at(setting, s, t, stats, weights[:, :1])
-            at = at + (_power(setting, s.exp(), s, temperature) / zh - 1) * weights[:, 1:]
+            at = at + (torch.exp(s * temperature) / zh - 1) * weights[:, 1:]
             student[index] = torch.where(labelled.squeeze(1), at.squeeze(1).to(student.dtype), student[index])
     return Rows(soft.squeeze(1), hard.squeeze(1), same.squeeze(1) == 0)
 
@@ -264,7 +269,7 @@ def _gradient_at(setting: Setting, s: Tensor, t: Tensor, stats: tuple[Tensor, ..
     zs, zt = stats[2:4]
     es, et = s.exp(), t.exp()
     if setting.divergence in _KLS:
-        return _kl_gradient(setting, s - t, es, et, (zs, zt, stats[7]), weight, _NO_ROOM)
+        return _kl_gradient(setting, es * (s - t), es, et, (zs, zt, stats[7]), weight, _NO_ROOM)
     q = es / zs
     return (_mixture_terms(setting, s, t, q, et / zt, _NO_ROOM)[2] - q * stats[7]) * weight
 
@@ -276,18 +281,33 @@ def _way(setting: Setting) -> Callable[..., tuple[Tensor, ...]]:
 def _run_in_blocks(
     setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, temperature: Tensor, gradient: bool
 ) -> Any:
-    size = _BLOCK_BYTES if student.device.type == "cpu" else _LARGE_BLOCK_BYTES
+    size, threads = _LARGE_BLOCK_BYTES, 1
+    if student.device.type == "cpu":
+        threads = torch.get_num_threads()
+        size = _BLOCK_BYTES * threads
     block = min(student.shape[0], max(1, size // (4 * student.shape[1])))
-    kinds = 4 if setting.divergence in _KLS else 6
-    room = torch.empty(kinds, block, student.shape[1], dtype=weights.dtype, device=student.device)
-    stats = []
-    for start in range(0, student.shape[0], block):
-        s, t, w = (x[start : start + block] for x in (student, teacher, weights))
-        a, b, c, *more = room[:, : len(s)].unbind()
-        # A KL needs of s and t only their difference: their exponentials take their place.
-        rooms = (a, b, c, a, b, *more) if kinds == 4 else (a, b, c, *more)
-        stats.append(_way(setting)(setting, s, t, s if gradient else None, w, temperature, rooms))
+    block -= block % threads if block > threads else 0  # whole rows for each thread
+    tensors, rooms = _room(setting)
+    memory = torch.empty(tensors, block, student.shape[1], dtype=weights.dtype, device=student.device)
+    room: Room = tuple(memory[i] for i in rooms)
+    stats, way = [], _way(setting)
+    for s, t, w in zip(*(x.split(block) for x in (student, teacher, weights)), strict=True):
+        if len(s) < block:
+            room = tuple(x if x is None else x[: len(s)] for x in room)
+        stats.append(way(setting, s, t, s if gradient else None, w, temperature, room))
     return stats[0] if len(stats) == 1 else tuple(torch.cat(column) for column in zip(*stats, strict=True))
+
+
+def _room(setting: Setting) -> tuple[int, tuple[int, ...]]:
+    """How many tensors an uncompiled visit holds, and which of them is used for what in `Room`."""
+    if setting.divergence not in _KLS:
+        return 6, (0, 1, 2, 3, 4, 5, 0)
+    # A KL needs of s and t only their difference: their exponentials take their place. What exp(T * s) is made from
+    # lasts to the end, if it is es: it can take the place of what is no longer read.
+    free = {"forward_kl": 2, "reverse_kl": 1}.get(setting.divergence)
+    if free is None:
+        return 5, (0, 1, 2, 0, 1, 3, 4)
+    return (3, (0, 1, 2, 0, 1, free, 2)) if _halves(setting.temperature) else (4, (0, 1, 2, 0, 1, 3, 2))
 
 
 def _run_compiled(

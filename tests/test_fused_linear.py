@@ -443,6 +443,35 @@ def test_the_chunk_size_changes_nothing(divergence, chunk_rows):
     assert_same(found, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("learned", [LEARNED, ("student_hidden",), ("student_weight",)], ids=" and ".join)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-11), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("chunk_rows", [1, 5, 13, 20, 100])
+def test_a_head_wide_enough_to_lend_its_gradients_memory(dtype, rtol, chunk_rows, learned):
+    x = problem(60, 101, (48, 16), dtype=dtype)  # 40 of 60 rows count
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+    expected_loss, expected = gradients(fused_linear_distillation_plain, wide, temperature=2.0)
+    for _ in range(2):  # in fresh memory, then in kept memory
+        x = learn(x, learned)
+        loss = fused_linear_distillation(**x, temperature=2.0, chunk_rows=chunk_rows)
+        loss.total.backward()
+        found = {name: x[name].grad for name in LEARNED if name in learned and name in x}
+        assert_same((loss, found), (expected_loss, {name: expected[name] for name in found}), rtol=rtol)
+        del loss, found
+
+
+@each_divergence
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, 2.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_blocks_change_nothing(monkeypatch, divergence, temperature, dtype):
+    options = {"divergence": divergence, "temperature": temperature}
+    problems = [problem(17, 101, dtype=dtype), problem(11, 101, dtype=dtype, labels=False)]
+    whole = [gradients(fused_linear_distillation, x, **options) for x in problems]
+    monkeypatch.setattr("kd_trainer.visit._BLOCK_BYTES", 4 * 101 * 4 // torch.get_num_threads())  # 4 of 11 rows
+    for x, expected in zip(problems, whole, strict=True):
+        found = gradients(fused_linear_distillation, x, **options)
+        assert_same(found, expected, rtol=1e-12 if dtype == torch.float64 else 1e-2)
+
+
 @both
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_inputs_that_are_not_contiguous(function, dtype):
