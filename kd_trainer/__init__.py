@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .models import MLPConfig as MLPConfig
     from .models import MLPForImageClassification as MLPForImageClassification
     from .students import student_from_teacher as student_from_teacher
+    from .teacher_inputs import TeacherCollator as TeacherCollator
+    from .teacher_inputs import add_teacher_inputs as add_teacher_inputs
     from .trainer import DistillationMixin as DistillationMixin
     from .trainer import DistillationTrainer as DistillationTrainer
     from .trainer import Seq2SeqDistillationTrainer as Seq2SeqDistillationTrainer
@@ -51,6 +53,7 @@ _HOME = {
     "losses": ["DistillationLoss", "KLDivergenceLoss", "SoftTargetLoss", "fit_temperature"],
     "models": ["MLPConfig", "MLPForImageClassification"],
     "students": ["student_from_teacher"],
+    "teacher_inputs": ["TeacherCollator", "add_teacher_inputs"],
     "trainer": ["DistillationMixin", "DistillationTrainer", "Seq2SeqDistillationTrainer"],
     "training_args": [
         "DistillationArguments",

@@ -1,7 +1,7 @@
 """Do teacher and student fit? Refuses what would train wrongly in silence, before the first step.
 
 For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared in `heads.py`, batch by batch.
-Imports: checks, heads, transformers (on use).
+Imports: checks, inputs, transformers (on use).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import Shown, fail
-from .heads import vocabulary_rows
+from .inputs import vocabulary_rows
 
 logger = logging.getLogger(__name__)
 

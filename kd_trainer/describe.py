@@ -53,9 +53,9 @@ def start_block(
     if teacher is not None:
         ratio = count_parameters(teacher) / max(count_parameters(student), 1)
         lines = [f"teacher  {describe(teacher)} ({ratio:.1f}x the student)", *lines]
-    lines += [f"task     {head.name}", first.formula(token_level=head.token_level)]
+    lines += [f"task     {head.name}", first.formula(head)]
     if first != last:
-        lines.append(f"at the end of the schedule: {last.formula(token_level=head.token_level)}")
+        lines.append(f"at the end of the schedule: {last.formula(head)}")
     if not labelled:
         lines.append("no labels in the batch: the hard loss is absent")
     if head.token_level and first.reduction == "batchmean":

@@ -1,7 +1,8 @@
 """What is settled before the first step: the teacher, and on the first batch how it, the student and the task fit.
 
 For: `trainer.py`, whose mixin stands on the one here. Formulas and their counts are not its business.
-Imports: checks, compatibility, finite, fused_forward, heads, router, teacher, training_args, transformers.
+Imports: checks, compatibility, finite, fused_forward, head_choice, heads, inputs, router, teacher, training_args,
+transformers.
 """
 
 from __future__ import annotations
@@ -25,17 +26,9 @@ from .compatibility import (
 )
 from .finite import FiniteWatch, bad_rows
 from .fused_forward import NotPlain, OutputHead, few_products
-from .heads import (
-    TEACHER_PREFIX,
-    Head,
-    accepted_inputs,
-    check_batch,
-    check_label_range,
-    decoder_input_ids,
-    head_for,
-    head_from_logits,
-    vocabulary_rows,
-)
+from .head_choice import CLASSIFICATIONS, by_problem_type, head_for, head_from_logits
+from .heads import Head, check_label_range, logits_of
+from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, decoder_input_ids, vocabulary_rows
 from .router import check_router, notes_on_own_losses
 from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, check_ids, load_teacher
 from .training_args import DistillationArguments
@@ -98,7 +91,9 @@ class FirstLook(_InFrontOf):
         teacher = load_teacher(given, student, kd.teacher_kwargs)
         check_separate(student, teacher)
         live = LiveTeacher(teacher, compiled=kd.teacher_compile)
-        if head is None or head.name in ("classification", "token_classification"):
+        config: Any = getattr(student, "config", None)
+        numbers = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
+        if not numbers and (head is None or head.name in CLASSIFICATIONS):
             live.class_order = class_order(student, teacher, remap=kd.kd_remap_labels)
         return live
 
@@ -110,6 +105,8 @@ class FirstLook(_InFrontOf):
         student = self.accelerator.unwrap_model(self.model)
         check_router(student)
         head = head_for(student, self.kd_args.kd_task, self._loss_shifts_labels)
+        if head is not None:
+            head = by_problem_type(head, student, self.kd_args.kd_task, batch.get("labels"))
         teacher_logits = known_by = None
         if isinstance(self.teacher, AdapterOffTeacher) and self.teacher.model is not student:  # from model_init
             self.teacher = AdapterOffTeacher(student, over_tokens=head is not None and head.over_tokens)
@@ -120,15 +117,15 @@ class FirstLook(_InFrontOf):
         if head is None or self.teacher is not None:
             batch = self._with_decoder_inputs(student, head, self._prepare_inputs(dict(batch)))
             try:
-                teacher_logits = self._probe(batch, None if heads is None else heads[1])
+                teacher_logits = self._probe(batch, None if heads is None else heads[1], head)
             except NotPlain as reason:
                 heads, heads_notes = None, (self._full_logits(reason),)
-                teacher_logits = self._probe(batch, None)
+                teacher_logits = self._probe(batch, None, head)
         if head is None and teacher_logits is None:
             dims = getattr(batch.get("labels"), "dim", lambda: 1)()
             head = head_for(student, "classification" if dims == 1 else "token_classification", False)
         head = head_from_logits(teacher_logits) if head is None else head  # type: ignore[arg-type]
-        self._note_problem_type(student, head, batch)
+        self._check_settings(head)
         targets, config = head.targets(batch), getattr(student, "config", None)
         classes = vocabulary_rows(student, written=True) if head.over_tokens else getattr(config, "num_labels", None)
         shared: int | None = None
@@ -141,7 +138,7 @@ class FirstLook(_InFrontOf):
             if head.over_tokens and classes != theirs:
                 shared = common_ids(classes, theirs, known_by)
                 notes = (vocabulary_line(classes, theirs, known_by),)
-        if targets is not None and isinstance(classes, int):
+        if targets is not None and isinstance(classes, int) and head.softmax:
             check_label_range(targets, classes)
         model = cast(nn.Module, self.model)
         notes = (*notes, *heads_notes, *notes_on_own_losses(student))
@@ -189,6 +186,11 @@ class FirstLook(_InFrontOf):
     ) -> str | None:
         """Whether the teacher can read the batch; by what the tokens of both are known to be the same, or None."""
         check_teacher_columns(batch)
+        if f"{TEACHER_PREFIX}input_ids" in batch and head is not None and (head.token_level or head.dims == 3):
+            because = f"the task {head.name!r} compares position i of one with position i of the other"
+            mend = "Take a teacher with the student's tokenizer and no teacher_input_ids."
+            shown = Shown("a column of the batch")
+            fail("teacher_input_ids", shown, "no tokens of the teacher's own", mend, because=because)
         known_by = None
         apart = f"{TEACHER_PREFIX}input_ids" in batch or teacher.model is student
         if not apart and ("input_ids" in batch or (head is not None and head.over_tokens)):
@@ -199,7 +201,7 @@ class FirstLook(_InFrontOf):
             check_ids(teacher.inputs(batch), theirs)
         return known_by
 
-    def _probe(self, batch: Mapping[str, Any], output_head: OutputHead | None) -> Tensor | None:
+    def _probe(self, batch: Mapping[str, Any], output_head: OutputHead | None, head: Head | None) -> Tensor | None:
         """The teacher's logits on the first batch: their shape tells the head, their values whether it is alive.
 
         Of a few positions only, where the loss will do without logits.
@@ -207,7 +209,8 @@ class FirstLook(_InFrontOf):
         if self.teacher is None:
             return None
         if output_head is None:
-            logits = self.teacher(batch, self.accelerator, self.model_wrapped)
+            read = logits_of if head is None else head.logits
+            logits = self.teacher(batch, self.accelerator, self.model_wrapped, read=read)
         else:
             teacher = self.teacher
             logits = few_products(lambda: teacher.outputs(batch, self.accelerator, self.model_wrapped), output_head)
@@ -221,17 +224,14 @@ class FirstLook(_InFrontOf):
             )
         return logits
 
-    @staticmethod
-    def _note_problem_type(student: nn.Module, head: Head, batch: Mapping[str, Any]) -> None:
-        """Models write this into their config when they see labels; here labels never reach them."""
-        config: Any = getattr(student, "config", None)
-        if head.name != "classification" or not hasattr(config, "problem_type"):
-            return
-        if config.problem_type not in (None, "single_label_classification") or config.num_labels == 1:
-            shown = config.problem_type or "regression (num_labels is 1)"
-            mend = "Use a model with num_labels >= 2 and integer labels; other tasks fit no head of this version."
-            fail("problem_type", shown, "single_label_classification", mend)
-        config.problem_type = "single_label_classification"
+    def _check_settings(self, head: Head) -> None:
+        """Raises where a setting means nothing for the task, so that it is not ignored in silence."""
+        kd, smoothing = self.kd_args, self.args.label_smoothing_factor
+        if not head.tempered and kd.kd_divergence != "forward_kl":
+            expected = "'forward_kl' (the default) in a regression, whose soft loss is the squared error"
+            fail("kd_divergence", kd.kd_divergence, expected, "Leave it out.")
+        if smoothing > 0 and not head.softmax:
+            fail("label_smoothing_factor", smoothing, f"0 for the task {head.name!r}", "Leave it out.")
 
     @staticmethod
     def _with_decoder_inputs(student: nn.Module, head: Head | None, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ fire as ever. The teacher's head keeps its hidden states instead. The first time
 logits, which must come out of it as `OutputHead` believes; otherwise `NotPlain` says why, and the caller takes full
 logits.
 Letters: B rows, S positions, H hidden size, V vocabulary.
-Imports: fused_arguments, fused_linear, heads.
+Imports: fused_arguments, fused_linear, heads, inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .fused_arguments import cap_and_scale
 from .fused_linear import FusedLoss
-from .heads import logits_of, text_config
+from .heads import logits_of
+from .inputs import text_config
 
 _SAMPLE = 16  # positions of a row whose product is looked at
 _SIZES = (0.1, 1.0, 10.0, 100.0)  # of the known logits, each at one position: a cap shows in the large ones

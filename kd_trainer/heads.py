@@ -1,31 +1,26 @@
 """Task heads: which logits, which labels, which positions count, which shift, which hard loss.
 
 For: the trainer, which knows no task. Leaves the soft loss to `losses.py` and the weighing to `objective.py`.
-Shapes: B rows, S positions, C classes or vocabulary entries; logits are [B, C] or [B, S, C].
-Imports: checks, reductions, transformers (the Auto classes, on use).
+Shapes: B rows, S positions, C classes or vocabulary entries, D outputs of a regression; logits are [B, C] or [B, S, C].
+Imports: checks, inputs, losses, reductions.
 
 A new task is a new entry of `HEADS`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .checks import Shown, fail
-from .reductions import IGNORE_INDEX
-
-# Keys of a batch that are targets or bookkeeping, never a model's input.
-NOT_INPUTS = frozenset(
-    {"labels", "label", "label_ids", "shift_labels", "num_items_in_batch", "return_loss", "skip_logits"}
-)
-TEACHER_PREFIX = "teacher_"
+from .inputs import main_input
+from .losses import SoftTargetLoss
+from .reductions import IGNORE_INDEX, divide
 
 
 @dataclass(frozen=True)
@@ -44,10 +39,26 @@ class Head:
     shifted: bool
     auto_classes: tuple[str, ...]
 
+    softmax: ClassVar[bool] = True  # both losses are of one softmax over the classes and of integer labels
+    tempered: ClassVar[bool] = True  # divergence and temperature mean something
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of the logits."""
+        return 3 if self.token_level else 2
+
     @property
     def over_tokens(self) -> bool:
         """Whether the classes are a vocabulary: token ids, of which embeddings may hold more rows than there are."""
         return self.name.endswith("_lm")
+
+    def soft_term(self, divergence: str) -> str:
+        """The soft loss by name, for the formula that is printed."""
+        return divergence
+
+    def logits(self, outputs: Any, argument: str) -> Tensor:
+        """The logits in what a model returned; `argument` is "model" or "teacher_model", for the error."""
+        return logits_of(outputs, argument)
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Labels aligned with the logits' positions ([B] or [B, S], `IGNORE_INDEX` where none), or None.
@@ -64,7 +75,8 @@ class Head:
                 "labels",
                 Shown(f"of dtype {labels.dtype} and shape {tuple(labels.shape)}"),
                 f"integer class ids for the task {self.name!r}",
-                "Cast the column to int64; multi-label and regression targets fit no head of this version.",
+                "Cast the column to int64, or name the task of such labels: kd_task multi_label_classification or "
+                "regression.",
                 error=TypeError,
             )
         if not self.token_level:
@@ -121,6 +133,20 @@ class Head:
             return targets != IGNORE_INDEX
         return self.attended(inputs)
 
+    def labelled(self, targets: Tensor) -> Tensor:
+        """How many rows (or positions) have a label: 0-dim."""
+        return (targets != IGNORE_INDEX).sum()
+
+    def soft_loss_sum(
+        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        """Sum of T² D over the rows or positions given; `soft_loss` sums T² D(p, q) over all but the last dimension."""
+        return soft_loss(student, teacher)
+
+    def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+        """In how many rows or positions both models say the same; None where nothing of the kind can be counted."""
+        return (student.argmax(-1) == teacher.argmax(-1)).sum()
+
     def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Sum over labelled positions of the cross-entropy at temperature 1, in nats; float32 or wider inside.
 
@@ -146,32 +172,215 @@ class Head:
 
         With `common_ids` (see `compatibility.common_ids`) the vocabularies may differ, if the smaller has so many ids.
         """
-        dims = 3 if self.token_level else 2
-        if student.dim() != dims:
+        if student.dim() != self.dims:
             fail(
                 "model",
                 Shown(f"giving logits of shape {tuple(student.shape)}"),
-                f"{dims} dimensions for the task {self.name!r}",
+                f"{self.dims} dimensions for the task {self.name!r}",
                 "Set kd_task to the task that the model has.",
             )
         fits = teacher is None or teacher.shape == student.shape
         if teacher is not None and not fits and teacher.shape[:-1] == student.shape[:-1]:
             fits = common_ids == min(student.shape[-1], teacher.shape[-1])
         if teacher is not None and not fits:
-            fail(
-                "teacher_model",
-                Shown(f"giving logits of shape {tuple(teacher.shape)}"),
-                f"the student's shape {tuple(student.shape)}",
-                "Take a teacher and a student with the same classes (or vocabulary) in the same order.",
-                because="class i of one must mean class i of the other",
-            )
-        if targets is not None and targets.shape != student.shape[:-1]:
+            self._fail_different(student, teacher)
+        expected = self._target_shape(student)
+        if targets is not None and targets.shape != expected:
             fail(
                 "labels",
                 Shown(f"of shape {tuple(targets.shape)}"),
-                f"{tuple(student.shape[:-1])}, one for each position of the logits {tuple(student.shape)}",
+                f"{tuple(expected)}, for logits of shape {tuple(student.shape)}",
                 "Check the label column and the data collator.",
             )
+
+    def _target_shape(self, student: Tensor) -> torch.Size:
+        return student.shape[:-1]
+
+    @staticmethod
+    def _fail_different(student: Tensor, teacher: Tensor) -> None:
+        fail(
+            "teacher_model",
+            Shown(f"giving logits of shape {tuple(teacher.shape)}"),
+            f"the student's shape {tuple(student.shape)}",
+            "Take a teacher and a student with the same classes (or vocabulary) in the same order.",
+            because="class i of one must mean class i of the other",
+        )
+
+
+@dataclass(frozen=True)
+class MultiLabelHead(Head):
+    """Several yes/no labels a row: logits and labels [B, C], labels floating (as upstream's loss wants them).
+
+    Hard loss of a row: the mean over its labels of the binary cross-entropy. Soft loss: the mean over its labels of
+    T² D(Bernoulli(sigmoid(z_t/T)), Bernoulli(sigmoid(z_s/T))), of any divergence. A row of -100 is unlabelled.
+    """
+
+    softmax: ClassVar[bool] = False
+
+    def soft_term(self, divergence: str) -> str:
+        return f"{divergence} per label"
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        labels = inputs.get("labels")
+        return None if labels is None else labels if labels.is_floating_point() else labels.float()
+
+    def labelled(self, targets: Tensor) -> Tensor:
+        return (targets != IGNORE_INDEX).all(-1).sum()
+
+    def soft_loss_sum(
+        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        # softmax([z, 0]) = (sigmoid(z), 1 - sigmoid(z)): each label is a classification into yes and no.
+        pairs = (torch.stack([z, torch.zeros_like(z)], -1) for z in (student, teacher))
+        return divide(soft_loss(*pairs), student.shape[-1])
+
+    def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+        return divide(((student > 0) == (teacher > 0)).sum(), student.shape[-1])
+
+    def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        unknown = targets == IGNORE_INDEX
+        if targets.device.type == "cpu" and bool((unknown.any(-1) != unknown.all(-1)).any()):
+            shown = Shown(f"a row with {IGNORE_INDEX} beside other values")
+            fail("labels", shown, f"rows of 0 and 1, or of {IGNORE_INDEX} alone", "Fill the row or mask all of it.")
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        filled = targets.to(wide.dtype).masked_fill(unknown, 0.0)
+        losses = F.binary_cross_entropy_with_logits(wide, filled, reduction="none").mean(-1)
+        return losses.masked_fill(unknown.any(-1), 0.0).sum()
+
+    def _target_shape(self, student: Tensor) -> torch.Size:
+        return student.shape
+
+
+@dataclass(frozen=True)
+class RegressionHead(Head):
+    """Numbers instead of classes: outputs and labels [B, D], labels [B] where D is 1. Temperature has no meaning.
+
+    Hard loss of a row: the mean over D of (z_s - y)². Soft loss: of (z_s - z_t)², or, where the teacher's outputs hold
+    "variance" [B, D], the Gaussian negative log-likelihood ((z_s - z_t)² / v + log v) / 2. A row whose label is NaN is
+    unlabelled (-100 is a number like any other here).
+    """
+
+    softmax: ClassVar[bool] = False
+    tempered: ClassVar[bool] = False
+
+    def soft_term(self, divergence: str) -> str:
+        return "squared error"
+
+    def logits(self, outputs: Any, argument: str) -> Tensor:
+        """[B, D]; of a teacher with variance [B, D, 2]."""
+        values = outputs if isinstance(outputs, Tensor) else logits_of(outputs, argument)
+        values = values.unsqueeze(-1) if values.dim() == 1 else values
+        variance = outputs.get("variance") if isinstance(outputs, Mapping) and argument == "teacher_model" else None
+        if variance is None:
+            return values
+        return torch.stack([values, variance.reshape(values.shape).to(values.dtype)], -1)
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        labels = inputs.get("labels")
+        if labels is None:
+            return None
+        labels = labels if labels.is_floating_point() else labels.float()
+        return labels.unsqueeze(-1) if labels.dim() == 1 else labels
+
+    def labelled(self, targets: Tensor) -> Tensor:
+        return (~targets.isnan()).all(-1).sum()
+
+    def soft_loss_sum(
+        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        wide = student if student.dtype == torch.float64 else student.float()
+        if teacher.dim() == student.dim():
+            return (wide - teacher).square().mean(-1).sum()
+        mean, variance = teacher.to(wide.dtype).unbind(-1)
+        return F.gaussian_nll_loss(wide, mean, variance, reduction="none").mean(-1).sum()
+
+    def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+        return None
+
+    def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        unknown = targets.isnan()
+        losses = (wide - targets.to(wide.dtype).masked_fill(unknown, 0.0)).square().mean(-1)
+        return losses.masked_fill(unknown.any(-1), 0.0).sum()
+
+    def check_shapes(
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor | None, common_ids: int | None = None
+    ) -> None:
+        means = teacher[..., 0] if teacher is not None and teacher.dim() == 3 else teacher
+        super().check_shapes(student, means, targets, common_ids)
+
+    def _target_shape(self, student: Tensor) -> torch.Size:
+        return student.shape
+
+
+@dataclass(frozen=True)
+class QuestionAnsweringHead(Head):
+    """Extractive answers: a distribution over the positions for the start and one for the end, logits [B, 2, S].
+
+    Both losses of a row are means over start and end. A start or end beyond the sequence is no label, as upstream has
+    it, and neither is -100. The soft loss compares the attended positions alone, so that padding changes nothing. The
+    hard loss is upstream's, whose softmax runs over the padding too: pad to a fixed length, as upstream's scripts do.
+    """
+
+    softmax: ClassVar[bool] = False
+
+    @property
+    def dims(self) -> int:
+        return 3
+
+    def logits(self, outputs: Any, argument: str) -> Tensor:
+        found: list[Any]
+        if isinstance(outputs, Mapping):
+            found = [outputs.get("start_logits"), outputs.get("end_logits")]
+            offer = "a mapping with the keys " + ", ".join(map(str, outputs))
+        else:
+            parts = outputs if isinstance(outputs, (tuple, list)) else ()
+            found = [x for x in parts if isinstance(x, Tensor) and x.is_floating_point() and x.dim() == 2][:2]
+            offer = type(outputs).__name__
+        start, end = [*found, None, None][:2]
+        if not isinstance(start, Tensor) or not isinstance(end, Tensor):
+            expected = 'the logits of start and end: "start_logits" and "end_logits" [batch, sequence]'
+            mend = "Wrap the model so that its forward returns them, or set kd_task to its task."
+            fail(argument, Shown(f"a model that returns {offer}"), expected, mend, error=TypeError)
+        return torch.stack([start, end], 1)
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """[B, 2], start and end."""
+        both = [inputs.get(name) for name in ("start_positions", "end_positions")]
+        if both[0] is None or both[1] is None:
+            return None
+        positions = torch.stack([x.reshape(-1) for x in both if x is not None], 1)
+        return positions.masked_fill(positions >= main_input(inputs).shape[1], IGNORE_INDEX)
+
+    def labelled(self, targets: Tensor) -> Tensor:
+        return divide(super().labelled(targets), 2)
+
+    def soft_loss_sum(
+        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        return divide(soft_loss(self._attended(student, inputs), self._attended(teacher, inputs)), 2)
+
+    def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+        same = super().agreement_sum(self._attended(student, inputs), self._attended(teacher, inputs), inputs)
+        return None if same is None else divide(same, 2)
+
+    def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return divide(super().hard_loss_sum(logits, targets), 2)
+
+    @staticmethod
+    def _attended(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        mask = inputs.get("attention_mask")
+        return logits if mask is None else logits.masked_fill(mask.unsqueeze(1) == 0, -torch.inf)
+
+    @staticmethod
+    def _fail_different(student: Tensor, teacher: Tensor) -> None:
+        fail(
+            "teacher_model",
+            Shown(f"giving logits for {teacher.shape[-1]} positions"),
+            f"{student.shape[-1]}, the student's",
+            "Take a teacher that reads the student's tokens.",
+            because="position i of one must be position i of the other",
+        )
 
 
 HEADS = {
@@ -193,53 +402,12 @@ HEADS = {
         # Before masked_lm: upstream lists BART, mBART and MVP under both, and they are trained as encoder-decoders.
         Head("seq2seq_lm", True, False, ("AutoModelForSeq2SeqLM",)),
         Head("masked_lm", True, False, ("AutoModelForMaskedLM",)),
+        QuestionAnsweringHead("question_answering", False, False, ("AutoModelForQuestionAnswering",)),
+        # Of the same Auto classes as "classification": see `by_problem_type`.
+        MultiLabelHead("multi_label_classification", False, False, ()),
+        RegressionHead("regression", False, False, ()),
     )
 }
-
-
-def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
-    """The head and the Auto class of transformers that `model` belongs to; None where no Auto class knows it."""
-    import transformers
-
-    config = getattr(model, "config", None)
-    if not isinstance(config, transformers.PreTrainedConfig):
-        return None
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    for head in HEADS.values():
-        for name in head.auto_classes:
-            auto_class = getattr(transformers, name)
-            classes = auto_class._model_mapping.get(type(config), ())
-            if isinstance(model, classes):
-                # Speech models that are decoders alone are listed there too; they shift their labels.
-                decoder = head.name == "seq2seq_lm" and not getattr(config, "is_encoder_decoder", True)
-                return (HEADS["causal_lm"] if decoder else head), auto_class
-    return None
-
-
-def head_for(model: nn.Module, kd_task: str | None, shifts_labels: bool) -> Head | None:
-    """The head of `model`: named by `kd_task`, known from its Auto class, or causal where upstream shifts its labels.
-
-    None means that only the logits can tell (a plain module): see `head_from_logits`.
-    """
-    if kd_task is not None:
-        return HEADS[kd_task]
-    known = auto_class_of(model)
-    if known is not None:
-        return known[0]
-    return HEADS["causal_lm"] if shifts_labels else None
-
-
-def head_from_logits(logits: Tensor) -> Head:
-    """[B, C] is a classification, [B, S, C] one classification a position (unshifted)."""
-    names = {2: "classification", 3: "token_classification"}
-    if logits.dim() not in names:
-        fail(
-            "teacher_model",
-            Shown(f"giving logits of shape {tuple(logits.shape)}"),
-            "[batch, classes] or [batch, sequence, classes]",
-            "Return such logits, or set kd_task.",
-        )
-    return HEADS[names[logits.dim()]]
 
 
 def logits_of(outputs: Any, argument: str) -> Tensor:
@@ -264,92 +432,6 @@ def logits_of(outputs: Any, argument: str) -> Tensor:
         "Wrap the model so that its forward returns them.",
         error=TypeError,
     )
-
-
-def check_batch(batch: Any) -> None:
-    """Raises where a batch is no mapping, or where its labels have a name under which nobody would look for them."""
-    if not isinstance(batch, Mapping):
-        mend = "Let the data collator return a dict."
-        fail("inputs", Shown(f"a batch of type {type(batch).__name__}"), "a mapping of columns", mend, error=TypeError)
-    misnamed = [name for name in ("label", "label_ids") if name in batch]
-    if misnamed and "labels" not in batch:
-        fail(
-            "inputs",
-            Shown(f"a batch with the column {misnamed[0]!r} and without 'labels'"),
-            "the class ids in 'labels'",
-            f"Rename the column {misnamed[0]!r}, or take the default data collator, which does.",
-            because="the labels would be ignored",
-        )
-
-
-def main_input(inputs: Mapping[str, Any]) -> Tensor:
-    """The first tensor of a batch that is an input of the student, [B, ...]."""
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and name not in NOT_INPUTS and value.dim() and not name.startswith(TEACHER_PREFIX):
-            return value
-    fail("inputs", Shown(f"a batch with the keys {', '.join(inputs)}"), "at least one tensor", "Check the collator.")
-
-
-def vocabulary_rows(model: Any, *, written: bool = False) -> int | None:
-    """How many token ids the model can read (rows of its embedding) or write (classes of its logits); None: unknown.
-
-    Never from a weight's shape, since a sharded one does not tell.
-    """
-    try:
-        layer = model.get_output_embeddings() if written else model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # of a module of the user's own, of a model without tokens
-        layer = None
-    rows = getattr(layer, "out_features" if written else "num_embeddings", None)
-    rows = getattr(getattr(model, "config", None), "vocab_size", None) if rows is None else rows
-    return rows if isinstance(rows, int) else None
-
-
-def text_config(model: nn.Module) -> Any:
-    """The config of the language model within, which is the model's own where it has no other part; None without."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
-    """Names that the model's forward takes; None where it takes any (`**kwargs` of a module of the user's own).
-
-    For transformers' own `**kwargs` only the names that they document are passed: another model's column
-    (`token_type_ids`) must not reach a model that would hand it on blindly.
-    """
-    from transformers import PreTrainedModel
-    from transformers.utils.generic import TransformersKwargs
-
-    unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's wrapper takes anything
-    model = unwrap() if unwrap is not None else model
-    parameters = inspect.signature(model.forward).parameters
-    named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    # A label without a default must be given, or the call fails: then it is an input like any other.
-    names = {p.name for p in named if p.name not in NOT_INPUTS or p.default is p.empty}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        if not isinstance(model, PreTrainedModel) or not named:
-            return None
-        names |= set(TransformersKwargs.__annotations__) - NOT_INPUTS
-    return frozenset(names)
-
-
-def decoder_input_ids(student: nn.Module, labels: Tensor) -> Tensor | None:
-    """The labels shifted right behind the start token, as the student's own forward makes them; None if unknown."""
-    build: Any = getattr(student, "prepare_decoder_input_ids_from_labels", None)
-    if build is not None:
-        return build(labels=labels)
-    config = getattr(student, "config", None)  # M2M100 (NLLB) and Blenderbot do it inside their forward
-    start, padding = getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None)
-    if start is None or padding is None:
-        return None
-    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == IGNORE_INDEX, padding)
-
-
-def model_inputs(inputs: Mapping[str, Any], accepted: frozenset[str] | None) -> dict[str, Any]:
-    """A new dict with what of the batch goes into a model: no targets, no `teacher_*` columns, no foreign names."""
-    if accepted is None:
-        return {k: v for k, v in inputs.items() if k not in NOT_INPUTS and not k.startswith(TEACHER_PREFIX)}
-    return {k: v for k, v in inputs.items() if k in accepted}
 
 
 def check_label_range(targets: Tensor, num_classes: int) -> None:

@@ -4,7 +4,7 @@
 
 S_* are sums over THIS micro-batch, D_* count positions (or rows) over ALL micro-batches of the optimizer step and all
 processes, so the loss does not depend on how a batch is split. Leaves the counting across processes to `trainer.py`.
-Imports: checks, fused_linear, heads, joint, losses, reductions.
+Imports: checks, fused_linear, heads, inputs, joint, losses, reductions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .checks import Shown, fail
 from .fused_linear import FusedLoss, fused_linear_distillation
-from .heads import Head, main_input
+from .heads import Head
+from .inputs import main_input
 from .joint import is_small, joint_loss
 from .losses import SoftTargetLoss
 from .reductions import IGNORE_INDEX, divide, select_positions
@@ -55,22 +56,24 @@ class Objective:
     positions: str = "labels"
     label_smoothing: float = 0.0
 
-    def formula(self, *, token_level: bool) -> str:
+    def formula(self, head: Head | None) -> str:
         """The formula with its numbers, e.g. `loss = 0.7 * soft(forward_kl, T=3) + 0.3 * hard, per row`.
 
         A term of weight zero is left out, as it is in the loss.
         """
-        beta = "" if self.beta is None else f", beta={self.beta:g}"
-        terms = {f"soft({self.divergence}{beta}, T={self.temperature:g})": self.alpha, "hard": 1 - self.alpha}
+        soft = self.divergence if head is None else head.soft_term(self.divergence)
+        if head is None or head.tempered:
+            soft += ("" if self.beta is None else f", beta={self.beta:g}") + f", T={self.temperature:g}"
+        terms = {f"soft({soft})": self.alpha, "hard": 1 - self.alpha}
         shown = [name if weight == 1 else f"{weight:g} * {name}" for name, weight in terms.items() if weight > 0]
-        per = "per token" if token_level and self.reduction == "tokenmean" else "per row"
+        per = "per token" if head is not None and head.token_level and self.reduction == "tokenmean" else "per row"
         return f"loss = {' + '.join(shown)}, {per}"
 
     def count(self, head: Head, inputs: Mapping[str, Any]) -> Counts:
         """The counts of one micro-batch, read from its inputs alone."""
         targets = head.targets(inputs)
         rows = (main_input(inputs) if targets is None else targets).shape[0]
-        hard: Tensor | int = 0 if targets is None else (targets != IGNORE_INDEX).sum()
+        hard: Tensor | int = 0 if targets is None else head.labelled(targets)
         if not head.token_level:
             return Counts(hard, rows, rows)
         if self.positions == "labels" and targets is not None:
@@ -102,8 +105,10 @@ class Objective:
         targets = head.targets(inputs)
         head.check_shapes(student_logits, teacher_logits, targets, common_ids)
         mask = head.soft_mask(inputs, targets, self.positions)
-        chosen = select_positions(student_logits, mask)
-        taught = None if teacher_logits is None else select_positions(teacher_logits, mask)
+        chosen, taught = student_logits, teacher_logits
+        if head.token_level:
+            chosen = select_positions(student_logits, mask)
+            taught = None if teacher_logits is None else select_positions(teacher_logits, mask)
         logits, labels = student_logits, targets
         if targets is not None and mask is not None and self.positions == "labels":
             logits, labels = chosen, select_positions(targets, mask)  # hard and soft count the same positions
@@ -114,7 +119,7 @@ class Objective:
             chosen, taught = chosen[..., :common_ids], taught[..., :common_ids]
         soft_count, hard_count = self._denominators(counts)
 
-        plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen
+        plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not head.softmax
         if taught is not None and not plain and is_small(chosen, taught):
             parts = self._joint(chosen, taught, labels, float(soft_count), float(hard_count), counts)
             if parts is not None:
@@ -125,9 +130,9 @@ class Objective:
             hard_sum = head.hard_loss_sum(logits if self.alpha < 1 else logits.detach(), labels, self.label_smoothing)
             hard = divide(hard_sum, hard_count) * counts.scale
         if taught is not None:
-            soft = divide(soft_loss(chosen, taught), soft_count) * counts.scale
-            same = chosen.argmax(-1) == taught.argmax(-1)
-            agreement = divide(same.sum(), counts.soft) * counts.scale
+            soft = divide(head.soft_loss_sum(soft_loss, chosen, taught, inputs), soft_count) * counts.scale
+            same = head.agreement_sum(chosen, taught, inputs)
+            agreement = None if same is None else divide(same, counts.soft) * counts.scale
         return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
 
     def fused(

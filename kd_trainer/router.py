@@ -1,6 +1,6 @@
 """The load-balancing loss of mixtures of experts, which upstream adds only where the model itself sees labels.
 
-For: `trainer.py`. Imports: checks, heads, objective, reductions.
+For: `trainer.py`. Imports: checks, inputs, objective, reductions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .checks import fail
-from .heads import main_input, text_config
+from .inputs import main_input, text_config
 from .objective import Counts, Parts
 from .reductions import divide
 

@@ -2,13 +2,13 @@
 
 For: `trainer.py`. Leaves what teacher and student must agree on to `compatibility.py`. The teacher is never registered
 with the accelerator and never a submodule of the student: checkpoints and optimizers do not know of it.
-Imports: backends, checks, heads, transformers (on use).
+Imports: backends, checks, head_choice, heads, inputs, transformers (on use).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from .backends import prepare_teacher
 from .checks import Shown, fail, message
-from .heads import TEACHER_PREFIX, accepted_inputs, auto_class_of, logits_of, model_inputs, vocabulary_rows
+from .head_choice import auto_class_of
+from .heads import logits_of
+from .inputs import TEACHER_PREFIX, accepted_inputs, model_inputs, vocabulary_rows
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +81,20 @@ class LiveTeacher:
             batch = {k: v for k, v in batch.items() if k not in OF_THE_TEXT}
         return {**model_inputs({**batch, **own}, self.accepted), **self._off}
 
-    def __call__(self, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None = None) -> Tensor:
-        """The teacher's logits for the batch, in the teacher's dtype and on its device; see `outputs`."""
-        logits = logits_of(self.outputs(batch, accelerator, student), "teacher_model")
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        accelerator: Any,
+        student: nn.Module | None = None,
+        *,
+        read: Callable[[Any, str], Tensor] = logits_of,
+    ) -> Tensor:
+        """The teacher's logits for the batch, in the teacher's dtype and on its device; see `outputs`.
+
+        Args:
+            read: takes the logits out of what the teacher returns: `Head.logits`.
+        """
+        logits = read(self.outputs(batch, accelerator, student), "teacher_model")
         if self.class_order is not None:
             self.class_order = self.class_order.to(logits.device)
             logits = logits[..., self.class_order]
@@ -112,6 +125,9 @@ class LiveTeacher:
         with torch.no_grad(), autocast:
             try:
                 return self._ask(inputs, student)
+            except ValueError as error:
+                check_image_size(self.model, inputs, error)
+                raise
             except IndexError:
                 rows = vocabulary_rows(self.model)
                 if rows is not None:
@@ -225,6 +241,18 @@ def check_ids(inputs: Mapping[str, Any], rows: int) -> None:
                 f"0 to {rows - 1}, the rows of the teacher's embedding",
                 mend,
             )
+
+
+def check_image_size(teacher: nn.Module, inputs: Mapping[str, Any], error: Exception) -> None:
+    """Raises ValueError where the teacher refused a batch because it reads images of another size."""
+    size = getattr(getattr(teacher, "config", None), "image_size", None)
+    pixels = inputs.get("pixel_values")
+    wanted = [size, size] if isinstance(size, int) else list(size or ())
+    if not isinstance(pixels, Tensor) or len(wanted) != 2 or list(pixels.shape[-2:]) == wanted:
+        return
+    mend = "Give the teacher images of its own size, from its image processor, in the column teacher_pixel_values."
+    shown = Shown(f"images of {pixels.shape[-2]} x {pixels.shape[-1]}")
+    raise ValueError(message("pixel_values", shown, f"{wanted[0]} x {wanted[1]} for the teacher", mend)) from error
 
 
 def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init_kwargs: dict[str, Any]) -> nn.Module:

@@ -26,12 +26,7 @@ from .finite import FiniteWatch
 from .first_look import FirstLook, Fit
 from .fused_forward import NotPlain, head_weights, student_loss, teacher_hidden, whole_weight
 from .fused_linear import FusedLoss
-from .heads import (
-    TEACHER_PREFIX,
-    accepted_inputs,
-    logits_of,
-    model_inputs,
-)
+from .inputs import TEACHER_PREFIX, accepted_inputs, model_inputs
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
 from .objective import Counts, Objective, Parts, scheduled
@@ -179,9 +174,9 @@ class DistillationMixin(FirstLook):
     def summary(self) -> dict[str, Any]:
         """Teacher, formula and the numbers in it, as JSON values: for the report and the model card."""
         kd = self.kd_args
-        token_level = self._fit.head.token_level if self._fit else False
+        head = self._fit.head if self._fit else None
         teacher = None if self.teacher is None else self.teacher.model
-        formulas = [self._objective_at(progress)[0].formula(token_level=token_level) for progress in (0.0, 1.0)]
+        formulas = [self._objective_at(progress)[0].formula(head) for progress in (0.0, 1.0)]
         if kd.kd_schedule != "constant":
             formulas[0] += f"; {kd.kd_schedule} schedule to {formulas[1]}"
         return {
@@ -283,9 +278,9 @@ class DistillationMixin(FirstLook):
                 return (fused[0], _as_mapping(fused[1], fused[0])) if return_outputs else fused[0]
         teacher_logits = None
         if self.teacher is not None and not (self._always_hard and training):
-            teacher_logits = self.teacher(inputs, self.accelerator, model)
+            teacher_logits = self.teacher(inputs, self.accelerator, model, read=fit.head.logits)
         outputs = model(**model_inputs(inputs, fit.accepted))
-        logits = logits_of(outputs, "model")
+        logits = fit.head.logits(outputs, "model")
         if teacher_logits is not None:
             teacher_logits = teacher_logits.to(logits.device)
         parts = objective(fit.head, soft_loss, logits, teacher_logits, inputs, counts, common_ids=fit.common_ids)

@@ -329,19 +329,62 @@ def question_answering(tmp_path):
     train(tmp_path, student, teacher)
 
 
-@case("problem_type", "num_labels >= 2 and integer labels", "single_label_classification")
-def regression(tmp_path):
-    one = {"id2label": {0: "score"}, "label2id": {"score": 0}}
-    pair = [BertForSequenceClassification(tiny.bert_config(**one)) for _ in range(2)]
+@case("kd_task", "Leave it out, or change problem_type", "'regression', as the student's config says")
+def another_task_than_the_config(tmp_path):
+    pair = [BertForSequenceClassification(tiny.bert_config(problem_type="regression")) for _ in range(2)]
+    train(tmp_path, *pair, kd_task="classification")
+
+
+@case("problem_type", "Mend the student's config", "'ranking'; expected one of single_label_classification")
+def a_kind_of_labels_that_nobody_knows(tmp_path):
+    config = tiny.bert_config()
+    config.__dict__["problem_type"] = "ranking"
+    pair = [BertForSequenceClassification(config) for _ in range(2)]
     train(tmp_path, *pair)
 
 
-@case("problem_type", "other tasks fit no head", "'multi_label_classification'; expected single_label")
-def several_labels_a_row(tmp_path):
-    pair = [
-        BertForSequenceClassification(tiny.bert_config(problem_type="multi_label_classification")) for _ in range(2)
-    ]
-    train(tmp_path, *pair)
+@case("num_labels", "Set num_labels, or problem_type to regression", "2 classes or more, or regression")
+def a_softmax_of_one_class(tmp_path):
+    pair = tiny.models("regression")
+    train(tmp_path, *pair, kd_task="classification")
+
+
+@case("kd_divergence", "Leave it out", "'jsd'; expected 'forward_kl' .*whose soft loss is the squared error")
+def a_divergence_between_numbers(tmp_path):
+    tiny.trainer("regression", tmp_path, kd_divergence="jsd").train()
+
+
+@case("label_smoothing_factor", "Leave it out", "0.1; expected 0 for the task 'question_answering'")
+def smoothing_where_there_are_no_classes(tmp_path):
+    tiny.trainer("question_answering", tmp_path, label_smoothing_factor=0.1).train()
+
+
+@case("labels", "Fill the row or mask all of it", "a row with -100 beside other values")
+def half_a_row_of_labels(tmp_path):
+    data = tiny.rows("multi_label_classification")
+    data[3]["labels"][1] = -100.0
+    tiny.trainer("multi_label_classification", tmp_path, data=data).train()
+
+
+@case("labels", "an unlabelled row is -100", r"-1 at position 7 of the batch; expected 0 to \d+")
+def an_answer_before_the_text(tmp_path):
+    data = tiny.rows("question_answering")
+    data[3]["end_positions"] = -1
+    tiny.trainer("question_answering", tmp_path, data=data).train()
+
+
+@case("teacher_input_ids", "the student's tokenizer", "expected no tokens of the teacher's own")
+def tokens_of_another_tokenizer_for_every_position(tmp_path):
+    data = tiny.rows("token_classification")
+    data = [row | {"teacher_" + k: row[k] for k in ("input_ids", "attention_mask")} for row in data]
+    tiny.trainer("token_classification", tmp_path, data=data).train()
+
+
+@case("pixel_values", "in the column teacher_pixel_values", "images of 8 x 8; expected 16 x 16 for the teacher")
+def images_of_the_students_size(tmp_path):
+    student, teacher = (tiny.vit(image_size=size) for size in (8, 16))
+    data = [{"pixel_values": torch.zeros(3, 8, 8), "labels": 0} for _ in range(8)]
+    DistillationTrainer(student, tiny.arguments(tmp_path), teacher_model=teacher, train_dataset=data).train()
 
 
 @case("model", "Set kd_task to the task", r"giving logits of shape \(8, 5\); expected 3 dimensions")

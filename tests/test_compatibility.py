@@ -22,7 +22,8 @@ from transformers import (
 
 from kd_trainer import DIVERGENCES, DistillationTrainer, SoftTargetLoss
 from kd_trainer.compatibility import check_same_tokens, check_separate, class_order, common_ids, vocabulary_line
-from kd_trainer.heads import HEADS, vocabulary_rows
+from kd_trainer.heads import HEADS
+from kd_trainer.inputs import vocabulary_rows
 from kd_trainer.objective import Objective
 from tests import tiny
 
@@ -395,7 +396,7 @@ def test_ids_left_out_get_no_gradient_from_the_soft_loss(divergence, dtype):
     assert z_s.grad[..., :8].any(-1).all()
 
 
-@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("task", [name for name in HEADS if name != "question_answering"])
 def test_no_head_takes_other_sizes_unasked(task):
     head = HEADS[task]
     shape = (2, 5) if head.token_level else (2,)

@@ -9,12 +9,15 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from kd_trainer import DistillationTrainer, DistillationTrainingArguments
@@ -59,6 +62,12 @@ def llama_config(hidden: int = 16, **kwargs: Any) -> LlamaConfig:
     )
 
 
+def vit(image_size: int = 8, **kwargs: Any) -> ViTForImageClassification:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = {**sizes, "image_size": image_size, "patch_size": 4, "num_labels": CLASSES, **kwargs}
+    return ViTForImageClassification(ViTConfig(**config))
+
+
 class Plain(nn.Module):
     """A student of the user's own: no config, no labels in its forward; gives a tensor, a tuple or a dict."""
 
@@ -78,6 +87,15 @@ def models(task: str, seed: int = 0) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(seed)
     if task == "classification":
         build = lambda h: BertForSequenceClassification(bert_config(h, initializer_range=0.5))  # noqa: E731
+    elif task == "multi_label_classification":
+        config = {"initializer_range": 0.5, "problem_type": task}
+        build = lambda h: BertForSequenceClassification(bert_config(h, **config))  # noqa: E731
+    elif task == "regression":
+        config = {"initializer_range": 0.5, "id2label": {0: "score"}, "label2id": {"score": 0}}
+        build = lambda h: BertForSequenceClassification(bert_config(h, **config))  # noqa: E731
+    elif task == "question_answering":
+        config = {"initializer_range": 0.5, "id2label": {0: "start", 1: "end"}, "label2id": {"start": 0, "end": 1}}
+        build = lambda h: BertForQuestionAnswering(bert_config(h, **config))  # noqa: E731
     elif task == "token_classification":
         build = lambda h: BertForTokenClassification(bert_config(h, initializer_range=0.5))  # noqa: E731
     elif task == "causal_lm":
@@ -106,6 +124,14 @@ def rows(task: str, count: int = 32, seed: int = 1) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"input_ids": ids.tolist(), "attention_mask": [1] * length}
         if task == "classification":
             row["labels"] = int(draw(0, CLASSES, 1))
+        elif task == "multi_label_classification":
+            row["labels"] = draw(0, 2, CLASSES).float().tolist()
+        elif task == "regression":
+            row["labels"] = float(torch.randn((), generator=generator))
+        elif task == "question_answering":
+            row["start_positions"], row["end_positions"] = int(draw(0, length, 1)), int(draw(0, length, 1))
+            for name in ("input_ids", "attention_mask"):  # to a fixed length: upstream's loss is over the padding too
+                row[name] = row[name] + [0] * (16 - length)
         else:
             labels = ids.clone() if task == "causal_lm" else draw(0, CLASSES, length)
             labels[torch.rand(length, generator=generator) < 0.4] = -100
