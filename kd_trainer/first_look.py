@@ -186,7 +186,10 @@ class FirstLook(_InFrontOf):
     ) -> str | None:
         """Whether the teacher can read the batch; by what the tokens of both are known to be the same, or None."""
         check_teacher_columns(batch)
-        if f"{TEACHER_PREFIX}input_ids" in batch and head is not None and (head.token_level or head.dims == 3):
+        by_position = (
+            head is not None and head.dims == 3 and head.name != "seq2seq_lm"
+        )  # whose positions are the decoder's
+        if f"{TEACHER_PREFIX}input_ids" in batch and head is not None and by_position:
             because = f"the task {head.name!r} compares position i of one with position i of the other"
             mend = "Take a teacher with the student's tokenizer and no teacher_input_ids."
             shown = Shown("a column of the batch")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 
-from .checks import Shown, fail
+from .checks import Shown, fail, message
 from .describe import card_section, count_parameters, name_of, start_block
 from .files import write_atomically
 from .finite import FiniteWatch
@@ -70,6 +70,14 @@ UPSTREAM_ATTRIBUTES = (
 )
 
 
+# Trainers whose own compute_loss the mixin replaces on purpose, since what they compute is its hard loss; and what
+# they log no longer.
+REPLACED = {
+    "trl.trainer.sft_trainer.SFTTrainer": "SFTTrainer's entropy, mean_token_accuracy and num_tokens are not logged; "
+    "include_num_input_tokens_seen counts tokens, teacher_agreement and eval_perplexity tell how good the student is",
+}
+
+
 class DistillationMixin(FirstLook):
     """Puts distillation in front of any `Trainer` class: `class MyKD(DistillationMixin, MyTrainer)`.
 
@@ -80,7 +88,8 @@ class DistillationMixin(FirstLook):
         everything else: as the `Trainer` class behind it.
 
     Raises:
-        TypeError: the mixin stands behind a `Trainer` class in the bases, or `alpha`/`temperature` are passed.
+        TypeError: the mixin stands behind a `Trainer` class in the bases, or in front of one whose own `compute_loss`
+            would never be called; or `alpha`/`temperature` are passed.
         ValueError: teacher and student do not fit (see `compatibility`), or an option of upstream that this loss
             cannot honour (`compute_loss_func`, DataParallel, Ulysses sequence parallelism).
     """
@@ -102,6 +111,17 @@ class DistillationMixin(FirstLook):
                 because=f"the loss of {wrong[0].__name__} would be used and the teacher never asked",
                 error=TypeError,
             )
+        behind = cls.__mro__[cls.__mro__.index(DistillationMixin) + 1 :]
+        lost = [c for c in behind if "compute_loss" in vars(c) and c is not Trainer and _full_name(c) not in REPLACED]
+        if lost:
+            fail(
+                "bases",
+                Shown(f"of {cls.__name__} with {lost[0].__name__}, which has a compute_loss of its own"),
+                "a Trainer class without one behind DistillationMixin",
+                f"Move it into {cls.__name__}, where it can call super().compute_loss(...) for the distillation loss.",
+                because="DistillationMixin's would be used and this one never called",
+                error=TypeError,
+            )
 
     def __init__(
         self,
@@ -115,7 +135,15 @@ class DistillationMixin(FirstLook):
         if kwargs.get("compute_loss_func") is not None:
             mend = "Leave it out; the hard loss is the task's own, kd_alpha weighs it."
             fail("compute_loss_func", kwargs["compute_loss_func"], "None with distillation", mend)
-        super().__init__(model, args, *trainer_args, **kwargs)
+        try:
+            super().__init__(model, args, *trainer_args, **kwargs)
+        except TypeError as error:  # SFTTrainer builds its own class of arguments from the fields of ours
+            if "'kd_" not in str(error) and "'teacher_" not in str(error):
+                raise
+            behind = next(c for c in type(self).__mro__ if issubclass(c, Trainer) and not issubclass(c, FirstLook))
+            mend = "Write a dataclass Args(DistillationArguments, TheOtherArguments) and build the args of it."
+            expected = f"the arguments of {behind.__name__} with DistillationArguments in front"
+            raise TypeError(message("args", Shown(f"of type {type(args).__name__}"), expected, mend)) from error
         self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
         self._read_settings()
         self._refuse_what_cannot_work()
@@ -147,6 +175,10 @@ class DistillationMixin(FirstLook):
         self._require_teacher(self.teacher)
 
     def _refuse_what_cannot_work(self) -> None:
+        loss_type = getattr(self.args, "loss_type", "nll")
+        if loss_type != "nll":
+            expected = "'nll' (the default), the hard loss of the distillation"
+            fail("loss_type", loss_type, expected, "Leave it out; kd_alpha weighs the losses.")
         if self.args.n_gpu > 1:
             mend = "Start the script with `accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
             fail("n_gpu", self.args.n_gpu, "1 GPU for each process, not nn.DataParallel", mend)
@@ -207,7 +239,8 @@ class DistillationMixin(FirstLook):
                 last, _ = self._objective(training=False)
                 labelled = fit.head.targets(batches[0]) is not None
                 block = start_block(fit.student, teacher, fit.head, objective, last, counts, labelled=labelled)
-                print("\n".join([block, *("[kd_trainer] " + note for note in fit.notes)]), flush=True)
+                lost = [REPLACED[name] for name in map(_full_name, type(self).__mro__) if name in REPLACED]
+                print("\n".join([block, *("[kd_trainer] " + note for note in (*fit.notes, *lost))]), flush=True)
         self._window.steps += 1
         return batches, self._over_processes(counts, device)
 
@@ -503,6 +536,10 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
                 error=TypeError,
             )
         super().__init__(model, args, *trainer_args, **kwargs)
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _as_mapping(outputs: Any, loss: Tensor) -> Any:
