@@ -16,15 +16,24 @@ from filelock import FileLock
 
 def two_processes(script: str, *arguments: str, timeout: float = 240) -> None:
     """Runs tests/`script` by `accelerate launch` on the CPU; AssertionError with the end of its output if it fails."""
+    plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    _launch(["--multi_gpu", "--num_processes", "2", "--num_machines", "1", *plain], script, arguments, timeout)
+
+
+def by_config(config: Path, options: list[str], script: str, *arguments: str, timeout: float = 240) -> None:
+    """The same with a config file of Accelerate, and options that change it."""
+    _launch(["--config_file", str(config), *options], script, arguments, timeout)
+
+
+def _launch(options: list[str], script: str, arguments: tuple[str, ...], timeout: float) -> None:
     path = Path(__file__).with_name(script)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    plain = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
+    launch = ["-m", "accelerate.commands.launch", *options, "--main_process_port", port]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     with subprocess.Popen(
-        [sys.executable, *launch, *plain, str(path), *arguments],
+        [sys.executable, *launch, str(path), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

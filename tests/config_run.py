@@ -1,0 +1,70 @@
+"""Run by `accelerate launch --config_file configs/accelerate/...` from test_accelerate_configs.py: four SGD steps.
+
+Usage: config_run.py OUT TASK...; weights, logs and what the backend made of the models go into OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import BartConfig, BartForConditionalGeneration
+
+from tests import backend_run, tiny
+
+LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
+TASKS = ("classification", "causal_lm", "seq2seq_lm")
+# The layers that FSDP2 shards, where the model's own list would part a tied weight: see the comment in fsdp2.yaml.
+LAYERS = {"classification": "BertLayer"}
+
+
+def bart(hidden: int) -> BartForConditionalGeneration:
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in
+              (("layers", 1), ("attention_heads", 2), ("ffn_dim", 2 * hidden))}  # fmt: skip
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(
+        vocab_size=tiny.VOCAB, d_model=hidden, max_position_embeddings=64, dropout=0.0, init_std=0.3,
+        forced_eos_token_id=None, **layers, **ids,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config)
+
+
+def build(task: str, folder: Path, **arguments: Any) -> Any:
+    torch.manual_seed(0)
+    pair = (bart(16), bart(24)) if task == "seq2seq_lm" else tiny.models(task)
+    data = tiny.rows("causal_lm" if task == "seq2seq_lm" else task)
+    settings = {"kd_reduction": "tokenmean", "max_steps": 4, **arguments}
+    return tiny.trainer(task, folder, pair=pair, data=data, **settings)
+
+
+def main(out: Path, tasks: list[str]) -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        backend_run.run_fsdp2_on_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        backend_run.run_deepspeed_on_cpu()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    for task in tasks:
+        os.environ.pop("FSDP_TRANSFORMER_CLS_TO_WRAP", None)
+        if task in LAYERS:
+            os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = LAYERS[task]
+        run = build(task, out / "run", per_device_train_batch_size=8 // world)
+        run.train()
+        run.save_model(str(out / task))
+        found = {
+            "world_size": run.accelerator.num_processes,
+            "student": [c.__name__ for c in type(run.model_wrapped).__mro__],
+            "teacher": [c.__name__ for c in type(run.teacher.prepared).__mro__],
+            "logs": {key: tiny.logged(run, key) for key in LOGGED},
+        }
+        (out / f"{task}_{run.args.process_index}.json").write_text(json.dumps(found))
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
