@@ -186,17 +186,19 @@ class FirstLook(_InFrontOf):
     ) -> str | None:
         """Whether the teacher can read the batch; by what the tokens of both are known to be the same, or None."""
         check_teacher_columns(batch)
-        by_position = (
-            head is not None and head.dims == 3 and head.name != "seq2seq_lm"
-        )  # whose positions are the decoder's
-        if f"{TEACHER_PREFIX}input_ids" in batch and head is not None and by_position:
+        # The positions of an encoder-decoder are the decoder's, and these tokens the encoder's.
+        apart = f"{TEACHER_PREFIX}input_ids" in batch
+        if apart and head is not None and head.dims == 3 and head.name != "seq2seq_lm":
             because = f"the task {head.name!r} compares position i of one with position i of the other"
             mend = "Take a teacher with the student's tokenizer and no teacher_input_ids."
             shown = Shown("a column of the batch")
             fail("teacher_input_ids", shown, "no tokens of the teacher's own", mend, because=because)
         known_by = None
-        apart = f"{TEACHER_PREFIX}input_ids" in batch or teacher.model is student
-        if not apart and ("input_ids" in batch or (head is not None and head.over_tokens)):
+        if (
+            not apart
+            and teacher.model is not student
+            and ("input_ids" in batch or (head is not None and head.over_tokens))
+        ):
             known_by = check_same_tokens(student, teacher.model, self.processing_class, self.kd_args.teacher_kwargs)
         ours, theirs = vocabulary_rows(student), vocabulary_rows(teacher.model)
         if theirs is not None:

@@ -350,7 +350,9 @@ class QuestionAnsweringHead(Head):
         if both[0] is None or both[1] is None:
             return None
         positions = torch.stack([x.reshape(-1) for x in both if x is not None], 1)
-        return positions.masked_fill(positions >= main_input(inputs).shape[1], IGNORE_INDEX)
+        ids = inputs.get("input_ids")
+        length = (main_input(inputs) if ids is None else ids).shape[1]
+        return positions.masked_fill(positions >= length, IGNORE_INDEX)
 
     def labelled(self, targets: Tensor) -> Tensor:
         return divide(super().labelled(targets), 2)
