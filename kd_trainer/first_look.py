@@ -194,11 +194,8 @@ class FirstLook(_InFrontOf):
             shown = Shown("a column of the batch")
             fail("teacher_input_ids", shown, "no tokens of the teacher's own", mend, because=because)
         known_by = None
-        if (
-            not apart
-            and teacher.model is not student
-            and ("input_ids" in batch or (head is not None and head.over_tokens))
-        ):
+        reads = "input_ids" in batch or (head is not None and head.over_tokens)
+        if reads and not apart and teacher.model is not student:
             known_by = check_same_tokens(student, teacher.model, self.processing_class, self.kd_args.teacher_kwargs)
         ours, theirs = vocabulary_rows(student), vocabulary_rows(teacher.model)
         if theirs is not None:

@@ -40,6 +40,7 @@ class Head:
     auto_classes: tuple[str, ...]
 
     softmax: ClassVar[bool] = True  # both losses are of one softmax over the classes and of integer labels
+    a_label_a_logit: ClassVar[bool] = False  # labels are numbers, of the logits' shape
     tempered: ClassVar[bool] = True  # divergence and temperature mean something
 
     @property
@@ -152,7 +153,7 @@ class Head:
 
         With label smoothing e: (1 - e) * CE + e * mean over classes of -log q, as transformers' `LabelSmoother`.
         """
-        wide = logits if logits.dtype == torch.float64 else logits.float()
+        wide = _wide(logits)
         try:
             return F.cross_entropy(
                 wide.reshape(-1, wide.shape[-1]),
@@ -184,7 +185,7 @@ class Head:
             fits = common_ids == min(student.shape[-1], teacher.shape[-1])
         if teacher is not None and not fits:
             self._fail_different(student, teacher)
-        expected = self._target_shape(student)
+        expected = student.shape if self.a_label_a_logit else student.shape[:-1]
         if targets is not None and targets.shape != expected:
             fail(
                 "labels",
@@ -192,9 +193,6 @@ class Head:
                 f"{tuple(expected)}, for logits of shape {tuple(student.shape)}",
                 "Check the label column and the data collator.",
             )
-
-    def _target_shape(self, student: Tensor) -> torch.Size:
-        return student.shape[:-1]
 
     @staticmethod
     def _fail_different(student: Tensor, teacher: Tensor) -> None:
@@ -216,13 +214,13 @@ class MultiLabelHead(Head):
     """
 
     softmax: ClassVar[bool] = False
+    a_label_a_logit: ClassVar[bool] = True
 
     def soft_term(self, divergence: str) -> str:
         return f"{divergence} per label"
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        labels = inputs.get("labels")
-        return None if labels is None else labels if labels.is_floating_point() else labels.float()
+        return _numbers(inputs.get("labels"))
 
     def labelled(self, targets: Tensor) -> Tensor:
         return (targets != IGNORE_INDEX).all(-1).sum()
@@ -242,13 +240,10 @@ class MultiLabelHead(Head):
         if targets.device.type == "cpu" and bool((unknown.any(-1) != unknown.all(-1)).any()):
             shown = Shown(f"a row with {IGNORE_INDEX} beside other values")
             fail("labels", shown, f"rows of 0 and 1, or of {IGNORE_INDEX} alone", "Fill the row or mask all of it.")
-        wide = logits if logits.dtype == torch.float64 else logits.float()
+        wide = _wide(logits)
         filled = targets.to(wide.dtype).masked_fill(unknown, 0.0)
         losses = F.binary_cross_entropy_with_logits(wide, filled, reduction="none").mean(-1)
         return losses.masked_fill(unknown.any(-1), 0.0).sum()
-
-    def _target_shape(self, student: Tensor) -> torch.Size:
-        return student.shape
 
 
 @dataclass(frozen=True)
@@ -261,6 +256,7 @@ class RegressionHead(Head):
     """
 
     softmax: ClassVar[bool] = False
+    a_label_a_logit: ClassVar[bool] = True
     tempered: ClassVar[bool] = False
 
     def soft_term(self, divergence: str) -> str:
@@ -276,11 +272,8 @@ class RegressionHead(Head):
         return torch.stack([values, variance.reshape(values.shape).to(values.dtype)], -1)
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        labels = inputs.get("labels")
-        if labels is None:
-            return None
-        labels = labels if labels.is_floating_point() else labels.float()
-        return labels.unsqueeze(-1) if labels.dim() == 1 else labels
+        labels = _numbers(inputs.get("labels"))
+        return labels.unsqueeze(-1) if labels is not None and labels.dim() == 1 else labels
 
     def labelled(self, targets: Tensor) -> Tensor:
         return (~targets.isnan()).all(-1).sum()
@@ -288,7 +281,7 @@ class RegressionHead(Head):
     def soft_loss_sum(
         self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
     ) -> Tensor:
-        wide = student if student.dtype == torch.float64 else student.float()
+        wide = _wide(student)
         if teacher.dim() == student.dim():
             return (wide - teacher).square().mean(-1).sum()
         mean, variance = teacher.to(wide.dtype).unbind(-1)
@@ -298,7 +291,7 @@ class RegressionHead(Head):
         return None
 
     def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        wide = logits if logits.dtype == torch.float64 else logits.float()
+        wide = _wide(logits)
         unknown = targets.isnan()
         losses = (wide - targets.to(wide.dtype).masked_fill(unknown, 0.0)).square().mean(-1)
         return losses.masked_fill(unknown.any(-1), 0.0).sum()
@@ -308,9 +301,6 @@ class RegressionHead(Head):
     ) -> None:
         means = teacher[..., 0] if teacher is not None and teacher.dim() == 3 else teacher
         super().check_shapes(student, means, targets, common_ids)
-
-    def _target_shape(self, student: Tensor) -> torch.Size:
-        return student.shape
 
 
 @dataclass(frozen=True)
@@ -410,6 +400,16 @@ HEADS = {
         RegressionHead("regression", False, False, ()),
     )
 }
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _numbers(labels: Tensor | None) -> Tensor | None:
+    """Labels that may have been written as integers, as the numbers they are."""
+    return labels if labels is None or labels.is_floating_point() else labels.float()
 
 
 def logits_of(outputs: Any, argument: str) -> Tensor:

@@ -37,7 +37,7 @@ from .window import Evaluation, Window, as_tensor, named, perplexity
 
 logger = logging.getLogger(__name__)
 
-# Upstream names without a promise of stability that this file and `heads.py` rely on; a test looks each of them up.
+# Upstream names without a promise of stability that the package relies on; a test looks each of them up.
 UPSTREAM_NAMES = {
     "transformers.Trainer": (
         "get_batch_samples",

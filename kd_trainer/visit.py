@@ -302,8 +302,8 @@ def _room(setting: Setting) -> tuple[int, tuple[int, ...]]:
     """How many tensors an uncompiled visit holds, and which of them is used for what in `Room`."""
     if setting.divergence not in _KLS:
         return 6, (0, 1, 2, 3, 4, 5, 0)
-    # A KL needs of s and t only their difference: their exponentials take their place. What exp(T * s) is made from
-    # lasts to the end, if it is es: it can take the place of what is no longer read.
+    # A KL needs of s and t only their difference: their exponentials take their place. Where exp(T * s) is made of es,
+    # it is made so late that it takes the place of what is read no more: et (d's product in forward KL).
     free = {"forward_kl": 2, "reverse_kl": 1}.get(setting.divergence)
     if free is None:
         return 5, (0, 1, 2, 0, 1, 3, 4)

@@ -21,8 +21,6 @@ from kd_trainer import first_look
 from kd_trainer.teacher import ADAPTER_OFF
 from tests import tiny
 
-LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
-
 
 @dataclass(frozen=True)
 class Case:
@@ -143,7 +141,7 @@ def facts(run: Any, name: str, backend: str) -> dict[str, Any]:
         "fused": run._fit.heads is not None,
         "student_wrapper": [c.__name__ for c in type(run.model_wrapped).__mro__],
         "known_models": [known is run.model_wrapped for known in run.accelerator._models],
-        "logs": {key: tiny.logged(run, key) for key in LOGGED},
+        "logs": tiny.logs(run),
     }
     if name not in OWN_TEACHER:
         return found

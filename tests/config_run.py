@@ -18,7 +18,6 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from tests import backend_run, tiny
 
-LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
 TASKS = ("classification", "causal_lm", "seq2seq_lm")
 # The layers that FSDP2 shards, where the model's own list would part a tied weight: see the comment in fsdp2.yaml.
 LAYERS = {"classification": "BertLayer"}
@@ -60,7 +59,7 @@ def main(out: Path, tasks: list[str]) -> None:
             "world_size": run.accelerator.num_processes,
             "student": [c.__name__ for c in type(run.model_wrapped).__mro__],
             "teacher": [c.__name__ for c in type(run.teacher.prepared).__mro__],
-            "logs": {key: tiny.logged(run, key) for key in LOGGED},
+            "logs": tiny.logs(run),
         }
         (out / f"{task}_{run.args.process_index}.json").write_text(json.dumps(found))
     run.accelerator.end_training()

@@ -12,14 +12,12 @@ from safetensors.torch import save_file
 
 from tests import tiny
 
-LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
-
 
 def result_of(run) -> dict:
     return {
         "world_size": run.accelerator.num_processes,
         "wrapper": type(run.model_wrapped).__name__,
-        "logs": {key: tiny.logged(run, key) for key in LOGGED},
+        "logs": tiny.logs(run),
     }
 
 

@@ -48,7 +48,7 @@ def cases() -> list:
 def in_one_process(task: str, folder: Path):
     run = config_run.build(task, folder)
     run.train()
-    return run.model.state_dict(), {key: tiny.logged(run, key) for key in config_run.LOGGED}
+    return run.model.state_dict(), tiny.logs(run)
 
 
 @pytest.fixture(scope="module")

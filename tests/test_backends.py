@@ -69,7 +69,7 @@ def in_one_process(case: str, folder: Path):
         backend_run.pair("gpt2")[1].save_pretrained(folder / "gpt2")
     run = backend_run.build(case, folder, folder / "run")
     run.train()
-    return run.model.state_dict(), {key: tiny.logged(run, key) for key in backend_run.LOGGED}, run
+    return run.model.state_dict(), tiny.logs(run), run
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_two_processes_give_what_one_gives(backend, case, results, alone):
     for name, value in saved.items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-5)
     for found in facts_of(results(backend, case)):
-        for key in backend_run.LOGGED:
+        for key in tiny.LOGGED:
             expected = logs[key][3:] if case == "resumed" and len(found["logs"][key]) == 3 else logs[key]
             assert found["logs"][key] == pytest.approx(expected, rel=1e-5, abs=1e-5), key
     start = backend_run.pair(backend_run.CASES[case].teacher)[0].state_dict()
@@ -106,7 +106,7 @@ def test_the_fused_loss_in_two_processes_is_full_logits_in_one(backend, case, re
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-5)
     for found in facts_of(results(backend, case)):
         assert found["fused"]
-        for key in backend_run.LOGGED:
+        for key in tiny.LOGGED:
             assert found["logs"][key] == pytest.approx(logs[key], rel=1e-5, abs=1e-5), key
 
 
@@ -121,7 +121,7 @@ def test_the_students_own_base_teaches_in_two_processes_as_in_one(backend, case,
         torch.testing.assert_close(value, adapters[name], rtol=0, atol=1e-5)
     for found in facts_of(results(backend, case)):
         assert WRAPPERS[backend][0] in found["student_wrapper"]
-        for key in backend_run.LOGGED:
+        for key in tiny.LOGGED:
             assert found["logs"][key] == pytest.approx(logs[key], rel=1e-5, abs=1e-5), key
     start = backend_run.pair("lora")[0].state_dict()
     assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-3  # it did learn something

@@ -403,5 +403,5 @@ def test_two_processes_give_what_one_gives(case, tmp_path_factory, tmp_path, mon
         alone.train()
         assert (alone._fit.heads is not None) == (name == "auto" and case != "not plain")
         torch.testing.assert_close(torch.load(out / f"{case}.pt"), tiny.weights(alone.model), rtol=0, atol=1e-5)
-        for key in fused_run.LOGGED:
+        for key in tiny.LOGGED:
             assert found["logs"][key] == pytest.approx(tiny.logged(alone, key), rel=1e-5), key

@@ -10,7 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     EarlyStoppingCallback,
     LlamaForCausalLM,
@@ -45,13 +44,8 @@ class SFTDistillationTrainer(DistillationMixin, SFTTrainer):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    special, alphabet = ["<pad>", "<eos>"], pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        SENTENCES, trainers.BpeTrainer(vocab_size=290, special_tokens=special, initial_alphabet=alphabet)
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+    special = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    tokenizer = tiny.byte_level_tokenizer(SENTENCES, 290, list(special.values()), **special)
     tokenizer.chat_template = (
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as models_of_tokens
 from torch import nn
 from transformers import (
     BertConfig,
@@ -14,6 +16,7 @@ from transformers import (
     BertForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -158,6 +161,17 @@ class _Pad:
 pad = _Pad()
 
 
+def byte_level_tokenizer(texts: list[str], vocab_size: int, special: list[str], **kwargs: Any) -> Any:
+    """A byte-level BPE tokenizer, trained on the spot; `kwargs` of `PreTrainedTokenizerFast`."""
+    made = Tokenizer(models_of_tokens.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, **kwargs)
+
+
 def arguments(output_dir: str | Path, **kwargs: Any) -> DistillationTrainingArguments:
     """SGD (Adam hides errors of scale), no clipping, rows in order, on CPU."""
     return DistillationTrainingArguments(output_dir=str(output_dir), **{**_BASE, **kwargs})
@@ -212,6 +226,14 @@ def stock_trainer(task: str, output_dir: str | Path, **kwargs: Any) -> Trainer:
 def weights(model: nn.Module) -> torch.Tensor:
     """All parameters as one vector."""
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+LOGGED = ("loss", "soft_loss", "hard_loss", "teacher_agreement")
+
+
+def logs(trainer: Any) -> dict[str, list[float]]:
+    """The loss and its parts, log by log."""
+    return {key: logged(trainer, key) for key in LOGGED}
 
 
 def logged(trainer: Any, key: str) -> list[float]:
