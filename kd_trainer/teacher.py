@@ -111,6 +111,7 @@ class LiveTeacher:
 
         Raises:
             ValueError: an id of the batch has no row in the teacher's embedding.
+            RuntimeError: as torch's out of memory, of the same class and with its text in the message.
         """
         inputs = self.inputs(batch)
         if self.id_limit is not None:
@@ -132,6 +133,9 @@ class LiveTeacher:
                 rows = vocabulary_rows(self.model)
                 if rows is not None:
                     check_ids(inputs, rows)
+                raise
+            except RuntimeError as error:
+                tell_out_of_memory(inputs, error)
                 raise
 
     def _ask(self, inputs: dict[str, Any], student: nn.Module | None) -> Any:
@@ -253,6 +257,23 @@ def check_image_size(teacher: nn.Module, inputs: Mapping[str, Any], error: Excep
     mend = "Give the teacher images of its own size, from its image processor, in the column teacher_pixel_values."
     shown = Shown(f"images of {pixels.shape[-2]} x {pixels.shape[-1]}")
     raise ValueError(message("pixel_values", shown, f"{wanted[0]} x {wanted[1]} for the teacher", mend)) from error
+
+
+def tell_out_of_memory(inputs: Mapping[str, Any], error: RuntimeError) -> None:
+    """Raises an error that says it was the teacher where `error` is torch's out of memory.
+
+    Of the same class and with the same words in it: `auto_find_batch_size` goes by them.
+    """
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return
+    shape = next((list(value.shape) for value in inputs.values() if isinstance(value, Tensor)), None)
+    mend = (
+        "Lower the batch size (gradient_accumulation_steps makes up for it), or load the teacher smaller: "
+        'teacher_model_init_kwargs {"dtype": "bfloat16"}, or in 8 or 4 bits.'
+    )
+    shown = Shown(f"out of memory in its forward on a batch of {shape}")
+    told = message("teacher_model", shown, "room for it beside the student", mend)
+    raise type(error)(f"{told} ({error})") from error
 
 
 def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init_kwargs: dict[str, Any]) -> nn.Module:

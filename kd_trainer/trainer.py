@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 
+from .checkpoints import CompleteCheckpoints
 from .checks import Shown, fail, message
 from .describe import card_section, count_parameters, name_of, start_block
 from .files import write_atomically
@@ -52,6 +53,9 @@ UPSTREAM_NAMES = {
         "loss_is_scaled_for_ga",
         "prediction_step",
         "evaluation_loop",
+        "_save_checkpoint",
+        "_load_best_model",
+        "_get_output_dir",
     ),
     "transformers.Seq2SeqTrainer": ("prediction_step",),
     "transformers.AutoModelForCausalLM": ("_model_mapping",),
@@ -78,7 +82,7 @@ REPLACED = {
 }
 
 
-class DistillationMixin(FirstLook):
+class DistillationMixin(FirstLook, CompleteCheckpoints):
     """Puts distillation in front of any `Trainer` class: `class MyKD(DistillationMixin, MyTrainer)`.
 
     Args:

@@ -13,11 +13,18 @@ from typing import Any
 
 from filelock import FileLock
 
+_TWO = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+_TWO += ["--dynamo_backend", "no"]
+
 
 def two_processes(script: str, *arguments: str, timeout: float = 240) -> None:
     """Runs tests/`script` by `accelerate launch` on the CPU; AssertionError with the end of its output if it fails."""
-    plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    _launch(["--multi_gpu", "--num_processes", "2", "--num_machines", "1", *plain], script, arguments, timeout)
+    _launch(_TWO, script, arguments, timeout)
+
+
+def two_processes_command(script: str) -> list[str]:
+    """The command line of `two_processes`, for who starts it differently; arguments go behind it."""
+    return [sys.executable, *_command(_TWO, script)]
 
 
 def by_config(config: Path, options: list[str], script: str, *arguments: str, timeout: float = 240) -> None:
@@ -25,19 +32,22 @@ def by_config(config: Path, options: list[str], script: str, *arguments: str, ti
     _launch(["--config_file", str(config), *options], script, arguments, timeout)
 
 
-def _launch(options: list[str], script: str, arguments: tuple[str, ...], timeout: float) -> None:
-    path = Path(__file__).with_name(script)
+def _command(options: list[str], script: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch = ["-m", "accelerate.commands.launch", *options, "--main_process_port", port]
+    path = Path(__file__).with_name(script)
+    return ["-m", "accelerate.commands.launch", *options, "--main_process_port", port, str(path)]
+
+
+def _launch(options: list[str], script: str, arguments: tuple[str, ...], timeout: float) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     with subprocess.Popen(
-        [sys.executable, *launch, str(path), *arguments],
+        [sys.executable, *_command(options, script), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=path.parent.parent,
+        cwd=Path(__file__).parent.parent,
         env=environment,
     ) as process:
         try:

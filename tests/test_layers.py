@@ -48,6 +48,7 @@ ORDER = [
     "plots",
     "report",
     "window",
+    "checkpoints",
     "first_look",
     "trainer",
     "cli",

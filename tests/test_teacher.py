@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import BertForMaskedLM, BertForTokenClassification, BertModel, LlamaForCausalLM
 
@@ -274,3 +275,33 @@ def test_a_teacher_placed_by_its_loader_stays_there():
     quantised.quantization_method = "bitsandbytes"
     quantised.to = lambda *a: pytest.fail("moved")  # type: ignore[method-assign]
     LiveTeacher(quantised).prepare(torch.device("cpu"))
+
+
+def no_room_on_a_gpu(x):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def no_room_here(x):
+    return torch.empty(2**60)
+
+
+@pytest.mark.parametrize("allocate", [no_room_on_a_gpu, no_room_here])
+def test_a_teacher_that_runs_out_of_memory_is_named(allocate, tmp_path):
+    student, teacher = tiny.models("plain")
+    teacher.forward = lambda features: allocate(features)
+    run = tiny.trainer("plain", tmp_path, pair=(student, teacher))
+    before = tiny.weights(student)
+    with pytest.raises(
+        RuntimeError, match=r"`teacher_model` is out of memory in its forward on a batch of \[8, 6\]"
+    ) as e:
+        run.train()
+    assert "Lower the batch size" in str(e.value)
+    assert should_reduce_batch_size(e.value), "auto_find_batch_size goes by upstream's words"
+    assert torch.equal(tiny.weights(student), before)
+
+
+def test_other_errors_of_the_teacher_stay_what_they_are(tmp_path):
+    student, teacher = tiny.models("plain")
+    teacher.linear = nn.Linear(7, tiny.CLASSES)
+    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
+        tiny.trainer("plain", tmp_path, pair=(student, teacher)).train()

@@ -1,0 +1,52 @@
+"""The training that kills.py kills: dropout, shuffled rows, AdamW and a schedule, so that every state matters.
+
+Started with the folder of the run; goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import BertForSequenceClassification
+
+from kd_trainer.checkpoints import newest_resumable
+from tests import tiny
+
+STEPS = 300
+
+
+def main(out: Path) -> None:
+    torch.manual_seed(0)
+    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "initializer_range": 0.5}
+    pair = tuple(BertForSequenceClassification(tiny.bert_config(width, **dropout)) for width in (16, 24))
+    run = tiny.trainer(
+        "classification",
+        out,
+        pair=pair,
+        data=tiny.rows("classification", 100),
+        max_steps=STEPS,
+        optim="adamw_torch",
+        lr_scheduler_type="linear",
+        kd_schedule="cosine",
+        kd_alpha_end=0.2,
+        train_sampling_strategy="random",
+        per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
+        save_strategy="steps",
+        save_steps=10,
+        save_total_limit=2,
+        logging_steps=50,
+    )
+    run.train(resume_from_checkpoint=newest_resumable(out)[0] is not None)
+    run.accelerator.wait_for_everyone()
+    if run.is_world_process_zero():
+        run.save_model(str(out / "final"))
+    run.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
