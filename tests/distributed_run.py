@@ -31,7 +31,11 @@ def main(out: Path, cases: list[str]) -> None:
         evaluated.log({"note": 1.0})
         (out / "evaluation.json").write_text(json.dumps(metrics))
     local = tiny.trainer(
-        "causal_lm", out / "run", per_device_train_batch_size=4, average_tokens_across_devices=False, logging_steps=2
+        "causal_lm",
+        out / "run",
+        kd_reduction="tokenmean",
+        per_device_train_batch_size=4,
+        average_tokens_across_devices=False,
     )
     local.train()
     if local.is_world_process_zero():

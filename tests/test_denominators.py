@@ -77,10 +77,16 @@ def test_two_processes_change_nothing(case, two_processes, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_with_local_counts_run(two_processes):  # trap 4
+def test_two_processes_with_local_counts(two_processes, tmp_path):  # trap 4
+    """Each process divides by its own labels, and the gradients are averaged: of the first step's loss, the mean."""
     result = json.loads((two_processes / "local.json").read_text())
     assert result["world_size"] == 2
-    assert all(0 < loss < 100 for loss in result["logs"]["loss"])
+    rows = tiny.rows("causal_lm")
+    run = tiny.trainer("causal_lm", tmp_path, kd_reduction="tokenmean")
+    halves, whole = ([run.compute_loss(run.model, tiny.pad(part)).item() for part in parts] for parts in
+                     ((rows[:4], rows[4:8]), (rows[:8],)))  # fmt: skip
+    assert result["logs"]["loss"][0] == pytest.approx(sum(halves) / 2, rel=1e-5)
+    assert result["logs"]["loss"][0] != pytest.approx(whole[0], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer
 
 from kd_trainer import DistillationMixin, DistillationTrainer
 from tests import tiny
@@ -168,6 +168,18 @@ def test_an_all_masked_micro_batch_is_finite(task, alpha, tmp_path):  # trap 6
         gradient_accumulation_steps=2,
         max_steps=2,
     )
+    run.train()
+    assert all(math.isfinite(x) for x in tiny.logged(run, "loss"))
+    assert torch.isfinite(tiny.weights(run.model)).all()
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_without_any_label_is_finite(task, reduction, tmp_path):  # trap 6
+    data = tiny.rows(task, 8)
+    for row in data:
+        row["labels"] = -100 if task == "classification" else [-100] * len(row["labels"])
+    run = tiny.trainer(task, tmp_path, data=data, kd_reduction=reduction, max_steps=2)
     run.train()
     assert all(math.isfinite(x) for x in tiny.logged(run, "loss"))
     assert torch.isfinite(tiny.weights(run.model)).all()
@@ -439,6 +451,22 @@ def test_schedules_move_alpha_and_temperature(tmp_path):
     assert tiny.logged(run, "loss")[-1] == pytest.approx(tiny.logged(run, "hard_loss")[-1])
     metrics = run.evaluate()
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_hard_loss"])
+
+
+def test_a_patched_forward_gets_no_labels(tmp_path):  # trap 34
+    """As Liger's patches do: with labels, or where it is asked to, such a forward computes its loss without logits."""
+
+    class Patched(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, skip_logits=None, **kwargs):
+            assert labels is None
+            assert skip_logits is None
+            return super().forward(input_ids, attention_mask, **kwargs)
+
+    pair = tuple(Patched(tiny.llama_config(width)) for width in (16, 24))
+    run = tiny.trainer("causal_lm", tmp_path, pair=pair, kd_loss_implementation="full")
+    run.train()
+    run.evaluate()
+    assert tiny.logged(run, "soft_loss")
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
