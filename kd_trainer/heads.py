@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import Shown, fail
+from .checks import Shown, fail, message
 from .inputs import main_input
 from .losses import SoftTargetLoss
 from .reductions import IGNORE_INDEX, divide
@@ -285,7 +285,12 @@ class RegressionHead(Head):
         if teacher.dim() == student.dim():
             return (wide - teacher).square().mean(-1).sum()
         mean, variance = teacher.to(wide.dtype).unbind(-1)
-        return F.gaussian_nll_loss(wide, mean, variance, reduction="none").mean(-1).sum()
+        try:
+            return F.gaussian_nll_loss(wide, mean, variance, reduction="none").mean(-1).sum()
+        except ValueError as error:
+            shown, mend = Shown(f"{float(variance.min()):g} at least once"), "Let it return exp of a log-variance."
+            told = message("variance", shown, "numbers >= 0 from the teacher", mend)
+            raise ValueError(told) from error
 
     def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
         return None

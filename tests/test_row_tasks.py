@@ -194,6 +194,19 @@ def test_a_teachers_variance_makes_it_a_gaussian_likelihood(tmp_path):
     torch.testing.assert_close(run.compute_loss(student, batch), expected)
 
 
+def test_a_negative_variance_is_named(tmp_path):
+    class Wrong(Uncertain):
+        def forward(self, features):
+            return {"logits": features[:, :2], "variance": features[:, 2:4] - 9}
+
+    run = DistillationTrainer(
+        tiny.Plain(classes=2), tiny.arguments(tmp_path, kd_task="regression"), teacher_model=Wrong(),
+        train_dataset=[{"features": torch.zeros(6), "labels": torch.zeros(2)}],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"`variance` is -9 at least once; expected numbers >= 0 from the teacher"):
+        run.train()
+
+
 # ---- rows without labels, padding, predictions ----
 
 

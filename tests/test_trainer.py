@@ -16,6 +16,7 @@ from kd_trainer import DistillationMixin, DistillationTrainer
 from tests import tiny
 
 TASKS = ["classification", "token_classification", "causal_lm"]
+ROW_TASKS = ["multi_label_classification", "regression", "question_answering"]
 
 
 # ---- kd_alpha = 0 is the stock Trainer ----
@@ -663,20 +664,21 @@ def test_metrics_batch_by_batch(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["datasets", "torch"])
-def test_iterable_datasets(kind, tmp_path):
+@pytest.mark.parametrize("task", [*TASKS, *ROW_TASKS])
+def test_iterable_datasets(kind, task, tmp_path):
     import datasets
 
     class Rows(torch.utils.data.IterableDataset):
         def __iter__(self):
-            yield from tiny.rows("classification")
+            yield from tiny.rows(task)
 
-    data = Rows() if kind == "torch" else datasets.Dataset.from_list(tiny.rows("classification")).to_iterable_dataset()
-    run = tiny.trainer("classification", tmp_path, data=data, remove_unused_columns=True)
-    whole = tiny.trainer("classification", tmp_path)
+    data = Rows() if kind == "torch" else datasets.Dataset.from_list(tiny.rows(task)).to_iterable_dataset()
+    run = tiny.trainer(task, tmp_path, data=data, remove_unused_columns=True)
+    whole = tiny.trainer(task, tmp_path)
     run.train()
     whole.train()
     assert tiny.logged(run, "loss") == pytest.approx(tiny.logged(whole, "loss"))
-    assert run.evaluate(data)["eval_loss"] == pytest.approx(whole.evaluate(tiny.rows("classification"))["eval_loss"])
+    assert run.evaluate(data)["eval_loss"] == pytest.approx(whole.evaluate(tiny.rows(task))["eval_loss"])
 
 
 def test_resuming_inside_a_logging_window(tmp_path):
@@ -692,8 +694,9 @@ def test_resuming_inside_a_logging_window(tmp_path):
 @pytest.mark.parametrize(
     "kwargs", [{"activation_checkpointing": True}, {"torch_compile": True, "torch_compile_backend": "eager"}]
 )
-def test_what_wraps_the_student_changes_nothing(kwargs, tmp_path):
-    run, plain = tiny.trainer("causal_lm", tmp_path, **kwargs), tiny.trainer("causal_lm", tmp_path)
+@pytest.mark.parametrize("task", ["causal_lm", *ROW_TASKS])
+def test_what_wraps_the_student_changes_nothing(kwargs, task, tmp_path):
+    run, plain = tiny.trainer(task, tmp_path, **kwargs), tiny.trainer(task, tmp_path)
     run.train()
     plain.train()
     torch.testing.assert_close(tiny.weights(run.model), tiny.weights(plain.model), rtol=0, atol=1e-6)
