@@ -186,6 +186,7 @@ def zero3_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, 
     return {
         "share": sum(p.ds_tensor.numel() for p in parameters.values()) / sum(p.numel() for p in fresh.values()),
         "gathered": [n for n, p in parameters.items() if p.ds_status.name != "NOT_AVAILABLE"],
+        "persistent": [n for n, p in parameters.items() if p.ds_persist],
         "unchanged": unchanged,
         "only_student_optimized": optimized == {id(p) for p in run.model.parameters()},
         "student_config_has": sorted(run.accelerator.state.deepspeed_plugin.deepspeed_config),
