@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from .checkpoints import CompleteCheckpoints
 from .checks import Shown, fail, message
@@ -45,6 +46,7 @@ UPSTREAM_NAMES = {
         "_get_num_items_in_batch",
         "_prepare_inputs",
         "_remove_unused_columns",
+        "_get_collator_with_removed_columns",
         "_set_signature_columns_if_needed",
         "_hp_search_setup",
         "get_tp_size",
@@ -488,6 +490,13 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
         self._keep_columns(name for name in dataset.column_names if name.startswith(TEACHER_PREFIX))
         return super()._remove_unused_columns(dataset, description=description)
 
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        """Upstream's, for streams: what columns they have is known row by row."""
+        collator = super()._get_collator_with_removed_columns(data_collator, description=description)
+        if isinstance(collator, RemoveColumnsCollator):
+            collator.signature_columns = _AndTheTeachers(collator.signature_columns)
+        return collator
+
     def _keep_columns(self, names: Iterable[str]) -> None:
         """Upstream removes what the student's forward does not take; the teacher may need it."""
         kept: list[str] = self._signature_columns or []
@@ -540,6 +549,13 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
                 error=TypeError,
             )
         super().__init__(model, args, *trainer_args, **kwargs)
+
+
+class _AndTheTeachers(list):
+    """Names of columns, and every `teacher_*` one."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or str(name).startswith(TEACHER_PREFIX)
 
 
 def _full_name(cls: type) -> str:

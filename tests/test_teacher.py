@@ -9,7 +9,13 @@ import pytest
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from transformers import BertForMaskedLM, BertForTokenClassification, BertModel, LlamaForCausalLM
+from transformers import (
+    BertForMaskedLM,
+    BertForTokenClassification,
+    BertModel,
+    LlamaForCausalLM,
+    default_data_collator,
+)
 
 from kd_trainer.teacher import LiveTeacher, load_teacher
 from tests import tiny
@@ -256,6 +262,26 @@ def test_own_columns_reach_the_teacher_alone_from_every_kind_of_dataset(tmp_path
         assert seen["student"]["input_ids"].tolist()[0] == [1, 2]
         assert seen["teacher"]["input_ids"].tolist()[0] == [3, 4, 5]
         assert seen["teacher"]["attention_mask"].shape[1] == 3
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_own_columns_of_a_teacher_that_takes_anything(streamed, tmp_path):
+    """Its forward names no column that could be kept by name."""
+    import datasets
+
+    class Anything(nn.Module):
+        def forward(self, **columns):
+            return {"logits": columns["scores"]}
+
+    scores = [float(i) for i in range(tiny.CLASSES)]
+    rows = [{"features": [0.0] * 6, "teacher_scores": scores, "labels": 0, "unused": 1} for _ in range(8)]
+    data = datasets.Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if streamed else data
+    pair = tiny.Plain(), Anything()
+    run = tiny.trainer("plain", tmp_path, pair=pair, data=data, remove_unused_columns=True, max_steps=1)
+    run.data_collator = default_data_collator
+    run.train()
+    assert tiny.logged(run, "soft_loss")
 
 
 def test_class_order_reorders_the_last_dimension():

@@ -219,7 +219,7 @@ TRAPS = {
         "kd_trainer/trainer.py",
         'reduction="mean") / max(self._window.steps, 1)',
         'reduction="mean") / self.args.logging_steps',
-        "tests/test_trainer.py -k weighted_parts",
+        "tests/test_trainer.py -k resuming_inside",
     ),
     28: Trap(
         "parts weigh in evaluation as eval_loss does",
