@@ -17,7 +17,6 @@ from pathlib import Path
 import datasets
 import psutil
 from transformers import AutoModelForImageClassification, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from kd_trainer import (
     DistillationTrainer,
@@ -27,6 +26,7 @@ from kd_trainer import (
     parse_args,
     synthetic_classification,
 )
+from kd_trainer.checkpoints import newest_resumable
 from kd_trainer.data import as_tensors, collate_tensors, split_labelled
 from kd_trainer.interrupt import ResumableInterrupt
 from kd_trainer.loading import load_classification
@@ -111,9 +111,10 @@ def run(name, model, data, rows, args, *, teacher=None, steps=-1):
     resume = bool(args.resume_from_checkpoint)
     if resume and (folder / "test_predictions.safetensors").exists():
         return AutoModelForImageClassification.from_pretrained(folder), folder
-    checkpoint = get_last_checkpoint(folder) if resume and folder.is_dir() else None
+    checkpoint = newest_resumable(folder)[0] if resume else None
     if steps != 0:
-        trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+        trainer.save_metrics("train", metrics)
     tested = trainer.predict(as_tensors(data["test"]))
     trainer.save_metrics("test", tested.metrics)
     trainer.save_state()

@@ -18,7 +18,8 @@ from rich.table import Table
 from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+
+from kd_trainer.checkpoints import newest_resumable
 
 END, PAD = "<|end|>", "<|pad|>"
 # The held-out text is measured with these, whatever the training's own settings are; alpha 0 alone is the baseline.
@@ -86,8 +87,8 @@ def train(trainer: Trainer) -> dict[str, float]:
     if resume and (folder / "train_results.json").exists():
         load_model(trainer.model, folder / "model.safetensors", device=str(trainer.args.device))
         return {}
-    checkpoint = get_last_checkpoint(folder) if resume and folder.is_dir() else None
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    checkpoint = newest_resumable(folder)[0] if resume else None
+    metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", metrics)  # last: it says that all is there

@@ -80,6 +80,17 @@ def test_a_task_gains_from_the_swap(name, margin, tmp_path):
     assert before + margin < after < teacher
 
 
+@pytest.mark.slow
+def test_a_masked_language_model_gains_from_the_swap(tmp_path):
+    assert len((EXAMPLES / "masked_lm.py").read_text(encoding="utf-8").splitlines()) < 80
+    printed = output_of("masked_lm.py", tmp_path)
+    teacher, before, after = figures(printed, *(rf"{which}: (\d+\.\d)" for which in ("teacher", "before", "after")))
+    header = " ".join(header_of("masked_lm.py").split())
+    promised = figures(header, r"teacher (\d+\.\d)", r"plain student\) (\d+\.\d)", r"distilled student\) (\d+\.\d)")
+    assert [teacher, before, after] == pytest.approx(promised, rel=0.1)  # another machine rounds otherwise
+    assert teacher < after < 0.85 * before
+
+
 def test_minimal_marks_every_line_that_differs():
     """Without the marked lines it is a script of transformers and data alone."""
     lines = (EXAMPLES / "minimal.py").read_text(encoding="utf-8").splitlines()
