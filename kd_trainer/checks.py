@@ -14,11 +14,19 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 
-def message(argument: str, value: Any, expected: str, mend: str, *, because: str | None = None) -> str:
+class Message(str):
+    """A message in the house form that remembers its last part."""
+
+    mend: str = ""  # how to mend it
+
+
+def message(argument: str, value: Any, expected: str, mend: str, *, because: str | None = None) -> Message:
     """The house form of an error message; strings as values are shown quoted."""
     shown = value if isinstance(value, Shown) else repr(value)
     reason = f", because {because}" if because else ""
-    return f"`{argument}` is {shown}; expected {expected}{reason}. {mend}"
+    made = Message(f"`{argument}` is {shown}; expected {expected}{reason}. {mend}")
+    made.mend = mend
+    return made
 
 
 class Shown(str):

@@ -45,23 +45,16 @@ def class_order(student: nn.Module, teacher: nn.Module, *, remap: bool) -> Tenso
     ours, theirs = _class_names(student), _class_names(teacher)
     if ours is None or theirs is None:
         return None
-    if len(ours) != len(theirs):
-        fail(
-            "teacher_model",
-            Shown(f"a model with {len(theirs)} classes ({_some(theirs)})"),
-            f"{len(ours)} classes as the student has ({_some(ours)})",
-            "Give both models the same num_labels and id2label.",
-        )
-    if ours == theirs and not _unnamed(ours):
-        return None
-    moved = [name for name in ours.values() if name in theirs.values() and _id(ours, name) != _id(theirs, name)]
-    if _unnamed(ours) or _unnamed(theirs) or not moved:
+    moved = _moved(ours, theirs)
+    if not _comparable(ours, theirs):
         logger.warning(
             "The classes of teacher (%s) and student (%s) cannot be compared by name: training goes on as if class i "
             "meant the same in both. Set the same id2label in both configs to have it checked.",
             _some(theirs),
             _some(ours),
         )
+        return None
+    if not moved:
         return None
     if set(ours.values()) == set(theirs.values()) and len(set(ours.values())) == len(ours):
         order = torch.tensor([_id(theirs, ours[i]) for i in range(len(ours))])
@@ -85,6 +78,33 @@ def _class_names(model: nn.Module) -> dict[int, str] | None:
     config = getattr(model, "config", None)
     names = getattr(config, "id2label", None)
     return {int(i): str(name) for i, name in names.items()} if names else None
+
+
+def classes_compared(student: nn.Module, teacher: nn.Module) -> bool | None:
+    """Whether names tell what class i means in both models; None where a model has no names at all.
+
+    Raises:
+        ValueError: the numbers of classes differ.
+    """
+    ours, theirs = _class_names(student), _class_names(teacher)
+    return None if ours is None or theirs is None else _comparable(ours, theirs)
+
+
+def _comparable(ours: Mapping[int, str], theirs: Mapping[int, str]) -> bool:
+    if len(ours) != len(theirs):
+        fail(
+            "teacher_model",
+            Shown(f"a model with {len(theirs)} classes ({_some(theirs)})"),
+            f"{len(ours)} classes as the student has ({_some(ours)})",
+            "Give both models the same num_labels and id2label.",
+        )
+    named = not _unnamed(ours) and not _unnamed(theirs)
+    return named and (ours == theirs or bool(_moved(ours, theirs)))
+
+
+def _moved(ours: Mapping[int, str], theirs: Mapping[int, str]) -> list[str]:
+    """Names that both know, at different ids."""
+    return [name for name in ours.values() if name in theirs.values() and _id(ours, name) != _id(theirs, name)]
 
 
 def _unnamed(names: Mapping[int, str]) -> bool:

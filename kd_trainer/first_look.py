@@ -8,7 +8,8 @@ transformers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -44,6 +45,21 @@ else:
 SMALL_VOCABULARY = 2048
 
 
+def classes_of(student: nn.Module, head: Head) -> int | None:
+    """How many classes the student's logits have, as far as its layers or its config tell."""
+    if head.over_tokens:
+        return vocabulary_rows(student, written=True)
+    classes = getattr(getattr(student, "config", None), "num_labels", None)
+    return classes if isinstance(classes, int) else None
+
+
+def classes_have_names(student: nn.Module, head: Head | None) -> bool:
+    """Whether class i of the teacher must mean class i of the student by name; `head`: None where not yet known."""
+    config: Any = getattr(student, "config", None)
+    numbers = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
+    return not numbers and (head is None or head.name in CLASSIFICATIONS)
+
+
 class Fit(NamedTuple):
     """What the first batch told about the models; made once for a student."""
 
@@ -64,6 +80,17 @@ class FirstLook(_InFrontOf):
     _always_hard: bool
     _finite: FiniteWatch
     _fit: Fit | None
+    _refused: list[Exception]
+
+    @contextmanager
+    def _refusals_wait(self) -> Iterator[None]:
+        """With kd_run "check" a refusal of the constructor waits for the table of findings."""
+        try:
+            yield
+        except (ValueError, TypeError) as refusal:
+            if self.kd_args.kd_run != "check":
+                raise
+            self._refused.append(refusal)
 
     def _require_teacher(self, given: Any) -> None:
         if given is None and not self._always_hard:
@@ -91,10 +118,9 @@ class FirstLook(_InFrontOf):
         teacher = load_teacher(given, student, kd.teacher_kwargs)
         check_separate(student, teacher)
         live = LiveTeacher(teacher, compiled=kd.teacher_compile)
-        config: Any = getattr(student, "config", None)
-        numbers = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
-        if not numbers and (head is None or head.name in CLASSIFICATIONS):
-            live.class_order = class_order(student, teacher, remap=kd.kd_remap_labels)
+        if classes_have_names(student, head):
+            with self._refusals_wait():
+                live.class_order = class_order(student, teacher, remap=kd.kd_remap_labels)
         return live
 
     def _look_at(self, batch: Mapping[str, Any]) -> Fit:
@@ -126,19 +152,18 @@ class FirstLook(_InFrontOf):
             head = head_for(student, "classification" if dims == 1 else "token_classification", False)
         head = head_from_logits(teacher_logits) if head is None else head  # type: ignore[arg-type]
         self._check_settings(head)
-        targets, config = head.targets(batch), getattr(student, "config", None)
-        classes = vocabulary_rows(student, written=True) if head.over_tokens else getattr(config, "num_labels", None)
+        targets, classes = head.targets(batch), classes_of(student, head)
         shared: int | None = None
         notes: tuple[str, ...] = ()
         if isinstance(self.teacher, AdapterOffTeacher):
             notes = ("the teacher is the student with its adapters off",)
         if teacher_logits is not None:  # as many as the student's, or `check_shapes` says so
             theirs = teacher_logits.shape[-1]
-            classes = theirs if not isinstance(classes, int) else classes
+            classes = theirs if classes is None else classes
             if head.over_tokens and classes != theirs:
                 shared = common_ids(classes, theirs, known_by)
                 notes = (vocabulary_line(classes, theirs, known_by),)
-        if targets is not None and isinstance(classes, int) and head.softmax:
+        if targets is not None and classes is not None and head.softmax:
             check_label_range(targets, classes)
         model = cast(nn.Module, self.model)
         notes = (*notes, *heads_notes, *notes_on_own_losses(student))

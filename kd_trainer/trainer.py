@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .checkpoints import CompleteCheckpoints
 from .checks import Shown, fail, message
 from .describe import card_section, count_parameters, name_of, start_block
 from .files import write_atomically
+from .findings import Finding, has_errors, print_findings
 from .finite import FiniteWatch
 from .first_look import FirstLook, Fit
 from .fused_forward import NotPlain, head_weights, student_loss, teacher_hidden, whole_weight
@@ -32,6 +33,7 @@ from .inputs import TEACHER_PREFIX, accepted_inputs, model_inputs
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
 from .objective import Counts, Objective, Parts, scheduled
+from .preflight import examine, is_sharded
 from .router import with_router_loss
 from .teacher import LiveTeacher
 from .training_args import DistillationArguments, refuse_borrowed_names
@@ -152,10 +154,14 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
             raise TypeError(message("args", Shown(f"of type {type(args).__name__}"), expected, mend)) from error
         self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
         self._read_settings()
-        self._refuse_what_cannot_work()
+        self._refused: list[Exception] = []
+        with self._refusals_wait():
+            self._refuse_what_cannot_work()
         if not self.label_names:  # a plain module's forward names no labels; the batch still has them
             self.label_names = ["labels"]
-        self.teacher = self._load_teacher(teacher_model)
+        self.teacher: LiveTeacher | None = None
+        with self._refusals_wait():
+            self.teacher = self._load_teacher(teacher_model)
         self._fit: Fit | None = None
         self._started = False
         self._loss_only = False  # whether the outputs of the current evaluation step are thrown away
@@ -192,8 +198,44 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
         if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
             fail("parallelism_config", "Ulysses sequence parallelism", "none", "Switch sequence parallelism off.")
 
+    def check(self, *, evaluate: bool = True) -> list[Finding]:
+        """Looks for what would stop or spoil a training, runs one batch through both models, prints a table.
+
+        When to use: before a long run; `kd_run` "check" does it from any script. Nothing is trained, and weights,
+        random numbers and trainer are afterwards what they were. Every process must call it; the first one prints.
+
+        Args:
+            evaluate: whether the teacher is compared with the student as it starts, on up to 50 batches of the
+                eval_dataset. Default True.
+
+        Returns:
+            The rows: `status` ("ok", "warning" or "error"), `what` was looked at, what was `found`, how to `mend` it.
+        """
+        return self._check(evaluate=evaluate)
+
+    def _check(self, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
+        findings = examine(self, evaluate=evaluate, batch=batch)
+        if self.is_world_process_zero():
+            print_findings(findings)
+        self.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended with 1
+        return findings
+
+    def _end_with_check(self, batch: Mapping[str, Any] | None = None) -> NoReturn:
+        """Ends the process: 1 where the check found an error, else 0."""
+        code = int(has_errors(self._check(batch=batch)))
+        self.accelerator.end_training()
+        raise SystemExit(code)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results."""
+        """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results.
+
+        With `kd_run` "check" it runs `check` instead and raises SystemExit.
+        """
+        if DistillationArguments.of(self.args).kd_run == "check":
+            if is_sharded(self):  # by training's own preparation: `get_batch_samples` checks
+                self.callback_handler.callbacks = []
+            else:
+                self._end_with_check()
         self._started, self._window = False, Window(self.args.device)
         self._finite = FiniteWatch(self._finite.mode, self._finite.process)
         try:
@@ -232,6 +274,8 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        if self.kd_args.kd_run == "check":
+            self._end_with_check(batches[0])
         fit = self._look_at(batches[0])
         objective, _ = self._objective(training=True)
         each = [objective.count(fit.head, batch) for batch in batches]
@@ -352,8 +396,9 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
                     lambda: model(**model_inputs(inputs, fit.accepted)), ours, loss
                 )
         except NotPlain as reason:
-            self._fit = fit._replace(heads=None)
-            logger.warning("[kd_trainer] %s", self._full_logits(reason))
+            line = self._full_logits(reason)
+            self._fit = fit._replace(heads=None, notes=(*fit.notes, line))
+            logger.warning("[kd_trainer] %s", line)
             return None
         parts = objective.parts(computed, counts, labelled=fit.head.targets(inputs) is not None)
         parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)

@@ -23,6 +23,7 @@ POSITIONS = ("labels", "attended")
 SCHEDULES = ("constant", "linear", "cosine")
 CHECK_FINITE = ("step", "log", "off")
 IMPLEMENTATIONS = ("auto", "full", "fused")
+RUNS = ("train", "check")
 
 # The names that a well-known textbook's class of the same purpose uses, where alpha weighs the HARD loss.
 _BORROWED = {
@@ -91,6 +92,12 @@ class DistillationArguments:
         default="auto",
         metadata={"help": "Language models: fused (no logits are held), full, or auto: fused where it is possible."},
     )
+    kd_run: str = field(
+        default="train",
+        metadata={
+            "help": "What trainer.train() does: train, or check (print a table of findings, then end with 0 or 1)."
+        },
+    )
     teacher_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The teacher, if it is not given to the trainer: a folder or a hub name."}
     )
@@ -113,6 +120,7 @@ class DistillationArguments:
         check_choice("kd_positions", self.kd_positions, POSITIONS)
         check_choice("kd_loss_implementation", self.kd_loss_implementation, IMPLEMENTATIONS)
         check_choice("kd_schedule", self.kd_schedule, SCHEDULES)
+        check_choice("kd_run", self.kd_run, RUNS)
         if self.kd_beta is not None:
             self._check_beta()
         if self.kd_task is not None:

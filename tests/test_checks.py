@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -20,6 +21,12 @@ def test_message_has_the_house_form():
     assert message("a", "x", "y", "Mend.") == "`a` is 'x'; expected y. Mend."
     assert message("a", Shown("of shape (2, 3)"), "y", "Mend.") == "`a` is of shape (2, 3); expected y. Mend."
     assert message("a", None, "y", "Mend.", because="of z") == "`a` is None; expected y, because of z. Mend."
+
+
+def test_message_remembers_the_mend():
+    made = message("a", 3, "a number. Or two", "Mend. It.")
+    assert made.mend == "Mend. It."
+    assert pickle.loads(pickle.dumps(ValueError(made))).args[0].mend == "Mend. It."
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError, FileNotFoundError])

@@ -50,6 +50,8 @@ ORDER = [
     "window",
     "checkpoints",
     "first_look",
+    "findings",
+    "preflight",
     "trainer",
     "cli",
 ]

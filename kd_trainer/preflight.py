@@ -1,0 +1,623 @@
+"""`trainer.check()`: one batch through both models before training begins, and a list of findings.
+
+For: `trainer.py`. Gathers the rows of `findings.py` and those that need a forward pass: the loss and its gradient, the
+same loss of the batch in halves and padded further, what soft and hard loss weigh at the logits, the teacher beside the
+untrained student on the evaluation data. Nothing is trained; afterwards everything is as it was.
+Imports: checks, finite, findings, first_look, head_choice, heads, inputs, objective, reductions, router, teacher,
+window; accelerate (on use).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .checks import Shown, fail
+from .findings import (
+    Finding,
+    about_classes,
+    about_columns,
+    about_images,
+    about_labels,
+    about_lengths,
+    about_path,
+    about_settings,
+    about_student,
+    about_teacher,
+    about_tokens,
+    check_student_ids,
+    error,
+    has_errors,
+    ok,
+    positions_of,
+    refused,
+    warning,
+)
+from .finite import FiniteWatch
+from .first_look import Fit, classes_have_names
+from .head_choice import by_problem_type, head_for
+from .heads import Head
+from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, main_input, model_inputs, vocabulary_rows
+from .objective import Counts
+from .reductions import IGNORE_INDEX, divide
+from .router import check_router
+from .teacher import AdapterOffTeacher
+from .window import Window, named
+
+_EVALUATED = 50  # batches of the evaluation data
+_WARM = 10.0  # seconds: a step that took longer is not run a second time for a better measure
+_MORE = 8  # positions of padding
+_AT_ONCE = 2**27  # logits of a language model
+_LOPSIDED = 0.95
+
+
+class Trial(NamedTuple):
+    """What the passes through the models need."""
+
+    trainer: Any
+    model: nn.Module  # the student as it is called
+    fit: Fit
+    batch: dict[str, Any]  # prepared, with the inputs of a decoder
+
+    @property
+    def whole(self) -> bool:
+        """Whether every process has a whole student and may call it as often as it likes."""
+        return not is_sharded(self.trainer)
+
+    def loss(self, batch: Mapping[str, Any], counts: Counts | None = None) -> Tensor:
+        """The trainer's own loss, with the mixed precision that the accelerator will set up."""
+        with _precision(self.trainer):
+            return self.trainer.compute_loss(self.model, dict(batch), num_items_in_batch=counts)
+
+    def logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Of student and teacher; without gradient."""
+        head, trainer = self.fit.head, self.trainer
+        taught = None
+        if trainer.teacher is not None:
+            taught = trainer.teacher(batch, trainer.accelerator, self.model, read=head.logits)
+        with torch.no_grad(), _precision(trainer):
+            logits = head.logits(self.model(**model_inputs(batch, self.fit.accepted)), "model")
+        return logits, None if taught is None else taught.to(logits.device)
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether the student is whole on no process, so that only training's own preparation makes it callable."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def examine(trainer: Any, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
+    """All findings, the same list on every process; every process must call it.
+
+    Args:
+        trainer: a `DistillationMixin`.
+        evaluate: whether the teacher is measured on the evaluation data.
+        batch: the first batch of training; None takes it from the trainer's own loader.
+    """
+    with _as_it_was(trainer):
+        findings = _Findings(trainer)
+        findings.rows += [refused("setup", refusal) for refusal in trainer._refused]
+        _look_at_models(trainer, findings)
+        if batch is None:
+            with findings.attempt("data"):
+                batch = _first_batch(trainer)
+        fit = None
+        if findings.everywhere(batch is not None):
+            fit = _look_at_batch(trainer, findings, cast(Mapping, batch))
+        if findings.everywhere(fit is not None):
+            trial = Trial(trainer, trainer.model_wrapped if is_sharded(trainer) else trainer.model, cast(Fit, fit), {})
+            _run(trial._replace(batch=_prepared(trial, cast(Mapping, batch))), findings, evaluate)
+        return findings.of_all_processes()
+
+
+class _Findings:
+    """The rows of this process, and what the processes have to agree on."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.rows: list[Finding] = []
+        self._accelerator, self._device = trainer.accelerator, trainer.args.device
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """An exception inside becomes a row, once."""
+        try:
+            yield
+        except Exception as exception:
+            row = refused(what, exception)
+            if row.found not in {known.found for known in self.rows}:
+                self.rows.append(row)
+
+    def everywhere(self, mine: bool) -> bool:
+        """Whether it is so on every process; a process that went on alone would wait for the others for ever."""
+        if self._accelerator.num_processes == 1:
+            return mine
+        agreed = self._accelerator.reduce(torch.tensor(float(mine), device=self._device), reduction="sum")
+        return int(agreed) == self._accelerator.num_processes
+
+    def of_all_processes(self) -> list[Finding]:
+        """The first process's rows, with what was wrong on others alone."""
+        if self._accelerator.num_processes == 1:
+            return self.rows
+        from accelerate.utils import gather_object
+
+        first, *others = gather_object([self.rows])
+        for process, rows in enumerate(others, 1):
+            known = {(row.status, row.what) for row in first}
+            found = (row for row in rows if row.status != "ok" and (row[:2]) not in known)
+            first = [*first, *(row._replace(found=f"process {process}: {row.found}") for row in found)]
+        return first
+
+
+# ---- what is there before a model runs ----
+
+
+def _look_at_models(trainer: Any, findings: _Findings) -> None:
+    student, teacher, args = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher, trainer.args
+    with findings.attempt("settings"):
+        trainer._read_settings()
+        if not trainer._refused:  # else the teacher is missing for a reason that is told already
+            trainer._require_teacher(teacher)
+    with findings.attempt("student"):
+        findings.rows += about_student(student, fp16=args.fp16)
+    with findings.attempt("teacher"):
+        mixed = trainer.accelerator.mixed_precision != "no"
+        called = not trainer._always_hard
+        findings.rows += about_teacher(teacher, student, args.device, called=called, mixed=mixed)
+    head = head_for(student, trainer.kd_args.kd_task, trainer._loss_shifts_labels)
+    if teacher is not None and not isinstance(teacher, AdapterOffTeacher) and classes_have_names(student, head):
+        with findings.attempt("classes"):
+            findings.rows += about_classes(student, teacher)
+
+
+def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) -> Fit | None:
+    """Everything that the batch tells; None where the models could not be run on it."""
+    student, teacher, kd = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher, trainer.kd_args
+    before, head, known_by = len(findings.rows), None, None
+    with findings.attempt("data"):
+        check_batch(batch)
+    with findings.attempt("student"):
+        check_router(student)
+    with findings.attempt("task"):
+        head = head_for(student, kd.kd_task, trainer._loss_shifts_labels)
+        head = head and by_problem_type(head, student, kd.kd_task, batch.get("labels"))
+    with findings.attempt("student's tokens"):
+        check_student_ids(student, batch)
+    if teacher is not None and not isinstance(teacher, AdapterOffTeacher):
+        with findings.attempt("tokens"):
+            known_by = trainer._check_tokens(student, teacher, head, batch)
+            findings.rows += about_tokens(batch, known_by)
+    if head is not None:
+        _look_at_task(trainer, findings, head, batch)
+    if is_sharded(trainer) and not trainer.is_in_train:
+        mend = 'Set {"kd_run": "check"}: trainer.train() then checks with the student as training shards it.'
+        findings.rows.append(warning("loss", "the models were not run: the student is not sharded yet", mend))
+        return None
+    fit = None
+    blocked = has_errors(findings.rows[before:])  # on a GPU an index out of range ends the process
+    if findings.everywhere(not blocked):
+        with findings.attempt("first batch"):
+            fit = trainer._look_at(batch)
+    if fit is not None and head is None:  # known from the logits alone
+        head = fit.head
+        _look_at_task(trainer, findings, head, batch)
+    if head is not None and head.token_level and kd.kd_reduction == "batchmean":
+        with findings.attempt("reduction"):
+            trainer._refuse_packed(batch)
+    return fit
+
+
+def _look_at_task(trainer: Any, findings: _Findings, head: Head, batch: Mapping[str, Any]) -> None:
+    student, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    taught = None if trainer.teacher is None else trainer.teacher.model
+    objective, _ = trainer._objective(training=True)
+    pad_id = _pad_id(tokenizer, student)
+    with findings.attempt("task"):
+        findings.rows.append(ok("task", f"{head.name}: {objective.formula(head)}"))
+        trainer._check_settings(head)
+        findings.rows += about_settings(trainer.args, head, objective)
+    with findings.attempt("labels"):
+        findings.rows += about_labels(student, head, objective, batch, pad_id)
+    with findings.attempt("lengths"):
+        findings.rows += about_lengths(student, taught, head, tokenizer, batch)
+    with findings.attempt("images"):
+        findings.rows += about_images(student, taught, batch)
+    with findings.attempt("columns"):
+        accepted = accepted_inputs(student)
+        read = set(model_inputs(batch, accepted))
+        if trainer.teacher is not None:
+            read |= {name for name in batch if name.startswith(TEACHER_PREFIX)}
+            read |= set(trainer.teacher.inputs(batch))
+        kept = trainer._signature_columns if trainer.args.remove_unused_columns else None
+        findings.rows += about_columns(trainer.train_dataset, kept, batch, read, pad_id)
+
+
+def _pad_id(tokenizer: Any, student: nn.Module) -> int | None:
+    pad_id = getattr(tokenizer, "pad_token_id", None)
+    pad_id = getattr(getattr(student, "config", None), "pad_token_id", None) if pad_id is None else pad_id
+    return pad_id if isinstance(pad_id, int) else None
+
+
+# ---- one batch through both models ----
+
+
+def _run(trial: Trial, findings: _Findings, evaluate: bool) -> None:
+    before = len(findings.rows)
+    with findings.attempt("loss"):
+        findings.rows += _step(trial)
+    if not findings.everywhere(not has_errors(findings.rows[before:])):
+        return
+    findings.rows += about_path(trial.trainer._fit, trial.fit.student, trial.trainer.kd_args.kd_loss_implementation)
+    parts: dict[str, Callable[[Trial, _Findings], list[Finding]]]
+    parts = {"split": _halves, "padding": _more_padding, "soft and hard": _shares}
+    for what, part in {**parts, **({"teacher's quality": _teacher_beside_student} if evaluate else {})}.items():
+        with findings.attempt(what):
+            findings.rows += part(trial, findings)
+
+
+def _step(trial: Trial) -> list[Finding]:
+    """The loss of a training step and its gradient."""
+    trainer, fit = trial.trainer, trial.fit
+    fit.student.train()
+    # Where the student is sharded, or saves memory in a way that begins with training, no gradient is asked for.
+    checkpointing = any(
+        getattr(trainer.args, name, False) for name in ("activation_checkpointing", "gradient_checkpointing")
+    )
+    backward = trial.whole and not checkpointing
+    seconds = math.inf
+    for _ in range(2):
+        trainer._window = Window(trainer.args.device)
+        fit.student.zero_grad(set_to_none=True)
+        begun = _now(trainer)
+        with torch.set_grad_enabled(backward):
+            loss = trial.loss(trial.batch)
+        if backward:
+            loss.backward()
+        seconds = min(seconds, _now(trainer) - begun)
+        if seconds > _WARM or not trial.whole:
+            break
+    sums = trainer._window.sums()  # None where a class in front has a compute_loss that does not call ours
+    parts = {} if sums is None else named(sums.tolist(), "")
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
+    found = f"{loss.item():.4f} of one batch: {shown}"
+    if not math.isfinite(loss.item()):
+        return [
+            error("loss", found, 'Set kd_check_finite to "step" to see which rows and whose logits are not finite.')
+        ]
+    rows = [ok("loss", found)]
+    if trial.whole:
+        rows += _seconds(trial, seconds, backward)
+    return [*rows, *_gradient(trainer, fit.student)] if backward else rows
+
+
+def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
+    trainer, count = trial.trainer, main_input(trial.batch).shape[0]
+    taught = 0.0
+    if trainer.teacher is not None and not trainer._always_hard:
+        times = [_now(trainer)]
+        for _ in range(1 if whole > _WARM else 2):
+            trainer.teacher.outputs(trial.batch, trainer.accelerator, trial.model)
+            times.append(_now(trainer))
+        taught = min(after - before for before, after in itertools.pairwise(times))
+    passes = "forward and backward" if backward else "forward"
+    found = f"a batch of {count} rows takes {max(whole - taught, 0.0):.3g} s for the student's {passes} and the loss"
+    return [ok("time", found + (f", {taught:.3g} s for the teacher's forward" if taught else ""))]
+
+
+def _gradient(trainer: Any, student: nn.Module) -> list[Finding]:
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    unused = [name for name, p in trained.items() if p.grad is None]
+    norms = [p.grad.detach().float().norm() for p in trained.values() if p.grad is not None]
+    norm = float(torch.stack(norms).norm()) if norms else 0.0
+    if not math.isfinite(norm):
+        mend = "Use bf16 or float32, or a smaller learning rate, and look for extreme values in the data."
+        return [error("gradient", f"its norm is {norm}", mend)]
+    if norm == 0:
+        found = "no trained parameter gets any"
+        return [error("gradient", found, "Check which parameters are trained, and that some position has a label.")]
+    limit = trainer.args.max_grad_norm
+    clipped = f"; max_grad_norm {limit:g} scales it down" if limit and norm > limit else ""
+    rows = [ok("gradient", f"norm {norm:.3g}{clipped}")]
+    if unused:
+        found = f"{len(unused)} trained parameters get none ({', '.join(unused[:3])})"
+        mend = "Freeze them, or set ddp_find_unused_parameters to true."
+        waits = trainer.args.world_size > 1 and not trainer.args.ddp_find_unused_parameters
+        rows.append(warning("gradient", f"{found}: DDP waits for them", mend) if waits else ok("gradient", found))
+    return rows
+
+
+# ---- the same loss, differently cut ----
+
+
+def _halves(trial: Trial, findings: _Findings) -> list[Finding]:
+    """The batch at once and as two micro-batches of one optimizer step."""
+    rows = main_input(trial.batch).shape[0]
+    least = 4 if _batch_norms(trial.fit.student) else 2  # batch norm refuses a single row
+    parts = _pieces(trial.batch, (rows + 1) // 2) if rows >= least else None
+    if not findings.everywhere(parts is not None and len(parts) == 2):
+        return [ok("split", "not tried: the batch cannot be cut into rows")]
+    with _as_in_training_without_dropout(trial.fit.student):
+        whole, halves = _losses(trial, [trial.batch], trial.batch), _losses(trial, cast(list, parts), trial.batch)
+    found = f"1 x {rows} rows {whole:.6f}, 2 x {(rows + 1) // 2} {halves:.6f}"
+    return _compared(trial, "split", found, whole, halves, _causes(trial))
+
+
+def _more_padding(trial: Trial, findings: _Findings) -> list[Finding]:
+    """The batch as it is and with more padding."""
+    head, student = trial.fit.head, trial.fit.student
+    taught = None if trial.trainer.teacher is None else trial.trainer.teacher.model
+    ids = trial.batch.get("input_ids")
+    width = ids.shape[-1] if isinstance(ids, Tensor) else 0
+    limits = [positions_of(model)[0] for model in (student, taught) if model is not None]
+    more = min([_MORE, *(limit - width for limit in limits if limit is not None)])
+    tokenizer = trial.trainer.processing_class
+    left = getattr(tokenizer, "padding_side", "right") == "left"
+    padded = _padded(trial.batch, head, more, _pad_id(tokenizer, student) or 0, left=left) if more > 0 else None
+    if not findings.everywhere(padded is not None):
+        return []
+    with _as_in_training_without_dropout(student):
+        plain, wider = (_losses(trial, [batch], trial.batch) for batch in (trial.batch, cast(dict, padded)))
+    found = f"as it is {plain:.6f}, with {more} more positions on the {'left' if left else 'right'} {wider:.6f}"
+    if head.name == "question_answering":
+        return [ok("padding", f"{found}; the hard loss of question answering runs over the padding, as upstream's")]
+    causes = (
+        "A model sees the padding: check the attention_mask, its padding side and convolutions or pooling over rows."
+    )
+    return _compared(trial, "padding", found, plain, wider, causes)
+
+
+def _losses(trial: Trial, batches: list[dict[str, Any]], whole: Mapping[str, Any]) -> float:
+    objective, _ = trial.trainer._objective(training=False)
+    counts = objective.count(trial.fit.head, whole)
+    with torch.no_grad():
+        return sum(float(trial.loss(batch, counts)) for batch in batches)
+
+
+def _compared(trial: Trial, what: str, found: str, one: float, other: float, causes: str) -> list[Finding]:
+    difference = abs(one - other) / max(abs(one), abs(other), 1e-12)
+    halves = {p.dtype for p in trial.fit.student.parameters()} & {torch.float16, torch.bfloat16}
+    room = 2e-2 if halves or trial.trainer.accelerator.mixed_precision != "no" else 1e-4
+    found = f"{found}: relative difference {difference:.1e}"
+    return [ok(what, found) if difference <= room else warning(what, found, causes)]
+
+
+def _causes(trial: Trial) -> str:
+    norms = _batch_norms(trial.fit.student)
+    if norms:
+        return (
+            f"Batch norm ({', '.join(list(norms)[:3])}) looks at the other rows: small micro-batches train otherwise."
+        )
+    if getattr(getattr(trial.fit.student, "config", None), "output_router_logits", False):
+        return "The load-balancing loss of the experts is a mean over micro-batches: small ones train otherwise."
+    return "A model looks at the other rows of its batch (experts of limited capacity?): small ones train otherwise."
+
+
+@contextmanager
+def _as_in_training_without_dropout(student: nn.Module) -> Iterator[None]:
+    """Everything in eval mode but batch norm, which looks at the batch in training."""
+    student.eval()
+    for module in _batch_norms(student).values():
+        module.train()
+    yield
+    student.eval()
+
+
+def _batch_norms(student: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in student.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+
+def _pieces(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]] | None:
+    """The batch in pieces of at most `rows` rows; None where a column does not have one entry a row."""
+    count = main_input(batch).shape[0]
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    if any(value.shape[0] != count for value in tensors.values()):
+        return None
+    rows = max(rows, 1)
+    starts = range(0, count, rows)
+    return [{**batch, **{name: value[i : i + rows] for name, value in tensors.items()}} for i in starts]
+
+
+def _padded(batch: Mapping[str, Any], head: Head, more: int, pad_id: int, *, left: bool) -> dict[str, Any] | None:
+    """The batch with `more` positions of padding a row; None where it has no mask to say so, or places of its own."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    plain = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == 2 and mask.shape == ids.shape
+    if not plain or {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"} & set(batch):
+        return None
+    fills = {"input_ids": pad_id, "decoder_input_ids": pad_id, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX}
+    made = dict(batch)
+    for name, value in batch.items():
+        if name in ("start_positions", "end_positions") and left:
+            made[name] = value + more
+        own = name.startswith(TEACHER_PREFIX)
+        decoded = name.startswith("decoder_") or name == "labels"
+        width = value.shape[1] if isinstance(value, Tensor) and value.dim() == 2 else None
+        of_tokens = width == cast(Tensor, ids).shape[1] or (head.name == "seq2seq_lm" and decoded)
+        if width is None or own or not of_tokens or (decoded and not head.token_level):
+            continue
+        before = left and not (decoded and head.name == "seq2seq_lm")
+        made[name] = nn.functional.pad(value, (more, 0) if before else (0, more), value=fills.get(name, 0))
+    return made
+
+
+# ---- soft beside hard loss, teacher beside student ----
+
+
+def _shares(trial: Trial, findings: _Findings) -> list[Finding]:
+    """Which share of the gradient at the student's logits the soft and the hard loss have."""
+    trainer, fit, batch = trial.trainer, trial.fit, trial.batch
+    objective, soft_loss = trainer._objective(training=True)
+    if trainer.teacher is None or not 0 < objective.alpha < 1:
+        return []
+    counts = objective.count(fit.head, batch)
+    squares = [0.0, 0.0]
+    with _as_in_training_without_dropout(fit.student):
+        for piece in _for_logits(trial, batch):
+            logits, taught = trial.logits(piece)
+            for i, alpha in enumerate((1.0, 0.0)):  # of one term alone, before its weight
+                alone = dataclasses.replace(objective, alpha=alpha)
+                leaf = logits.detach().float().requires_grad_()
+                teacher_logits = taught if alpha else None
+                parts = alone(fit.head, soft_loss, leaf, teacher_logits, piece, counts, common_ids=fit.common_ids)
+                (gradient,) = torch.autograd.grad(parts.total, leaf)
+                squares[i] += gradient.square().sum().item()
+    soft, hard = map(math.sqrt, squares)
+    weighted = objective.alpha * soft, (1 - objective.alpha) * hard
+    if sum(weighted) == 0 or hard == 0:
+        return []
+    share = weighted[0] / sum(weighted)
+    found = f"at the logits the soft loss has {share:.0%} of the gradient's norm, the hard loss {1 - share:.0%}"
+    if max(share, 1 - share) <= _LOPSIDED or soft == 0:
+        return [ok("soft and hard", found)]
+    mend = f"kd_alpha {hard / (soft + hard):.2g} would give them equal shares."
+    return [warning("soft and hard", found, mend)]
+
+
+def _for_logits(trial: Trial, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The batch in pieces whose logits take little memory; whole where the processes have to call as often."""
+    classes = vocabulary_rows(trial.fit.student, written=True) if trial.fit.head.over_tokens else None
+    if classes is None or not trial.whole:
+        return [batch]
+    positions = trial.fit.head.sequences(batch).shape[-1]
+    return _pieces(batch, _AT_ONCE // max(positions * classes, 1)) or [batch]
+
+
+def _teacher_beside_student(trial: Trial, findings: _Findings) -> list[Finding]:
+    """The hard loss of the teacher and of the student as it starts, on some batches of the evaluation data."""
+    trainer, fit = trial.trainer, trial.fit
+    if trainer.teacher is None:
+        return []
+    dataset = trainer.eval_dataset
+    if dataset is None:
+        return [ok("teacher's quality", "not measured: there is no eval_dataset")]
+    sums = None
+    with findings.attempt("teacher's quality"):
+        fit.student.eval()
+        loader = trainer.get_eval_dataloader(next(iter(dataset)) if isinstance(dataset, dict) else None)
+        pieces = (_for_logits(trial, _prepared(trial, given)) for given in _batches(trainer, loader, _EVALUATED))
+        sums = sum((_measured(trial, piece) for piece in itertools.chain(*pieces)), torch.zeros(6))
+    if not findings.everywhere(sums is not None):
+        return []
+    sums = cast(Tensor, sums).to(trainer.args.device)
+    labelled, ours, theirs, right, taught, agreed = trainer.accelerator.reduce(sums, reduction="sum").tolist()
+    if not labelled:
+        return [ok("teacher's quality", "not measured: the evaluation data has no labels")]
+    losses = [divide(total, labelled) for total in (theirs, ours)]
+    found = f"hard loss {losses[0]:.4f}, of the student as it starts {losses[1]:.4f}"
+    answers = [divide(count, labelled) for count in (taught, right, agreed)]
+    if fit.head.softmax:
+        found += f"; right {answers[0]:.1%} and {answers[1]:.1%}, the same {answers[2]:.1%}"
+    found += f" ({labelled:.0f} labels of the evaluation data)"
+    better = losses[0] < losses[1] or (fit.head.softmax and answers[0] > answers[1])
+    if better or isinstance(trainer.teacher, AdapterOffTeacher):  # the student may well start as its own base
+        return [ok("teacher's quality", found)]
+    mend = "It is no better than where the student starts: check its weights, the order of the classes and the inputs."
+    return [warning("teacher's quality", found, mend)]
+
+
+def _measured(trial: Trial, batch: dict[str, Any]) -> Tensor:
+    """Number of labels, hard loss of student and teacher, right answers of both, answers that agree: sums."""
+    head, sums = trial.fit.head, torch.zeros(6)
+    targets = head.targets(batch)
+    logits, taught = trial.logits(batch)
+    if targets is None or taught is None:
+        return sums
+    taught = taught[..., 0] if taught.dim() > logits.dim() else taught  # the mean of a regression with variance
+    sums[0] = float(head.labelled(targets))
+    for i, one in enumerate((logits, taught)):
+        known = targets.masked_fill(targets >= one.shape[-1], IGNORE_INDEX) if head.softmax else targets
+        sums[1 + i] = float(head.hard_loss_sum(one, known))
+        if head.softmax:
+            sums[3 + i] = float((one.argmax(-1) == targets).sum())
+    if head.softmax:
+        sums[5] = float(((logits.argmax(-1) == taught.argmax(-1)) & (targets != IGNORE_INDEX)).sum())
+    return sums
+
+
+# ---- the trainer's own things, lent ----
+
+
+def _prepared(trial: Trial, batch: Mapping[str, Any]) -> dict[str, Any]:
+    trainer, fit = trial.trainer, trial.fit
+    return trainer._with_decoder_inputs(fit.student, fit.head, trainer._prepare_inputs(dict(batch)))
+
+
+def _first_batch(trainer: Any) -> dict[str, Any]:
+    batch = next(iter(_batches(trainer, trainer.get_train_dataloader(), 1)), None)
+    if batch is None:
+        fail("train_dataset", Shown("without a single batch"), "rows", "Check how it is loaded and filtered.")
+    return batch
+
+
+def _batches(trainer: Any, loader: Any, count: int) -> list[Any]:
+    """The first batches of a loader, which is left as if it had come to its end."""
+    try:
+        return list(itertools.islice(loader, count))
+    finally:
+        if hasattr(loader, "end"):  # accelerate's, which counts as running until then
+            loader.end()
+
+
+def _precision(trainer: Any) -> Any:
+    accelerator = trainer.accelerator
+    return nullcontext() if accelerator.mixed_precision == "no" or is_sharded(trainer) else accelerator.autocast()
+
+
+def _now(trainer: Any) -> float:
+    """Seconds, when the device has done its work."""
+    if trainer.args.device.type == "cuda":
+        torch.cuda.synchronize(trainer.args.device)
+    return time.perf_counter()
+
+
+@contextmanager
+def _as_it_was(trainer: Any) -> Iterator[None]:
+    """Afterwards the student's buffers, gradients and modes, the random numbers and the trainer are what they were."""
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    training = {module for module in student.modules() if module.training}
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in student.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    gradients = [(p, p.grad) for p in student.parameters()]
+    kept = {name: getattr(trainer, name) for name in ("_fit", "_window", "_finite", "_evaluation", "teacher")}
+    problem_type = getattr(getattr(student, "config", None), "problem_type", None)
+    loaders = list(trainer.accelerator._dataloaders)
+    mode = "off" if trainer._finite.mode == "off" else "step"
+    trainer._finite = FiniteWatch(mode, trainer.args.process_index)
+    try:
+        with _same_random_numbers(trainer.args.device):
+            yield
+    finally:
+        for module in student.modules():
+            module.training = module in training
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            buffer.detach().copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        if hasattr(getattr(student, "config", None), "problem_type"):
+            student.config.problem_type = problem_type
+        trainer.accelerator._dataloaders[:] = loaders
+        for name, value in kept.items():
+            setattr(trainer, name, value)
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    ours, numpys = random.getstate(), np.random.get_state()
+    devices = [] if device.type in ("cpu", "mps") else [device]
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
