@@ -36,7 +36,15 @@ from transformers import (
 )
 
 from kd_trainer import DistillationTrainer, preflight
-from kd_trainer.findings import Finding, about_teacher, has_errors, positions_of, print_findings, refused
+from kd_trainer.findings import (
+    Finding,
+    about_teacher,
+    has_errors,
+    newly_initialised,
+    positions_of,
+    print_findings,
+    refused,
+)
 from kd_trainer.teacher import ADAPTER_OFF, LiveTeacher
 from tests import backend_run, launch, test_compatibility, test_moe, test_seq2seq, tiny
 
@@ -709,7 +717,7 @@ def test_a_row_says_what_training_says(name, tmp_path, monkeypatch):
 
 def test_a_refused_teacher_does_not_hide_the_rest(tmp_path):
     findings = permuted_labels(tmp_path).check()
-    assert row_of(findings, "loss").status == "ok"
+    assert "soft_loss" in row_of(findings, "loss", "ok").found
     assert row_of(findings, "split").status == "ok"
     assert [f.status for f in findings].count("error") == 1
     findings = packed_rows_with_batchmean(tmp_path).check()
@@ -876,6 +884,15 @@ def test_a_large_teacher_in_float32_on_a_gpu_is_told_of_half_of_the_memory():
     for device, mixed in (("cpu", False), ("cuda", True)):
         rows = about_teacher(teacher, tiny.Plain(), torch.device(device), called=True, mixed=mixed)
         assert not [f for f in rows if f.what == "teacher's dtype"]
+
+
+def test_adapters_are_no_newly_initialised_head(tmp_path):
+    LlamaForCausalLM(tiny.llama_config()).save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert newly_initialised(loaded) == []
+    adapted = peft.get_peft_model(loaded, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert newly_initialised(adapted) == []
+    assert newly_initialised(LlamaForCausalLM(tiny.llama_config())) == []  # nothing tells
 
 
 def test_several_processes_wait_for_unused_parameters(tmp_path):
