@@ -330,7 +330,10 @@ def about_lengths(
         mend = "Raise max_length if the models have the positions, or leave it if the start of a text is enough."
         findings.append(warning("lengths", found, mend))
     has = "".join(f", the {side} has {positions} positions" for side, positions in known.items())
-    return findings or [ok("lengths", f"rows of {shortest} to {longest} tokens, padded to {ids.shape[1]}{has}")]
+    found = f"rows of {shortest} to {longest} tokens, padded to {ids.shape[1]}"
+    if "position_ids" in batch:
+        found = f"texts of up to {_longest(ids, head, batch)} tokens in rows of {ids.shape[1]}"
+    return findings or [ok("lengths", found + has)]
 
 
 def _longest(ids: Tensor, head: Head, batch: Mapping[str, Any]) -> int:

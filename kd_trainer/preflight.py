@@ -308,7 +308,8 @@ def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
             times.append(_now(trainer))
         taught = min(after - before for before, after in itertools.pairwise(times))
     passes = "forward and backward" if backward else "forward"
-    found = f"a batch of {count} rows takes {max(whole - taught, 0.0):.3g} s for the student's {passes} and the loss"
+    own = f"{max(whole - taught, 0.0):.3g} s for the student's {passes} and the loss"
+    found = f"a batch of {count} row{'' if count == 1 else 's'} takes {own}"
     return [ok("time", found + (f", {taught:.3g} s for the teacher's forward" if taught else ""))]
 
 

@@ -222,9 +222,7 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
 
     def _end_with_check(self, batch: Mapping[str, Any] | None = None) -> NoReturn:
         """Ends the process: 1 where the check found an error, else 0."""
-        code = int(has_errors(self._check(batch=batch)))
-        self.accelerator.end_training()
-        raise SystemExit(code)
+        raise SystemExit(int(has_errors(self._check(batch=batch))))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results.

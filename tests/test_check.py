@@ -404,6 +404,12 @@ def blocks_of_running_text(tmp_path):
     return build(tmp_path, tiny.models("causal_lm"), data, kd_reduction="tokenmean")
 
 
+@case("ok", "lengths", "texts of up to 14 tokens in rows of 14, the student has 32 positions")
+def texts_with_positions(tmp_path):
+    data = [{**row, "position_ids": list(range(len(row["input_ids"])))} for row in tiny.rows("classification")]
+    return tiny.trainer("classification", tmp_path, data=data)
+
+
 def images(count: int = 16) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     return [{"pixel_values": torch.randn(3, 8, 8, generator=generator), "labels": i % 5} for i in range(count)]
@@ -1088,6 +1094,7 @@ print("trained")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("classes", "code"), [(5, 0), (7, 1)])
 def test_a_script_ends_with_0_or_1(classes, code, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
