@@ -255,6 +255,6 @@ def _tokenizer_beside(teacher: nn.Module, init_kwargs: dict) -> Any:
         return None
     keep = {k: v for k, v in init_kwargs.items() if k in ("revision", "cache_dir", "subfolder", "trust_remote_code")}
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, **keep)
+        return AutoTokenizer.from_pretrained(path, **{"local_files_only": True, "trust_remote_code": False, **keep})
     except Exception:  # upstream raises many kinds where a folder has no tokenizer: then the configs are compared
         return None

@@ -276,6 +276,10 @@ def tell_out_of_memory(inputs: Mapping[str, Any], error: RuntimeError) -> None:
     raise type(error)(f"{told} ({error})") from error
 
 
+# Nothing is unpickled and no code of the checkpoint's runs; left open, upstream asks at the terminal and waits.
+_UNLESS_ASKED = {"use_safetensors": True, "trust_remote_code": False}
+
+
 def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init_kwargs: dict[str, Any]) -> nn.Module:
     """The teacher as a module: itself, or loaded by path with the Auto class of the student's task.
 
@@ -304,9 +308,7 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
         )
     _, auto_class = known
     try:
-        model, info = auto_class.from_pretrained(
-            path, output_loading_info=True, **{"use_safetensors": True, **init_kwargs}
-        )
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, **{**_UNLESS_ASKED, **init_kwargs})
     except Exception as error:  # upstream and safetensors raise many kinds
         said = f"{auto_class.__name__} can load ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         if init_kwargs and isinstance(error, (TypeError, RuntimeError, ImportError)):
@@ -317,6 +319,11 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
             mend = (
                 "Its weights are a pickle, which can run code: save them again as safetensors, or, if you trust "
                 'whoever made it, set teacher_model_init_kwargs to {"use_safetensors": false}.'
+            )
+        if "custom code" in str(error):
+            mend = (
+                "It comes with code of its own: read it, and if you trust it, set teacher_model_init_kwargs to "
+                '{"trust_remote_code": true}.'
             )
         expected = f"a folder with config.json and safetensors weights, or a hub name, that {said}"
         raise ValueError(message("teacher_model", path, expected, mend)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     default_data_collator,
 )
 
+from kd_trainer.compatibility import _tokenizer_beside
 from kd_trainer.teacher import LiveTeacher, load_teacher
 from tests import tiny
 
@@ -160,6 +162,30 @@ def test_safetensors_are_preferred_to_a_pickle_beside_them(pair, tmp_path):
 
 
 # ---- what it is given, what it gives ----
+
+
+def test_code_of_the_checkpoint_runs_only_when_asked_for(pair, tmp_path):
+    """A config and a tokenizer that name code of their own: a model type that transformers does not know."""
+    pair[1].save_pretrained(tmp_path)
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import BertConfig, BertForSequenceClassification\n"
+        "class Config(BertConfig):\n    model_type = 'own'\n"
+        "class Model(BertForSequenceClassification):\n    config_class = Config\n"
+    )
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForSequenceClassification": "own.Model",
+                "AutoTokenizer": ["own.Tokenizer", None]}  # fmt: skip
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": auto_map}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    with pytest.raises(ValueError, match=r"code of its own: .*\{\"trust_remote_code\": true\}"):
+        load_teacher(str(tmp_path), pair[0], {})
+    assert not ran.exists()
+    teacher = load_teacher(str(tmp_path), pair[0], {"trust_remote_code": True})
+    assert ran.exists()
+    ran.unlink()
+    _tokenizer_beside(teacher, {})
+    assert not ran.exists()
 
 
 def test_no_gradients_and_no_training_mode(pair):
