@@ -65,7 +65,9 @@ def test_minimal_gains_from_the_swap(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "margin"), [("text_classification.py", 4), ("image_classification.py", 15)])
+@pytest.mark.parametrize(
+    ("name", "margin"), [("text_classification.py", 4), ("image_classification.py", 15), ("summarization.py", 10)]
+)
 def test_a_task_gains_from_the_swap(name, margin, tmp_path):
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 80
     pattern = r" (\d+\.\d)%"
