@@ -66,7 +66,13 @@ def test_minimal_gains_from_the_swap(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "margin"), [("text_classification.py", 4), ("image_classification.py", 15), ("summarization.py", 10)]
+    ("name", "margin"),
+    [
+        ("text_classification.py", 4),
+        ("image_classification.py", 15),
+        ("token_classification.py", 15),
+        ("summarization.py", 10),
+    ],
 )
 def test_a_task_gains_from_the_swap(name, margin, tmp_path):
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 80
