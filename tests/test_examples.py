@@ -71,6 +71,7 @@ def test_minimal_gains_from_the_swap(tmp_path):
         ("text_classification.py", 4),
         ("image_classification.py", 15),
         ("token_classification.py", 15),
+        ("question_answering.py", 15),
         ("summarization.py", 10),
     ],
 )
