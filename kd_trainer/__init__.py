@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .losses import KLDivergenceLoss as KLDivergenceLoss
     from .losses import SoftTargetLoss as SoftTargetLoss
     from .losses import fit_temperature as fit_temperature
+    from .memory import Memory as Memory
+    from .memory import estimate_memory as estimate_memory
     from .models import MLPConfig as MLPConfig
     from .models import MLPForImageClassification as MLPForImageClassification
     from .students import student_from_teacher as student_from_teacher
@@ -51,6 +53,7 @@ _HOME = {
     ],
     "fused_linear": ["FusedLoss", "fused_linear_distillation", "fused_linear_distillation_plain"],
     "losses": ["DistillationLoss", "KLDivergenceLoss", "SoftTargetLoss", "fit_temperature"],
+    "memory": ["Memory", "estimate_memory"],
     "models": ["MLPConfig", "MLPForImageClassification"],
     "students": ["student_from_teacher"],
     "teacher_inputs": ["TeacherCollator", "add_teacher_inputs"],

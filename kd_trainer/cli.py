@@ -1,7 +1,7 @@
-"""The `kd-trainer` command: `kd-trainer report [NAME=]DIR...` compares the output folders of any runs.
+"""The `kd-trainer` command: `report` compares the output folders of any runs, `memory` tells what a step will take.
 
-For: the command line and its errors (one line, exit code 2). Leaves everything else to `report.py`.
-Imports: the standard library; report when a command runs, so that `--help` costs no import of torch.
+For: the command line and its errors (one line, exit code 2). Leaves everything else to `report.py` and `memory.py`.
+Imports: the standard library; report or memory when a command runs, so that `--help` costs no import of torch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ one row, given in the same order for every name. Without NAME= the folder's own 
   kd-trainer report out/seed*/teacher out/seed*/baseline out/seed*/distilled
 """
 
+_MEMORY_EXAMPLE = """\
+Neither weights nor a device are needed, and nothing is trained; configs/README.md says what is counted.
+
+  kd-trainer memory configs/models/llama-3.2-1b.json configs/models/llama-3.1-8b.json --processes 8 \\
+      --batch-size 4 --sequence-length 2048 --mixed-precision bf16 --student-dtype float32
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command with `argv` (default: sys.argv[1:]); returns 0, or 2 after a one-line error on stderr."""
     arguments = _parser().parse_args(argv)
     try:
-        _report(arguments)
+        {"report": _report, "memory": _memory}[arguments.command](arguments)
     except (OSError, ValueError, TypeError) as error:
         print(f"kd-trainer: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -47,6 +54,35 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", default="report", metavar="DIR", help="where to write (default: %(default)s)")
     report.add_argument("--title", default="Distillation report", help="heading (default: %(default)s)")
     report.add_argument("--no-plots", action="store_true", help="write the tables only")
+    memory = commands.add_parser(
+        "memory",
+        help="what a training step takes in each process: a table of all backends",
+        description="Prints what a training step of a pair takes in each process, in GiB, for every backend.",
+        epilog=_MEMORY_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    config = "folder, file or hub name of its config"
+    memory.add_argument("student", metavar="STUDENT", help=config)
+    memory.add_argument("teacher", metavar="TEACHER", help=config)
+    for name, default, text in (
+        ("processes", 8, "processes of ddp, fsdp2, zero2 and zero3"),
+        ("batch-size", 8, "rows that a process reads at once"),
+        ("sequence-length", 512, "tokens of a row"),
+        ("gradient-accumulation-steps", 1, "as in the training arguments"),
+        ("reduce-bucket-size", 500_000_000, "DeepSpeed's, in elements"),
+    ):
+        memory.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    memory.add_argument("--gradient-checkpointing", action="store_true", help="as in the training arguments")
+    memory.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"), help="default: %(default)s")
+    for side in ("student", "teacher"):
+        text = f"of the {side}'s weights as loaded (default: as its config says)"
+        memory.add_argument(f"--{side}-dtype", metavar="DTYPE", help=text)
+    memory.add_argument("--teacher-bits", type=int, choices=(8, 4), help="of a teacher that bitsandbytes quantises")
+    memory.add_argument(
+        "--optimizer-bytes", type=float, metavar="N", help="of states for each parameter (default: AdamW's)"
+    )
+    memory.add_argument("--kd-loss-implementation", default="auto", choices=("auto", "fused", "full"))
+    memory.add_argument("--kd-task", metavar="TASK", help="where the configs name no architecture")
     return parser
 
 
@@ -57,6 +93,13 @@ def _report(arguments: argparse.Namespace) -> None:
     report = build_report(runs, arguments.output, title=arguments.title, plots=not arguments.no_plots)
     print_table(report)
     print(f"Written to {arguments.output}: {', '.join(path.name for path in report.files)}")
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    from .memory import memory_table
+
+    settings = {name: value for name, value in vars(arguments).items() if name != "command"}
+    print(memory_table(settings.pop("student"), settings.pop("teacher"), **settings))
 
 
 def _named(text: str) -> tuple[str | None, str]:

@@ -30,7 +30,7 @@ from .checks import Shown, check_choice, check_number, fail
 # Elements in one block of rows. One thread wants its buffers in the nearest cache; several threads wait for each other
 # at the end of every operation (for long, where other processes use the cores), so they get fewer and larger blocks;
 # an accelerator wants few launches.
-_BLOCK_ONE_THREAD, _BLOCK_THREADS, _BLOCK_ACCELERATOR = 2**17, 2**22, 2**25
+_BLOCK_ONE_THREAD, _BLOCK_THREADS, BLOCK_ACCELERATOR = 2**17, 2**22, 2**25
 _SMALL = 2**12  # elements below which the plain formula has less overhead than the blocks have gain
 
 
@@ -292,7 +292,7 @@ def _in_blocks(
 
 def _block_elements(device: torch.device) -> int:
     if device.type != "cpu":
-        return _BLOCK_ACCELERATOR
+        return BLOCK_ACCELERATOR
     return _BLOCK_ONE_THREAD if torch.get_num_threads() == 1 else _BLOCK_THREADS
 
 

@@ -149,7 +149,7 @@ def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         hard_weight,
         g["label_smoothing"],
         common,
-        _chunk_rows(g, weight),
+        g["chunk_rows"] or chunk_rows(len(weight), weight.element_size(), on_cpu=weight.device.type == "cpu"),
         g["compiled"],
     )
     return job, hidden, weight, bias
@@ -179,13 +179,23 @@ def _autocast(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
-def _chunk_rows(g: dict[str, Any], weight: Tensor) -> int:
-    if g["chunk_rows"] is not None:
-        return g["chunk_rows"]
-    row = weight.shape[0] * weight.element_size()
-    if weight.device.type != "cpu":
+def chunk_rows(vocabulary: int, itemsize: int, *, on_cpu: bool) -> int:
+    """Positions visited at once, whose logits take `itemsize` bytes each."""
+    row = vocabulary * itemsize
+    if not on_cpu:
         return max(1, GROUP_BYTES // row)
     return max(1, min(max(CHUNK_ROWS, _TILE_BYTES // row), _LARGEST_TILE_BYTES // row))
+
+
+def group_rows(positions: int, chunk: int, vocabulary: int, width: int, itemsize: int) -> int:
+    """Positions whose gradients are multiplied on at once: a chunk, or in half precision as many chunks as pay.
+
+    There the weight's gradient is best made in one product: a float32 sum would be visited once for each chunk.
+    """
+    if itemsize != 2:
+        return chunk
+    most = min(2 * width, GROUP_BYTES // (vocabulary * itemsize))
+    return min(positions, max(chunk, most // chunk * chunk))
 
 
 def _check_numbers(g: dict[str, Any]) -> None:

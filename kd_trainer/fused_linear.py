@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .divergences import log_prob_terms
-from .fused_arguments import CHUNK_ROWS, GROUP_BYTES, Job, Side, read
+from .fused_arguments import CHUNK_ROWS, Job, Side, group_rows, read
 from .reductions import IGNORE_INDEX
 from .visit import compile_pays, visit
 
@@ -335,11 +335,7 @@ class _Products:
     def __init__(self, job: Job, hidden: Tensor, wanted: list[bool], chunk: int) -> None:
         self.hidden, self.student, self.wanted = hidden, job.student, wanted
         n, (vocabulary, width) = hidden.shape[0], self.student.weight.shape
-        self.rows = chunk
-        if wanted[1] and hidden.dtype in (torch.bfloat16, torch.float16):
-            # The weight's gradient in one product: a float32 sum would be visited once for each chunk.
-            most = min(2 * width, GROUP_BYTES // (vocabulary * hidden.element_size()))
-            self.rows = min(n, max(chunk, most // chunk * chunk))
+        self.rows = group_rows(n, chunk, vocabulary, width, hidden.element_size()) if wanted[1] else chunk
         # On CPU, products into so few columns are faster in parts: [512, 49152] @ [49152, 576] takes 16 ms, whole 25.
         self.in_parts = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and 320 < width < 768
         self.grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None

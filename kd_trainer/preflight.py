@@ -3,8 +3,8 @@
 For: `trainer.py`. Gathers the rows of `findings.py` and those that need a forward pass: the loss and its gradient, the
 same loss of the batch in halves and padded further, what soft and hard loss weigh at the logits, the teacher beside the
 untrained student on the evaluation data. Nothing is trained; afterwards everything is as it was.
-Imports: checks, finite, findings, first_look, head_choice, heads, inputs, objective, reductions, router, teacher,
-window; accelerate (on use).
+Imports: checks, finite, findings, first_look, head_choice, heads, inputs, memory, objective, reductions, router,
+teacher, window; accelerate (on use).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -48,10 +49,11 @@ from .first_look import Fit, classes_have_names
 from .head_choice import by_problem_type, head_for
 from .heads import Head
 from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, main_input, model_inputs, vocabulary_rows
+from .memory import estimate_memory
 from .objective import Counts
 from .reductions import IGNORE_INDEX, divide
 from .router import check_router
-from .teacher import AdapterOffTeacher
+from .teacher import ADAPTER_OFF, AdapterOffTeacher
 from .window import Window, named
 
 _EVALUATED = 50  # batches of the evaluation data
@@ -257,7 +259,7 @@ def _run(trial: Trial, findings: _Findings, evaluate: bool) -> None:
         return
     findings.rows += about_path(trial.trainer._fit, trial.fit.student, trial.trainer.kd_args.kd_loss_implementation)
     parts: dict[str, Callable[[Trial, _Findings], list[Finding]]]
-    parts = {"split": _halves, "padding": _more_padding, "soft and hard": _shares}
+    parts = {"memory": _memory, "split": _halves, "padding": _more_padding, "soft and hard": _shares}
     for what, part in {**parts, **({"teacher's quality": _teacher_beside_student} if evaluate else {})}.items():
         with findings.attempt(what):
             findings.rows += part(trial, findings)
@@ -268,10 +270,7 @@ def _step(trial: Trial) -> list[Finding]:
     trainer, fit = trial.trainer, trial.fit
     fit.student.train()
     # Where the student is sharded, or saves memory in a way that begins with training, no gradient is asked for.
-    checkpointing = any(
-        getattr(trainer.args, name, False) for name in ("activation_checkpointing", "gradient_checkpointing")
-    )
-    backward = trial.whole and not checkpointing
+    backward = trial.whole and not _checkpoints_activations(trainer.args)
     seconds = math.inf
     for _ in range(2):
         trainer._window = Window(trainer.args.device)
@@ -296,6 +295,10 @@ def _step(trial: Trial) -> list[Finding]:
     if trial.whole:
         rows += _seconds(trial, seconds, backward)
     return [*rows, *_gradient(trainer, fit.student)] if backward else rows
+
+
+def _checkpoints_activations(args: Any) -> bool:
+    return any(getattr(args, name, False) for name in ("activation_checkpointing", "gradient_checkpointing"))
 
 
 def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
@@ -333,6 +336,47 @@ def _gradient(trainer: Any, student: nn.Module) -> list[Finding]:
         waits = trainer.args.world_size > 1 and not trainer.args.ddp_find_unused_parameters
         rows.append(warning("gradient", f"{found}: DDP waits for them", mend) if waits else ok("gradient", found))
     return rows
+
+
+def _memory(trial: Trial, findings: _Findings) -> list[Finding]:
+    """What a training step will take, beside what there is."""
+    trainer, fit, args = trial.trainer, trial.fit, trial.trainer.args
+    if trainer.teacher is None or not trial.whole:
+        return []
+    own, on_gpu = isinstance(trainer.teacher, AdapterOffTeacher), args.device.type == "cuda"
+    try:
+        memory = estimate_memory(
+            fit.student,
+            ADAPTER_OFF if own else trainer.teacher.model,
+            backend="single" if args.world_size == 1 else "ddp",
+            processes=args.world_size,
+            batch={name: value for name, value in trial.batch.items() if isinstance(value, Tensor)},
+            mixed_precision=trainer.accelerator.mixed_precision,
+            gradient_checkpointing=_checkpoints_activations(args),
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            kd_task=fit.head.name,
+            kd_loss_implementation="full" if fit.heads is None else "fused",
+            device="cuda" if on_gpu else "cpu",
+        )
+    except Exception as reason:  # not every forward runs without contents, and a check must not fail for that
+        return [ok("memory", f"not estimated: {(str(reason).splitlines() or [type(reason).__name__])[0]}")]
+    room = torch.cuda.mem_get_info(args.device)[1] if on_gpu else psutil.virtual_memory().total
+    parts = ("student", "gradients", "optimizer", "teacher", "activations", "loss")
+    each = ", ".join(f"{part} {_amount(getattr(memory, part))}" for part in parts)
+    found = f"about {_amount(memory.total)} a process at the peak of a step, of {_amount(room)}: {each}"
+    shared = 1 if on_gpu else args.world_size
+    if memory.total * shared < 0.9 * room:
+        return [ok("memory", found)]
+    mend = (
+        "Lower the batch size with gradient_accumulation_steps, set gradient_checkpointing, or load the teacher in "
+        "bfloat16 or 8 bits; configs/README.md: From one GPU to many."
+    )
+    return [warning("memory", found, mend)]
+
+
+def _amount(count: float) -> str:
+    unit, size = next((unit, size) for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 0)) if count >= size)
+    return f"{count / max(size, 2**10):.3g} {unit}"
 
 
 # ---- the same loss, differently cut ----

@@ -1155,3 +1155,32 @@ def test_a_sharded_student_is_checked_by_kd_run(tmp_path):
             for what in ("split", "padding"):  # the rows of the first process are the first of the data
                 expected = row_of(alone.check(evaluate=False), what).found.partition(":")[0]
                 assert expected.replace(" ", "") in re.sub(r"\s", "", printed)
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("task", ["plain", "classification", "causal_lm", "question_answering"])
+def test_memory_is_that_of_the_estimate(task, tmp_path):
+    run = tiny.trainer(task, tmp_path)
+    row = row_of(run.check(evaluate=False), "memory", "ok")
+    own = sum(p.numel() for p in run.model.parameters()) * 4 / 2**10
+    teachers = sum(p.numel() for p in run.teacher.model.parameters()) * 4 / 2**10
+    assert f"student {own:.3g} KiB" in row.found
+    assert f"teacher {teachers:.3g} KiB" in row.found
+
+
+def test_a_step_that_does_not_fit_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(total=2**17))
+    row = row_of(tiny.trainer("classification", tmp_path).check(evaluate=False), "memory", "warning")
+    assert "of 128 KiB" in row.found
+    assert "gradient_accumulation_steps" in row.mend
+
+
+def test_a_forward_that_reads_its_numbers_is_not_estimated(tmp_path):
+    class Reads(tiny.Plain):
+        def forward(self, features):
+            return super().forward(features * (1 if features.sum() > 0 else 2))
+
+    run = tiny.trainer("plain", tmp_path, pair=(Reads(), tiny.Plain()))
+    assert row_of(run.check(evaluate=False), "memory", "ok").found.startswith("not estimated: ")

@@ -328,7 +328,7 @@ def long_rows(count):
 )  # fmt: skip
 def test_the_logits_never_exist(name, tmp_path, monkeypatch):
     """From the first step on; the tile of a chunk holds as many rows as it is allowed, here few."""
-    monkeypatch.setattr("kd_trainer.fused_arguments._chunk_rows", lambda *_: 8)
+    monkeypatch.setattr("kd_trainer.fused_arguments.chunk_rows", lambda *_, **__: 8)
     monkeypatch.setattr("kd_trainer.fused_arguments._TILE_BYTES", 0)
     monkeypatch.setattr("kd_trainer.fused_linear._KEPT", threading.local())
     monkeypatch.setitem(test_fused_architectures.COMMON, "vocab_size", CLASSES)

@@ -50,6 +50,8 @@ ORDER = [
     "window",
     "checkpoints",
     "first_look",
+    "fake_step",
+    "memory",
     "findings",
     "preflight",
     "trainer",
