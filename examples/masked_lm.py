@@ -1,6 +1,6 @@
 """Masked language model: a student that has seen 200 functions learns from a teacher that has seen 6,000.
 
-    python examples/masked_lm.py     # about 75 seconds on one CPU core
+    python examples/masked_lm.py     # about 65 seconds on one CPU core
 
 Source code of the standard library, one token of seven masked. Both students see the same 200 functions, masked anew
 in every batch. Lines marked `# new:` are what distillation adds; `eval_loss` is then a mixture, and exp of it no

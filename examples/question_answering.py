@@ -1,6 +1,6 @@
 """Question answering: a student with 200 answered questions learns where a teacher sees the answers to 3,400 others.
 
-    python examples/question_answering.py     # about 45 seconds on one CPU core
+    python examples/question_answering.py     # about 40 seconds on one CPU core
 
 What does a function of the standard library return, raise, loop over, test first? The answer is a span of its text:
 the tokens where it starts and ends. Without an answer both are -100, as is an end that was cut off. The soft loss sees

@@ -1,6 +1,6 @@
 """Summarization: a teacher writes summaries of texts that nobody summarised, and a student learns from them.
 
-    python examples/summarization.py     # about 68 seconds on one CPU core
+    python examples/summarization.py     # about 55 seconds on one CPU core
 
 A summary is the first five words of four letters and more, of 12 of a docstring. The teacher, a BART, had 3,700 pairs;
 the student, a smaller BART, has 300. Soft labels belong to the tokens of a summary, which 3,000 further sources lack:

@@ -1,6 +1,6 @@
 """Token classification: a student with 50 labelled rows learns what a teacher says of every word in 6,000 others.
 
-    python examples/token_classification.py     # about 45 seconds on one CPU core
+    python examples/token_classification.py     # about 65 seconds on one CPU core
 
 Which kind of name is each word of a function of the standard library? A word's label stands at its first token; its
 other tokens have -100, no label, and so have all tokens of a row that nobody labelled. The teacher had all labels, the
