@@ -145,6 +145,13 @@ class CompleteCheckpoints(_InFrontOf):
             resume_from_checkpoint = self._on_main_process(lambda: self._checked(named))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's; nothing for a run that was resumed at its end, where upstream would take one step more."""
+        if self.is_in_train and 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def _checked(self, named: Path | None) -> str:
         """The checkpoint to resume from, every file of it read: the one that is named, or the newest."""
         output_dir = Path(str(self.args.output_dir))

@@ -31,7 +31,7 @@ def main(out: Path) -> None:
         data=tiny.rows("classification", 100),
         max_steps=STEPS,
         optim="adamw_torch",
-        lr_scheduler_type="linear",
+        lr_scheduler_type="inverse_sqrt",  # not 0 at the end: a step too many must show
         kd_schedule="cosine",
         kd_alpha_end=0.2,
         train_sampling_strategy="random",

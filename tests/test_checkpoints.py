@@ -116,6 +116,15 @@ def test_passing_over_a_damaged_one_ends_in_the_same_weights(run_folder, origina
     assert damage(run_folder / "checkpoint-6") is None, "it was written anew"
 
 
+def test_a_run_that_had_ended_takes_no_further_step(run_folder, original):
+    """Killed after its last checkpoint: upstream would go on to the end of the optimizer step after it."""
+    resumed = tiny.trainer("plain", run_folder, **STEPS)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert torch.equal(tiny.weights(resumed.model), original[1])
+    assert not (run_folder / "checkpoint-7").exists()
+
+
 def test_no_whole_checkpoint_at_all(run_folder):
     for step in (2, 4, 6):
         (run_folder / f"checkpoint-{step}" / "optimizer.pt").unlink()
