@@ -60,6 +60,7 @@ class FakeStep:
     Args:
         autocast: the dtype of mixed precision where the forward casts; None where it does not.
         gradient_bytes: what of an entry of a gradient stays in this process, 0 where that is counted elsewhere.
+        bucket_bytes: what backward takes besides.
         on_cpu: the sizes of a run on CPU, where the fused loss keeps its tiles from step to step.
 
     Attributes:
@@ -68,8 +69,9 @@ class FakeStep:
         gathered: the most weights that were gathered at once; tiles: of the fused loss.
     """
 
-    def __init__(self, *, autocast: torch.dtype | None, gradient_bytes: float, on_cpu: bool) -> None:
-        self.autocast, self.gradient_bytes, self.on_cpu = autocast, gradient_bytes, on_cpu
+    def __init__(self, *, autocast: torch.dtype | None, gradient_bytes: float, bucket_bytes: int, on_cpu: bool) -> None:
+        self.autocast, self.on_cpu = autocast, on_cpu
+        self.gradient_bytes, self.bucket_bytes = gradient_bytes, bucket_bytes
         self.live, self.in_backward = _Live(), False
         self.teacher_forward = self.activations = self.loss = self.gathered = self.tiles = 0
         self._units: list[_Unit] = []
@@ -135,6 +137,7 @@ class FakeStep:
             live.peak = max(live.peak, peak)
             del made, taught
             self.gather(-whole)
+            live.hold(self.bucket_bytes)
             self.in_backward = True
             loss.backward()
 

@@ -133,11 +133,13 @@ def estimate_memory(
     # Gradients that lie there through both forwards: accumulated ones, and the memory that ZeRO-3 keeps for them.
     early = gradients if gradient_accumulation_steps > 1 or backend == "zero3" else 0.0
     mirrored = gradients if backend == "ddp" else 0.0
+    # ZeRO-2 has two buckets, with overlap_comm, during backward; ZeRO-3 one from the start.
     buckets = {"zero2": 2, "zero3": 1}.get(backend, 0) * reduce_bucket_size * dtypes.trained.itemsize
 
     step = FakeStep(
         autocast=None if deepspeed else PRECISIONS[mixed_precision],
         gradient_bytes=0.0 if early else dtypes.trained.itemsize * state_share,
+        bucket_bytes=buckets if backend == "zero2" else 0,
         on_cpu=device == "cpu",
     )
     with FakeTensorMode(), warnings.catch_warnings():
@@ -155,7 +157,7 @@ def estimate_memory(
         head = _head(student_model, kd_task)
         columns = _columns(student_model, head, batch_size, sequence_length) if batch is None else batch
         step.run(student_model, teacher_model, head, columns, kd_loss_implementation)
-    fixed = student_bytes + teacher_bytes + optimizer + early + mirrored + buckets
+    fixed = student_bytes + teacher_bytes + optimizer + early + mirrored + buckets - step.bucket_bytes
     # After backward: the gradients, and what they are stepped with.
     last = gradients - early + copies + step.tiles * step.on_cpu
     return Memory(
@@ -166,7 +168,7 @@ def estimate_memory(
         teacher_forward=step.teacher_forward,
         activations=step.activations,
         loss=step.loss,
-        backend=round(buckets) + step.gathered,
+        backend=buckets + step.gathered,
         total=round(fixed + max(step.peak, last)),
     )
 

@@ -88,10 +88,11 @@ def test_help_imports_neither_torch_nor_transformers(tmp_path):
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
         "heavy = {'torch', 'transformers', 'matplotlib', 'rich', 'numpy'} & set(sys.modules)\nassert not heavy, heavy\n"
     )
-    for arguments in (["--help"], ["report", "--help"]):
-        command = [sys.executable, "-c", code, *arguments]
+    shown = {"--help": "memory", "memory --help": "--teacher-bits", "report --help": "report"}
+    for arguments, word in shown.items():
+        command = [sys.executable, "-c", code, *arguments.split()]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert "report" in done.stdout
+        assert word in done.stdout
     assert "teacher=out/teacher" in done.stdout
     assert "--no-plots" in done.stdout

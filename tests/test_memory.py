@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, T5Config, ViTConfig
 
 from kd_trainer import MLPConfig, estimate_memory
 from kd_trainer.cli import main
-from kd_trainer.fake_step import _Live
+from kd_trainer.fake_step import FakeStep, _Live, without_contents
+from kd_trainer.heads import HEADS
 from kd_trainer.memory import BACKENDS
 from tests import launch, memory_run, tiny
 
@@ -29,7 +31,8 @@ PART = 0.08
 
 # ---- against runs ---------------------------------------------------------------------------------------------------
 
-linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident bytes are read from /proc")
+LINUX = Path("/proc/self/clear_refs").exists()
+linux = pytest.mark.skipif(not LINUX, reason="resident bytes are read from /proc")
 TWO = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPModule", "zero2": "DeepSpeedEngine", "zero3": "DeepSpeedEngine"}
 
 
@@ -143,7 +146,7 @@ PUBLISHED = {  # parameters, as the model cards have them
 
 @pytest.mark.parametrize(("student", "teacher"), [("llama-3.2-1b", "llama-3.1-8b"), ("qwen2.5-0.5b", "qwen2.5-7b")])
 def test_sizes_are_the_published_ones_and_no_weights_are_made(student, teacher):
-    before = memory_run.resident("VmHWM") if linux.args[0] is False else 0
+    before = memory_run.resident("VmHWM") if LINUX else 0
     configs = (str(MODELS / f"{name}.json") for name in (student, teacher))
     memory = estimate_memory(*configs, batch_size=1, sequence_length=8)
     assert (memory.student, memory.teacher) == (2 * PUBLISHED[student], 2 * PUBLISHED[teacher])  # bfloat16, both
@@ -166,6 +169,21 @@ def test_a_process_has_its_share():
     assert (memory.student, memory.teacher, memory.gradients) == (whole.student, whole.teacher, whole.gradients // 4)
     assert memory.optimizer == 3 * whole.student // 4  # DeepSpeed's own weights, and two states
     assert memory.backend == 2 * 10 * 4
+    large = of_llamas(backend="zero2", processes=4, reduce_bucket_size=10**8)
+    assert large.total > memory.total + 2 * 10**8 * 4 - memory.loss  # the buckets come when the loss's memory has gone
+
+
+def test_every_gradient_is_kept_after_backward():
+    with torch.device("meta"):
+        student, teacher = LlamaForCausalLM(llama()), LlamaForCausalLM(llama(4))
+    step = FakeStep(autocast=None, gradient_bytes=0.25, bucket_bytes=12, on_cpu=False)
+    with FakeTensorMode():
+        ours, theirs = without_contents(student, torch.float32), without_contents(teacher, torch.float32)
+        batch = {"input_ids": torch.empty(2, 32, dtype=torch.long)}
+        step.run(ours, theirs.requires_grad_(False), HEADS["causal_lm"], batch, "auto")
+    assert step.live.held == sum(p.numel() for p in student.parameters()) // 4 + 12
+    assert step.live.made == 0
+    assert all(p.is_meta for p in student.parameters())
 
 
 def test_mixed_precision_and_dtypes():
