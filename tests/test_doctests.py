@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 
-MODULES = ["divergences", "distributions", "reductions", "losses"]
+MODULES = ["divergences", "sparse", "distributions", "reductions", "losses"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -16,6 +16,7 @@ ORDER = [
     "checks",
     "files",
     "divergences",
+    "sparse",
     "distributions",
     "reductions",
     "losses",
