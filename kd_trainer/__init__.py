@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache import CachedTeacher as CachedTeacher
     from .data import soft_target_data as soft_target_data
     from .data import synthetic_classification as synthetic_classification
     from .divergences import DIVERGENCES as DIVERGENCES
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "cache": ["CachedTeacher"],
     "data": ["synthetic_classification", "soft_target_data"],
     "divergences": [
         "DIVERGENCES",

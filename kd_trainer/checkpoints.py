@@ -7,10 +7,8 @@ says nothing. Imports: checks, files, transformers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .checks import Shown, fail, message
-from .files import write_atomically
+from .files import digest, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ def finish(folder: Path, *, step: int, processes: int, resumable: bool) -> None:
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        digests = list(pool.map(lambda path: _digest(path, sync=True), paths))
+        digests = list(pool.map(lambda path: digest(path, sync=True), paths))
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(paths, digests, strict=True)
@@ -89,7 +87,7 @@ def damage(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{path.name} has {path.stat().st_size} bytes, of {size} that were written"
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_digest, files)
+        digests = pool.map(digest, files)
         changed = [path.name for path, digest in zip(files, digests, strict=True) if digest != files[path][1]]
     return f"{changed[0]} is not what was written (its SHA-256 differs)" if changed else None
 
@@ -183,17 +181,17 @@ class CompleteCheckpoints(_InFrontOf):
             )
         return str(found)
 
-    def _on_main_process(self, ask: Callable[[], str]) -> str:
-        """The answer of the main process; its ValueError is raised in every process."""
+    def _on_main_process(self, ask: Callable[[], Any]) -> Any:
+        """The answer of the main process; its ValueError or RuntimeError is raised in every process."""
         answer: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
                 answer[0] = ask()
-            except ValueError as error:
-                answer[1] = str(error)
+            except (ValueError, RuntimeError) as error:
+                answer[1] = error
         broadcast_object_list(answer)
         if answer[1] is not None:
-            raise ValueError(answer[1])
+            raise answer[1]
         return answer[0]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -261,13 +259,3 @@ def _mark(folder: Path) -> Path:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-
-
-def _digest(path: Path, *, sync: bool = False) -> str:
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        digest = hashlib.sha256()
-        for block in iter(lambda: file.read(2**22), b""):
-            digest.update(block)
-    return digest.hexdigest()

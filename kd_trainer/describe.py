@@ -42,17 +42,21 @@ def start_block(
     counts: Counts,
     *,
     labelled: bool,
+    cached: str | None = None,
 ) -> str:
     """The lines before the first step: models, task, formula with its numbers, and what may surprise.
 
     Args:
         first, last: the objective at the first step and at the end of its schedule.
         counts: of the first optimizer step on this process; labelled: whether the batch has labels.
+        cached: a line on the teacher where its outputs are read from disk.
     """
     lines = [f"student  {describe(student)}"]
     if teacher is not None:
         ratio = count_parameters(teacher) / max(count_parameters(student), 1)
         lines = [f"teacher  {describe(teacher)} ({ratio:.1f}x the student)", *lines]
+    if cached is not None:
+        lines = [f"teacher  {cached}", *lines]
     lines += [f"task     {head.name}", first.formula(head)]
     if first != last:
         lines.append(f"at the end of the schedule: {last.formula(head)}")

@@ -1,13 +1,25 @@
-"""Files written whole or not at all. Imports: the standard library only."""
+"""Files written whole or not at all, and their digests. Imports: the standard library only."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
+def digest(path: Path, *, sync: bool = False) -> str:
+    """SHA-256 of a file's content, read in blocks; `sync`: which is on the disk afterwards."""
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        found = hashlib.sha256()
+        for block in iter(lambda: file.read(2**22), b""):
+            found.update(block)
+    return found.hexdigest()
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes | memoryview) -> Path:
     """Writes to a temporary name in the same folder, syncs, renames: a reader sees the old file or the new one.
 
     The folder is made where it does not exist; text is UTF-8.

@@ -2,7 +2,7 @@
 
 For: `preflight.py`, which gathers them and runs the models. What training would refuse is refused elsewhere and becomes
 a row here; what is added here is suspicious and not always wrong.
-Imports: checks, compatibility, describe, first_look, heads, inputs, objective, reductions, teacher; rich.
+Imports: cache, checks, compatibility, describe, first_look, heads, inputs, objective, reductions, teacher; rich.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from .cache import CachedTeacher
 from .checks import Message, Shown, fail
 from .compatibility import class_order, classes_compared
 from .describe import count_parameters, describe
@@ -136,11 +137,13 @@ def about_student(student: nn.Module, *, fp16: bool) -> list[Finding]:
 
 
 def about_teacher(
-    teacher: LiveTeacher | None, student: nn.Module, device: torch.device, *, called: bool, mixed: bool
+    teacher: LiveTeacher | CachedTeacher | None, student: nn.Module, device: torch.device, *, called: bool, mixed: bool
 ) -> list[Finding]:
     """Size, mode, dtype and head of the teacher as it was given; `called`: whether training asks it at all."""
     if teacher is None:
         return [] if called else [ok("teacher", "none: kd_alpha is 0, the loss is the labels' alone")]
+    if isinstance(teacher, CachedTeacher):
+        return [ok("teacher", teacher.describe())]
     if isinstance(teacher, AdapterOffTeacher):
         return [ok("teacher", "the student with its adapters off")]
     model, size = teacher.model, count_parameters(teacher.model)

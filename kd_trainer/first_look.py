@@ -8,14 +8,19 @@ transformers.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .cache import CachedTeacher
+from .cache_identity import tokenizer_identity
 from .checks import Shown, fail
 from .compatibility import (
     check_same_tokens,
@@ -28,7 +33,7 @@ from .compatibility import (
 from .finite import FiniteWatch, bad_rows
 from .fused_forward import NotPlain, OutputHead, few_products
 from .head_choice import CLASSIFICATIONS, by_problem_type, head_for, head_from_logits
-from .heads import Head, check_label_range, logits_of
+from .heads import HEADS, Head, check_label_range, logits_of
 from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, decoder_input_ids, vocabulary_rows
 from .router import check_router, notes_on_own_losses
 from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, check_ids, load_teacher
@@ -60,6 +65,19 @@ def classes_have_names(student: nn.Module, head: Head | None) -> bool:
     return not numbers and (head is None or head.name in CLASSIFICATIONS)
 
 
+@contextmanager
+def same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Afterwards all random numbers go on as if nothing had been drawn inside."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    devices = [] if device.type in ("cpu", "mps") else [device]
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
+
+
 class Fit(NamedTuple):
     """What the first batch told about the models; made once for a student."""
 
@@ -68,15 +86,18 @@ class Fit(NamedTuple):
     head: Head
     accepted: frozenset[str] | None  # names of the student's inputs
     common_ids: int | None = None  # ids that both vocabularies have, where they differ in size: see `compatibility`
-    heads: tuple[OutputHead, OutputHead] | None = None  # of student and teacher, where the loss needs no logits
+    # Of student and teacher, where the loss needs no logits; the teacher's None where its outputs come from a cache.
+    heads: tuple[OutputHead, OutputHead | None] | None = None
     notes: tuple[str, ...] = ()  # lines for the start block
+    known_by: str | None = None  # by what the tokens of both are known to be the same: see `compatibility`
 
 
 class FirstLook(_InFrontOf):
     """Loads the teacher and looks at the first batch; `trainer.DistillationMixin` sets what is declared here."""
 
     kd_args: DistillationArguments
-    teacher: LiveTeacher | None
+    teacher: LiveTeacher | CachedTeacher | None
+    _given_teacher: Any  # as it was given, by whichever argument
     _always_hard: bool
     _finite: FiniteWatch
     _fit: Fit | None
@@ -97,15 +118,31 @@ class FirstLook(_InFrontOf):
             mend = "Pass teacher_model= to the trainer, set teacher_model_name_or_path, or set kd_alpha to 0."
             fail("teacher_model", None, f"a teacher, with kd_alpha {self.kd_args.kd_alpha:g}", mend)
 
-    def _load_teacher(self, given: nn.Module | str | Path | None) -> LiveTeacher | None:
+    def _load_teacher(self, given: Any) -> LiveTeacher | CachedTeacher | None:
         kd, named = self.kd_args, self.kd_args.teacher_model_name_or_path
         if given is not None and named is not None and str(given) != named:
             expected = "nothing beside the argument teacher_model of the trainer"
             fail("teacher_model_name_or_path", named, expected, "Give the teacher once.")
-        given = named if given is None else given
+        self._given_teacher = given = named if given is None else given
         self._require_teacher(given)
+        if isinstance(given, CachedTeacher):
+            of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_cache_dir": kd.teacher_cache_dir}
+            for name, value in of_another.items():
+                if value:
+                    fail(name, value, "nothing with a CachedTeacher, which has all of it", "Leave it out.")
+            return given
         if given is None:
             return None
+        if self._cache_is_there():
+            return CachedTeacher(str(kd.teacher_cache_dir))
+        return self._load_live(given)
+
+    def _cache_is_there(self) -> bool:
+        """Whether a finished cache makes the live teacher unnecessary: see `offline.py`."""
+        return False
+
+    def _load_live(self, given: nn.Module | str | Path) -> LiveTeacher:
+        kd = self.kd_args
         student = self.accelerator.unwrap_model(self.model)
         head = head_for(student, kd.kd_task, self._loss_shifts_labels)
         if isinstance(given, str) and given == ADAPTER_OFF:
@@ -136,11 +173,14 @@ class FirstLook(_InFrontOf):
         teacher_logits = known_by = None
         if isinstance(self.teacher, AdapterOffTeacher) and self.teacher.model is not student:  # from model_init
             self.teacher = AdapterOffTeacher(student, over_tokens=head is not None and head.over_tokens)
-        if self.teacher is not None:
+        if isinstance(self.teacher, LiveTeacher):
             self.teacher.prepare(self.args.device, self.accelerator)
             known_by = self._check_tokens(student, self.teacher, head, batch)
+        theirs: int | None = None
+        if isinstance(self.teacher, CachedTeacher):
+            head, theirs, known_by = self._check_cached(student, self.teacher, head)
         heads, heads_notes = self._output_heads(student, head)
-        if head is None or self.teacher is not None:
+        if isinstance(self.teacher, LiveTeacher) or (head is None and self.teacher is None):
             batch = self._with_decoder_inputs(student, head, self._prepare_inputs(dict(batch)))
             try:
                 teacher_logits = self._probe(batch, None if heads is None else heads[1], head)
@@ -159,6 +199,7 @@ class FirstLook(_InFrontOf):
             notes = ("the teacher is the student with its adapters off",)
         if teacher_logits is not None:  # as many as the student's, or `check_shapes` says so
             theirs = teacher_logits.shape[-1]
+        if theirs is not None:
             classes = theirs if classes is None else classes
             if head.over_tokens and classes != theirs:
                 shared = common_ids(classes, theirs, known_by)
@@ -167,7 +208,7 @@ class FirstLook(_InFrontOf):
             check_label_range(targets, classes)
         model = cast(nn.Module, self.model)
         notes = (*notes, *heads_notes, *notes_on_own_losses(student))
-        self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, notes)
+        self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, notes, known_by)
         if heads is None and not self.is_in_train:  # training prints all notes in its start block
             for note in heads_notes:
                 logger.warning("[kd_trainer] %s", note)
@@ -175,7 +216,7 @@ class FirstLook(_InFrontOf):
 
     def _output_heads(
         self, student: nn.Module, head: Head | None
-    ) -> tuple[tuple[OutputHead, OutputHead] | None, tuple[str, ...]]:
+    ) -> tuple[tuple[OutputHead, OutputHead | None] | None, tuple[str, ...]]:
         """Student's and teacher's output heads where the loss can do without logits, and a line for the start block."""
         wanted = self.kd_args.kd_loss_implementation
         if wanted == "full" or self.teacher is None or self._always_hard:
@@ -191,12 +232,13 @@ class FirstLook(_InFrontOf):
         try:
             if self.args.torch_compile or self.teacher.compiled:
                 raise NotPlain("a compiled forward cannot leave its output head out")
-            heads = OutputHead(student), OutputHead(self.teacher.model)
-            if heads[0].module.weight.device != heads[1].module.weight.device:
+            ours = OutputHead(student)
+            theirs = OutputHead(self.teacher.model) if isinstance(self.teacher, LiveTeacher) else None
+            if theirs is not None and ours.module.weight.device != theirs.module.weight.device:
                 raise NotPlain("the output heads of student and teacher are on different devices")
         except NotPlain as reason:
             return None, (self._full_logits(reason),)
-        return heads, ("the loss is computed inside the output heads: no logits are held",)
+        return (ours, theirs), ("the loss is computed inside the output heads: no logits are held",)
 
     def _full_logits(self, reason: NotPlain) -> str:
         """The line that says why; an error where nothing but the fused loss was asked for."""
@@ -228,12 +270,41 @@ class FirstLook(_InFrontOf):
             check_ids(teacher.inputs(batch), theirs)
         return known_by
 
+    def _check_cached(
+        self, student: nn.Module, teacher: CachedTeacher, head: Head | None
+    ) -> tuple[Head, int | None, str | None]:
+        """(head, classes of the teacher, by what its tokens are known to be the student's) of a cache."""
+        manifest = teacher.manifest
+        kept = HEADS[manifest["task"]]
+        if head is not None and head.name != kept.name:
+            mend = "Train a student of that task, or build a cache for this one."
+            fail("teacher_cache", Shown(f"one for the task {kept.name!r}"), f"{head.name!r}, the student's", mend)
+        if kept.token_level and self.kd_args.kd_positions != manifest["positions"]:
+            expected = f"{manifest['positions']!r}, the positions that the teacher cache holds"
+            fail("kd_positions", self.kd_args.kd_positions, expected, f"Set it to {manifest['positions']}.")
+        ends = (self.kd_args.kd_temperature, self.kd_args.kd_temperature_end)
+        teacher.check_objective(self.kd_args.kd_divergence, [end for end in ends if end is not None])
+        names = getattr(getattr(student, "config", None), "id2label", None)
+        if manifest["labels"] and names and manifest["labels"] != {str(i): str(n) for i, n in names.items()}:
+            mend = "Give the student's config the id2label with which the cache was built, or build one for it."
+            because = "class i of one must mean class i of the other"
+            fail("id2label", dict(names), f"{manifest['labels']} as in the teacher cache", mend, because=because)
+        known_by, ours = manifest["known_by"], tokenizer_identity(self.processing_class)
+        if kept.over_tokens and ours is not None and manifest["tokenizer"] is not None:
+            if ours != manifest["tokenizer"]:
+                because = "class i of one would mean another token than class i of the other"
+                mend = "Train with the tokenizer that made the cache."
+                expected = "the tokens of the teacher cache (their hashes differ)"
+                fail("processing_class", Shown("a tokenizer of other tokens"), expected, mend, because=because)
+            known_by = "tokenizers"
+        return kept, manifest["vocabulary"], known_by
+
     def _probe(self, batch: Mapping[str, Any], output_head: OutputHead | None, head: Head | None) -> Tensor | None:
         """The teacher's logits on the first batch: their shape tells the head, their values whether it is alive.
 
         Of a few positions only, where the loss will do without logits.
         """
-        if self.teacher is None:
+        if not isinstance(self.teacher, LiveTeacher):
             return None
         if output_head is None:
             read = logits_of if head is None else head.logits

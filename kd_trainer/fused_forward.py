@@ -272,27 +272,24 @@ def whole_weight(head: OutputHead) -> Iterator[tuple[Tensor, Tensor | None]]:
         yield weight, bias
 
 
-def head_weights(
-    student: OutputHead,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher: OutputHead,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    teacher_hidden: Tensor,
-) -> dict[str, Any]:
-    """Both output heads by the argument names of `fused_linear_distillation`."""
-    if not torch.is_autocast_enabled(teacher_hidden.device.type):
-        # Under FSDP2 the teacher computes in half precision from weights kept in float32.
-        teacher_weight = teacher_weight.to(teacher_hidden.dtype)
-        teacher_bias = None if teacher_bias is None else teacher_bias.to(teacher_hidden.dtype)
+def student_side(head: OutputHead, weight: Tensor, bias: Tensor | None) -> dict[str, Any]:
+    """The student's output head by the argument names of `fused_linear_distillation`."""
     return {
-        "student_weight": student_weight,
-        "student_bias": student_bias,
-        "student_scale": student.scale,
-        "student_softcap": student.softcap,
-        "teacher_weight": teacher_weight,
-        "teacher_bias": teacher_bias,
-        "teacher_scale": teacher.scale,
-        "teacher_softcap": teacher.softcap,
+        "student_weight": weight,
+        "student_bias": bias,
+        "student_scale": head.scale,
+        "student_softcap": head.softcap,
+    }
+
+
+def teacher_side(head: OutputHead, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> dict[str, Any]:
+    """The teacher's, for these hidden states of it."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        # Under FSDP2 the teacher computes in half precision from weights kept in float32.
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    return {
+        "teacher_weight": weight,
+        "teacher_bias": bias,
+        "teacher_scale": head.scale,
+        "teacher_softcap": head.softcap,
     }

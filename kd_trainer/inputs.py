@@ -31,6 +31,8 @@ NOT_INPUTS = frozenset(
     }
 )
 TEACHER_PREFIX = "teacher_"
+# A column of the dataset that says which row it is: a teacher cache is joined by it. No model reads it.
+ROW_ID = TEACHER_PREFIX + "row_id"
 
 
 def check_batch(batch: Any) -> None:

@@ -4,7 +4,7 @@
 
 S_* are sums over THIS micro-batch, D_* count positions (or rows) over ALL micro-batches of the optimizer step and all
 processes, so the loss does not depend on how a batch is split. Leaves the counting across processes to `trainer.py`.
-Imports: checks, fused_linear, heads, inputs, joint, losses, reductions.
+Imports: checks, fused_linear, heads, inputs, joint, losses, outputs, reductions, sparse.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from .heads import Head
 from .inputs import main_input
 from .joint import is_small, joint_loss
 from .losses import SoftTargetLoss
+from .outputs import Sparse, TeacherOutput
 from .reductions import IGNORE_INDEX, divide, select_positions
+from .sparse import Samples, TopK, sampled_forward_kl, top_k_divergence
 
 
 class Counts(NamedTuple):
@@ -87,7 +89,7 @@ class Objective:
         head: Head,
         soft_loss: SoftTargetLoss,
         student_logits: Tensor,
-        teacher_logits: Tensor | None,
+        teacher: Tensor | Sparse | None,
         inputs: Mapping[str, Any],
         counts: Counts,
         *,
@@ -97,26 +99,34 @@ class Objective:
 
         Args:
             soft_loss: sums T^2 * D over the positions it is given (reduction "sum").
-            student_logits: [B, C] or [B, S, C]; teacher_logits: the same, or None where the teacher is not called.
+            student_logits: [B, C] or [B, S, C].
+            teacher: logits of the same shape; or `TopK` or `Samples` [B, k] or [B, S, k]; or None where the teacher is
+                not called.
             counts: the denominators of the whole optimizer step, and the scale.
             common_ids: where the vocabularies differ in size, soft loss and agreement are over the first `common_ids`
                 ids of both, renormalised; the hard loss is over all of the student's. None: equal vocabularies.
         """
         targets = head.targets(inputs)
-        head.check_shapes(student_logits, teacher_logits, targets, common_ids)
+        sparse = teacher if isinstance(teacher, (TopK, Samples)) else None
+        taught = teacher if isinstance(teacher, Tensor) else None
+        head.check_shapes(student_logits, taught, targets, common_ids)
         mask = head.soft_mask(inputs, targets, self.positions)
-        chosen, taught = student_logits, teacher_logits
+        chosen = student_logits
         if head.token_level:
             chosen = select_positions(student_logits, mask)
-            taught = None if teacher_logits is None else select_positions(teacher_logits, mask)
+            taught = None if taught is None else select_positions(taught, mask)
+            if sparse is not None and mask is not None:
+                sparse = type(sparse)(*(select_positions(x, mask) for x in sparse))
+            elif sparse is not None:
+                chosen = student_logits
         logits, labels = student_logits, targets
         if targets is not None and mask is not None and self.positions == "labels":
             logits, labels = chosen, select_positions(targets, mask)  # hard and soft count the same positions
         elif targets is not None and head.token_level:  # padding's NaN would reach the gradient: 0 * NaN
             labelled = targets != IGNORE_INDEX
             logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
-        if common_ids is not None and taught is not None:
-            chosen, taught = chosen[..., :common_ids], taught[..., :common_ids]
+        if common_ids is not None and teacher is not None:
+            chosen, taught = chosen[..., :common_ids], None if taught is None else taught[..., :common_ids]
         soft_count, hard_count = self._denominators(counts)
 
         plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not head.softmax
@@ -133,13 +143,28 @@ class Objective:
             soft = divide(head.soft_loss_sum(soft_loss, chosen, taught, inputs), soft_count) * counts.scale
             same = head.agreement_sum(chosen, taught, inputs)
             agreement = None if same is None else divide(same, counts.soft) * counts.scale
+        if sparse is not None:
+            soft_sum, same = self._sparse_sums(chosen, sparse)
+            soft = divide(soft_sum, soft_count) * counts.scale
+            agreement = divide(same, counts.soft) * counts.scale
         return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
+
+    def _sparse_sums(self, student_logits: Tensor, taught: Sparse) -> tuple[Tensor, Tensor]:
+        """(T^2 * sum of D(p, q), number of equal top classes) where the teacher is given sparsely."""
+        if isinstance(taught, TopK):
+            nats = top_k_divergence(
+                student_logits, taught, temperature=self.temperature, divergence=self.divergence, beta=self.beta
+            )
+            top = taught.ids[..., 0]
+        else:
+            nats, top = sampled_forward_kl(student_logits, taught, temperature=self.temperature), taught.top
+        return nats.sum() * self.temperature**2, (student_logits.argmax(-1) == top).sum()
 
     def fused(
         self,
         head: Head,
         student_hidden: Tensor,
-        teacher_hidden: Tensor,
+        teacher: TeacherOutput,
         weights: Mapping[str, Any],
         inputs: Mapping[str, Any],
         counts: Counts,
@@ -149,7 +174,8 @@ class Objective:
         """The same from final hidden states [B, S, H], without logits: see `fused_linear_distillation`.
 
         Args:
-            weights: both output heads, by that function's argument names.
+            teacher: what it said of [B, S] positions.
+            weights: the student's output head, by that function's argument names.
             inputs, counts, common_ids: as in `__call__`. Of the result, `parts` makes `Parts`.
         """
         targets = head.targets(inputs)
@@ -167,12 +193,11 @@ class Objective:
             if mask is None and targets is not None:
                 mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)
         soft_count, hard_count = self._denominators(counts)
+        given: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
+        given |= teacher.each(lambda tensor: tensor.flatten(0, 1)).as_arguments()
         return fused_linear_distillation(
             student_hidden.flatten(0, 1),
-            weights["student_weight"],
-            teacher_hidden.flatten(0, 1),
-            weights["teacher_weight"],
-            None if targets is None else targets.flatten(),
+            labels=None if targets is None else targets.flatten(),
             alpha=self.alpha,
             temperature=self.temperature,
             divergence=self.divergence,
@@ -183,7 +208,8 @@ class Objective:
             factor=counts.scale,
             label_smoothing=self.label_smoothing,
             common_ids=common_ids,
-            **{name: value for name, value in weights.items() if not name.endswith("_weight")},
+            **weights,
+            **given,
         )
 
     def parts(self, loss: FusedLoss, counts: Counts, *, labelled: bool) -> Parts:

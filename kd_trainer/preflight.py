@@ -12,13 +12,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -45,7 +43,7 @@ from .findings import (
     warning,
 )
 from .finite import FiniteWatch
-from .first_look import Fit, classes_have_names
+from .first_look import Fit, classes_have_names, same_random_numbers
 from .head_choice import by_problem_type, head_for
 from .heads import Head
 from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, main_input, model_inputs, vocabulary_rows
@@ -53,7 +51,7 @@ from .memory import estimate_memory
 from .objective import Counts
 from .reductions import IGNORE_INDEX, divide
 from .router import check_router
-from .teacher import ADAPTER_OFF, AdapterOffTeacher
+from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher
 from .window import Window, named
 
 _EVALUATED = 50  # batches of the evaluation data
@@ -85,11 +83,16 @@ class Trial(NamedTuple):
         """Of student and teacher; without gradient."""
         head, trainer = self.fit.head, self.trainer
         taught = None
-        if trainer.teacher is not None:
+        if _live(trainer) is not None:
             taught = trainer.teacher(batch, trainer.accelerator, self.model, read=head.logits)
         with torch.no_grad(), _precision(trainer):
             logits = head.logits(self.model(**model_inputs(batch, self.fit.accepted)), "model")
         return logits, None if taught is None else taught.to(logits.device)
+
+
+def _live(trainer: Any) -> LiveTeacher | None:
+    """The teacher where it is asked, not read from a cache."""
+    return trainer.teacher if isinstance(trainer.teacher, LiveTeacher) else None
 
 
 def is_sharded(trainer: Any) -> bool:
@@ -175,7 +178,8 @@ def _look_at_models(trainer: Any, findings: _Findings) -> None:
         called = not trainer._always_hard
         findings.rows += about_teacher(teacher, student, args.device, called=called, mixed=mixed)
     head = head_for(student, trainer.kd_args.kd_task, trainer._loss_shifts_labels)
-    if teacher is not None and not isinstance(teacher, AdapterOffTeacher) and classes_have_names(student, head):
+    asked = isinstance(teacher, LiveTeacher) and not isinstance(teacher, AdapterOffTeacher)
+    if asked and classes_have_names(student, head):
         with findings.attempt("classes"):
             findings.rows += about_classes(student, teacher)
 
@@ -193,7 +197,7 @@ def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) 
         head = head and by_problem_type(head, student, kd.kd_task, batch.get("labels"))
     with findings.attempt("student's tokens"):
         check_student_ids(student, batch)
-    if teacher is not None and not isinstance(teacher, AdapterOffTeacher):
+    if isinstance(teacher, LiveTeacher) and not isinstance(teacher, AdapterOffTeacher):
         with findings.attempt("tokens"):
             known_by = trainer._check_tokens(student, teacher, head, batch)
             findings.rows += about_tokens(batch, known_by)
@@ -219,7 +223,7 @@ def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) 
 
 def _look_at_task(trainer: Any, findings: _Findings, head: Head, batch: Mapping[str, Any]) -> None:
     student, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
-    taught = None if trainer.teacher is None else trainer.teacher.model
+    taught = trainer._teacher_module()
     objective, _ = trainer._objective(training=True)
     pad_id = _pad_id(tokenizer, student)
     with findings.attempt("task"):
@@ -237,7 +241,8 @@ def _look_at_task(trainer: Any, findings: _Findings, head: Head, batch: Mapping[
         read = set(model_inputs(batch, accepted))
         if trainer.teacher is not None:
             read |= {name for name in batch if name.startswith(TEACHER_PREFIX)}
-            read |= set(trainer.teacher.inputs(batch))
+            if _live(trainer) is not None:
+                read |= set(trainer.teacher.inputs(batch))
         kept = trainer._signature_columns if trainer.args.remove_unused_columns else None
         findings.rows += about_columns(trainer.train_dataset, kept, batch, read, pad_id)
 
@@ -304,7 +309,7 @@ def _checkpoints_activations(args: Any) -> bool:
 def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
     trainer, count = trial.trainer, main_input(trial.batch).shape[0]
     taught = 0.0
-    if trainer.teacher is not None and not trainer._always_hard:
+    if _live(trainer) is not None and not trainer._always_hard:
         times = [_now(trainer)]
         for _ in range(1 if whole > _WARM else 2):
             trainer.teacher.outputs(trial.batch, trainer.accelerator, trial.model)
@@ -341,7 +346,7 @@ def _gradient(trainer: Any, student: nn.Module) -> list[Finding]:
 def _memory(trial: Trial, findings: _Findings) -> list[Finding]:
     """What a training step will take, beside what there is."""
     trainer, fit, args = trial.trainer, trial.fit, trial.trainer.args
-    if trainer.teacher is None or not trial.whole:
+    if _live(trainer) is None or not trial.whole:
         return []
     own, on_gpu = isinstance(trainer.teacher, AdapterOffTeacher), args.device.type == "cuda"
     try:
@@ -398,7 +403,9 @@ def _halves(trial: Trial, findings: _Findings) -> list[Finding]:
 def _more_padding(trial: Trial, findings: _Findings) -> list[Finding]:
     """The batch as it is and with more padding."""
     head, student = trial.fit.head, trial.fit.student
-    taught = None if trial.trainer.teacher is None else trial.trainer.teacher.model
+    taught = trial.trainer._teacher_module()
+    if taught is None and trial.trainer.teacher is not None:
+        return []  # what a cache holds is joined to the batch as it is
     ids = trial.batch.get("input_ids")
     width = ids.shape[-1] if isinstance(ids, Tensor) else 0
     limits = [positions_of(model)[0] for model in (student, taught) if model is not None]
@@ -499,7 +506,7 @@ def _shares(trial: Trial, findings: _Findings) -> list[Finding]:
     """Which share of the gradient at the student's logits the soft and the hard loss have."""
     trainer, fit, batch = trial.trainer, trial.fit, trial.batch
     objective, soft_loss = trainer._objective(training=True)
-    if trainer.teacher is None or not 0 < objective.alpha < 1:
+    if _live(trainer) is None or not 0 < objective.alpha < 1:
         return []
     counts = objective.count(fit.head, batch)
     squares = [0.0, 0.0]
@@ -537,7 +544,7 @@ def _for_logits(trial: Trial, batch: dict[str, Any]) -> list[dict[str, Any]]:
 def _teacher_beside_student(trial: Trial, findings: _Findings) -> list[Finding]:
     """The hard loss of the teacher and of the student as it starts, on some batches of the evaluation data."""
     trainer, fit = trial.trainer, trial.fit
-    if trainer.teacher is None:
+    if _live(trainer) is None:
         return []
     dataset = trainer.eval_dataset
     if dataset is None:
@@ -639,7 +646,7 @@ def _as_it_was(trainer: Any) -> Iterator[None]:
     mode = "off" if trainer._finite.mode == "off" else "step"
     trainer._finite = FiniteWatch(mode, trainer.args.process_index)
     try:
-        with _same_random_numbers(trainer.args.device):
+        with same_random_numbers(trainer.args.device):
             yield
     finally:
         for module in student.modules():
@@ -654,15 +661,3 @@ def _as_it_was(trainer: Any) -> Iterator[None]:
         trainer.accelerator._dataloaders[:] = loaders
         for name, value in kept.items():
             setattr(trainer, name, value)
-
-
-@contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    ours, numpys = random.getstate(), np.random.get_state()
-    devices = [] if device.type in ("cpu", "mps") else [device]
-    try:
-        with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-            yield
-    finally:
-        random.setstate(ours)
-        np.random.set_state(numpys)

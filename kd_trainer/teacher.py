@@ -20,7 +20,7 @@ from .backends import prepare_teacher
 from .checks import Shown, fail, message
 from .head_choice import auto_class_of
 from .heads import logits_of
-from .inputs import TEACHER_PREFIX, accepted_inputs, model_inputs, vocabulary_rows
+from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, model_inputs, vocabulary_rows
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class LiveTeacher:
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of the batch the teacher reads: the student's columns that its forward takes, `teacher_*` ones first."""
-        own = {k[len(TEACHER_PREFIX) :]: v for k, v in batch.items() if k.startswith(TEACHER_PREFIX)}
+        own = {k[len(TEACHER_PREFIX) :]: v for k, v in batch.items() if k.startswith(TEACHER_PREFIX) and k != ROW_ID}
         if "input_ids" in own:  # another text: what the student's columns say of its tokens does not hold for it
             batch = {k: v for k, v in batch.items() if k not in OF_THE_TEXT}
         return {**model_inputs({**batch, **own}, self.accepted), **self._off}

@@ -10,7 +10,8 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -20,19 +21,23 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from .cache import CachedCollator, CachedTeacher
 from .checkpoints import CompleteCheckpoints
 from .checks import Shown, fail, message
 from .describe import card_section, count_parameters, name_of, start_block
 from .files import write_atomically
 from .findings import Finding, has_errors, print_findings
 from .finite import FiniteWatch
-from .first_look import FirstLook, Fit
-from .fused_forward import NotPlain, head_weights, student_loss, teacher_hidden, whole_weight
+from .first_look import Fit
+from .fused_arguments import Side
+from .fused_forward import NotPlain, OutputHead, student_loss, student_side, teacher_hidden, teacher_side, whole_weight
 from .fused_linear import FusedLoss
-from .inputs import TEACHER_PREFIX, accepted_inputs, model_inputs
+from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, model_inputs
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
 from .objective import Counts, Objective, Parts, scheduled
+from .offline import OfflineTeacher
+from .outputs import TeacherOutput
 from .preflight import examine, is_sharded
 from .router import with_router_loss
 from .teacher import LiveTeacher
@@ -86,13 +91,13 @@ REPLACED = {
 }
 
 
-class DistillationMixin(FirstLook, CompleteCheckpoints):
+class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
     """Puts distillation in front of any `Trainer` class: `class MyKD(DistillationMixin, MyTrainer)`.
 
     Args:
         teacher_model: a module, a folder or a hub name, or "adapter_off": the student's own base, with the student's
-            adapters switched off. None takes `args.teacher_model_name_or_path`. Needed unless `kd_alpha` is
-            constantly 0.
+            adapters switched off; or a `CachedTeacher`. None takes `args.teacher_model_name_or_path`. Needed unless
+            `kd_alpha` is constantly 0.
         everything else: as the `Trainer` class behind it.
 
     Raises:
@@ -136,7 +141,7 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
         model: Any = None,
         args: Any = None,
         *trainer_args: Any,
-        teacher_model: nn.Module | str | Path | None = None,
+        teacher_model: nn.Module | CachedTeacher | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_borrowed_names(kwargs)
@@ -148,7 +153,7 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
         except TypeError as error:  # SFTTrainer builds its own class of arguments from the fields of ours
             if "'kd_" not in str(error) and "'teacher_" not in str(error):
                 raise
-            behind = next(c for c in type(self).__mro__ if issubclass(c, Trainer) and not issubclass(c, FirstLook))
+            behind = next(c for c in type(self).__mro__ if issubclass(c, Trainer) and not issubclass(c, OfflineTeacher))
             mend = "Write a dataclass Args(DistillationArguments, TheOtherArguments) and build the args of it."
             expected = f"the arguments of {behind.__name__} with DistillationArguments in front"
             raise TypeError(message("args", Shown(f"of type {type(args).__name__}"), expected, mend)) from error
@@ -159,11 +164,14 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
             self._refuse_what_cannot_work()
         if not self.label_names:  # a plain module's forward names no labels; the batch still has them
             self.label_names = ["labels"]
-        self.teacher: LiveTeacher | None = None
+        self.teacher: LiveTeacher | CachedTeacher | None = None
+        self._given_teacher: Any = None
+        self._ready_parts: set[str] = set()  # of the teacher cache: built or checked by this trainer
         with self._refusals_wait():
             self.teacher = self._load_teacher(teacher_model)
         self._fit: Fit | None = None
         self._started = False
+        self._told_uncached = False
         self._loss_only = False  # whether the outputs of the current evaluation step are thrown away
         self._window = Window(self.args.device)
         self._evaluation: Evaluation | None = None
@@ -227,13 +235,18 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results.
 
-        With `kd_run` "check" it runs `check` instead and raises SystemExit.
+        With `kd_run` "check" it runs `check` instead, with "cache" `build_teacher_cache`, and raises SystemExit.
         """
         if DistillationArguments.of(self.args).kd_run == "check":
             if is_sharded(self):  # by training's own preparation: `get_batch_samples` checks
                 self.callback_handler.callbacks = []
             else:
                 self._end_with_check()
+        if self.kd_args.teacher_cache_dir is not None and not isinstance(self._given_teacher, CachedTeacher | None):
+            self.build_teacher_cache()
+        if DistillationArguments.of(self.args).kd_run == "cache":
+            self.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
+            raise SystemExit(0)
         self._started, self._window = False, Window(self.args.device)
         self._finite = FiniteWatch(self._finite.mode, self._finite.process)
         try:
@@ -253,17 +266,25 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
         """Teacher, formula and the numbers in it, as JSON values: for the report and the model card."""
         kd = self.kd_args
         head = self._fit.head if self._fit else None
-        teacher = None if self.teacher is None else self.teacher.model
+        teacher, cached = self._teacher_module(), self._cached_identity()
         formulas = [self._objective_at(progress)[0].formula(head) for progress in (0.0, 1.0)]
         if kd.kd_schedule != "constant":
             formulas[0] += f"; {kd.kd_schedule} schedule to {formulas[1]}"
         return {
             "formula": formulas[0],
-            "teacher": None if teacher is None else name_of(teacher),
-            "teacher_parameters": None if teacher is None else count_parameters(teacher),
+            "teacher": cached.get("name") if teacher is None else name_of(teacher),
+            "teacher_parameters": cached.get("parameters") if teacher is None else count_parameters(teacher),
             "student_parameters": count_parameters(self.accelerator.unwrap_model(self.model)),
             **{f.name.removeprefix("kd_"): getattr(kd, f.name) for f in dataclasses.fields(kd) if f.name[:3] == "kd_"},
         }
+
+    def _teacher_module(self) -> nn.Module | None:
+        """The teacher where there is a live one."""
+        return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
+
+    def _cached_identity(self) -> dict[str, Any]:
+        """Name and size of the teacher whose outputs are read from disk; empty without."""
+        return self.teacher.manifest["teacher"] if isinstance(self.teacher, CachedTeacher) else {}
 
     # ---- counting: once for each optimizer step ----
 
@@ -283,10 +304,13 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
             if fit.head.token_level and self.kd_args.kd_reduction == "batchmean":
                 self._refuse_packed(batches[0])
             if self.is_world_process_zero():
-                teacher = None if self.teacher is None else self.teacher.model
+                teacher = self._teacher_module()
                 last, _ = self._objective(training=False)
                 labelled = fit.head.targets(batches[0]) is not None
-                block = start_block(fit.student, teacher, fit.head, objective, last, counts, labelled=labelled)
+                cached = self.teacher.describe() if isinstance(self.teacher, CachedTeacher) else None
+                block = start_block(
+                    fit.student, teacher, fit.head, objective, last, counts, labelled=labelled, cached=cached
+                )
                 lost = [REPLACED[name] for name in map(_full_name, type(self).__mro__) if name in REPLACED]
                 print("\n".join([block, *("[kd_trainer] " + note for note in (*fit.notes, *lost))]), flush=True)
         self._window.steps += 1
@@ -357,18 +381,46 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
             fused = self._fused_loss(fit, objective, model, inputs, counts)
             if fused is not None:
                 return (fused[0], _as_mapping(fused[1], fused[0])) if return_outputs else fused[0]
-        teacher_logits = None
-        if self.teacher is not None and not (self._always_hard and training):
-            teacher_logits = self.teacher(inputs, self.accelerator, model, read=fit.head.logits)
+        said = self._said(fit, inputs, model, training)
         outputs = model(**model_inputs(inputs, fit.accepted))
         logits = fit.head.logits(outputs, "model")
-        if teacher_logits is not None:
-            teacher_logits = teacher_logits.to(logits.device)
-        parts = objective(fit.head, soft_loss, logits, teacher_logits, inputs, counts, common_ids=fit.common_ids)
+        said = None if said is None else said.each(lambda tensor: tensor.to(logits.device))
+        taught = None if said is None else said.sparse or said.logits
+        parts = objective(fit.head, soft_loss, logits, taught, inputs, counts, common_ids=fit.common_ids)
         parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
-        self._finite.see(parts.total, logits, teacher_logits, self.state.global_step)
+        self._finite.see(parts.total, logits, None if said is None else said.logits, self.state.global_step)
         self._collect(parts, aux, counts, training)
         return (parts.total, _as_mapping(outputs, parts.total)) if return_outputs else parts.total
+
+    def _said(self, fit: Fit, inputs: dict[str, Any], model: nn.Module, training: bool) -> TeacherOutput | None:
+        """The teacher's logits, or what a cache holds instead of them; None where it is not asked."""
+        if self.teacher is None or (self._always_hard and training):
+            return None
+        if isinstance(self.teacher, LiveTeacher):
+            return TeacherOutput(logits=self.teacher(inputs, self.accelerator, model, read=fit.head.logits))
+        said = self._read_cached(inputs, training)
+        if said is None or said.hidden is None:
+            return said
+        head = said.head
+        side = Side(head["teacher_weight"], head["teacher_bias"], head["teacher_scale"], head["teacher_softcap"])
+        with torch.no_grad(), self.accelerator.autocast():
+            return TeacherOutput(logits=side.logits(said.hidden))
+
+    def _read_cached(self, inputs: dict[str, Any], training: bool) -> TeacherOutput | None:
+        """What the cache's collator has put into the batch; None, said once, for evaluation data without a cache."""
+        said = cast(CachedTeacher, self.teacher).output(inputs)
+        if said is None and training:
+            mend = "Let the Trainer make the dataloader, or train with the live teacher."
+            shown = Shown("a batch without what the teacher said")
+            expected = "the columns that the trainer's own dataloader adds from the teacher cache"
+            fail("inputs", shown, expected, mend, error=RuntimeError)
+        if said is None and not self._told_uncached:
+            self._told_uncached = True
+            logger.warning(
+                "[kd_trainer] there is no teacher cache of this evaluation data: its loss is the hard loss alone. Give "
+                "it as eval_dataset when the cache is built."
+            )
+        return said
 
     def _fused_loss(
         self, fit: Fit, objective: Objective, model: nn.Module, inputs: dict[str, Any], counts: Counts
@@ -376,19 +428,16 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
         """`compute_loss` without logits; None where a model turns out to do more with its logits than is known."""
         assert fit.heads is not None
         ours, theirs = fit.heads
-        teacher: LiveTeacher = cast(LiveTeacher, self.teacher)
         try:
-            taught = teacher_hidden(lambda: teacher.outputs(inputs, self.accelerator, model), theirs)
-            with whole_weight(theirs) as (teacher_weight, teacher_bias):
+            with self._taught_for_fused(theirs, inputs, model, fit.student.training) as taught:
+                if taught is None:
+                    return None
 
                 def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
-                    if hidden.shape[:-1] != taught.shape[:-1]:
-                        raise NotPlain("student and teacher give hidden states for different positions")
-                    weights = head_weights(ours, weight, bias, theirs, teacher_weight, teacher_bias, taught)
-                    on_device = taught.to(hidden.device)
-                    return objective.fused(
-                        fit.head, hidden, on_device, weights, inputs, counts, common_ids=fit.common_ids
-                    )
+                    taught.check_positions(hidden.shape[:-1])
+                    on_device = taught.each(lambda tensor: tensor.to(hidden.device))
+                    side = student_side(ours, weight, bias)
+                    return objective.fused(fit.head, hidden, on_device, side, inputs, counts, common_ids=fit.common_ids)
 
                 computed, outputs, hidden = student_loss(
                     lambda: model(**model_inputs(inputs, fit.accepted)), ours, loss
@@ -400,9 +449,23 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
             return None
         parts = objective.parts(computed, counts, labelled=fit.head.targets(inputs) is not None)
         parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
-        self._finite.see(parts.total, hidden, taught, self.state.global_step, of="hidden states")
+        seen = taught.logits if taught.hidden is None else taught.hidden
+        self._finite.see(parts.total, hidden, seen, self.state.global_step, of="hidden states")
         self._collect(parts, aux, counts, fit.student.training)
         return parts.total, outputs
+
+    @contextmanager
+    def _taught_for_fused(
+        self, head: OutputHead | None, inputs: dict[str, Any], model: nn.Module, training: bool
+    ) -> Iterator[TeacherOutput | None]:
+        """What the teacher says, without logits; from a cache None where there is nothing for this batch."""
+        if head is None:
+            yield self._read_cached(inputs, training)
+            return
+        live = cast(LiveTeacher, self.teacher)
+        hidden = teacher_hidden(lambda: live.outputs(inputs, self.accelerator, model), head)
+        with whole_weight(head) as (weight, bias):
+            yield TeacherOutput(hidden=hidden, head=teacher_side(head, weight, bias, hidden))
 
     def _collect(self, parts: Parts, aux: Tensor | None, counts: Counts, training: bool) -> None:
         """Keeps the parts on the device: summed for the training log, gathered row by row as `eval_loss` is."""
@@ -526,7 +589,7 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         taken = () if self.teacher is None or self.teacher.accepted is None else self.teacher.accepted
-        self._keep_columns([*taken, *(TEACHER_PREFIX + name for name in taken)])
+        self._keep_columns([*taken, *(TEACHER_PREFIX + name for name in taken), ROW_ID])
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         self._set_signature_columns_if_needed()
@@ -535,6 +598,8 @@ class DistillationMixin(FirstLook, CompleteCheckpoints):
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
         """Upstream's, for streams: what columns they have is known row by row."""
+        if isinstance(data_collator, CachedCollator):  # outermost: what it takes is no list of rows
+            return data_collator.around(lambda own: self._get_collator_with_removed_columns(own, description))
         collator = super()._get_collator_with_removed_columns(data_collator, description=description)
         if isinstance(collator, RemoveColumnsCollator):
             collator.signature_columns = _AndTheTeachers(collator.signature_columns)

@@ -1,7 +1,7 @@
 """Settings of a distillation run: the `kd_*` and `teacher_*` fields, and the parser of "config.json --field value".
 
 For: users' JSON files and command lines. Leaves the meaning of the numbers to `objective.py` and the loading of the
-teacher to `teacher.py`. Imports: checks, divergences, heads, transformers.
+teacher to `teacher.py`. Imports: cache_formats, checks, divergences, heads, transformers.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
+from .cache_formats import DTYPES, FORMATS
 from .checks import check_choice, check_number, fail, nearest
 from .divergences import DIVERGENCES
 from .heads import HEADS
@@ -23,7 +24,7 @@ POSITIONS = ("labels", "attended")
 SCHEDULES = ("constant", "linear", "cosine")
 CHECK_FINITE = ("step", "log", "off")
 IMPLEMENTATIONS = ("auto", "full", "fused")
-RUNS = ("train", "check")
+RUNS = ("train", "check", "cache")
 
 # The names that a well-known textbook's class of the same purpose uses, where alpha weighs the HARD loss.
 _BORROWED = {
@@ -95,7 +96,8 @@ class DistillationArguments:
     kd_run: str = field(
         default="train",
         metadata={
-            "help": "What trainer.train() does: train, or check (print a table of findings, then end with 0 or 1)."
+            "help": "What trainer.train() does: train, check (print a table of findings, then end with 0 or 1), or "
+            "cache (build the teacher cache in teacher_cache_dir, then end)."
         },
     )
     teacher_model_name_or_path: str | None = field(
@@ -105,6 +107,25 @@ class DistillationArguments:
         default=None, metadata={"help": 'Arguments of the teacher\'s from_pretrained, e.g. {"dtype": "bfloat16"}.'}
     )
     teacher_compile: bool = field(default=False, metadata={"help": "Run the teacher's forward through torch.compile."})
+    teacher_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Ask the teacher once about all data, keep its outputs in this folder and train from them."},
+    )
+    teacher_cache_format: str = field(
+        default="auto",
+        metadata={
+            "help": "What is kept: logits, hidden, topk, sampled; auto: hidden for large vocabularies, or logits."
+        },
+    )
+    teacher_cache_k: int | None = field(
+        default=None, metadata={"help": "Classes kept of each position (topk: 64) or draws (sampled: 50)."}
+    )
+    teacher_cache_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "float32, bfloat16, float16 (topk's default) or uint8 (topk); unset: as the teacher computes."
+        },
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "DistillationArguments":
         """Refuses borrowed names before the dataclass would answer 'unexpected keyword argument'."""
@@ -121,6 +142,7 @@ class DistillationArguments:
         check_choice("kd_loss_implementation", self.kd_loss_implementation, IMPLEMENTATIONS)
         check_choice("kd_schedule", self.kd_schedule, SCHEDULES)
         check_choice("kd_run", self.kd_run, RUNS)
+        self._check_cache()
         if self.kd_beta is not None:
             self._check_beta()
         if self.kd_task is not None:
@@ -140,6 +162,27 @@ class DistillationArguments:
                 f"no value with kd_divergence {self.kd_divergence!r}, which has no beta",
                 "Leave it out, or choose kd_divergence jsd, skew_forward_kl or skew_reverse_kl.",
             )
+
+    def _check_cache(self) -> None:
+        check_choice("teacher_cache_format", self.teacher_cache_format, ("auto", *FORMATS))
+        if self.teacher_cache_dtype is not None:
+            check_choice("teacher_cache_dtype", self.teacher_cache_dtype, (*DTYPES, "uint8"))
+        k = self.teacher_cache_k
+        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+            fail(
+                "teacher_cache_k", k, "a whole number, at least 1", "Leave it out for 64 (topk) or 50 draws (sampled)."
+            )
+        if self.kd_run == "cache" and self.teacher_cache_dir is None:
+            fail("teacher_cache_dir", None, "a folder with kd_run 'cache'", "Set it to where the cache shall be.")
+        if self.teacher_cache_dir is None:
+            given = {
+                "teacher_cache_format": None if self.teacher_cache_format == "auto" else self.teacher_cache_format,
+                "teacher_cache_k": self.teacher_cache_k,
+                "teacher_cache_dtype": self.teacher_cache_dtype,
+            }
+            for name, value in given.items():
+                if value is not None:
+                    fail(name, value, "no value without teacher_cache_dir", "Set teacher_cache_dir, or leave it out.")
 
     def _check_schedule(self) -> None:
         ends = {name: getattr(self, name) for name in ("kd_alpha_end", "kd_temperature_end")}

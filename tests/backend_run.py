@@ -228,7 +228,7 @@ def main(out: Path, backend: str, names: list[str]) -> None:
         found = {**facts(run, name, backend), "evaluation": evaluation}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"process_{run.args.process_index}.json").write_text(json.dumps(found))
-    run.accelerator.end_training()
+    run.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

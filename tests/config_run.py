@@ -83,7 +83,7 @@ def main(out: Path, tasks: list[str]) -> None:
             "logs": tiny.logs(run),
         }
         (out / f"{task}_{run.args.process_index}.json").write_text(json.dumps(found))
-    run.accelerator.end_training()
+    run.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

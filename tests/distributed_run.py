@@ -47,7 +47,7 @@ def main(out: Path, cases: list[str]) -> None:
         if run.is_world_process_zero():
             save_file({"weights": tiny.weights(run.model).contiguous()}, out / f"{case}.safetensors")
             (out / f"{case}.json").write_text(json.dumps(result_of(run)))
-    run.accelerator.end_training()
+    run.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main(out: Path) -> None:
                 "logs": tiny.logs(run),
             }
             (out / f"{case}.json").write_text(json.dumps(found))
-    run.accelerator.end_training()
+    run.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main(out: Path) -> None:
     run.accelerator.wait_for_everyone()
     if run.is_world_process_zero():
         run.save_model(str(out / "final"))
-    run.accelerator.end_training()
+    run.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ ORDER = [
     "visit_triton",
     "visit",
     "fused_arguments",
+    "outputs",
     "fused_linear",
     "inputs",
     "heads",
@@ -34,6 +35,7 @@ ORDER = [
     "backends",
     "teacher",
     "compatibility",
+    "cache_formats",
     "training_args",
     "describe",
     "fidelity",
@@ -50,7 +52,12 @@ ORDER = [
     "report",
     "window",
     "checkpoints",
+    "cache_store",
+    "cache",
+    "cache_identity",
     "first_look",
+    "cache_build",
+    "offline",
     "fake_step",
     "memory",
     "findings",
@@ -72,6 +79,7 @@ def house_imports(source: str) -> set[str]:
                 continue
             inside = module if node.level else module.partition(".")[2]
             found |= {inside.partition(".")[0]} if inside else {alias.name for alias in node.names}
+            found -= {"__version__"}  # a constant of the package's own
         elif isinstance(node, ast.Import):
             parts = [alias.name.split(".") for alias in node.names]
             found |= {(p[1] if len(p) > 1 else "__init__") for p in parts if p[0] == "kd_trainer"}

@@ -1,0 +1,344 @@
+"""A teacher that has spoken before: its outputs, read from disk and joined to the batches by row.
+
+For: the trainer. A dataset whose rows are numbered, a collator that adds to each batch what the teacher said of its
+rows, and `CachedTeacher`, which stands where the live teacher stood. Building is `cache_build.py`'s business.
+Letters: B rows, S positions, N kept positions of a batch.
+Imports: cache_formats, cache_store, checks, heads, inputs, outputs; xxhash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from .cache_formats import Format, decode, output
+from .cache_store import BUILDING, HEAD, MANIFEST, CacheError, Rows, Store, damaged, is_finished
+from .checks import Shown, fail, message
+from .heads import HEADS, Head
+from .inputs import ROW_ID, TEACHER_PREFIX
+from .outputs import TeacherOutput
+
+COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that the collator adds to a batch
+TRAIN, EVAL = "train", "eval"  # parts of a cache: its train and its evaluation data (eval-NAME of several)
+
+
+# ---- rows of a batch ------------------------------------------------------------------------------------------------
+
+
+class Taken(NamedTuple):
+    """What `NumberedRows` hands to the collator: the rows' numbers beside what the dataset gave for them."""
+
+    row_ids: list[int]
+    features: Any
+
+
+class NumberedRows:
+    """A map-style dataset whose batches know their rows; everything else is the dataset's own."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.__getitems__([row])
+
+    def __getitems__(self, rows: list[int]) -> Taken:
+        many = getattr(self.dataset, "__getitems__", None)
+        return Taken(list(rows), many(rows) if many is not None else [self.dataset[row] for row in rows])
+
+
+def numbered(features: Any) -> Taken:
+    """Rows with their numbers, from `NumberedRows` or from the dataset's own column `teacher_row_id`."""
+    if isinstance(features, Taken) and not (isinstance(features.features, list) and have_ids(features.features)):
+        return features
+    rows = features.features if isinstance(features, Taken) else features
+    if not isinstance(rows, list) or not have_ids(rows):
+        expected = f"rows with a column {ROW_ID!r}: whole numbers, each once"
+        fail("train_dataset", Shown("a stream of rows without a number"), expected, "Number them, or use a Dataset.")
+    return Taken([int(row[ROW_ID]) for row in rows], [{k: v for k, v in row.items() if k != ROW_ID} for row in rows])
+
+
+def have_ids(rows: list[Any]) -> bool:
+    return bool(rows) and all(isinstance(row, Mapping) and ROW_ID in row for row in rows)
+
+
+def kept_positions(head: Head, inputs: Mapping[str, Any], positions: str) -> Tensor:
+    """Boolean [B, S]: the positions of which a cache keeps what the teacher said; [B, 1] where rows have one each."""
+    if head.name == "question_answering":  # a distribution over the positions: each has a start and an end logit
+        mask = inputs.get("attention_mask")
+        return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    targets = head.targets(inputs)
+    if not head.token_level:
+        return torch.ones(_rows_of(inputs, targets), 1, dtype=torch.bool)
+    mask = head.soft_mask(inputs, targets, positions)
+    return torch.ones_like(head.sequences(inputs), dtype=torch.bool) if mask is None else mask
+
+
+def _rows_of(inputs: Mapping[str, Any], targets: Tensor | None) -> int:
+    values = [targets] if targets is not None else [v for v in inputs.values() if isinstance(v, Tensor) and v.dim()]
+    return len(values[0])
+
+
+def signatures(batch: Mapping[str, Any], mask: Tensor, names: Sequence[str], shifted: bool) -> np.ndarray:
+    """[B] uint64: a hash of what the teacher reads of each row and of the positions that are kept.
+
+    Padding does not enter: of the columns with an entry for each token, attended positions alone count, or, without a
+    mask, those up to the last kept one.
+
+    Args:
+        mask: `kept_positions`, on CPU; names: the columns of the batch that the teacher reads.
+    """
+    found = np.zeros(len(mask), dtype=np.uint64)
+    attended = {name: batch.get(name) for name in ("attention_mask", f"{TEACHER_PREFIX}attention_mask")}
+    columns = {name: _as_bytes(batch[name]) for name in sorted(names) if isinstance(batch.get(name), Tensor)}
+    kept = mask.numpy()
+    for row in range(len(mask)):
+        hashed = xxhash.xxh3_64()
+        own = attended["attention_mask"]
+        places = None if own is None or own.shape != mask.shape else own[row].numpy() != 0
+        hashed.update(np.packbits(kept[row] if places is None else kept[row][places]).tobytes().rstrip(b"\0"))
+        for name, values in columns.items():
+            if len(values) != len(mask) or name.endswith("attention_mask"):
+                continue
+            hashed.update(name.encode())
+            hashed.update(_unpadded(name, values[row], attended, row, kept[row], shifted).tobytes())
+        found[row] = hashed.intdigest()
+    return found
+
+
+def _unpadded(
+    name: str, values: np.ndarray, attended: Mapping[str, Any], row: int, kept: np.ndarray, shifted: bool
+) -> np.ndarray:
+    of_teacher = name.startswith(TEACHER_PREFIX)
+    mask = attended[f"{TEACHER_PREFIX}attention_mask" if of_teacher else "attention_mask"]
+    if name == "labels" or name.startswith("decoder_"):  # padded where labels are
+        return values[kept] if values.shape[:1] == kept.shape else values
+    if mask is not None and mask.dim() == 2 and values.shape[:1] == mask.shape[1:]:
+        return values[mask[row].numpy() != 0]
+    if mask is None and values.shape == kept.shape and kept.any():
+        return values[: int(np.flatnonzero(kept)[-1]) + 1 + shifted]
+    return values
+
+
+def _as_bytes(values: Tensor) -> np.ndarray:
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+class CachedCollator:
+    """The script's collator, and behind it what the teacher said of the batch's rows in `teacher_cache_*` columns.
+
+    Args:
+        collator: makes the batch.
+        store: the cache of the dataset whose rows come.
+
+    Raises:
+        CacheError: a row differs from the one that the teacher read, is not in the cache, or its shard is damaged.
+    """
+
+    def __init__(self, collator: Callable[[Any], Any], store: Store) -> None:
+        self.collator, self.store = collator, store
+
+    def around(self, wrap: Callable[[Any], Any]) -> CachedCollator:
+        """The same with what stands between: `wrap` makes a collator of the script's."""
+        return CachedCollator(wrap(self.collator), self.store)
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        taken, manifest = numbered(features), self.store.manifest
+        batch = dict(self.collator(taken.features))
+        head = HEADS[manifest["task"]]
+        mask = kept_positions(head, batch, manifest["positions"])
+        check_rows_apart(mask, taken.row_ids)
+        rows = self.store.take(taken.row_ids)
+        seen = signatures(batch, mask, manifest["columns_read"], head.shifted)
+        self._check_rows(rows, seen, mask)
+        for name, values in decode(format_of(manifest), rows.columns).items():
+            batch[COLUMN_PREFIX + name] = _aligned(values, mask, head, manifest["shape"] if name == "logits" else None)
+        return batch
+
+    def _check_rows(self, rows: Rows, seen: np.ndarray, mask: Tensor) -> None:
+        counts = mask.sum(1).numpy()
+        wrong = np.flatnonzero((rows.signatures != seen) | (rows.counts != counts))
+        if len(wrong):
+            row = int(rows.row_ids[wrong[0]])
+            because = "the rows were changed, ordered or tokenised otherwise, or a transform draws anew at each reading"
+            mend = "Train on the data that the cache was built from, or name another teacher_cache_dir to build one."
+            shown = Shown(f"giving a row {row} that differs from the one the teacher read")
+            raise CacheError(message("train_dataset", shown, "the rows of the teacher cache", mend, because=because))
+
+
+def check_rows_apart(mask: Tensor, row_ids: Sequence[int]) -> None:
+    """Raises ValueError where a batch's rows are not the dataset's."""
+    if len(mask) != len(row_ids):
+        shown = Shown(f"one that makes {len(mask)} rows of {len(row_ids)}")
+        because = "what the teacher said is joined row by row"
+        mend = "Pack the dataset before (so that its rows are the packed ones), not the batch."
+        fail("data_collator", shown, "a row of the batch for each row of the dataset", mend, because=because)
+
+
+def _aligned(values: Tensor, mask: Tensor, head: Head, shape: Sequence[int] | None) -> Tensor:
+    """[N, width] of the kept positions -> [B, S, width], or [B, width] where rows have one each; zeros elsewhere."""
+    if not head.token_level and head.name != "question_answering":
+        return values if shape is None else values.view(len(values), *shape)
+    whole = values.new_zeros(*mask.shape, values.shape[-1])
+    whole[mask] = values
+    return whole.transpose(1, 2).contiguous() if head.name == "question_answering" else whole
+
+
+# ---- the teacher ----------------------------------------------------------------------------------------------------
+
+
+def format_of(manifest: Mapping[str, Any]) -> Format:
+    return Format(*(manifest[name] for name in ("format", "classes", "k", "temperature", "dtype")))
+
+
+def check_objective(kept: Format, divergence: str, temperatures: Sequence[float]) -> None:
+    """Raises ValueError where the loss asks for what the format does not hold."""
+    other = "Or build a cache of format hidden or logits, which serve every setting."
+    wrong = [t for t in temperatures if kept.temperature is not None and t != kept.temperature]
+    if wrong:
+        expected = f"{kept.temperature:g}, for which the teacher cache was built (format {kept.name})"
+        fail("kd_temperature", wrong[0], expected, f"Set kd_temperature to {kept.temperature:g}. {other}")
+    if kept.name == "sampled" and divergence != "forward_kl":
+        because = "samples are unbiased only where the loss is linear in the teacher's probabilities"
+        expected = "'forward_kl' with a teacher cache of format sampled"
+        fail("kd_divergence", divergence, expected, f"Set it to forward_kl. {other}", because=because)
+
+
+class CachedTeacher:
+    """A teacher whose outputs were kept: `DistillationTrainer(teacher_model=CachedTeacher(path), ...)`.
+
+    When to use: to train, any number of times, without the teacher in memory. With `teacher_cache_dir` the trainer
+    makes one by itself. Everything that has to be known of it stands in its manifest.
+
+    Args:
+        path: the folder of `trainer.build_teacher_cache()` (or of one of its parts), or the name of a dataset of the
+            hub that holds such a folder.
+
+    Attributes:
+        parts: by name ("train", "eval", "eval-NAME"), what was kept of that data.
+
+    Raises:
+        CacheError: nothing finished is there, or its manifest was changed.
+
+    Example::
+
+        teacher = CachedTeacher("cache")
+        trainer = DistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data)
+    """
+
+    compiled = False
+    class_order = None  # the student's order was kept
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = _local(path)
+        folders = {self.path.name: self.path} if (self.path / MANIFEST).exists() else {}
+        if folders:  # a part alone serves as what it is named, or else as the train data
+            name = self.path.name
+            folders = {name if name == EVAL or name.startswith(EVAL + "-") else TRAIN: self.path}
+        else:
+            folders = {f.name: f for f in sorted(self.path.iterdir()) if is_finished(f)} if self.path.is_dir() else {}
+        if not folders:
+            begun = list(self.path.glob(f"*/{BUILDING}")) if self.path.is_dir() else []
+            mend = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
+            shown = Shown(f"{str(path)!r}, {'which is unfinished' if begun else 'which holds none'}")
+            raise CacheError(message("teacher_cache", shown, "the folder of a finished teacher cache", mend))
+        self.parts = {name: Store(folder) for name, folder in folders.items()}
+        self._head: dict[str, Any] | None = None
+        self._head_device: torch.device | None = None
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Of the train data, or of the first part."""
+        return next(self.parts[name].manifest for name in (TRAIN, *self.parts) if name in self.parts)
+
+    @property
+    def format(self) -> Format:
+        return format_of(self.manifest)
+
+    @property
+    def accepted(self) -> frozenset[str]:
+        """Columns that the teacher read; the rows are known again by them."""
+        return frozenset(name.removeprefix(TEACHER_PREFIX) for name in self.manifest["columns_read"])
+
+    def describe(self) -> str:
+        """One line for the start block."""
+        kept, rows = self.format, {name: len(store) for name, store in self.parts.items()}
+        shown = kept.name + "".join(
+            f", {n} {v:g}" for n, v in (("k", kept.k), ("T", kept.temperature)) if v is not None
+        )
+        counted = ", ".join(f"{name} {count:,} rows" for name, count in rows.items())
+        return f"{self.manifest['teacher']['name']}, read from {str(self.path)!r} ({shown}; {counted})"
+
+    def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:
+        """See the function of this name."""
+        check_objective(self.format, divergence, temperatures)
+
+    def output(self, batch: Mapping[str, Any]) -> TeacherOutput | None:
+        """What the teacher said of the batch; None where it was not asked about these rows."""
+        columns = {k[len(COLUMN_PREFIX) :]: v for k, v in batch.items() if k.startswith(COLUMN_PREFIX)}
+        if not columns:
+            return None
+        device = next(iter(columns.values())).device
+        return output(self.format, columns, self.head(device) if self.format.name == "hidden" else {})
+
+    def head(self, device: torch.device) -> dict[str, Any]:
+        """The teacher's output head by the argument names of `fused_linear_distillation`; read once."""
+        if self._head is None or self._head_device != device:
+            self._head, self._head_device = self._read_head(device), device
+        return self._head
+
+    def _read_head(self, device: torch.device) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        store = next(iter(self.parts.values()))
+        path, manifest = store.folder / HEAD, store.manifest
+        if not store.head_is_whole():
+            reason = "its content has changed since it was written" if path.is_file() else "the file is missing"
+            raise CacheError(damaged(str(path), reason))
+        tensors = load_file(path, device=str(device))
+        return {
+            "teacher_weight": tensors["weight"],
+            "teacher_bias": tensors.get("bias"),
+            "teacher_scale": manifest["head_scale"],
+            "teacher_softcap": manifest["head_softcap"],
+        }
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Uploads the folder as a dataset of the hub; `options` as huggingface_hub's `upload_folder`."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=options.pop("token", None))
+        api.create_repo(repo_id, repo_type="dataset", private=options.pop("private", None), exist_ok=True)
+        hidden = ["**/.*", ".*", "*.lock"]
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=str(self.path), repo_type="dataset", ignore_patterns=hidden, **options
+        )
+
+
+def _local(path: str | Path) -> Path:
+    """The folder itself, or that of a snapshot of the hub's dataset of this name."""
+    folder = Path(path)
+    if folder.exists() or str(path).count("/") != 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), repo_type="dataset"))
+    except Exception as error:  # of many kinds, offline too
+        mend = "Check the path for a typing error."
+        said = (str(error).splitlines() or [""])[0]
+        expected = f"a folder, or a dataset of the hub ({type(error).__name__}: {said})"
+        raise CacheError(message("teacher_cache", str(path), expected, mend)) from error

@@ -1,0 +1,308 @@
+"""Building a teacher cache: the teacher once over the data, shard by shard, on any number of processes.
+
+For: `offline.py`, which calls it from the trainer. A shard holds whole batches of consecutive rows, so that it is the
+same bytes whoever builds it and however often the building was interrupted.
+Letters: B rows, S positions, N kept positions, V classes, H hidden size.
+Imports: cache, cache_formats, cache_store, checks, finite, fused_arguments, fused_forward, inputs; datasets, tqdm.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from .cache import NumberedRows, check_rows_apart, format_of, kept_positions, numbered, signatures
+from .cache_formats import SPARSE, encode, to_numpy
+from .cache_store import Rows, joined, write_shard, written_shards
+from .checks import Shown, fail, message
+from .finite import bad_rows
+from .fused_arguments import Side
+from .fused_forward import NotPlain, OutputHead, teacher_hidden, whole_weight
+from .heads import Head
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 64 * 2**20
+_AT_ONCE = 256  # positions whose logits are made at once where the teacher's output head is a plain product
+
+
+class Speaker:
+    """The live teacher, asked for the kept positions of a batch alone.
+
+    Args:
+        teacher: a prepared `LiveTeacher`.
+    """
+
+    def __init__(self, teacher: Any, accelerator: Any, head: Head) -> None:
+        self.teacher, self.accelerator, self.head = teacher, accelerator, head
+        self.output_head: OutputHead | None = None
+        if head.over_tokens and not teacher.compiled:
+            try:
+                self.output_head = OutputHead(teacher.model)
+            except NotPlain as reason:
+                logger.info("The teacher's logits are made in full: %s.", reason)
+
+    def hidden(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
+        """Final hidden states [N, H]; None where the teacher's head turns out to be more than a product."""
+        if self.output_head is None:
+            return None
+        try:
+            return teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head)[mask]
+        except NotPlain as reason:
+            logger.info("The teacher's logits are made in full: %s.", reason)
+            self.output_head = None
+            return None
+
+    def logits(self, inputs: Mapping[str, Any], mask: Tensor) -> Iterator[Tensor]:
+        """Logits [n, ...] of the kept positions, some at a time."""
+        hidden = self.hidden(inputs, mask)
+        if hidden is None:
+            whole = self.teacher(inputs, self.accelerator, read=self.head.logits)
+            yield _rows(self.head, whole, mask)
+            return
+        assert self.output_head is not None
+        with torch.no_grad(), self._precision(), whole_weight(self.output_head) as (weight, bias):
+            side = Side(*self._cast(hidden.dtype, weight, bias), self.output_head.scale, self.output_head.softcap)
+            for part in hidden.split(_AT_ONCE):
+                yield side.logits(part)
+
+    def head_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Weight and bias of the teacher's output head as they multiply; every process must call."""
+        assert self.output_head is not None
+        with whole_weight(self.output_head) as (weight, bias):
+            named = zip(("weight", "bias"), self._cast(dtype, weight, bias), strict=True)
+            return {name: x.detach().cpu().contiguous().clone() for name, x in named if x is not None}
+
+    def _cast(self, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.accelerator.mixed_precision != "no":
+            return weight, bias
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _precision(self) -> Any:
+        return nullcontext() if self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
+
+
+def _rows(head: Head, logits: Tensor, mask: Tensor) -> Tensor:
+    """The kept positions of whole logits, as rows [N, ...]."""
+    if head.name == "question_answering":
+        return logits.transpose(1, 2)[mask]
+    return logits[mask] if head.token_level else logits
+
+
+class Keeping:
+    """The script's collator for the building: the batch beside its rows' numbers, kept positions and signatures."""
+
+    def __init__(self, collator: Any, head: Head, positions: str, columns: Sequence[str]) -> None:
+        self.collator, self.head, self.positions, self.columns = collator, head, positions, columns
+
+    def __call__(self, features: Any) -> tuple[dict[str, Any], list[int], Tensor, np.ndarray]:
+        taken = numbered(features)
+        batch = dict(self.collator(taken.features))
+        mask = kept_positions(self.head, batch, self.positions)
+        check_rows_apart(mask, taken.row_ids)
+        return batch, taken.row_ids, mask, signatures(batch, mask, self.columns, self.head.shifted)
+
+
+class Plan(NamedTuple):
+    """The batches that a process asks the teacher for; those of shard -1 only keep others company and are dropped."""
+
+    shards: list[int]
+    batches: list[list[int]]
+
+
+def plan(rows: int, settings: Mapping[str, Any], have: set[int], rank: int, world: int, *, together: bool) -> Plan:
+    """Missing shards in turns, one process after the other.
+
+    Args:
+        together: whether each of the teacher's forwards needs all processes: then all have as many batches.
+    """
+    per, size = settings["rows_per_shard"], settings["batch_rows"]
+    missing = [index for index in range(-(-rows // per)) if index not in have]
+
+    def batches_of(who: int) -> list[tuple[int, list[int]]]:
+        found = []
+        for index in missing[who::world]:
+            stop = min((index + 1) * per, rows)
+            found += [(index, list(range(s, min(s + size, stop)))) for s in range(index * per, stop, size)]
+        return found
+
+    mine = batches_of(rank)
+    if together and missing:
+        company = (-1, list(range(min(size, rows))))
+        mine += [company] * (max(len(batches_of(who)) for who in range(world)) - len(mine))
+    return Plan([shard for shard, _ in mine], [batch for _, batch in mine])
+
+
+def loader(trainer: Any, dataset: Any, batches: list[list[int]], keeping: Keeping) -> DataLoader:
+    workers = trainer.args.dataloader_num_workers
+    return DataLoader(cast(Any, NumberedRows(dataset)), batch_sampler=batches, collate_fn=keeping, num_workers=workers)
+
+
+def stream_batches(dataset: Any, settings: Mapping[str, Any], keeping: Keeping) -> Iterator[tuple[int, Any]]:
+    """(shard, collated batch) of a stream, in its order."""
+    per, size = settings["rows_per_shard"], settings["batch_rows"]
+    rows = iter(dataset)
+    for index in itertools.count():
+        for _ in range(per // size):
+            features = list(itertools.islice(rows, size))
+            if not features:
+                return
+            yield index, keeping(features)
+
+
+def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, settings: dict[str, Any], keeping: Keeping,
+                 *, together: bool, part: str) -> None:  # fmt: skip
+    """Asks the teacher for the missing shards of this process and writes them."""
+    args = trainer.args
+    have = trainer._on_main_process(lambda: written_shards(folder))
+    rank, world = args.process_index, args.world_size
+    todo: Iterable[tuple[int, Any]]
+    if isinstance(dataset, IterableDataset):
+        own = (found for found in stream_batches(dataset, settings, keeping) if found[0] not in have)
+        todo = own if together else (found for found in own if found[0] % world == rank)
+        total = None
+    else:
+        mine = plan(len(dataset), settings, have, rank, world, together=together)
+        todo = zip(mine.shards, loader(trainer, dataset, mine.batches, keeping), strict=True)
+        total = sum(len(batch) for batch, shard in zip(mine.batches, mine.shards, strict=True) if shard >= 0)
+    writer = _Writer(folder, rank == 0 or not isinstance(dataset, IterableDataset) or not together)
+    bar = _Progress(part, total, args.disable_tqdm or rank > 0)
+    try:
+        for index, (batch, row_ids, mask, seen) in todo:
+            rows = ask(trainer, speaker, settings, batch, row_ids, mask, seen)
+            if index >= 0:
+                writer.add(index, rows)
+                bar.add(rows)
+        writer.end()
+    finally:
+        bar.close()
+        writer.close()
+
+
+def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], batch: dict[str, Any], row_ids: list[int],
+        mask: Tensor, seen: np.ndarray) -> Rows:  # fmt: skip
+    """What the teacher says of a batch, encoded."""
+    kept = format_of(settings)
+    inputs = trainer._prepare_inputs(batch)
+    inputs = trainer._with_decoder_inputs(trainer._fit.student, speaker.head, inputs)
+    on_device = mask.to(trainer.args.device)
+    uniform = _uniform(settings, row_ids[0], int(mask.sum())) if kept.name == "sampled" else torch.empty(0)
+    said: Iterator[Tensor]
+    parts: list[dict[str, np.ndarray]] = []
+    done = 0
+    if kept.name == "hidden":
+        hidden = speaker.hidden(inputs, on_device)
+        if hidden is None:
+            fail_no_product(speaker)
+        said = iter([hidden])
+    else:
+        said = speaker.logits(inputs, on_device)
+    for values in said:
+        if kept.name in SPARSE:
+            values = values[..., : kept.classes]
+        encoded = encode(kept, values, uniform[done : done + len(values)].to(values.device))
+        _check_finite(encoded, row_ids)
+        parts.append({name: to_numpy(column) for name, column in encoded.items()})
+        done += len(values)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Rows(np.asarray(row_ids, np.int64), seen, mask.sum(1).numpy(), columns)
+
+
+def fail_no_product(speaker: Speaker) -> NoReturn:
+    because = "the logits of " + type(speaker.teacher.model).__name__ + " are more than its output head's product"
+    mend = "Set it to topk or logits."
+    fail("teacher_cache_format", "hidden", "another format with this teacher", mend, because=because)
+
+
+def _uniform(settings: Mapping[str, Any], first_row: int, count: int) -> Tensor:
+    """[count] numbers in [0, 1) that depend on seed and row alone."""
+    generator = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + first_row) % 2**63)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
+    """Raises ValueError where the teacher said NaN or inf: it would be kept for ever."""
+    for name in ("logits", "hidden", "log_probs", "entropy"):
+        values = columns.get(name)
+        if values is None or not values.is_floating_point() or not len(values):
+            continue
+        bad = bool(bad_rows(values)) if name in ("logits", "log_probs") else not bool(torch.isfinite(values).all())
+        if bad:
+            shown = Shown(f"giving NaN or inf on rows {row_ids[0]} to {row_ids[-1]} of the data")
+            mend = "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs."
+            fail("teacher_model", shown, "finite outputs", mend)
+
+
+class _Writer:
+    """Collects the rows of a shard, and writes it while the next one is asked for."""
+
+    def __init__(self, folder: Path, writes: bool) -> None:
+        self.folder, self.writes = folder, writes
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future | None = None
+        self._index, self._parts = -1, list[Rows]()
+
+    def add(self, index: int, rows: Rows) -> None:
+        if index != self._index:
+            self._write()
+            self._index = index
+        self._parts.append(rows)
+
+    def _write(self) -> None:
+        parts, self._parts = self._parts, []
+        if not parts or not self.writes:
+            return
+        self._wait()
+        self._last = self._pool.submit(write_shard, self.folder, self._index, joined(parts))
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            try:
+                self._last.result()
+            except OSError as error:
+                free = shutil.disk_usage(self.folder).free / 1e6
+                shown = Shown(f"{str(self.folder)!r}, where a shard could not be written ({error})")
+                mend = "What is built stays: make room and run again, it goes on from there."
+                told = message("teacher_cache_dir", shown, f"room for it ({free:,.0f} MB are free)", mend)
+                raise RuntimeError(told) from error
+
+    def end(self) -> None:
+        self._write()
+        self._wait()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+
+class _Progress:
+    """A bar with what is left, tokens a second and bytes."""
+
+    def __init__(self, part: str, total: int | None, disable: bool) -> None:
+        from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=total, desc=f"teacher cache: {part}", unit=" rows", disable=disable)
+        self._begun, self._tokens, self._bytes = time.perf_counter(), 0, 0
+
+    def add(self, rows: Rows) -> None:
+        self._tokens += int(rows.counts.sum())
+        self._bytes += sum(column.nbytes for column in rows.columns.values()) + 16 * len(rows.row_ids)
+        seconds = max(time.perf_counter() - self._begun, 1e-9)
+        self._bar.update(len(rows.row_ids))
+        self._bar.set_postfix_str(
+            f"{self._tokens / seconds:,.0f} positions/s, {self._bytes / 1e6:,.1f} MB", refresh=False
+        )
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,175 @@
+"""The formats of a teacher cache: what the teacher said at some positions -> columns of numbers, and back.
+
+For: `cache_build.py`, which encodes, and `cache.py`, which decodes. Knows no files and no batches.
+Letters: N positions, V classes, H hidden size, k classes kept, n draws.
+Imports: checks, outputs, sparse, torch, numpy.
+
+    logits     [N, V] in the teacher's dtype, or in half precision (relative error 2^-11 in float16, 2^-8 in bfloat16)
+    hidden     [N, H], the same
+    topk       the k largest: ids in the fewest bits, log-probabilities at the temperature of the building in float16
+               (error |log p| / 2048) or 8 bits (half of (largest - smallest) / 255), the mass of the rest in float16
+    sampled    n ids drawn at that temperature, each of weight 1/n, the id on top, the exact entropy in float32
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checks import check_choice, fail
+from .outputs import TeacherOutput
+from .sparse import Samples, TopK, draw_samples, top_k
+
+FORMATS = ("logits", "hidden", "topk", "sampled")
+SPARSE = ("topk", "sampled")
+DEFAULT_K = {"topk": 64, "sampled": 50}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+class Format(NamedTuple):
+    """How a cache keeps what the teacher said; all of it stands in the manifest.
+
+    Args:
+        name: one of `FORMATS`.
+        classes: V, or the ids that student and teacher share where the format is sparse.
+        k: classes kept of each position (topk), draws (sampled); None otherwise.
+        temperature: of the distribution that is kept (sparse formats); None otherwise.
+        dtype: of logits, hidden states and top-k values: a name of `DTYPES`, or "uint8" (topk).
+    """
+
+    name: str
+    classes: int
+    k: int | None = None
+    temperature: float | None = None
+    dtype: str = "float32"
+
+    @property
+    def bits(self) -> int:
+        """The fewest that hold an id."""
+        return max(1, (self.classes - 1).bit_length())
+
+    def bytes_a_position(self, hidden_size: int = 0) -> float:
+        """Bytes on disk of one position, without the 20 or so of each row."""
+        if self.name in SPARSE:
+            assert self.k is not None
+            ids = -(-self.k * self.bits // 8)
+            if self.name == "sampled":
+                return ids + -(-self.bits // 8) + 4
+            return ids + self.k * (1 if self.dtype == "uint8" else 2) + (6 if self.dtype == "uint8" else 2)
+        return (hidden_size if self.name == "hidden" else self.classes) * DTYPES[self.dtype].itemsize
+
+
+def check_format(name: str, k: int | None, dtype: str, softmax: bool, over_tokens: bool, task: str) -> None:
+    """Raises ValueError where a format does not go with the task, with k or with the dtype."""
+    check_choice("teacher_cache_format", name, FORMATS)
+    check_choice("teacher_cache_dtype", dtype, (*DTYPES, "uint8"))
+    if name in SPARSE and not softmax:
+        expected = f"'logits' for the task {task!r}, whose outputs are no softmax over classes"
+        fail("teacher_cache_format", name, expected, "Set it to logits.")
+    if name == "hidden" and not over_tokens:
+        fail("teacher_cache_format", name, "'logits', 'topk' or 'sampled' where the task is no language model's",
+             "Set it to logits: it is exact too.")  # fmt: skip
+    if k is not None and name not in SPARSE:
+        fail("teacher_cache_k", k, f"no value with teacher_cache_format {name!r}, which keeps all", "Leave it out.")
+    if dtype == "uint8" and name != "topk":
+        fail("teacher_cache_dtype", dtype, "'uint8' with teacher_cache_format 'topk' alone", "Leave it out.")
+
+
+def encode(kept: Format, said: Tensor, uniform: Tensor) -> dict[str, Tensor]:
+    """Columns [N, width] of logits (or hidden states) [N, ...]; `uniform` [N] in [0, 1) draws samples."""
+    if kept.name not in SPARSE:
+        return {kept.name: said.flatten(1).to(DTYPES[kept.dtype])}
+    assert kept.k is not None
+    assert kept.temperature is not None
+    if kept.name == "sampled":
+        drawn = draw_samples(said, kept.k, temperature=kept.temperature, uniform=uniform)
+        ids, top = (_pack(x, kept.bits) for x in (drawn.ids, drawn.top.unsqueeze(-1)))
+        return {"ids": ids, "top": top, "entropy": drawn.entropy.float().unsqueeze(-1)}
+    found = top_k(said, kept.k, temperature=kept.temperature)
+    columns = {"ids": _pack(found.ids, kept.bits), "log_tail": found.log_tail.half().unsqueeze(-1)}
+    if kept.dtype != "uint8":
+        return columns | {"log_probs": found.log_probs.half()}
+    ends = found.log_probs[:, [0, -1]].half()
+    high, low = ends.float().unbind(-1)
+    if bool(low.isinf().any()):
+        because = "a class among the k has no probability at all, and 8 bits are spread between the first and the last"
+        fail("teacher_cache_dtype", kept.dtype, "'float16' for this teacher", "Leave it out.", because=because)
+    step = ((high - low) / 255).clamp(min=1e-12).unsqueeze(-1)
+    codes = ((found.log_probs - low.unsqueeze(-1)) / step).round().clamp(0, 255)
+    return columns | {"log_probs": codes.to(torch.uint8), "range": ends}
+
+
+def decode(kept: Format, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Tensors [N, width] for a batch, all of integers: a backend that casts what is floating leaves them alone."""
+    if kept.name not in SPARSE:
+        return {kept.name: torch.from_numpy(columns[kept.name].copy()).view(_INTEGERS[DTYPES[kept.dtype]])}
+    assert kept.k is not None
+    ids = _unpack(columns["ids"], kept.bits, kept.k)
+    if kept.name == "sampled":
+        top = _unpack(columns["top"], kept.bits, 1)
+        return {"ids": ids, "top": top, "entropy": _bits(torch.from_numpy(columns["entropy"].copy()))}
+    values = torch.from_numpy(columns["log_probs"].astype(np.float32))
+    if kept.dtype == "uint8":
+        high, low = torch.from_numpy(columns["range"].astype(np.float32)).unbind(-1)
+        values = low.unsqueeze(-1) + values * ((high - low) / 255).clamp(min=1e-12).unsqueeze(-1)
+    buckets = torch.cat([values, torch.from_numpy(columns["log_tail"].astype(np.float32))], -1)
+    # What rounding made of the k + 1 probabilities sums to one again: else the divergence of equals is not 0.
+    buckets = buckets - buckets.logsumexp(-1, keepdim=True)
+    return {
+        "ids": ids,
+        "log_probs": _bits(buckets[:, :-1].contiguous()),
+        "log_tail": _bits(buckets[:, -1:].contiguous()),
+    }
+
+
+def output(kept: Format, columns: dict[str, Tensor], head: dict[str, Any]) -> TeacherOutput:
+    """What `decode` gave, aligned with a batch [..., width], as the loss takes it."""
+    if kept.name not in SPARSE:
+        values = columns[kept.name].view(DTYPES[kept.dtype])
+        if kept.name == "logits":
+            return TeacherOutput(logits=values)
+        return TeacherOutput(hidden=values.to(head["teacher_weight"].dtype), head=head)  # kept in less, it may be
+    if kept.name == "sampled":
+        entropy = columns["entropy"].view(torch.float32).squeeze(-1)
+        return TeacherOutput(sparse=Samples(columns["ids"], columns["top"].squeeze(-1), entropy))
+    log_probs, log_tail = (columns[name].view(torch.float32) for name in ("log_probs", "log_tail"))
+    return TeacherOutput(sparse=TopK(columns["ids"], log_probs, log_tail.squeeze(-1)))
+
+
+def _bits(values: Tensor) -> Tensor:
+    """A floating tensor as integers of the same bits."""
+    return values.contiguous().view(_INTEGERS[values.dtype])
+
+
+def to_numpy(column: Tensor) -> np.ndarray:
+    """The column's numbers; bfloat16, which numpy and Arrow lack, as int16 of the same bits."""
+    column = column.view(torch.int16) if column.dtype == torch.bfloat16 else column
+    return column.cpu().contiguous().numpy()
+
+
+def _pack(ids: Tensor, bits: int) -> Tensor:
+    """Ids [N, k] as uint8 [N, bytes]: little endian, `bits` each; 8, 16 and 32 bits as integers of that size."""
+    numbers = to_numpy(ids).astype(np.uint32)
+    if bits in _NATIVE:
+        return torch.from_numpy(numbers.astype(_NATIVE[bits]))
+    each = np.unpackbits(numbers[..., None].view(np.uint8), axis=-1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(each.reshape(len(numbers), bits * numbers.shape[1]), axis=-1, bitorder="little"))
+
+
+_NATIVE = {8: np.uint8, 16: np.uint16, 32: np.uint32}
+
+
+def _unpack(packed: np.ndarray, bits: int, k: int) -> Tensor:
+    """int32 [N, k]."""
+    if bits in _NATIVE:
+        return torch.from_numpy(packed.astype(np.int32))
+    starts = np.arange(k) * bits
+    room = np.zeros((len(packed), packed.shape[1] + 8), np.uint8)
+    room[:, : packed.shape[1]] = packed
+    windows = np.stack([room[:, starts // 8 + i] for i in range(5)], -1).astype(np.uint64)
+    numbers = (windows << (8 * np.arange(5, dtype=np.uint64))).sum(-1) >> (starts % 8).astype(np.uint64)
+    return torch.from_numpy((numbers & np.uint64((1 << bits) - 1)).astype(np.int32))

@@ -1,0 +1,376 @@
+"""Teacher outputs on disk: Arrow shards under a sealed manifest, written whole or not at all, checked when first read.
+
+For: `cache.py` and `cache_build.py`. Knows rows, columns and files; what the numbers mean is `cache_formats.py`'s.
+Imports: checks, files, datasets, pyarrow.
+
+A folder holds:
+    manifest.json      the settings, size and SHA-256 of each shard; written last: a folder without it is unfinished
+    building.json      the settings while it is unfinished
+    README.md          a card; `datasets.load_dataset(folder)` reads it
+    head.safetensors   with hidden states alone: the teacher's output head
+    data/              `datasets.load_from_disk(folder / "data")`: data-00000.arrow, ...
+
+A row of the data has `row_id`, `signature` (a hash of what the teacher read), and its columns: a list with an entry of
+fixed width for each of the row's positions.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from .checks import Shown, message
+from .files import digest, write_atomically
+
+LAYOUT = 1  # of the folder; another number is another program's
+MANIFEST, BUILDING, HEAD, DATA = "manifest.json", "building.json", "head.safetensors", "data"
+_OPEN_FILES = 64
+
+
+class CacheError(ValueError):
+    """What is on disk is not what was written, or not what is asked of it."""
+
+
+class Rows(NamedTuple):
+    """Some rows of a cache, one behind the other: N positions of B rows."""
+
+    row_ids: np.ndarray  # [B] int64
+    signatures: np.ndarray  # [B] uint64
+    counts: np.ndarray  # [B] positions of each row
+    columns: dict[str, np.ndarray]  # [N, width]
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts."""
+    ids, signatures, counts = (np.concatenate([part[i] for part in parts]) for i in range(3))
+    names = parts[0].columns
+    return Rows(
+        ids, signatures, counts, {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
+    )
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def shard_name(index: int) -> str:
+    return f"data-{index:05d}.arrow"
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Notes the settings of an unfinished cache; returns those that were noted when it was begun, if it was."""
+    path = folder / BUILDING
+    (folder / DATA).mkdir(parents=True, exist_ok=True)
+    for left in [*folder.glob(".*.json.*"), *folder.glob(f".{HEAD}.*"), *(folder / DATA).glob(".data-*")]:
+        left.unlink(missing_ok=True)  # of a killed process; whoever builds holds the lock
+    if not path.exists():
+        write_atomically(path, _sealed(settings))
+    return _read_sealed(path)
+
+
+def write_shard(folder: Path, index: int, rows: Rows) -> None:
+    """Writes a shard with its digest beside it: to a temporary name, synced, renamed; first the digest."""
+    sink = pa.BufferOutputStream()
+    batch = _record_batch(rows)
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    content = memoryview(sink.getvalue())
+    path = folder / DATA / shard_name(index)
+    entry = {
+        "name": path.name,
+        "rows": len(rows.row_ids),
+        "positions": int(rows.counts.sum()),
+        "bytes": content.nbytes,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    write_atomically(path.with_suffix(".json"), _sealed(entry))
+    write_atomically(path, content)
+
+
+def _record_batch(rows: Rows) -> pa.RecordBatch:
+    offsets = pa.array(np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int32))
+    arrays = {"row_id": pa.array(rows.row_ids), "signature": pa.array(rows.signatures)}
+    for name, values in rows.columns.items():
+        entries = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        arrays[name] = pa.ListArray.from_arrays(offsets, entries)
+    return pa.RecordBatch.from_pydict(arrays)
+
+
+def written_notes(folder: Path) -> dict[int, dict[str, Any]]:
+    """What is noted of the shards of an unfinished cache, by index; the shards themselves are not read."""
+    found = {}
+    for note in sorted((folder / DATA).glob("data-*.json")):
+        try:
+            entry = _read_sealed(note)
+        except CacheError:
+            continue
+        entry.pop("sealed")
+        found[int(note.stem.removeprefix("data-"))] = entry
+    return found
+
+
+def written_shards(folder: Path) -> set[int]:
+    """The shards of an unfinished cache that are on disk as they were written; reads them whole."""
+    return {index for index, entry in written_notes(folder).items() if damage(folder, entry) is None}
+
+
+def reopen(folder: Path, manifest: Mapping[str, Any], damaged: set[int]) -> None:
+    """Makes an unfinished cache of a finished one, in which the damaged shards are missing."""
+    settings = {k: v for k, v in manifest.items() if k not in ("shards", "sealed", "head_sha256", *_TOTALS)}
+    for index, entry in enumerate(manifest["shards"]):
+        note = (folder / DATA / entry["name"]).with_suffix(".json")
+        if index in damaged:
+            note.unlink(missing_ok=True)
+        else:
+            write_atomically(note, _sealed(entry))
+    write_atomically(folder / BUILDING, _sealed(settings))
+    (folder / MANIFEST).unlink()
+
+
+_TOTALS = ("total_rows", "total_positions", "total_bytes")
+
+
+def damage(folder: Path, entry: Mapping[str, Any]) -> str | None:
+    """Why the shard is not the one that was written, None where it is; reads all of it."""
+    path = folder / DATA / entry["name"]
+    if not path.is_file():
+        return "the file is missing"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"it has {size:,} bytes where {entry['bytes']:,} were written"
+    return None if digest(path) == entry["sha256"] else "its content has changed since it was written"
+
+
+def finish(folder: Path, settings: dict[str, Any], shards: Sequence[dict[str, Any]], card: str) -> None:
+    """Writes what makes the folder a cache; the manifest last."""
+    import datasets
+
+    names = [entry["name"] for entry in shards]
+    with pa.OSFile(str(folder / DATA / names[0])) as file:
+        schema = pa.ipc.open_stream(file).schema
+    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
+    info.write_to_directory(str(folder / DATA))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": hashlib.sha256("".join(entry["sha256"] for entry in shards).encode()).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    write_atomically(folder / DATA / "state.json", json.dumps(state, indent=2))
+    write_atomically(folder / "README.md", card)
+    totals = {key: sum(entry[key.removeprefix("total_")] for entry in shards) for key in _TOTALS}
+    head = {"head_sha256": digest(folder / HEAD)} if (folder / HEAD).exists() else {}
+    write_atomically(folder / MANIFEST, _sealed({**settings, **totals, **head, "shards": list(shards)}))
+    clean(folder)
+
+
+def clean(folder: Path) -> None:
+    """Removes what a finished cache needs no more."""
+    for left in [folder / BUILDING, *(folder / DATA).glob("data-*.json")]:
+        left.unlink(missing_ok=True)
+
+
+def _sealed(content: Mapping[str, Any]) -> str:
+    return json.dumps({**content, "sealed": _seal(content)}, indent=2, sort_keys=True)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "sealed"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def _read_sealed(path: Path) -> dict[str, Any]:
+    anew = "Build the cache again in an empty folder, or fetch it again."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        whole = content["sealed"] == _seal(content)
+    except FileNotFoundError:
+        raise CacheError(message("teacher_cache", str(path.parent), f"a folder with {path.name}", anew)) from None
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        whole, content = False, {}
+        cause: Exception | None = error
+    else:
+        cause = None
+    if not whole:
+        told = message("teacher_cache", str(path), "the file as it was written", anew, because="it was changed or cut")
+        raise CacheError(told) from cause
+    return content
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The settings and shards of a finished cache.
+
+    Raises:
+        CacheError: there is none, it was changed, or it is of another layout.
+    """
+    if not is_finished(folder):
+        begun = (folder / BUILDING).exists()
+        mend = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
+        shown = Shown(f"{str(folder)!r}, {'which is unfinished' if begun else 'which has no ' + MANIFEST}")
+        raise CacheError(message("teacher_cache", shown, "a finished cache", mend))
+    manifest = _read_sealed(folder / MANIFEST)
+    if manifest.get("layout") != LAYOUT:
+        mend = "Read it with that version of kd_trainer, or build it again."
+        shown = Shown(f"of layout {manifest.get('layout')}, from kd_trainer {manifest.get('kd_trainer')}")
+        raise CacheError(message("teacher_cache", shown, f"layout {LAYOUT}", mend))
+    return manifest
+
+
+@dataclass
+class _Shard:
+    """An open, checked shard: where its columns lie in the file."""
+
+    file: Any
+    name: str
+    row_ids: np.ndarray
+    signatures: np.ndarray
+    offsets: np.ndarray  # [rows + 1] positions before each row
+    columns: dict[str, tuple[int, np.dtype, int]] = field(default_factory=dict)  # place in the file, dtype, width
+
+    def read(self, name: str, row: int) -> np.ndarray:
+        place, dtype, width = self.columns[name]
+        start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
+        size = (stop - start) * width * dtype.itemsize
+        content = _read_at(self.file, size, place + start * width * dtype.itemsize)
+        if len(content) != size:
+            raise CacheError(damaged(self.name, "it was cut while it was read"))
+        return np.frombuffer(content, dtype).reshape(-1, width)
+
+
+def damaged(name: str, reason: str) -> str:
+    mend = (
+        "Start a training with teacher_model and teacher_cache_dir: that shard alone is built again. Without the "
+        "teacher, fetch the file again."
+    )
+    return message("teacher_cache", Shown(f"damaged in {name}"), "the file as it was written", mend, because=reason)
+
+
+class Store:
+    """A finished cache, read row by row: neither loaded nor mapped; each shard is checked when it is first read.
+
+    Args:
+        folder: as `finish` left it.
+
+    Attributes:
+        manifest: see `read_manifest`.
+
+    Raises:
+        CacheError: as `read_manifest`; when reading, a shard that is missing, cut or changed, by name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder)
+        shards = self.manifest["shards"]
+        self._starts = np.concatenate([[0], np.cumsum([entry["rows"] for entry in shards])]).tolist()
+        self._checked: set[int] = set()
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._places: dict[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}  # each process opens its own files
+
+    def __len__(self) -> int:
+        return self.manifest["total_rows"]
+
+    def check(self, indices: Iterable[int]) -> dict[int, str]:
+        """Reads these shards whole; of the damaged ones, why."""
+        found = {}
+        for index in indices:
+            reason = damage(self.folder, self.manifest["shards"][index])
+            if reason is None:
+                self._checked.add(index)
+            else:
+                found[index] = reason
+        return found
+
+    def head_is_whole(self) -> bool:
+        """Whether the teacher's output head is as it was written."""
+        path = self.folder / HEAD
+        return path.is_file() and digest(path) == self.manifest.get("head_sha256")
+
+    def take(self, row_ids: Sequence[int]) -> Rows:
+        """The rows with these ids, in this order.
+
+        Raises:
+            CacheError: a row that is not in the cache; a damaged shard.
+        """
+        parts = [self._locate(int(row_id)) for row_id in row_ids]
+        names = parts[0][0].columns
+        columns = {name: np.concatenate([shard.read(name, row) for shard, row in parts]) for name in names}
+        counts = np.array([shard.offsets[row + 1] - shard.offsets[row] for shard, row in parts])
+        signatures = np.array([shard.signatures[row] for shard, row in parts], dtype=np.uint64)
+        return Rows(np.asarray(row_ids), signatures, counts, columns)
+
+    def _locate(self, row_id: int) -> tuple[_Shard, int]:
+        place = row_id
+        if self.manifest["row_ids"] != "position":
+            if self._places is None:
+                ids = np.concatenate([self._shard(i).row_ids for i in range(len(self._starts) - 1)])
+                self._places = {int(one): i for i, one in enumerate(ids)}
+            place = self._places.get(row_id, -1)
+        if not 0 <= place < len(self):
+            mend = "Train on the rows that the cache was built from, or build one for these."
+            expected = f"a row of the teacher cache, which has {len(self):,}"
+            raise CacheError(message("train_dataset", Shown(f"asked for row {row_id}"), expected, mend))
+        index = bisect.bisect_right(self._starts, place) - 1
+        return self._shard(index), place - self._starts[index]
+
+    def _shard(self, index: int) -> _Shard:
+        shard = self._open.get(index)
+        if shard is not None:
+            self._open.move_to_end(index)
+            return shard
+        entry = self.manifest["shards"][index]
+        if index not in self._checked and (reason := self.check([index]).get(index)):
+            raise CacheError(damaged(str(self.folder / DATA / entry["name"]), reason))
+        shard = self._open[index] = _opened(self.folder / DATA / entry["name"])
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)[1].file.close()
+        return shard
+
+
+def _opened(path: Path) -> _Shard:
+    file = path.open("rb", buffering=0)
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        content = pa.py_buffer(mapped)
+        batch = pa.ipc.open_stream(content).read_next_batch()
+        row_ids, signatures = (np.array(batch.column(name)) for name in ("row_id", "signature"))
+        shard = _Shard(file, str(path), row_ids, signatures, np.zeros(1, np.int32))
+        for name in batch.schema.names:
+            if name in ("row_id", "signature"):
+                continue
+            column = batch.column(name)
+            entries = column.values
+            flat = entries.values
+            shard.offsets = np.array(column.offsets)
+            dtype = np.dtype(flat.type.to_pandas_dtype())
+            place = flat.buffers()[1].address - content.address + flat.offset * dtype.itemsize
+            shard.columns[name] = (place, dtype, entries.type.list_size)
+        del batch, column, entries, flat, content
+    return shard
+
+
+def _read_at(file: Any, size: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):  # processes that share the file do not move each other's place in it
+        return os.pread(file.fileno(), size, offset)
+    file.seek(offset)
+    return file.read(size)

@@ -1,0 +1,520 @@
+"""The trainer's side of a teacher cache: build what is missing, check that it fits, join it to the batches.
+
+For: `trainer.py`, whose mixin stands on the one here. Files and formats are not its business.
+Imports: cache, cache_build, cache_formats, cache_identity, cache_store, checks, files, first_look, heads, inputs,
+teacher; datasets, filelock.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from . import __version__
+from .cache import (
+    EVAL,
+    TRAIN,
+    CachedCollator,
+    CachedTeacher,
+    NumberedRows,
+    check_objective,
+    format_of,
+    have_ids,
+    kept_positions,
+    numbered,
+)
+from .cache_build import SHARD_BYTES, Keeping, Speaker, build_shards, fail_no_product
+from .cache_formats import DEFAULT_K, DTYPES, SPARSE, Format, check_format
+from .cache_identity import collation, compare, teacher_identity, tokenizer_identity
+from .cache_store import (
+    HEAD,
+    LAYOUT,
+    CacheError,
+    Store,
+    begin,
+    clean,
+    finish,
+    is_finished,
+    reopen,
+    written_notes,
+)
+from .checks import Shown, fail, message
+from .files import write_atomically
+from .first_look import SMALL_VOCABULARY, FirstLook, Fit, classes_have_names, same_random_numbers
+from .heads import HEADS
+from .inputs import TEACHER_PREFIX
+from .teacher import LiveTeacher
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE_ROWS = 32  # looked at before a cache is built or read: evenly spread over the data
+
+
+class OfflineTeacher(FirstLook):
+    """Lets a teacher be asked once and read from disk ever after; `trainer.DistillationMixin` sets what is declared."""
+
+    _given_teacher: Any
+    _ready_parts: set[str]
+    _on_main_process: Callable[..., Any]
+
+    def build_teacher_cache(self) -> CachedTeacher:
+        """Asks the teacher once about all training and evaluation data and keeps what it said in `teacher_cache_dir`.
+
+        When to use: by itself before trainings that shall not hold the teacher; `kd_run` "cache" does it from any
+        script. `train()` does it too where `teacher_cache_dir` is set. What is there already is checked and kept; an
+        interrupted building goes on. Every process must call it: they share the work.
+
+        Returns:
+            The cached teacher, which from now on is the trainer's.
+
+        Raises:
+            ValueError: no `teacher_cache_dir`; a cache there that was made of something else (`CacheError`); data
+                whose rows change from one reading to the next.
+            RuntimeError: no room on the disk.
+        """
+        kd = self.kd_args
+        if kd.teacher_cache_dir is None:
+            fail("teacher_cache_dir", None, "a folder", "Set it to where the cache shall be.")
+        self._require_teacher(self._given_teacher)
+        where = Path(kd.teacher_cache_dir)
+        with same_random_numbers(self.args.device):
+            for part, dataset in self._cache_parts():
+                if part not in self._ready_parts:
+                    with self._only_builder(where, part):
+                        self._prepare_part(part, dataset, where / part)
+                    self._ready_parts.add(part)
+        self._take_cached(where)
+        return cast(CachedTeacher, self.teacher)
+
+    def _cache_parts(self) -> list[tuple[str, Any]]:
+        """The data to ask about, by the names of the cache's parts."""
+        train = [] if self.train_dataset is None else [(TRAIN, self.train_dataset)]
+        evals: Any = self.eval_dataset
+        if isinstance(evals, dict):
+            return [*train, *((f"{EVAL}-{name}", each) for name, each in evals.items())]
+        return train if evals is None else [*train, (EVAL, evals)]
+
+    def _cache_is_there(self) -> bool:
+        """Whether every part is finished, so that the teacher need not be loaded."""
+        where = self.kd_args.teacher_cache_dir
+        parts = self._cache_parts()
+        return where is not None and bool(parts) and all(is_finished(Path(where) / part) for part, _ in parts)
+
+    def _take_cached(self, where: Path) -> None:
+        """The cache in the place of the live teacher, whose memory is freed."""
+        live, self.teacher, self._fit = self.teacher, CachedTeacher(where), None
+        if isinstance(self._given_teacher, nn.Module):
+            self._given_teacher = self.teacher  # so that nothing here holds the module
+        if isinstance(live, LiveTeacher) and live.prepared is live.model and live.model is not self._fit_student():
+            placed = getattr(live.model, "hf_device_map", None) is not None
+            if not placed and getattr(live.model, "quantization_method", None) is None:
+                live.model.to("cpu")  # the script may hold it still
+        del live
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _fit_student(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _live_teacher(self) -> LiveTeacher:
+        """The teacher itself, loaded where a finished cache had made that unnecessary."""
+        if not isinstance(self.teacher, LiveTeacher):
+            self.teacher, self._fit = self._load_live(self._given_teacher), None
+        return self.teacher
+
+    # ---- one part ----
+
+    @contextmanager
+    def _only_builder(self, where: Path, part: str) -> Iterator[None]:
+        """Holds the lock of a part; waits, and says so, while another run builds it."""
+        from filelock import FileLock, Timeout
+
+        lock, said = None, False
+        if self.is_world_process_zero():
+            where.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(str(where / f".{part}.lock"))
+        try:
+            while True:
+                got: list[Any] = [True]
+                if lock is not None:
+                    try:
+                        lock.acquire(timeout=0)
+                    except Timeout:
+                        got = [False]
+                broadcast_object_list(got)
+                if got[0]:
+                    break
+                if not said and self.is_world_process_zero():
+                    logger.warning("[kd_trainer] another run builds the teacher cache %s: waiting for it", where / part)
+                said = True
+                time.sleep(2.0)
+            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _prepare_part(self, part: str, dataset: Any, folder: Path) -> None:
+        """Checks a finished part and mends its damaged shards; builds what is missing."""
+        finished = self._on_main_process(lambda: is_finished(folder))
+        if finished:
+            store = Store(folder)
+            self._on_main_process(lambda: self._check_fits(store, part, dataset))
+            if not self._damaged(store):
+                self._on_main_process(lambda: clean(folder))
+                return
+        live = self._live_teacher()
+        used, collator = self._as_read(dataset)
+        sample = dict(collator(numbered(_features(used, self.args.per_device_eval_batch_size)).features))
+        fit = self._look_at(sample)
+        speaker = Speaker(live, self.accelerator, fit.head)
+        settings = self._settings(part, dataset, speaker, sample)
+        settings = self._on_main_process(lambda: self._begin(folder, settings, part, dataset))
+        keeping = Keeping(collator, fit.head, settings["positions"], settings["columns_read"])
+        self._write_head(speaker, settings, folder)
+        together = live.prepared is not live.model and self.args.world_size > 1
+        build_shards(self, speaker, used, folder, settings, keeping, together=together, part=part)
+        self.accelerator.wait_for_everyone()
+        self._on_main_process(lambda: self._finish(folder, settings, part))
+
+    def _damaged(self, store: Store) -> bool:
+        """Reads all shards, each process its share; makes an unfinished cache of one with damaged shards."""
+        total = len(store.manifest["shards"])
+        bad = store.check(range(self.args.process_index, total, self.args.world_size))
+        found = dict(gather_object(list(bad.items())) if self.args.world_size > 1 else bad)
+        head_lost = store.manifest["format"] == "hidden" and not store.head_is_whole()
+        if not found and not head_lost:
+            return False
+        if self.is_world_process_zero():
+            for index, reason in sorted(found.items()):
+                name = store.manifest["shards"][index]["name"]
+                logger.warning("[kd_trainer] teacher cache %s: %s is built again: %s", store.folder, name, reason)
+            reopen(store.folder, store.manifest, set(found))
+        self.accelerator.wait_for_everyone()
+        return True
+
+    def _as_read(self, dataset: Any) -> tuple[Any, Any]:
+        """The dataset and the collator as the training's dataloader has them."""
+        if isinstance(dataset, datasets.Dataset):
+            return self._remove_unused_columns(dataset), self.data_collator
+        return dataset, self._get_collator_with_removed_columns(self.data_collator)
+
+    def _signatures(self, dataset: Any, keeping: Keeping) -> list[list[int]]:
+        """[row id, signature] of some rows."""
+        _, row_ids, _, found = keeping(_features(dataset, _SAMPLE_ROWS))
+        return [[row, int(one)] for row, one in zip(row_ids, found, strict=True)]
+
+    # ---- what is noted, and what is compared ----
+
+    def _settings(self, part: str, dataset: Any, speaker: Speaker, sample: dict[str, Any]) -> dict[str, Any]:
+        """Everything that the manifest says of a part that is to be built."""
+        kd, head = self.kd_args, speaker.head
+        used, collator = self._as_read(dataset)
+        prepared = self._prepare_inputs(dict(sample))
+        prepared = self._with_decoder_inputs(self._fit_student(), head, prepared)
+        columns = _columns_read(sample, speaker.teacher.inputs(prepared))
+        keeping = Keeping(collator, head, kd.kd_positions, columns)
+        _, _, mask, _ = keeping(_features(used, _SAMPLE_ROWS))
+        first = self._signatures(used, keeping)
+        if first != self._signatures(used, keeping):
+            because = "what the teacher said of one reading would be taken for another"
+            mend = "Apply it once, before the training (dataset.map), or train with the live teacher."
+            shown = Shown(
+                "one whose rows differ from one reading to the next (random augmentation, masking or padding)"
+            )
+            fail(
+                f"{'train' if part == TRAIN else 'eval'}_dataset",
+                shown,
+                "the same rows each time",
+                mend,
+                because=because,
+            )
+        kept, extra = self._format(speaker, prepared, kept_positions(head, sample, kd.kd_positions))
+        row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(mask.sum(1).float().mean()) + 24
+        batch_rows = self.args.per_device_eval_batch_size
+        settings = {
+            **{"layout": LAYOUT, "kd_trainer": __version__, "part": part},
+            **{"format": kept.name, "classes": kept.classes, "k": kept.k},
+            **{"temperature": kept.temperature, "dtype": kept.dtype, **extra},
+            **{"task": head.name, "positions": kd.kd_positions, "labels": self._class_names(head)},
+            "teacher": teacher_identity(self._given_teacher, kd.teacher_kwargs, self._fit_student()),
+            "tokenizer": tokenizer_identity(self.processing_class),
+            "collation": collation(self.data_collator, self.processing_class),
+            "dataset": {
+                "rows": None if isinstance(used, IterableDataset) else len(used),
+                "columns": sorted(sample),
+                "fingerprint": getattr(dataset, "_fingerprint", None),
+                "sample": first,
+            },
+            "columns_read": columns,
+            "row_ids": "position" if _by_position(used) else "column",
+            "batch_rows": batch_rows,
+            "rows_per_shard": max(1, int(SHARD_BYTES / (row_bytes * batch_rows))) * batch_rows,
+            "seed": self.args.seed,
+        }
+        settings["teacher"].setdefault("parameters", sum(p.numel() for p in speaker.teacher.model.parameters()))
+        self._on_main_process(lambda: self._tell_size(settings, row_bytes))
+        return settings
+
+    def _class_names(self, head: Any) -> dict[str, str] | None:
+        student = self._fit_student()
+        if not classes_have_names(student, head):
+            return None
+        names = getattr(getattr(student, "config", None), "id2label", None)
+        return {str(i): str(name) for i, name in names.items()} if names else None
+
+    def _format(self, speaker: Speaker, inputs: dict[str, Any], mask: torch.Tensor) -> tuple[Format, dict[str, Any]]:
+        """The format that is asked for, completed by what the teacher gives for a batch."""
+        kd, head = self.kd_args, speaker.head
+        on_device = mask.to(self.args.device)
+        few = next(speaker.logits(inputs, on_device))
+        classes, product = few.shape[-1], speaker.output_head
+        name = kd.teacher_cache_format
+        if name == "auto":
+            large = head.over_tokens and classes >= SMALL_VOCABULARY and product is not None
+            name = "hidden" if large else "logits"
+        check_format(
+            name, kd.teacher_cache_k, kd.teacher_cache_dtype or "float32", head.softmax, head.over_tokens, head.name
+        )
+        fit = cast(Fit, self._fit)
+        extra: dict[str, Any] = {
+            "shape": list(few.shape[1:]), "vocabulary": classes, "common_ids": fit.common_ids, "known_by": fit.known_by,
+            "hidden_size": 0, "head_dtype": None, "head_scale": 1.0, "head_softcap": None,
+        }  # fmt: skip
+        dtype, k, temperature = str(few.dtype).removeprefix("torch."), None, None
+        if product is not None and (name == "hidden" or (product.scale == 1 and product.softcap is None)):
+            hidden = speaker.hidden(inputs, on_device)
+            assert hidden is not None
+            half = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
+            dtype = half or str(hidden.dtype).removeprefix("torch.")
+            if name == "hidden":
+                extra |= {"hidden_size": hidden.shape[-1], "head_dtype": str(hidden.dtype).removeprefix("torch.")}
+                extra |= {"head_scale": product.scale, "head_softcap": product.softcap}
+        elif name == "hidden":
+            fail_no_product(speaker)
+        if name in SPARSE:
+            classes, dtype = fit.common_ids or classes, kd.teacher_cache_dtype or "float16"
+            k, temperature = kd.teacher_cache_k or DEFAULT_K[name], float(kd.kd_temperature)
+            if name == "topk" and k >= classes:
+                fail(
+                    "teacher_cache_k",
+                    k,
+                    f"1 to {classes - 1}, fewer than there are classes",
+                    "Lower it, or keep logits.",
+                )
+        elif kd.teacher_cache_dtype is not None:
+            dtype = kd.teacher_cache_dtype
+        if dtype not in DTYPES and dtype != "uint8":
+            dtype = "float32"
+        return Format(name, classes, k, temperature, dtype), extra
+
+    def _tell_size(self, settings: dict[str, Any], row_bytes: float) -> None:
+        """Says what will be kept; raises RuntimeError where the disk has no room for it."""
+        rows, where = settings["dataset"]["rows"], Path(str(self.kd_args.teacher_cache_dir))
+        position_bytes = format_of(settings).bytes_a_position(settings["hidden_size"])
+        kept = settings["format"] + "".join(f", {n} {settings[n]:g}" for n in ("k", "temperature") if settings[n])
+        size = "a stream of rows" if rows is None else f"{rows:,} rows, about {rows * row_bytes / 1e6:,.1f} MB"
+        print(
+            f"[kd_trainer] teacher cache {str(where / settings['part'])!r}: {kept}, {settings['dtype']}, "
+            f"{position_bytes:,g} bytes a position; {size}",
+            flush=True,
+        )
+        parent = next(p for p in (where.absolute(), *where.absolute().parents) if p.exists())
+        there = sum(f.stat().st_size for f in (where / settings["part"]).rglob("*") if f.is_file())
+        missing, free = (rows or 0) * row_bytes - there, shutil.disk_usage(parent).free
+        if missing > free:
+            mend = "Make room, or keep less: teacher_cache_format topk or sampled, or a smaller teacher_cache_k."
+            shown = Shown(f"{str(where)!r} with {free / 1e6:,.0f} MB free")
+            expected = f"about {missing / 1e6:,.0f} MB for {rows:,} rows of format {settings['format']}"
+            raise RuntimeError(message("teacher_cache_dir", shown, expected, mend))
+
+    def _begin(self, folder: Path, settings: dict[str, Any], part: str, dataset: Any) -> dict[str, Any]:
+        noted = begin(folder, settings)
+        if noted["layout"] == LAYOUT:
+            self._compare(folder, noted, part, dataset)
+        return {key: value for key, value in noted.items() if key != "sealed"}
+
+    def _check_fits(self, store: Store, part: str, dataset: Any) -> None:
+        self._compare(store.folder, store.manifest, part, dataset)
+
+    def _compare(self, folder: Path, kept: dict[str, Any], part: str, dataset: Any) -> None:
+        """Raises CacheError where a cache was made of something else than what this trainer has."""
+        kd, data = self.kd_args, f"{'train' if part == TRAIN else 'eval'}_dataset"
+        now = teacher_identity(self._given_teacher, kd.teacher_kwargs, self._fit_student())
+        asked: dict[str, tuple[str, str, Any, str]] = {}
+        for name in ("given", "weights", "config"):
+            what = {"given": "given as a", "weights": "weights of SHA-256", "config": "a config of SHA-256"}[name]
+            asked[f"teacher.{name}"] = (
+                "teacher_model",
+                what,
+                now[name],
+                "Give the teacher that spoke, in the same way.",
+            )
+        if "init_kwargs" in now:
+            asked["teacher.init_kwargs"] = ("teacher_model_init_kwargs", "the value", now["init_kwargs"], "Set it so.")
+        if kd.teacher_cache_format != "auto":
+            asked["format"] = ("teacher_cache_format", "the format", kd.teacher_cache_format, "Set it so.")
+        if kd.teacher_cache_k is not None:
+            asked["k"] = ("teacher_cache_k", "the value", kd.teacher_cache_k, "Set it so.")
+        if kd.teacher_cache_dtype is not None:
+            asked["dtype"] = ("teacher_cache_dtype", "the dtype", kd.teacher_cache_dtype, "Set it so.")
+        asked["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
+        vocabulary = tokenizer_identity(self.processing_class)
+        asked["tokenizer"] = ("processing_class", "a vocabulary of SHA-256", vocabulary, "Pass the same tokenizer.")
+        for name, value in collation(self.data_collator, self.processing_class).items():
+            asked[f"collation.{name}"] = ("data_collator", name, value, "Collate in the same way.")
+        if not isinstance(dataset, IterableDataset):
+            asked["dataset.rows"] = (data, "a number of rows of", len(dataset), "Train on the same rows.")
+        compare(folder, kept, asked)
+        check_objective(format_of(kept), kd.kd_divergence, self._temperatures())
+        self._compare_rows(folder, kept, data, dataset)
+
+    def _compare_rows(self, folder: Path, kept: dict[str, Any], data: str, dataset: Any) -> None:
+        """Some rows as they are collated now, against what the teacher read; in training each is compared again."""
+        used, collator = self._as_read(dataset)
+        now = self._signatures(used, Keeping(collator, HEADS[kept["task"]], kept["positions"], kept["columns_read"]))
+        different = [
+            row for (row, one), (_, other) in zip(now, kept["dataset"]["sample"], strict=False) if one != other
+        ]
+        if different or len(now) != len(kept["dataset"]["sample"]):
+            because = "the rows were changed, ordered or tokenised otherwise, or a transform draws anew at each reading"
+            mend = "Train on the data that the cache was built from, or name another teacher_cache_dir."
+            shown = Shown(
+                f"one whose row {different[0] if different else len(now)} differs from the one the teacher read"
+            )
+            raise CacheError(
+                message(data, shown, f"the rows of the teacher cache {str(folder)!r}", mend, because=because)
+            )
+
+    def _temperatures(self) -> list[float]:
+        """Every temperature of the run, as far as a cache of one temperature cares."""
+        ends = (self.kd_args.kd_temperature, self.kd_args.kd_temperature_end)
+        return [float(end) for end in ends if end is not None]
+
+    # ---- files ----
+
+    def _write_head(self, speaker: Speaker, settings: dict[str, Any], folder: Path) -> None:
+        if settings["format"] != "hidden":
+            return
+        from safetensors.torch import save
+
+        tensors = speaker.head_tensors(getattr(torch, settings["head_dtype"]))
+        self._on_main_process(lambda: write_atomically(folder / HEAD, save(tensors)) and None)
+
+    def _finish(self, folder: Path, settings: dict[str, Any], part: str) -> None:
+        notes = written_notes(folder)
+        finish(folder, settings, [notes[index] for index in sorted(notes)], _card(settings))
+
+    # ---- reading ----
+
+    def _store_of(self, dataset: Any) -> Store | None:
+        """The part of the cache that was made of this dataset."""
+        if not isinstance(self.teacher, CachedTeacher):
+            return None
+        for part, known in self._cache_parts():
+            if known is dataset:
+                return self.teacher.parts.get(part)
+        return None
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's; where the teacher is read from disk, its outputs join the batches."""
+        store = self._store_of(dataset)
+        if store is None:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description=description)
+        sampler_fn = kwargs.get("sampler_fn")
+        if sampler_fn is not None:
+            kwargs["sampler_fn"] = lambda _, own=dataset: sampler_fn(own)  # it may want to look at columns
+        joined = dataset if isinstance(dataset, IterableDataset) else NumberedRows(dataset)
+        collator, self.data_collator = self.data_collator, CachedCollator(self.data_collator, store)
+        try:
+            return super()._get_dataloader(cast(Any, joined), description, *args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+
+def _columns_read(batch: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
+    """The columns of the collated batch that the teacher reads, its own ones by their own names."""
+    own = [name for name in batch if name.startswith(TEACHER_PREFIX) and name.removeprefix(TEACHER_PREFIX) in inputs]
+    shared = [name for name in batch if name in inputs and TEACHER_PREFIX + name not in batch]
+    made = (
+        ["labels"] if "decoder_input_ids" in inputs and "decoder_input_ids" not in batch and "labels" in batch else []
+    )
+    return sorted([*own, *shared, *made])
+
+
+def _by_position(dataset: Any) -> bool:
+    """Whether a row is known by its place, not by a column of its own."""
+    if isinstance(dataset, IterableDataset):
+        return False
+    rows = NumberedRows(dataset).__getitems__([0]).features
+    return not (isinstance(rows, list) and have_ids(rows))
+
+
+def _features(dataset: Any, count: int) -> Any:
+    """Some rows as a dataloader would fetch them: evenly spread, or the first of a stream."""
+    if isinstance(dataset, IterableDataset):
+        return list(itertools.islice(iter(dataset), count))
+    rows = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist()
+    return NumberedRows(dataset).__getitems__(rows)
+
+
+def _card(settings: dict[str, Any]) -> str:
+    """README.md of a cache: what it holds and how to read it without this package."""
+    kept = format_of(settings)
+    temperature = "" if kept.temperature is None else f" at temperature {kept.temperature:g}"
+    dtype = f"{kept.dtype} (as int16 of the same bits)" if kept.dtype == "bfloat16" else kept.dtype
+    ids = "whole numbers" if kept.bits in (8, 16, 32) else f"{kept.bits} bits each, little endian, packed into bytes"
+    spread = ": from 0 to 255 between the last and the first, which are in `range`" if kept.dtype == "uint8" else ""
+    columns = {
+        "logits": [f"`logits`: the teacher's {kept.classes:,} logits, {dtype}"],
+        "hidden": [f"`hidden`: its final hidden state, {dtype}; `head.safetensors` makes logits of it"],
+        "topk": [
+            f"`ids`: the {kept.k} likeliest of {kept.classes:,} classes, {ids}",
+            f"`log_probs`: their log-probabilities{temperature}, {dtype}{spread}",
+            "`log_tail`: the log of the probability of all others together",
+        ],
+        "sampled": [
+            f"`ids`: {kept.k} draws from its distribution over {kept.classes:,} classes{temperature}, {ids}",
+            "`top`: the likeliest class, written alike",
+            "`entropy`: of that distribution, in nats",
+        ],
+    }[kept.name]
+    listed = "\n".join(f"- {line}" for line in columns)
+    return f"""---
+configs:
+- config_name: default
+  data_files: data/*.arrow
+---
+
+# What a teacher said
+
+Outputs of `{settings["teacher"]["name"]}` for the task `{settings["task"]}`, kept for distillation: row by row and,
+where a row has several positions, position by position ({settings["positions"]}).
+
+- `row_id`: the row of the data that the teacher read; `signature`: a hash of that row
+{listed}
+
+`manifest.json` says of what they were made (teacher, tokenizer, data, settings) and has the SHA-256 of every file.
+
+```python
+from datasets import load_dataset
+from kd_trainer import CachedTeacher, DistillationTrainer
+
+rows = load_dataset("path/to/this/folder")  # any reader of Arrow will do
+trainer = DistillationTrainer(model=student, teacher_model=CachedTeacher("path/to/this/folder"), ...)
+```
+"""

@@ -1,0 +1,62 @@
+"""What a teacher said of a batch, in one of the forms in which a cache keeps it.
+
+For: `cache_formats.py`, which writes and reads them, and `objective.py`, which makes losses of them.
+Letters: N positions, or [B, S] or [B] of a batch; V classes, H hidden size, k classes kept, n draws.
+Imports: checks, sparse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .checks import Shown, fail
+from .sparse import Samples, TopK
+
+Sparse = TopK | Samples
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """One of the four, aligned with the student's logits; uncounted positions hold zeros.
+
+    Args:
+        logits: [..., V].
+        hidden: [..., H], final hidden states; `head` then has what makes logits of them, by the argument names of
+            `fused_linear_distillation` (teacher_weight, teacher_bias, teacher_scale, teacher_softcap).
+        sparse: `TopK` or `Samples` of [..., k] or [..., n].
+    """
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    sparse: Sparse | None = None
+    head: Mapping[str, Any] = field(default_factory=dict)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TeacherOutput:
+        """The same with every tensor of positions changed."""
+        sparse = None if self.sparse is None else type(self.sparse)(*map(change, self.sparse))
+        logits, hidden = (None if x is None else change(x) for x in (self.logits, self.hidden))
+        return TeacherOutput(logits, hidden, sparse, self.head)
+
+    def check_positions(self, shape: Sequence[int]) -> None:
+        """Raises ValueError where the student has other positions."""
+        one = self.sparse.ids if self.sparse is not None else self.hidden if self.logits is None else self.logits
+        if one is not None and tuple(one.shape[:-1]) != tuple(shape):
+            shown = Shown(f"giving outputs for positions {list(one.shape[:-1])}")
+            fail(
+                "teacher_model",
+                shown,
+                f"the student's, {list(shape)}",
+                "Take a teacher that reads the student's tokens.",
+            )
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The teacher by the argument names of `fused_linear_distillation`."""
+        if isinstance(self.sparse, TopK):
+            return {"teacher_top_k": tuple(self.sparse)}
+        if isinstance(self.sparse, Samples):
+            return {"teacher_samples": tuple(self.sparse)}
+        return {"teacher_hidden": self.hidden, "teacher_logits": self.logits, **self.head}
