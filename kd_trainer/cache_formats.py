@@ -152,12 +152,14 @@ def to_numpy(column: Tensor) -> np.ndarray:
 
 
 def _pack(ids: Tensor, bits: int) -> Tensor:
-    """Ids [N, k] as uint8 [N, bytes]: little endian, `bits` each; 8, 16 and 32 bits as integers of that size."""
+    """Ids [N, k] as uint8 [N, bytes]: little endian, `bits` each; of 8, 16 and 32 bits as such integers."""
     numbers = to_numpy(ids).astype(np.uint32)
     if bits in _NATIVE:
         return torch.from_numpy(numbers.astype(_NATIVE[bits]))
     each = np.unpackbits(numbers[..., None].view(np.uint8), axis=-1, count=bits, bitorder="little")
-    return torch.from_numpy(np.packbits(each.reshape(len(numbers), bits * numbers.shape[1]), axis=-1, bitorder="little"))
+    return torch.from_numpy(
+        np.packbits(each.reshape(len(numbers), bits * numbers.shape[1]), axis=-1, bitorder="little")
+    )
 
 
 _NATIVE = {8: np.uint8, 16: np.uint16, 32: np.uint32}

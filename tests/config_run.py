@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, DistilBertConfig, DistilBertForMaskedLM
 
+from kd_trainer import CachedTeacher, offline
 from tests import backend_run, tiny
 
 BERTS = (
@@ -26,6 +27,8 @@ BERTS = (
     "token_classification",
 )
 TASKS = (*BERTS, "masked_lm", "causal_lm", "seq2seq_lm", "plain")
+# The teacher's outputs are built into a cache of this format first, by all processes, and read in training.
+CACHED = ("causal_lm+hidden", "classification+logits")
 # The layers that FSDP2 shards, where the model's own list would part a tied weight: see the comment in fsdp2.yaml.
 LAYERS = {**dict.fromkeys(BERTS, "BertLayer"), "masked_lm": "TransformerBlock"}
 
@@ -52,6 +55,10 @@ def distilbert(hidden: int) -> DistilBertForMaskedLM:
 
 def build(task: str, folder: Path, **arguments: Any) -> Any:
     torch.manual_seed(0)
+    task, _, form = task.partition("+")
+    if form:
+        offline.SHARD_BYTES = 2000  # several shards
+        arguments = {"teacher_cache_dir": str(folder / f"cache-{task}"), "teacher_cache_format": form, **arguments}
     if task == "seq2seq_lm":
         pair: Any = (bart(16), bart(24))
     elif task == "masked_lm":
@@ -71,15 +78,17 @@ def main(out: Path, tasks: list[str]) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     for task in tasks:
         os.environ.pop("FSDP_TRANSFORMER_CLS_TO_WRAP", None)
-        if task in LAYERS:
-            os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = LAYERS[task]
+        if task.partition("+")[0] in LAYERS:
+            os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = LAYERS[task.partition("+")[0]]
         run = build(task, out / "run", per_device_train_batch_size=8 // world)
+        teacher = run.teacher
         run.train()
         run.save_model(str(out / task))
         found = {
             "world_size": run.accelerator.num_processes,
             "student": [c.__name__ for c in type(run.model_wrapped).__mro__],
-            "teacher": [c.__name__ for c in type(run.teacher.prepared).__mro__],
+            "teacher": [c.__name__ for c in type(teacher.prepared).__mro__],
+            "read": isinstance(run.teacher, CachedTeacher),
             "logs": tiny.logs(run),
         }
         (out / f"{task}_{run.args.process_index}.json").write_text(json.dumps(found))

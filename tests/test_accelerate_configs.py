@@ -10,12 +10,15 @@ import functools
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from kd_trainer.cache_store import Store
 from kd_trainer.heads import HEADS
 from tests import config_run, launch, tiny
 
@@ -41,15 +44,36 @@ def cases() -> list:
     return [
         pytest.param(name, task, marks=[mark] if name.startswith("zero") else [], id=f"{name}-{task}")
         for name in NAMES
-        for task in TASKS[name]
+        for task in (*TASKS[name], *config_run.CACHED)
     ]
 
 
 @functools.cache
 def in_one_process(task: str, folder: Path):
-    run = config_run.build(task, folder)
+    run = config_run.build(task.partition("+")[0], folder)
     run.train()
     return run.model.state_dict(), tiny.logs(run)
+
+
+@functools.cache
+def cache_in_one_process(task: str, factory: Any) -> Path:
+    folder = factory.mktemp("one")
+    config_run.build(task, folder).build_teacher_cache()
+    return folder
+
+
+def same_rows(one: Path, other: Path, *, exact: bool) -> None:
+    """Two caches of the same data: the same bytes, or numbers as near as two backends'."""
+    for part in ("train", "eval"):
+        stores = [Store(folder / part) for folder in (one, other)]
+        assert len(stores[0].manifest["shards"]) > 1
+        if exact:
+            digests = [[entry["sha256"] for entry in store.manifest["shards"]] for store in stores]
+            assert digests[0] == digests[1]
+        first, second = (store.take(range(len(store))) for store in stores)
+        np.testing.assert_array_equal(first.signatures, second.signatures)
+        for name in first.columns:
+            np.testing.assert_allclose(first.columns[name], second.columns[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +81,7 @@ def results(tmp_path_factory):
     def make(name: str, out: Path) -> None:
         options = [] if name in UNCHANGED else ["--mixed_precision", "no"]
         launch.by_config(ROOT / "configs" / "accelerate" / f"{name}.yaml", options, "config_run.py", str(out),
-                         *TASKS[name])  # fmt: skip
+                         *TASKS[name], *config_run.CACHED)  # fmt: skip
 
     return lambda name: launch.once(tmp_path_factory, f"config_{name}", functools.partial(make, name))
 
@@ -83,6 +107,13 @@ def test_a_config_starts_what_it_says_and_trains_as_one_process(name, task, resu
             assert wrapper.replace("PreTrainedModel", "Plain" if task == "plain" else "PreTrainedModel") in found[kind]
         for key, values in logs.items():
             assert found["logs"][key] == pytest.approx(values, rel=1e-4, abs=1e-5), key
+        assert found["read"] == ("+" in task)
+    if "+" in task:
+        caches = [
+            path / f"cache-{task.partition('+')[0]}"
+            for path in (folder / "run", cache_in_one_process(task, tmp_path_factory))
+        ]
+        same_rows(*caches, exact=name in ("single", "ddp_cpu", "ddp"))
     saved = load_file(folder / task / "model.safetensors")
     assert saved
     for key, value in saved.items():

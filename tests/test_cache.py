@@ -229,7 +229,7 @@ class Augmented(torch.utils.data.Dataset):
 
 def test_random_augmentation_is_refused(tmp_path):
     trainer = build("plain", tmp_path / "run", data=Augmented(), **cache(tmp_path / "cache", "logits"))
-    with pytest.raises(ValueError, match="`train_dataset` is one whose rows differ from one reading to the next"):
+    with pytest.raises(ValueError, match=r"`train_dataset` is one whose rows differ from one reading to the next"):
         trainer.train()
     assert not (tmp_path / "cache/train/manifest.json").exists()
 
@@ -257,7 +257,7 @@ def test_batches_that_are_packed_by_the_collator_are_refused(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "attention_mask"} for row in tiny.rows("causal_lm")]
     trainer = build("causal_lm", tmp_path / "run", data=rows, **cache(tmp_path / "cache", "hidden"))
     trainer.data_collator = DataCollatorWithFlattening()
-    with pytest.raises(ValueError, match="`data_collator` is one that makes 1 rows of .* Pack the dataset before"):
+    with pytest.raises(ValueError, match=r"`data_collator` is one that makes 1 rows of .* Pack the dataset before"):
         trainer.train()
 
 
@@ -467,19 +467,44 @@ def changed_row() -> list[dict[str, Any]]:
     return rows
 
 
-REFUSED = {
-    "weights": ({"pair": lambda: (tiny.models("causal_lm")[0], another_teacher())}, "`teacher_model` is one with weights of SHA-256"),
-    "config": ({"pair": lambda: (tiny.models("causal_lm")[0], other_config())}, "`teacher_model` is one with a config of SHA-256"),
-    "format": ({"teacher_cache_format": "hidden"}, "`teacher_cache_format` is one with the format 'hidden'; expected the format 'topk'"),
+# What is changed, and the beginning of what is told.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "weights": (
+        {"pair": lambda: (tiny.models("causal_lm")[0], another_teacher())},
+        "`teacher_model` is one with weights of SHA-256",
+    ),
+    "config": (
+        {"pair": lambda: (tiny.models("causal_lm")[0], other_config())},
+        "`teacher_model` is one with a config of SHA-256",
+    ),
+    "format": (
+        {"teacher_cache_format": "hidden"},
+        "`teacher_cache_format` is one with the format 'hidden'; expected the format 'topk'",
+    ),
     "k": ({"teacher_cache_k": 9}, "`teacher_cache_k` is one with the value 9; expected the value 8"),
-    "dtype": ({"teacher_cache_dtype": "uint8"}, "`teacher_cache_dtype` is one with the dtype 'uint8'; expected the dtype 'float16'"),
-    "temperature": ({"kd_temperature": 2.0}, "`kd_temperature` is 2.0; expected 3, for which the teacher cache was built"),
-    "a temperature that moves": ({"kd_schedule": "linear", "kd_temperature_end": 1.0}, "`kd_temperature` is 1.0; expected 3"),
-    "positions": ({"kd_positions": "attended"}, "`kd_positions` is one with the positions 'attended'; expected the positions 'labels'"),
-    "rows": ({"data": tiny.rows("causal_lm")[:30]}, "`train_dataset` is one with a number of rows of 30; expected a number of rows of 32"),
+    "dtype": (
+        {"teacher_cache_dtype": "uint8"},
+        "`teacher_cache_dtype` is one with the dtype 'uint8'; expected the dtype 'float16'",
+    ),
+    "temperature": ({"kd_temperature": 2.0}, "`kd_temperature` is 2.0; expected 3, for which the teacher cache was"),
+    "a temperature that moves": (
+        {"kd_schedule": "linear", "kd_temperature_end": 1.0},
+        "`kd_temperature` is 1.0; expected 3",
+    ),
+    "positions": (
+        {"kd_positions": "attended"},
+        "`kd_positions` is one with the positions 'attended'; expected the positions 'labels'",
+    ),
+    "rows": (
+        {"data": tiny.rows("causal_lm")[:30]},
+        "`train_dataset` is one with a number of rows of 30; expected a number of rows of 32",
+    ),
     "a row": ({"data": changed_row()}, "`train_dataset` is one whose row 31 differs from the one the teacher read"),
-    "order": ({"data": tiny.rows("causal_lm")[::-1]}, "`train_dataset` is one whose row 0 differs from the one the teacher read"),
-}  # fmt: skip
+    "order": (
+        {"data": tiny.rows("causal_lm")[::-1]},
+        "`train_dataset` is one whose row 0 differs from the one the teacher read",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -522,11 +547,11 @@ def test_a_changed_row_is_found_when_it_is_read(built, tmp_path):
 
 def test_other_classes_are_refused(tmp_path):
     build("classification", tmp_path / "run", **cache(tmp_path / "cache", "logits")).build_teacher_cache()
-    student, teacher = tiny.models("classification")
+    student, _ = tiny.models("classification")
     names = {i: f"class {(i + 1) % 5}" for i in range(5)}
     student.config.id2label, student.config.label2id = names, {v: k for k, v in names.items()}
     trainer = build("classification", tmp_path / "run", pair=(student, CachedTeacher(tmp_path / "cache")))
-    with pytest.raises(ValueError, match="`id2label` is .* as in the teacher cache, because class i of one must mean"):
+    with pytest.raises(ValueError, match=r"`id2label` is .* as in the teacher cache, because class i of one must mean"):
         trainer.train()
 
 

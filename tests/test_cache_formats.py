@@ -1,4 +1,4 @@
-"""What a cache keeps of a teacher's output comes back within the errors that are stated, in the bytes that are stated."""
+"""What a cache keeps of a teacher's output comes back within the stated errors, in the stated number of bytes."""
 
 from __future__ import annotations
 

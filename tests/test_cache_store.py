@@ -45,7 +45,12 @@ def build(folder: Path, settings: dict | None = None, shards=SHARDS) -> Path:
     for index, ids in enumerate(shards):
         write_shard(folder, index, rows(ids))
     notes = cache_store.written_notes(folder)
-    finish(folder, settings, [notes[i] for i in sorted(notes)], "---\nconfigs:\n- config_name: default\n  data_files: data/*.arrow\n---\n")
+    finish(
+        folder,
+        settings,
+        [notes[i] for i in sorted(notes)],
+        "---\nconfigs:\n- config_name: default\n  data_files: data/*.arrow\n---\n",
+    )
     return folder
 
 
@@ -55,7 +60,9 @@ def one(row: int) -> Rows:
     whole, place = rows(ids), ids.index(row)
     starts = np.concatenate([[0], np.cumsum(whole.counts)])
     part = {name: values[starts[place] : starts[place + 1]] for name, values in whole.columns.items()}
-    return Rows(whole.row_ids[place : place + 1], whole.signatures[place : place + 1], whole.counts[place : place + 1], part)
+    return Rows(
+        whole.row_ids[place : place + 1], whole.signatures[place : place + 1], whole.counts[place : place + 1], part
+    )
 
 
 @pytest.mark.parametrize("asked", [[0], [7, 0, 5], [4], [3, 3, 6, 1], list(range(8))])
@@ -89,7 +96,9 @@ def test_rows_with_numbers_of_their_own(tmp_path):
     shards = ((40, 10), (7,))
     store = Store(build(tmp_path, {**SETTINGS, "row_ids": "column"}, shards))
     found = store.take([7, 40])
-    np.testing.assert_array_equal(found.columns["ids"], np.concatenate([rows((7,)).columns["ids"], rows((40, 10)).columns["ids"][:0]]))
+    np.testing.assert_array_equal(
+        found.columns["ids"], np.concatenate([rows((7,)).columns["ids"], rows((40, 10)).columns["ids"][:0]])
+    )
     np.testing.assert_array_equal(found.signatures, [rows((7,)).signatures[0], rows((40, 10)).signatures[0]])
     with pytest.raises(CacheError, match="asked for row 8; expected a row of the teacher cache, which has 3"):
         store.take([8])
@@ -131,7 +140,7 @@ def test_an_unfinished_building_knows_its_whole_shards(tmp_path):
     assert written_shards(tmp_path) == {0}
     assert begin(tmp_path, {**SETTINGS, "format": "other"})["format"] == "logits", "what was begun goes on"
     assert not list((tmp_path / "data").glob(".*"))
-    with pytest.raises(CacheError, match="which is unfinished; expected a finished cache. Run the building again"):
+    with pytest.raises(CacheError, match=r"which is unfinished; expected a finished cache. Run the building again"):
         read_manifest(tmp_path)
 
 
@@ -146,7 +155,12 @@ def test_a_damaged_shard_is_taken_out_and_written_again(tmp_path):
     assert written_shards(tmp_path) == {0, 2}
     write_shard(tmp_path, 1, rows(SHARDS[1]))
     notes, noted = cache_store.written_notes(tmp_path), begin(tmp_path, SETTINGS)
-    finish(tmp_path, {k: v for k, v in noted.items() if k != "sealed"}, [notes[i] for i in range(3)], before["README.md"].decode())
+    finish(
+        tmp_path,
+        {k: v for k, v in noted.items() if k != "sealed"},
+        [notes[i] for i in range(3)],
+        before["README.md"].decode(),
+    )
     assert files(tmp_path) == before
 
 
@@ -172,7 +186,9 @@ def test_damage_is_found_when_a_shard_is_first_read(tmp_path, harm, told):
     store = Store(build(tmp_path))
     harm(tmp_path / "data/data-00001.arrow")
     np.testing.assert_array_equal(store.take([0]).columns["ids"], one(0).columns["ids"])
-    with pytest.raises(CacheError, match=r"damaged in .*data-00001\.arrow; expected the file as it was written") as error:
+    with pytest.raises(
+        CacheError, match=r"damaged in .*data-00001\.arrow; expected the file as it was written"
+    ) as error:
         store.take([0, 5])
     assert told in str(error.value)
     assert "that shard alone is built again" in str(error.value)
@@ -182,7 +198,7 @@ def test_a_shard_that_is_cut_later_gives_no_numbers(tmp_path):
     store = Store(build(tmp_path))
     store.take([1])
     os.truncate(tmp_path / "data/data-00000.arrow", 300)
-    with pytest.raises(CacheError, match="it was cut while it was read"):
+    with pytest.raises(CacheError, match=r"it was cut while it was read"):
         store.take([3])
 
 
@@ -207,7 +223,7 @@ def test_an_edited_manifest_is_refused(tmp_path, edit):
 
 def test_a_layout_of_tomorrow_is_refused(tmp_path):
     build(tmp_path, {**SETTINGS, "layout": 99, "kd_trainer": "9.9"})
-    with pytest.raises(CacheError, match="of layout 99, from kd_trainer 9.9; expected layout 1"):
+    with pytest.raises(CacheError, match=r"of layout 99, from kd_trainer 9\.9; expected layout 1"):
         Store(tmp_path)
 
 
