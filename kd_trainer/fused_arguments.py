@@ -1,7 +1,7 @@
 """What the fused loss is asked: its arguments, checked, cut down to the counted positions and cast as autocast would.
 
 For: `fused_linear.py`, which computes it. Letters: N positions, V vocabulary, H hidden size.
-Imports: checks, divergences, reductions, visit.
+Imports: checks, divergences, reductions, sparse, visit, visit_sparse.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 from .checks import Shown, check_number, fail
 from .divergences import check_divergence
 from .reductions import IGNORE_INDEX, divide, select_positions
+from .sparse import Samples, TopK
 from .visit import Setting
+from .visit_sparse import MOST_IDS
 
 # Rows of a chunk: as many as fit in a tile of these bytes (each product reads all of a weight again), at least 256 (or
 # the products lose speed: 7% at 128), unless the tile is then larger than the second number.
@@ -64,8 +66,8 @@ class Job:
     setting: Setting
     student: Side
     teacher: Side | None
-    teacher_rows: Any  # hidden states, or logits where `teacher` is None; None with top_k
-    top_k: tuple[Tensor, Tensor, Tensor] | None
+    teacher_rows: Any  # hidden states, or logits where `teacher` is None; None with `sparse`
+    sparse: TopK | Samples | None  # ids int64, in range
     labels: Tensor | None
     soft: Tensor | None  # bool [N]: counted for the soft loss; None: all
     alpha: float
@@ -80,9 +82,16 @@ class Job:
     def __post_init__(self) -> None:
         """Sets `plain_rows`: whether only autograd knows the gradient of these settings."""
         capped = any(side is not None and side.softcap is not None for side in (self.student, self.teacher))
-        capped = capped or self.label_smoothing > 0 or self.common_ids is not None or self.top_k is not None
+        capped = capped or self.label_smoothing > 0 or self.common_ids is not None
+        capped = capped or (self.sparse is not None and self.sparse.ids.shape[1] > MOST_IDS)
         excluding = [self.student.bias, self.teacher.bias if self.teacher is not None else self.teacher_rows]
         self.plain_rows = capped or any(_excludes(x) for x in excluding)
+
+    def said(self, rows: slice) -> TopK | Samples | None:
+        """The rows of `sparse`."""
+        if isinstance(self.sparse, TopK):
+            return TopK(*(x[rows] for x in self.sparse))
+        return None if self.sparse is None else Samples(*(x[rows] for x in self.sparse))
 
 
 def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
@@ -126,14 +135,7 @@ def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
     teacher_rows: Any = _detached(rows(g["teacher_logits"]) if teacher_hidden is None else teacher_hidden)
     if soft is not None and teacher_rows is not None:  # what the teacher says elsewhere may be NaN: 0 * NaN
         teacher_rows = teacher_rows.masked_fill(~soft.unsqueeze(1), 0.0)
-    top_k = g["teacher_top_k"]
-    if top_k is not None:
-        ids, log_probs, log_tail = (
-            x.detach() if counted is None else select_positions(x.detach(), counted) for x in top_k
-        )
-        ids = ids if soft is None else ids.masked_fill(~soft.unsqueeze(1), 0)
-        _check_range("teacher_top_k", ids, g["common_ids"] or weight.shape[0], or_none=False)
-        top_k = ids, log_probs, log_tail
+    sparse = _sparse(g, counted, soft)
     setting = Setting(g["divergence"], beta, float(g["temperature"]), labels is not None)
     side = Side(weight.detach(), _detached(bias), g["student_scale"], g["student_softcap"])
     job = Job(
@@ -141,7 +143,7 @@ def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         side,
         teacher,
         teacher_rows,
-        top_k,
+        sparse,
         labels,
         soft,
         g["alpha"],
@@ -153,6 +155,26 @@ def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         g["compiled"],
     )
     return job, hidden, weight, bias
+
+
+def _sparse(g: dict[str, Any], counted: Tensor | None, soft: Tensor | None) -> TopK | Samples | None:
+    """What a teacher given sparsely says of the counted positions."""
+    name = "teacher_top_k" if g["teacher_top_k"] is not None else "teacher_samples"
+    if g[name] is None:
+        return None
+    given = [x.detach() if x.is_floating_point() else x.long() for x in g[name]]
+    ids, second, third = given if counted is None else [select_positions(x, counted) for x in given]
+    if soft is not None:  # what is said elsewhere may be no ids, or NaN; the kept ones are distinct
+        some = torch.arange(ids.shape[1], device=ids.device)
+        ids = torch.where(soft.unsqueeze(1), ids, some if name == "teacher_top_k" else some * 0)
+        second = second.masked_fill(~(soft.unsqueeze(1) if second.dim() == 2 else soft), 0)
+        third = third.masked_fill(~soft, 0.0)
+    vocabulary = g["common_ids"] or g["student_weight"].shape[0]
+    _check_range(name, ids, vocabulary, or_none=False)
+    if name == "teacher_top_k":
+        return TopK(ids, second, third)
+    _check_range(name, second, vocabulary, or_none=False)
+    return Samples(ids, second, third)
 
 
 def _one_over(given: float | Tensor | None, mask: Tensor | None, hidden: Tensor) -> float | Tensor:
@@ -216,9 +238,11 @@ def _check_shapes(g: dict[str, Any]) -> None:
     hidden, weight = g["student_hidden"], g["student_weight"]
     _check_product("student", hidden, weight, g["student_bias"])
     positions = hidden.shape[0]
-    forms = {name: g[name] for name in ("teacher_hidden", "teacher_logits", "teacher_top_k")}
+    forms = {name: g[name] for name in ("teacher_hidden", "teacher_logits", "teacher_top_k", "teacher_samples")}
     given = [name for name, value in forms.items() if value is not None]
-    expected = "the teacher in exactly one form: teacher_hidden with teacher_weight, teacher_logits, or teacher_top_k"
+    expected = (
+        "the teacher in one form: teacher_hidden with teacher_weight, teacher_logits, teacher_top_k or teacher_samples"
+    )
     if len(given) != 1:
         shown = Shown(" and ".join(given[1:]) + " given as well" if given else "None, and no other form is given")
         fail("teacher_hidden", shown, expected, "Leave the others out.", error=TypeError)
@@ -245,17 +269,14 @@ def _check_shapes(g: dict[str, Any]) -> None:
         expected = f"1 to {min(vocabulary, weight.shape[0])}, the smaller vocabulary"
         fail("common_ids", g["common_ids"], expected, "Count the ids that both share.")
     columns = {"labels": g["labels"], "soft_mask": g["soft_mask"]}
-    if g["teacher_top_k"] is None:
-        columns[given[0]] = forms[given[0]][..., 0] if forms[given[0]].dim() == 2 else forms[given[0]]
+    if given[0] in ("teacher_top_k", "teacher_samples"):
+        columns[given[0]] = _check_sparse(given[0], forms[given[0]], positions, g["common_ids"] or weight.shape[0])
+        if given[0] == "teacher_samples" and g["divergence"] != "forward_kl":
+            because = "their estimate is unbiased only where the loss is linear in the teacher's probabilities"
+            mend = "Give teacher_top_k for the other divergences."
+            fail("divergence", g["divergence"], "'forward_kl' with teacher_samples", mend, because=because)
     else:
-        if len(g["teacher_top_k"]) != 3:
-            shown = Shown(f"a tuple of {len(g['teacher_top_k'])}")
-            fail("teacher_top_k", shown, "ids, log-probabilities and log of the tail's mass", "Give all three.")
-        ids, log_probs, tail = g["teacher_top_k"]
-        columns["teacher_top_k"] = tail
-        if ids.shape != log_probs.shape or ids.dim() != 2 or ids.shape[0] != positions:
-            shown = Shown(f"of shapes {list(ids.shape)} and {list(log_probs.shape)}")
-            fail("teacher_top_k", shown, f"ids and log-probabilities [{positions}, k]", "Give one row a position.")
+        columns[given[0]] = forms[given[0]][..., 0] if forms[given[0]].dim() == 2 else forms[given[0]]
     for name, column in columns.items():
         if column is not None and tuple(column.shape) != (positions,):
             shown = Shown(f"of shape {list(column.shape)}")
@@ -263,6 +284,27 @@ def _check_shapes(g: dict[str, Any]) -> None:
     if g["labels"] is not None and g["labels"].is_floating_point():
         fail("labels", Shown(f"of dtype {g['labels'].dtype}"), "integer ids", "Cast to int64.", error=TypeError)
     _check_range("labels", g["labels"], weight.shape[0])
+
+
+def _check_sparse(name: str, given: Any, positions: int, vocabulary: int) -> Tensor:
+    """Returns the last part, of one number a position."""
+    samples = name == "teacher_samples"
+    parts = "ids, the top and the entropy" if samples else "ids, log-probabilities and log of the tail's mass"
+    if len(given) != 3:
+        fail(name, Shown(f"a tuple of {len(given)}"), parts, "Give all three.")
+    ids, second, last = given
+    if ids.dim() != 2 or ids.shape[0] != positions or second.shape != (ids.shape[:1] if samples else ids.shape):
+        shown = Shown(f"of shapes {list(ids.shape)} and {list(second.shape)}")
+        columns = f"[{positions}, n] and tops [{positions}]" if samples else f"and log-probabilities [{positions}, k]"
+        fail(name, shown, f"ids {columns}", "Give one row a position.")
+    if ids.is_floating_point() or ids.shape[1] < 1 or (samples and second.is_floating_point()):
+        fail(
+            name, Shown(f"with ids of {ids.dtype}, {ids.shape[1]} a row"), "integer ids, at least one", "Cast to int64."
+        )
+    if not samples and ids.shape[1] > vocabulary:
+        mend = "Keep at most as many as there are."
+        fail(name, Shown(f"of {ids.shape[1]} ids a row"), f"1 to {vocabulary} distinct ids", mend)
+    return last
 
 
 def _check_product(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

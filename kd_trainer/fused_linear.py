@@ -5,7 +5,7 @@ visited in chunks: both models' logits of a chunk are computed into reused buffe
 in place, the gradient at the student's logits, which is multiplied on at once. Backward only scales: four
 products in all, three where the student's head is frozen, two without gradients.
 Letters: N positions, V vocabulary, H hidden size; s and t of student and teacher.
-Imports: divergences, fused_arguments, reductions, visit.
+Imports: divergences, fused_arguments, reductions, sparse, visit, visit_sparse.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from torch import Tensor
 from .divergences import log_prob_terms
 from .fused_arguments import CHUNK_ROWS, Job, Side, group_rows, read
 from .reductions import IGNORE_INDEX
+from .sparse import TopK, bucket_divergence, sampled_forward_kl
 from .visit import compile_pays, visit
+from .visit_sparse import compile_pays_sparse, visit_sparse
 
 
 class FusedLoss(NamedTuple):
@@ -60,6 +62,7 @@ def fused_linear_distillation(
     common_ids: int | None = None,
     teacher_logits: Tensor | None = None,
     teacher_top_k: tuple[Tensor, Tensor, Tensor] | None = None,
+    teacher_samples: tuple[Tensor, Tensor, Tensor] | None = None,
     chunk_rows: int | None = None,
     compiled: bool | None = None,
 ) -> FusedLoss:
@@ -85,8 +88,10 @@ def fused_linear_distillation(
         label_smoothing: of the hard loss, as torch's `cross_entropy`.
         common_ids: the soft loss sees the first so many ids of both vocabularies, renormalised; the hard loss sees all.
         teacher_logits: [N, Vt], the teacher as logits.
-        teacher_top_k: ids [N, k], log-probabilities at T [N, k], log of the mass of all other ids at T [N]: the
-            divergence of the k + 1 buckets.
+        teacher_top_k: distinct ids [N, k], log-probabilities at T [N, k], log of the mass of all other ids at T [N], as
+            `sparse.top_k` gives them: the divergence of the k + 1 buckets.
+        teacher_samples: ids [N, n], the class on top [N], entropy at T [N], as `sparse.draw_samples` gives them: the
+            forward KL, estimated without bias.
         chunk_rows: positions visited at once; None: 48 MiB of logits of each model, but from 256 positions to
             160 MiB on CPU; 256 MiB on accelerators. On CPU the first visit is to twice as many, in the same memory,
             where the head is wide enough that the gradient of its weight, not written yet, can hold their logits.
@@ -144,30 +149,26 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
             label_smoothing=job.label_smoothing,
         )  # fmt: skip
     common = z_s if n is None else z_s[:, :n]
-    if job.top_k is not None:
-        ids, log_p, log_tail = (x[rows] for x in job.top_k)
-        log_q, same = _buckets(common, ids.long(), log_p, setting.temperature)
-        log_p = torch.cat((log_p, log_tail.unsqueeze(1)), 1).to(log_q.dtype)
+    taught = job.said(rows)
+    if taught is not None:
+        if isinstance(taught, TopK):
+            soft = bucket_divergence(common, taught, setting.temperature, setting.divergence, setting.beta)
+            top = taught.ids.gather(1, taught.log_probs.argmax(-1, True))
+        else:
+            soft = sampled_forward_kl(common, taught, temperature=setting.temperature)
+            top = taught.top.unsqueeze(1)
+        same = (common.gather(1, top) == common.amax(-1, True)).squeeze(1)
     else:
         assert z_t is not None
-        taught = (z_t if n is None else z_t[:, :n]).to(z_s.dtype)
+        dense = (z_t if n is None else z_t[:, :n]).to(z_s.dtype)
         log_q = torch.log_softmax(common / setting.temperature, -1)
-        log_p = torch.log_softmax(taught / setting.temperature, -1)
-        same = ((common == common.amax(-1, True)) & (taught == taught.amax(-1, True))).any(-1)
-    soft = log_prob_terms(setting.divergence, log_p, log_q, setting.beta).sum(-1)
+        log_p = torch.log_softmax(dense / setting.temperature, -1)
+        same = ((common == common.amax(-1, True)) & (dense == dense.amax(-1, True))).any(-1)
+        soft = log_prob_terms(setting.divergence, log_p, log_q, setting.beta).sum(-1)
     if job.soft is not None:
         counted = job.soft[rows]
         soft, same = torch.where(counted, soft, 0.0), same & counted
     return soft, hard, same
-
-
-def _buckets(z: Tensor, ids: Tensor, log_p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The student's log-probabilities of the k ids and of all others together [R, k + 1]; whether the tops agree."""
-    z_t = z / temperature
-    log_z = z_t.logsumexp(-1, True)
-    tail = z_t.scatter(1, ids, torch.finfo(z.dtype).min).logsumexp(-1, True)
-    same = z.argmax(-1) == ids.gather(1, log_p.argmax(-1, True)).squeeze(1)
-    return torch.cat((z_t.gather(1, ids), tail), 1) - log_z, same
 
 
 def _mix(job: Job, soft: Tensor, hard: Tensor) -> Tensor:
@@ -238,16 +239,19 @@ def _visit_all(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """Chunk by chunk: sums of soft (without T^2), hard and agreement, and the gradients of total / unit."""
     n, vocabulary = hidden.shape[0], job.student.weight.shape[0]
-    chunk, gradient = min(job.chunk_rows, n), any(wanted)
+    lone = job.sparse is not None and not job.plain_rows  # no tile of the teacher: the student's is twice as high
+    chunk, gradient = min(2 * job.chunk_rows if lone else job.chunk_rows, n), any(wanted)
     products = _Products(job, hidden, wanted, chunk)
     weights = _row_weights(job, n, unit) if gradient else hidden.new_zeros(n, 2, dtype=_wide(hidden.dtype))
-    compiled = not job.plain_rows and compile_pays(job.setting, chunk, vocabulary, hidden, job.compiled)
+    pays = compile_pays if job.sparse is None else compile_pays_sparse
+    compiled = not job.plain_rows and pays(job.setting, chunk, vocabulary, hidden, job.compiled)
     sums = torch.zeros(3, dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
     # Known gradients are those at z / T, and the product divides for nothing; the others begin at the product.
     factor = 1.0 if job.plain_rows else job.student.scale / job.setting.temperature
     for group, tiles, teacher_tile in products.groups(job, chunk):
         job.student.product(hidden[group], factor, tiles)
         at_once = chunk if teacher_tile is None else len(teacher_tile)
+        at_once = len(tiles) if lone else at_once
         for rows in _parts(group.start, group.stop, at_once):
             tile = tiles[rows.start - group.start : rows.stop - group.start]
             taught: Any = _taught(job, rows, teacher_tile)
@@ -255,7 +259,8 @@ def _visit_all(
                 losses = _plain_visit(job, tile, taught, weights[rows], rows, gradient)
             else:
                 labels = None if job.labels is None else job.labels[rows]
-                losses = visit(job.setting, tile, taught, weights[rows], labels, gradient=gradient, compiled=compiled)
+                visited: Any = visit if job.sparse is None else visit_sparse
+                losses = visited(job.setting, tile, taught, weights[rows], labels, gradient=gradient, compiled=compiled)
                 if job.soft is not None:
                     losses = (torch.where(job.soft[rows], losses[0], 0.0), losses[1], losses[2] & job.soft[rows])
             sums += torch.stack([column.sum(dtype=sums.dtype) for column in losses])
@@ -295,10 +300,10 @@ def _teacher_tile(job: Job, chunk: int) -> Tensor | None:
     return None
 
 
-def _taught(job: Job, rows: slice, tile: Tensor | None) -> Tensor | None:
-    """The teacher's logits of a chunk, over T where the gradient is known; None where it is given as top-k."""
+def _taught(job: Job, rows: slice, tile: Tensor | None) -> Any:
+    """The teacher's logits of a chunk, over T where the gradient is known; or what it says sparsely."""
     if job.teacher_rows is None:
-        return None
+        return job.said(rows)
     given, temperature = job.teacher_rows[rows], job.setting.temperature
     if job.teacher is not None:
         assert tile is not None
@@ -308,7 +313,7 @@ def _taught(job: Job, rows: slice, tile: Tensor | None) -> Tensor | None:
 
 
 def _plain_visit(
-    job: Job, tile: Tensor, taught: Tensor | None, weights: Tensor, rows: slice, gradient: bool
+    job: Job, tile: Tensor, taught: Any, weights: Tensor, rows: slice, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`visit` by autograd, for settings without a gradient written out; in blocks, to hold little at once."""
     losses = []
@@ -317,7 +322,7 @@ def _plain_visit(
         with torch.set_grad_enabled(gradient):
             raw = tile[part].to(_wide(tile.dtype), copy=True).requires_grad_(gradient)
             z_s = job.student.capped(raw)
-            z_t = None if taught is None else taught[part].to(raw.dtype)
+            z_t = taught[part].to(raw.dtype) if job.sparse is None else None
             z_t = z_t if z_t is None or job.teacher is None else job.teacher.capped(z_t)
             soft, hard, same = _row_losses(job, z_s, z_t, here)
             if gradient:

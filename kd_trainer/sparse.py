@@ -284,18 +284,18 @@ def top_k_divergence(
     """
     beta = check_divergence(divergence, beta)
     _check_taught(student_logits, temperature, taught, [taught.ids, taught.log_probs], taught.log_tail)
-    log_q = bucket_log_probs(student_logits.to(_wide(student_logits)), taught.ids, temperature)
-    log_p = torch.cat((taught.log_probs, taught.log_tail.unsqueeze(-1)), -1).to(log_q.dtype)
-    return log_prob_terms(divergence, log_p, log_q, beta).sum(-1)
+    return bucket_divergence(student_logits.to(_wide(student_logits)), taught, temperature, divergence, beta)
 
 
-def bucket_log_probs(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """log softmax(z/T) at the ids [..., k] and of all others together, [..., k + 1]; without checks, in z's dtype."""
-    ids, x = ids.long(), logits / temperature
+def bucket_divergence(logits: Tensor, taught: TopK, temperature: float, divergence: str, beta: float) -> Tensor:
+    """`top_k_divergence` without checks, in the logits' dtype; `beta` as `check_divergence` returns it."""
+    ids, x = taught.ids.long(), logits / temperature
     least = torch.finfo(x.dtype).min  # not -inf, of which nothing but -inf makes a gradient of NaN
     rest = x.scatter(-1, ids, least).logsumexp(-1, True)
     rest = torch.where(rest < least / 2, -torch.inf, rest)
-    return torch.cat((x.gather(-1, ids), rest), -1) - x.logsumexp(-1, True)
+    log_q = torch.cat((x.gather(-1, ids), rest), -1) - x.logsumexp(-1, True)
+    log_p = torch.cat((taught.log_probs, taught.log_tail.unsqueeze(-1)), -1).to(log_q.dtype)
+    return log_prob_terms(divergence, log_p, log_q, beta).sum(-1)
 
 
 def sampled_forward_kl(student_logits: Tensor, taught: Samples, *, temperature: float = 1.0) -> Tensor:

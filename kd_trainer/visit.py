@@ -48,7 +48,7 @@ Room = tuple[Tensor | None, ...]
 _NO_ROOM: Room = (None,) * 7
 
 
-def _power(halves: int, es: Tensor, out: Tensor | None = None) -> Tensor:
+def power_of(halves: int, es: Tensor, out: Tensor | None = None) -> Tensor:
     """es to the power of halves / 2, by multiplications."""
     power = torch.sqrt(es, out=out) if halves % 2 else None
     for _ in range(halves // 2):
@@ -57,7 +57,7 @@ def _power(halves: int, es: Tensor, out: Tensor | None = None) -> Tensor:
     return power if power is not es or out is None else out.copy_(es)
 
 
-def _halves(temperature: float) -> int:
+def halves_of(temperature: float) -> int:
     """2T where it is a whole number up to 8, else 0."""
     return int(2 * temperature) if 2 * temperature in range(1, 9) else 0
 
@@ -139,7 +139,7 @@ def _sums(setting: Setting, student: Tensor, teacher: Tensor, temperature: Tenso
     s, t = torch.sub(s, top_s, out=room[0]), torch.sub(t, top_t, out=room[1])
     same = torch.add(s, t, out=room[2]).amax(-1, True)
     d = torch.sub(s, t, out=room[2]) if setting.divergence in _KLS else s
-    early = setting.hard and not _halves(setting.temperature)
+    early = setting.hard and not halves_of(setting.temperature)
     power = torch.exp(torch.mul(s, temperature, out=room[5]), out=room[5]) if early else None
     es, et = torch.exp(s, out=room[3]), torch.exp(t, out=room[4])
     return _Sums(top_s, top_t, es.sum(-1, True), et.sum(-1, True), same, s, t, d, es, et, power)
@@ -149,7 +149,7 @@ def _hard_sum(setting: Setting, sums: _Sums, room: Room) -> tuple[Tensor, Tensor
     """The row sum [R, 1] of exp(T * s), and itself."""
     if not setting.hard:
         return sums.zs, sums.es
-    power = _power(_halves(setting.temperature), sums.es, room[5]) if sums.power is None else sums.power
+    power = power_of(halves_of(setting.temperature), sums.es, room[5]) if sums.power is None else sums.power
     return power.sum(-1, True), power
 
 
@@ -281,12 +281,7 @@ def _way(setting: Setting) -> Callable[..., tuple[Tensor, ...]]:
 def _run_in_blocks(
     setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, temperature: Tensor, gradient: bool
 ) -> Any:
-    size, threads = _LARGE_BLOCK_BYTES, 1
-    if student.device.type == "cpu":
-        threads = torch.get_num_threads()
-        size = _BLOCK_BYTES * threads
-    block = min(student.shape[0], max(1, size // (4 * student.shape[1])))
-    block -= block % threads if block > threads else 0  # whole rows for each thread
+    block = block_rows(student)
     tensors, rooms = _room(setting)
     memory = torch.empty(tensors, block, student.shape[1], dtype=weights.dtype, device=student.device)
     room: Room = tuple(memory[i] for i in rooms)
@@ -298,6 +293,16 @@ def _run_in_blocks(
     return stats[0] if len(stats) == 1 else tuple(torch.cat(column) for column in zip(*stats, strict=True))
 
 
+def block_rows(tile: Tensor) -> int:
+    """Rows of a tile that are visited at once where nothing is compiled."""
+    size, threads = _LARGE_BLOCK_BYTES, 1
+    if tile.device.type == "cpu":
+        threads = torch.get_num_threads()
+        size = _BLOCK_BYTES * threads
+    block = min(tile.shape[0], max(1, size // (4 * tile.shape[1])))
+    return block - (block % threads if block > threads else 0)  # whole rows for each thread
+
+
 def _room(setting: Setting) -> tuple[int, tuple[int, ...]]:
     """How many tensors an uncompiled visit holds, and which of them is used for what in `Room`."""
     if setting.divergence not in _KLS:
@@ -307,7 +312,7 @@ def _room(setting: Setting) -> tuple[int, tuple[int, ...]]:
     free = {"forward_kl": 2, "reverse_kl": 1}.get(setting.divergence)
     if free is None:
         return 5, (0, 1, 2, 0, 1, 3, 4)
-    return (3, (0, 1, 2, 0, 1, free, 2)) if _halves(setting.temperature) else (4, (0, 1, 2, 0, 1, 3, 2))
+    return (3, (0, 1, 2, 0, 1, free, 2)) if halves_of(setting.temperature) else (4, (0, 1, 2, 0, 1, 3, 2))
 
 
 def _run_compiled(
@@ -328,7 +333,7 @@ def _run_compiled(
 
 def _compiled_for(setting: Setting) -> Setting:
     """The setting without a temperature that is no constant of the code: a schedule must not compile at every step."""
-    if setting.hard and not _halves(setting.temperature):
+    if setting.hard and not halves_of(setting.temperature):
         return setting._replace(temperature=0.0)
     return setting if setting.hard else setting._replace(temperature=1.0)
 
@@ -341,15 +346,25 @@ def _compiled(setting: Setting) -> Callable[..., tuple[Tensor, ...]]:
 _PAYS_FROM = 2**22  # logits of a tile; below it compiling may take longer than it will ever save
 
 
-def compile_pays(setting: Setting, rows: int, columns: int, like: Tensor, asked: bool | None) -> bool:
+def compile_pays(
+    setting: Setting,
+    rows: int,
+    columns: int,
+    like: Tensor,
+    asked: bool | None,
+    *,
+    agrees: Callable[..., bool] | None = None,
+) -> bool:
     """Whether to visit compiled: as asked, or where a compiler is at hand and the tile is large.
 
-    The first time for a setting the compiled visit is compared with the plain one on a small tile.
+    The first time for a setting the compiled visit is compared with the plain one on a small tile, by `agrees`.
     """
     if asked is False or like.dtype == torch.float64 or rows < 2:
         return False
     if asked is None and (rows * columns < _PAYS_FROM or not _has_compiler(like.device.type)):
         return False
+    if agrees is not None:
+        return agrees(setting, columns, like.dtype, like.device)
     return _agrees(_compiled_for(setting), columns, like.dtype, like.device)
 
 
@@ -364,13 +379,20 @@ def _agrees(setting: Setting, columns: int, dtype: torch.dtype, device: torch.de
     tiles = (4 * torch.randn(2, 6, columns, generator=generator)).to(device, dtype)
     labels = torch.tensor([0, -100, columns - 1, 1, 2, 3], device=device) if setting.hard and columns > 4 else None
     weights = torch.tensor([[0.5, 0.25]], device=device).repeat(6, 1)
-    results = []
     setting = setting if setting.temperature else setting._replace(temperature=1.3)
+
+    def run(compiled: bool) -> tuple[Tensor, ...]:
+        student = tiles[0].clone()
+        rows = visit(setting, student, tiles[1], weights, labels, gradient=True, compiled=compiled)
+        return student.float(), rows.soft, rows.hard
+
+    return same_compiled(run, dtype)
+
+
+def same_compiled(run: Callable[[bool], tuple[Tensor, ...]], dtype: torch.dtype) -> bool:
+    """Whether `run(True)`, compiled, gives what `run(False)` gives; a warning says so where it does not."""
     try:
-        for compiled in (False, True):
-            student = tiles[0].clone()
-            rows = visit(setting, student, tiles[1], weights, labels, gradient=True, compiled=compiled)
-            results.append((student.float(), rows.soft, rows.hard))
+        results = [run(compiled) for compiled in (False, True)]
     except Exception as error:  # compilers fail in many ways
         logger.warning("The loss runs uncompiled: torch.compile failed with %s.", str(error).splitlines()[:1])
         return False

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd_trainer.divergences import DIVERGENCES
 from kd_trainer.fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain
+from kd_trainer.sparse import draw_samples
 
 NAMES = list(DIVERGENCES)
 BOTH = [fused_linear_distillation, fused_linear_distillation_plain]
@@ -110,11 +111,11 @@ def written_out(
     student_hidden, student_weight, teacher_hidden=None, teacher_weight=None, labels=None, *, alpha=0.7,
     temperature=3.0, divergence="forward_kl", beta=None, student_bias=None, teacher_bias=None, student_scale=1.0,
     teacher_scale=1.0, student_softcap=None, teacher_softcap=None, soft_mask=None, soft_count=None, hard_count=None,
-    label_smoothing=0.0, common_ids=None, teacher_top_k=None,
+    label_smoothing=0.0, common_ids=None, teacher_top_k=None, teacher_samples=None,
 ):  # fmt: skip
     """The whole specification in float64, row by row, sharing no code with the package."""
     z_s = head(student_hidden, student_weight, student_bias, student_scale, student_softcap)
-    if teacher_top_k is None:
+    if teacher_hidden is not None:
         z_t = head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
     beta = BETA.get(divergence) if beta is None else beta
     soft, hard, agreement, soft_rows, hard_rows = z_s.new_zeros(()), z_s.new_zeros(()), 0, 0, 0
@@ -123,7 +124,11 @@ def written_out(
         counted = labels is None or label != -100 if soft_mask is None else bool(soft_mask[row])
         if counted:
             q = softmax(z_s[row, :common_ids] / temperature)
-            if teacher_top_k is None:
+            if teacher_samples is not None:
+                ids, top, entropy = (t[row] for t in teacher_samples)
+                agreement += int(top == q.argmax())
+                nats = -entropy.double() - sum(q[i].log() for i in ids.tolist()) / len(ids)
+            elif teacher_top_k is None:
                 p = softmax(z_t[row, :common_ids] / temperature)
                 agreement += int(p.argmax() == q.argmax())
             else:
@@ -133,7 +138,9 @@ def written_out(
                 others = torch.ones_like(q, dtype=torch.bool)
                 others[ids.long()] = False
                 q = torch.cat([q[ids.long()], q[others].sum()[None]])
-            soft = soft + temperature**2 * WRITTEN_OUT[divergence](p, q, beta)
+            if teacher_samples is None:
+                nats = WRITTEN_OUT[divergence](p, q, beta)
+            soft = soft + temperature**2 * nats
             soft_rows += 1
         if label != -100:
             z = z_s[row] - z_s[row].max()
@@ -386,6 +393,31 @@ def top_k(x, k, temperature, *, shift=0.0):
     return x | {"teacher_hidden": None, "teacher_weight": None, "teacher_top_k": (ids.int(), values, rest)}
 
 
+def samples(x, n, temperature):
+    """Draws instead of the teacher's hidden states, many of them repeated."""
+    x = dict(x)
+    logits = x.pop("teacher_hidden") @ x.pop("teacher_weight").T
+    uniform = torch.linspace(0, 0.99, len(logits), dtype=torch.float64)
+    ids, top, entropy = draw_samples(logits, n, temperature=temperature, uniform=uniform)
+    return x | {"teacher_hidden": None, "teacher_weight": None, "teacher_samples": (ids.int(), top.int(), entropy)}
+
+
+SPARSE = [*NAMES, "samples"]
+
+
+def sparse(x, form, temperature, k=4):
+    """The problem with its teacher given sparsely, and the options; `form`: a divergence of the top-k, or samples."""
+    if form == "samples":
+        return samples(x, 9, temperature), {"temperature": temperature}
+    return top_k(x, k, temperature), {"temperature": temperature, "divergence": form}
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    """No row is left to autograd."""
+    monkeypatch.setattr("kd_trainer.fused_linear._plain_visit", None)
+
+
 @both
 @each_divergence
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -429,6 +461,142 @@ def test_top_k_beside_masked_rows_bias_and_softcap(function):
     unlabelled = x["labels"] == -100
     log_probs[unlabelled], log_tail[unlabelled], ids[unlabelled] = math.nan, math.nan, -1
     assert_same(gradients(function, x, **options), expected, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("form", SPARSE)
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0, 2.3])
+@pytest.mark.parametrize("hard", ["hard", "no hard"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain head", "bias, scale"])
+def test_a_sparse_teacher_equals_the_twin_and_the_definition(form, temperature, hard, scaled):
+    x, options = sparse(problem(11, 101, labels=hard == "hard"), form, temperature)
+    if scaled:
+        x["student_bias"] = torch.linspace(-1, 1, 101, dtype=torch.float64)
+        options["student_scale"] = 0.7
+    twin = gradients(fused_linear_distillation_plain, x, **options)
+    found = gradients(fused_linear_distillation, x, **options, chunk_rows=2)
+    assert_same(found, twin, rtol=1e-10)
+    assert_same(found, gradients(written_out, x, **options), rtol=1e-10)
+
+
+@both
+@pytest.mark.parametrize("form", SPARSE)
+def test_a_sparse_teachers_labels_kept_and_not_kept(function, form):
+    x, options = sparse(problem(12, 30), form, 2.0)
+    ids = x["teacher_top_k" if form != "samples" else "teacher_samples"][0].long()
+    x["labels"] = torch.stack([ids[row, row % 4] if row % 2 else (ids[row].max() + 1) % 30 for row in range(12)])
+    assert_same(gradients(function, x, **options), gradients(written_out, x, **options), rtol=1e-10)
+
+
+@both
+@pytest.mark.parametrize("form", SPARSE)
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+def test_a_sparse_teacher_may_say_anything_where_only_the_hard_loss_counts(function, form, garbage):
+    x, options = sparse(problem(), form, 2.0)
+    mask = torch.tensor([True, True, False, True, False, True, True])
+    expected = gradients(written_out, x, soft_mask=mask, **options)
+    for part in x["teacher_top_k" if form != "samples" else "teacher_samples"]:
+        part[~mask] = garbage if part.is_floating_point() else -1
+    assert_same(gradients(function, x, soft_mask=mask, **options), expected, rtol=1e-10)
+
+
+@both
+@each_divergence
+def test_top_k_of_all_classes(function, divergence):
+    x, options = sparse(problem(), divergence, 2.0, k=23)
+    assert x["teacher_top_k"][2].max() == -math.inf
+    dense = gradients(function, problem(), **options)
+    assert_same(gradients(function, x, **options), dense, rtol=1e-10)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int64])
+@pytest.mark.parametrize("form", ["forward_kl", "samples"])
+def test_ids_of_any_integer_dtype(function, dtype, form):
+    x, options = sparse(problem(), form, 2.0)
+    expected = gradients(function, x, **options)
+    name = "teacher_top_k" if form != "samples" else "teacher_samples"
+    x[name] = tuple(part if part.is_floating_point() else part.to(dtype) for part in x[name])
+    assert_same(gradients(function, x, **options), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", SPARSE)
+def test_gradcheck_of_a_sparse_teacher(form):
+    x, options = sparse(problem(4, 9, (2, 3)) | {"student_bias": torch.zeros(9).double()}, form, 2.0, k=3)
+
+    def total(*learned):
+        return fused_linear_distillation(**(x | dict(zip(LEARNED, learned, strict=True))), **options).total
+
+    assert torch.autograd.gradcheck(total, [x[name].clone().requires_grad_() for name in LEARNED])
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", SPARSE)
+def test_a_sparse_teacher_makes_no_more_error_than_the_twin(dtype, form):
+    """As `test_no_more_error_than_the_twin`."""
+    squares: dict[str, dict[str, float]] = {"fused": {}, "plain": {}}
+    for seed in range(4):
+        x, options = sparse(problem(40, 1009, (48, 64), seed=seed), form, 2.0, k=12)
+        x = {k: v.to(dtype) if k.startswith("student") else v for k, v in x.items()}
+        wide = {k: v.double() if k.startswith("student") else v for k, v in x.items()}
+        exact_loss, exact = gradients(fused_linear_distillation_plain, wide, **options)
+        for function, sums in zip(BOTH, squares.values(), strict=True):
+            loss, found = gradients(function, x, **options)
+            assert loss.soft.dtype == loss.hard.dtype == torch.float32
+            errors = {name: error(getattr(loss, name), getattr(exact_loss, name)) for name in ("total", "soft", "hard")}
+            errors |= {name: error(found[name], exact[name]) for name in found}
+            for name, value in errors.items():
+                sums[name] = sums.get(name, 0.0) + value**2 / 4
+    for name, square in squares["fused"].items():
+        floor = 0.0 if name in LEARNED else 4 * torch.finfo(torch.float32).eps
+        assert square**0.5 <= 1.5 * squares["plain"][name] ** 0.5 + floor, name
+
+
+@each_divergence
+def test_a_small_rest_keeps_its_digits_in_float32(divergence):
+    """The student leaves 1e-8 to it, less than the last digit of the sum of all."""
+    x = problem(labels=False, dtype=torch.float32) | {"student_bias": torch.zeros(23)}
+    x["student_bias"][:4] = 22.0
+    x = top_k(x, 4, 1.0, shift=22.0)
+    wide = {k: v.double() if k.startswith("student") else v for k, v in x.items()}
+    loss, found = gradients(fused_linear_distillation, x, divergence=divergence, temperature=1.0)
+    exact, expected = gradients(written_out, wide, divergence=divergence, temperature=1.0)
+    room = 22 * torch.finfo(torch.float32).eps  # a rounding of such logits
+    assert error(loss.soft, exact.soft) <= room
+    for name in found:
+        rest = (slice(4, None),) if name != "student_hidden" else ()
+        assert error(found[name][rest], expected[name][rest]) <= room
+
+
+@pytest.mark.parametrize("form", SPARSE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_blocks_change_nothing_of_a_sparse_teacher(monkeypatch, form, dtype):
+    x, options = sparse(problem(17, 101), form, 2.3)
+    x = {k: v.to(dtype) if k.startswith("student") else v for k, v in x.items()}
+    whole = gradients(fused_linear_distillation, x, **options)
+    monkeypatch.setattr("kd_trainer.visit._BLOCK_BYTES", 4 * 101 * 4 // torch.get_num_threads())  # 4 of 11 rows
+    found = gradients(fused_linear_distillation, x, **options)
+    assert_same(found, whole, rtol=1e-12 if dtype == torch.float64 else 1e-2)
+
+
+@pytest.mark.parametrize("form", SPARSE)
+def test_a_sparse_teacher_without_gradient_and_in_evaluation(form):
+    x, options = sparse(problem(), form, 2.0)
+    expected = fused_linear_distillation(**learn(x), **options)
+    with torch.no_grad():
+        loss = fused_linear_distillation(**learn(x), **options)
+    assert not loss.total.requires_grad
+    assert torch.allclose(torch.stack(loss[:3]), torch.stack([part.detach() for part in expected[:3]]), rtol=1e-12)
+
+
+@both
+def test_samples_beside_softcap_smoothing_and_common_ids(function):
+    x, options = sparse(problem(), "samples", 2.0)
+    x["teacher_samples"][0].clamp_(max=18)
+    x["teacher_samples"][1].clamp_(max=18)
+    options |= {"student_softcap": 3.0, "student_scale": 0.7, "label_smoothing": 0.1, "common_ids": 19}
+    assert_same(gradients(function, x, **options), gradients(written_out, x, **options), rtol=1e-10)
 
 
 # ---- layouts, graphs, precision contexts ----------------------------------------------------------------------------
@@ -551,6 +719,13 @@ def test_only_counted_rows_are_multiplied():
     assert 2 <= products(learn(x), alpha=1.0) < 2.3
 
 
+@pytest.mark.parametrize(("learned", "expected"), [(LEARNED, 3), (("student_hidden",), 2), ((), 1)])
+@pytest.mark.parametrize("form", ["reverse_kl", "samples"])
+def test_a_sparse_teacher_costs_no_product(learned, expected, form):
+    x, options = sparse(problem(60, 101, (64, 64), labels=False, dtype=torch.float32), form, 2.0)
+    assert expected <= products(learn(x, learned), **options) < expected + 0.4
+
+
 @each_divergence
 def test_without_gradient(divergence):
     x = learn(problem())
@@ -579,13 +754,14 @@ class LargestTensor(TorchDispatchMode):
 
 
 @each_divergence
-@pytest.mark.parametrize("form", ["hidden", "top k"])
-def test_the_logits_never_exist(divergence, form):
+@pytest.mark.parametrize("form", ["hidden", "top k", "top k, plain"])
+def test_the_logits_never_exist(monkeypatch, divergence, form):
     rows, classes = 64, 101
+    monkeypatch.setattr("kd_trainer.visit._BLOCK_BYTES", 1)  # of rows as short as these it would hold all
     x = problem(rows, classes, (8, 8))
     x = learn(x if form == "hidden" else top_k(x, 4, 2.0))
     with LargestTensor() as largest:
-        options = {"divergence": divergence, "temperature": 2.0, "label_smoothing": 0.1}
+        options = {"divergence": divergence, "temperature": 2.0, "label_smoothing": 0.1 * (form != "top k")}
         fused_linear_distillation(**x, **options, chunk_rows=8).total.backward()
     assert largest.bytes <= 8 * max(2 * 8 * classes, rows * 8) + 64  # float64, from the beginning of a cache line
     with LargestTensor() as largest:
@@ -690,6 +866,18 @@ def test_compiled_equals_eager(divergence):
         assert_same(gradients(fused_linear_distillation, x, **options, compiled=True), eager, rtol=2e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++)")
+@pytest.mark.parametrize("form", ["reverse_kl", "jsd", "samples"])
+@pytest.mark.parametrize("temperature", [2.0, 2.3])
+def test_compiled_equals_eager_with_a_sparse_teacher(form, temperature):
+    for rows in (40, 33):
+        x, options = sparse(problem(rows, 101, dtype=torch.float32), form, temperature)
+        eager = gradients(fused_linear_distillation, x, **options, chunk_rows=8, compiled=False)
+        found = gradients(fused_linear_distillation, x, **options, chunk_rows=8, compiled=True)
+        assert_same(found, eager, rtol=2e-6)
+
+
 # ---- messages -------------------------------------------------------------------------------------------------------
 
 WRONG = {
@@ -730,7 +918,29 @@ WRONG |= {
     "top k, rows": ("teacher_top_k", NO_HEAD | {"teacher_top_k": (IDS, LOG_PROBS, LOG_TAIL[:3])}),
     "top k, ids": ("teacher_top_k", NO_HEAD | {"teacher_top_k": (IDS + 23, LOG_PROBS, LOG_TAIL)}),
     "top k, two parts": ("teacher_top_k", NO_HEAD | {"teacher_top_k": (IDS, LOG_PROBS)}),
+    "top k, more than V": (
+        "teacher_top_k",
+        NO_HEAD | {"teacher_top_k": (IDS[:, :1].expand(7, 24), LOG_PROBS[:, :1].expand(7, 24), LOG_TAIL)},
+    ),
+    "top k, ids of floats": ("teacher_top_k", NO_HEAD | {"teacher_top_k": (LOG_PROBS, LOG_PROBS, LOG_TAIL)}),
+    "samples, ids": ("teacher_samples", NO_HEAD | {"teacher_samples": (IDS - 1, IDS[:, 0], LOG_TAIL)}),
+    "samples, tops": ("teacher_samples", NO_HEAD | {"teacher_samples": (IDS, IDS[:, 0] + 23, LOG_TAIL)}),
+    "samples, rows": ("teacher_samples", NO_HEAD | {"teacher_samples": (IDS, IDS[:, 0], LOG_TAIL[:3])}),
+    "samples, rows of tops": ("teacher_samples", NO_HEAD | {"teacher_samples": (IDS, IDS, LOG_TAIL)}),
+    "samples, none": ("teacher_samples", NO_HEAD | {"teacher_samples": (IDS[:, :0], IDS[:, 0], LOG_TAIL)}),
+    "samples beside a head": ("teacher_hidden", {"teacher_samples": (IDS, IDS[:, 0], LOG_TAIL)}),
 }
+
+
+@both
+@each_divergence
+def test_samples_are_for_the_forward_kl_alone(function, divergence):
+    x, options = samples(problem(), 5, 3.0), {"divergence": divergence}
+    if divergence == "forward_kl":
+        assert function(**x, **options).total.isfinite()
+        return
+    with pytest.raises(ValueError, match=r"^`divergence` is .* unbiased only where the loss is linear in the teacher"):
+        function(**x, **options)
 
 
 @both

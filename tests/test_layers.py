@@ -22,6 +22,7 @@ ORDER = [
     "losses",
     "visit_triton",
     "visit",
+    "visit_sparse",
     "fused_arguments",
     "outputs",
     "fused_linear",
