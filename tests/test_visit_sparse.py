@@ -1,0 +1,80 @@
+"""The visit for a sparse teacher: compiled and in blocks of rows it is one; it is compared before it is trusted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+
+from kd_trainer import visit_sparse as module
+from kd_trainer.sparse import draw_samples, top_k
+from kd_trainer.visit import Setting
+from kd_trainer.visit_sparse import _compiled_for, compile_pays_sparse, visit_sparse
+
+compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++)")
+
+
+def tile(form, temperature, rows=7, classes=301, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(2, rows, classes, generator=generator)).to(dtype)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    labels[2] = -100
+    weights = torch.rand(rows, 2, generator=generator)
+    weights[2, 1] = 0
+    uniform = torch.rand(rows, generator=generator)
+    taught = top_k(teacher, 5) if form == "top k" else draw_samples(teacher, 9, uniform=uniform)
+    return {"student": student, "taught": taught, "labels": labels, "weights": weights}
+
+
+def test_temperatures_of_a_schedule_share_one_compiled_visit():
+    settings = {_compiled_for(Setting("jsd", 0.5, 1 + i / 30, True)) for i in range(1, 30) if i != 15}
+    assert len(settings) == 1
+    assert len({_compiled_for(Setting("forward_kl", 0.5, 1 + i / 30, False)) for i in range(30)}) == 1
+    assert len({_compiled_for(Setting(d, 0.5, t, True)) for t in (1.0, 2.0, 2.5) for d in ("jsd", "reverse_kl")}) == 3
+
+
+@compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["top k", "samples"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hard", [True, False])
+def test_compiled_is_eager(form, dtype, hard):
+    for temperature in (2.0, 2.1, 2.3):
+        setting = Setting("forward_kl", 0.0, temperature, hard)
+        results = []
+        for compiled in (False, True):
+            given = tile(form, temperature, dtype=dtype)
+            given["labels"] = given["labels"] if hard else None
+            rows = visit_sparse(setting, **given, gradient=True, compiled=compiled)
+            results.append((given["student"].float(), rows.soft, rows.hard, rows.same.float()))
+        room = 1e-6 if dtype == torch.float32 else 1e-2  # one rounding of bfloat16 may fall to the other side
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=room, atol=room * float(one.abs().max()))
+
+
+@compiler
+@pytest.mark.slow
+def test_the_check_before_the_first_compiled_visit_passes():
+    for temperature, hard in ((2.0, True), (2.1, True), (1.0, False)):
+        assert compile_pays_sparse(Setting("jsd", 0.3, temperature, hard), 7, 301, torch.empty(1), True)
+
+
+def test_a_compiled_visit_that_differs_is_not_used(monkeypatch, caplog):
+    def wrong(function, setting, *tensors):
+        found = function(setting, *tensors)
+        return found if found is None else (found[0], found[1] * 1.01, *found[2:])
+
+    monkeypatch.setattr(module, "_run_compiled", wrong)
+    with caplog.at_level(logging.WARNING):
+        assert not compile_pays_sparse(Setting("forward_kl", 0.0, 2.0, True), 7, 307, torch.empty(1), True)
+    assert "differs from the plain computation" in caplog.text
+
+
+def test_small_tiles_and_float64_are_not_compiled():
+    setting = Setting("forward_kl", 0.0, 2.0, True)
+    assert not compile_pays_sparse(setting, 256, 500, torch.empty(1), None)
+    assert not compile_pays_sparse(setting, 256, 10**6, torch.empty(1, dtype=torch.float64), True)
+    assert not compile_pays_sparse(setting, 256, 10**6, torch.empty(1), False)
