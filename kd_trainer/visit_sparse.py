@@ -38,7 +38,7 @@ def visit_sparse(
         setting: what is computed; of `Samples` the forward KL.
         student: s [R, V], float32, float64, bfloat16 or float16; finite.
         taught: rows of ids [R, k] int64, those of `TopK` distinct.
-        weights, labels: as in `visit`. What a row of weight 0 teaches may be NaN.
+        weights, labels: as in `visit`; a row without a label has the second weight 0.
         compiled: both readings by `torch.compile`, else in blocks of rows as they are.
 
     Returns:
@@ -84,16 +84,14 @@ def visit_sparse(
         else:
             of_rest = 1 / total
             at_ids = log_q.exp() - _counts(ids).to(double) / ids.shape[1]
-        # Where the weight is 0, what it weighs may be NaN.
-        of_rest, at_ids = (torch.where(soft_weight == 0, 0.0, x * soft_weight) for x in (of_rest, at_ids))
+        of_rest, at_ids = of_rest * soft_weight, at_ids * soft_weight
         of_hard = hard_weight * (temperature * top - all_hard).exp()
         _overwrite(setting, student, top, of_rest, of_hard, compiled)
         if label is not None and at_label is not None:
             at_ids = at_ids + hard_weight * ((temperature * chosen - all_hard).exp() - (ids == label).to(double))
             at = of_rest * (at_label - top).exp()
             at = at + hard_weight * ((temperature * at_label - all_hard).exp() - 1)
-            index = rows, label.clamp(min=0)
-            student[index] = torch.where(label >= 0, at.to(student.dtype), student[index])
+            student[rows, label.clamp(min=0)] = at.to(student.dtype)
         student[rows, ids] = at_ids.to(student.dtype)  # the label may be one of them
     return Rows(soft.squeeze(1).to(wide), hard.squeeze(1).to(wide), same.squeeze(1))
 

@@ -510,6 +510,15 @@ def test_top_k_of_all_classes(function, divergence):
 
 
 @both
+def test_a_rest_where_the_student_has_none_is_infinite(function):
+    x, options = sparse(problem(), "forward_kl", 2.0, k=23)
+    x["teacher_top_k"][2][:] = -9.0
+    loss, found = gradients(function, x, **options)
+    assert loss.soft == math.inf
+    assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+@both
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int64])
 @pytest.mark.parametrize("form", ["forward_kl", "samples"])
 def test_ids_of_any_integer_dtype(function, dtype, form):
