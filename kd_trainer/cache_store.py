@@ -71,7 +71,8 @@ def begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Notes the settings of an unfinished cache; returns those that were noted when it was begun, if it was."""
     path = folder / BUILDING
     (folder / DATA).mkdir(parents=True, exist_ok=True)
-    for left in [*folder.glob(".*.json.*"), *folder.glob(f".{HEAD}.*"), *(folder / DATA).glob(".data-*")]:
+    written = ((folder, (".*.json.*", f".{HEAD}.*", ".README.md.*")), (folder / DATA, (".data-*", ".state.json.*")))
+    for left in [left for where, patterns in written for pattern in patterns for left in where.glob(pattern)]:
         left.unlink(missing_ok=True)  # of a killed process; whoever builds holds the lock
     if not path.exists():
         write_atomically(path, _sealed(settings))
