@@ -10,14 +10,14 @@ from pathlib import Path
 
 from tests import tiny  # noqa: F401  what the scripts import: torch, transformers' models and Trainer, kd_trainer
 
-_SERVER = multiprocessing.get_context("forkserver")  # a fork of the test process itself would inherit its threads
-_SERVER.set_forkserver_preload([__name__])
+SERVER = multiprocessing.get_context("forkserver")  # a fork of the test process itself would inherit its threads
+SERVER.set_forkserver_preload([__name__])
 
 
 def run_script(path: Path, argv: list[str], *, timeout: float = 120) -> str:
     """What `python path *argv`, started in the script's folder, prints; AssertionError where it does not end with 0."""
     printed = path.with_suffix(".log")
-    process = _SERVER.Process(target=_main, args=(str(path), argv, str(printed)))
+    process = SERVER.Process(target=_main, args=(str(path), argv, str(printed)))
     process.start()
     process.join(timeout)
     if process.is_alive():
