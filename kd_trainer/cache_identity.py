@@ -20,7 +20,7 @@ from torch import nn
 
 from .cache_store import CacheError
 from .checks import Shown, message
-from .describe import count_parameters, name_of
+from .describe import name_of
 from .files import digest
 from .teacher import ADAPTER_OFF, _adapter_layers
 
@@ -80,7 +80,6 @@ def _of_module(model: nn.Module, without: set[int]) -> dict[str, Any]:
     return {
         "weights": found.hexdigest(),
         "config": _hash(json.loads(json.dumps(kept, default=str, sort_keys=True))),
-        "parameters": count_parameters(model),
     }
 
 

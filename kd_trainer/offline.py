@@ -1,8 +1,8 @@
 """The trainer's side of a teacher cache: build what is missing, check that it fits, join it to the batches.
 
 For: `trainer.py`, whose mixin stands on the one here. Files and formats are not its business.
-Imports: cache, cache_build, cache_formats, cache_identity, cache_store, checks, files, first_look, heads, inputs,
-teacher; datasets, filelock.
+Imports: cache, cache_build, cache_formats, cache_identity, cache_store, checks, describe, files, first_look, heads,
+inputs, teacher; datasets, filelock.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from .cache_store import (
     written_notes,
 )
 from .checks import Shown, fail, message
+from .describe import count_parameters
 from .files import write_atomically
 from .first_look import SMALL_VOCABULARY, FirstLook, Fit, classes_have_names, same_random_numbers
 from .heads import HEADS
@@ -67,6 +68,7 @@ class OfflineTeacher(FirstLook):
     """Lets a teacher be asked once and read from disk ever after; `trainer.DistillationMixin` sets what is declared."""
 
     _given_teacher: Any
+    _identity: dict[str, Any] | None
     _ready_parts: set[str]
     _on_main_process: Callable[..., Any]
 
@@ -112,6 +114,13 @@ class OfflineTeacher(FirstLook):
         where = self.kd_args.teacher_cache_dir
         parts = self._cache_parts()
         return where is not None and bool(parts) and all(is_finished(Path(where) / part) for part, _ in parts)
+
+    def _identity_of_teacher(self) -> dict[str, Any]:
+        """See `teacher_identity`; taken once, by the main process, before a backend shards the teacher."""
+        if self._identity is None and self.is_world_process_zero():
+            kwargs = self.kd_args.teacher_kwargs
+            self._identity = teacher_identity(self._given_teacher, kwargs, self._fit_student())
+        return self._identity or {}
 
     def _take_cached(self, where: Path) -> None:
         """The cache in the place of the live teacher, whose memory is freed."""
@@ -249,7 +258,7 @@ class OfflineTeacher(FirstLook):
             **{"format": kept.name, "classes": kept.classes, "k": kept.k},
             **{"temperature": kept.temperature, "dtype": kept.dtype, **extra},
             **{"task": head.name, "positions": kd.kd_positions, "labels": self._class_names(head)},
-            "teacher": teacher_identity(self._given_teacher, kd.teacher_kwargs, self._fit_student()),
+            "teacher": self._identity_of_teacher() | {"parameters": count_parameters(speaker.teacher.model)},
             "tokenizer": tokenizer_identity(self.processing_class),
             "collation": collation(self.data_collator, self.processing_class),
             "dataset": {
@@ -264,7 +273,6 @@ class OfflineTeacher(FirstLook):
             "rows_per_shard": max(1, int(SHARD_BYTES / (row_bytes * batch_rows))) * batch_rows,
             "seed": self.args.seed,
         }
-        settings["teacher"].setdefault("parameters", sum(p.numel() for p in speaker.teacher.model.parameters()))
         self._on_main_process(lambda: self._tell_size(settings, row_bytes))
         return settings
 
@@ -352,7 +360,7 @@ class OfflineTeacher(FirstLook):
     def _compare(self, folder: Path, kept: dict[str, Any], part: str, dataset: Any) -> None:
         """Raises CacheError where a cache was made of something else than what this trainer has."""
         kd, data = self.kd_args, f"{'train' if part == TRAIN else 'eval'}_dataset"
-        now = teacher_identity(self._given_teacher, kd.teacher_kwargs, self._fit_student())
+        now = self._identity_of_teacher()
         asked: dict[str, tuple[str, str, Any, str]] = {}
         for name in ("given", "weights", "config"):
             what = {"given": "given as a", "weights": "weights of SHA-256", "config": "a config of SHA-256"}[name]

@@ -167,8 +167,11 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         self.teacher: LiveTeacher | CachedTeacher | None = None
         self._given_teacher: Any = None
         self._ready_parts: set[str] = set()  # of the teacher cache: built or checked by this trainer
+        self._identity: dict[str, Any] | None = None  # of the teacher whose outputs are kept
         with self._refusals_wait():
             self.teacher = self._load_teacher(teacher_model)
+        if self.kd_args.teacher_cache_dir is not None and self._given_teacher is not None:
+            self._identity_of_teacher()
         self._fit: Fit | None = None
         self._started = False
         self._told_uncached = False

@@ -1,0 +1,401 @@
+"""The offline teacher: what each format of a cache costs and keeps, as ratios within one run.
+
+    python tests/benchmarks/bench_cache.py                          # all three parts, about an hour on two cores
+    python tests/benchmarks/bench_cache.py --part speed             # a pair with 50,000 token ids
+    python tests/benchmarks/bench_cache.py --part quality --seeds 3 # the pair of examples/distill_causal_lm.py
+    python tests/benchmarks/bench_cache.py --part memory            # a cache of 10 GB, read in training
+
+speed    bytes on disk a token; the whole of `build_teacher_cache` over a bare loop of teacher forwards (with logits) on
+         the same batches; a training step (batch from the dataloader included) over the student's step with
+         cross-entropy alone in the stock Trainer, and over live distillation; soft loss and its gradient at the
+         student's weights against the live teacher's. Medians over rounds in random order.
+quality  held-out perplexity and KL to the teacher after equal steps, mean and standard deviation over the seeds.
+memory   peak resident memory of a training from a small cache and from one of 10 GB: the shards of the small one copied
+         under new names, and the rows of the dataset repeated alike, so that every shard is read.
+
+The pair of `speed`: a Llama teacher of 8 layers x 512 and a student of 4 x 256, random weights, the teacher's head such
+that its logits have a standard deviation of 4; 4 rows of 128 tokens a batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+from bench_fused import resident_peak, wait_until_quiet
+from torch.utils.data import DataLoader
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from kd_trainer import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
+from kd_trainer.cache_store import DATA, MANIFEST, _sealed, read_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY, LENGTH, BATCH = 50_000, 128, 4
+# Name in the table: format, k, dtype.
+FORMS: dict[str, tuple[str, int | None, str | None]] = {
+    "logits": ("logits", None, None),
+    "hidden": ("hidden", None, None),
+    "hidden, bfloat16": ("hidden", None, "bfloat16"),
+    "topk 16": ("topk", 16, None),
+    "topk 64": ("topk", 64, None),
+    "topk 64, 8 bits": ("topk", 64, "uint8"),
+    "sampled 12": ("sampled", 12, None),
+    "sampled 50": ("sampled", 50, None),
+}
+
+
+def cache_options(folder: Path, name: str) -> dict[str, Any]:
+    form, k, dtype = FORMS[name]
+    return {
+        "teacher_cache_dir": str(folder / name.replace(" ", "_").replace(",", "")),
+        "teacher_cache_format": form,
+        "teacher_cache_k": k,
+        "teacher_cache_dtype": dtype,
+    }
+
+
+def llama(layers: int, width: int) -> LlamaForCausalLM:
+    torch.manual_seed(layers)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=width, intermediate_size=width * 11 // 4,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64, use_cache=False, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def teacher_of_50k() -> LlamaForCausalLM:
+    teacher = llama(8, 512).eval().requires_grad_(False)
+    teacher.lm_head.weight.normal_(std=4 / 512**0.5)
+    return teacher
+
+
+def random_rows(batches: int) -> datasets.Dataset:
+    ids = torch.randint(1, VOCABULARY, (batches * BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def arguments(out: Path, **options: Any) -> DistillationTrainingArguments:
+    return DistillationTrainingArguments(
+        **{**_base(out), "kd_reduction": "tokenmean", "kd_temperature": 1.0, **options}
+    )
+
+
+def _base(out: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(out), "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH,
+        "learning_rate": 1e-4, "logging_steps": 1000, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+    }  # fmt: skip
+
+
+# ---- speed ----
+
+
+class StepClock(TrainerCallback):
+    """Seconds from the beginning of one step to the beginning of the next."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last: float | None = None
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+        self._last = now
+
+
+def time_building(
+    teacher: Any, student: Any, data: Any, folder: Path, rounds: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """(seconds of the bare forward and of each building, manifest of each)."""
+
+    def bare() -> None:
+        with torch.no_grad():
+            for batch in DataLoader(data, batch_size=BATCH, collate_fn=default_data_collator):
+                teacher(input_ids=batch["input_ids"], use_cache=False)
+
+    def build(name: str) -> dict[str, Any]:
+        options = cache_options(folder, name)
+        shutil.rmtree(options["teacher_cache_dir"], ignore_errors=True)
+        args = arguments(folder / "run", **options)
+        trainer = DistillationTrainer(
+            model=student, teacher_model=teacher, args=args, train_dataset=data, data_collator=default_data_collator
+        )
+        start = time.perf_counter()
+        manifest = trainer.build_teacher_cache().manifest
+        seconds[name].append(time.perf_counter() - start)
+        return manifest
+
+    seconds: dict[str, list[float]] = defaultdict(list)
+    manifests = {}
+    for _ in range(rounds):
+        for name in random.sample(["bare", *FORMS], len(FORMS) + 1):
+            if name == "bare":
+                start = time.perf_counter()
+                bare()
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                manifests[name] = build(name)
+    return {name: statistics.median(times) for name, times in seconds.items()}, manifests
+
+
+def time_steps(teacher: Any, student: Any, data: Any, folder: Path, rounds: int, steps: int) -> dict[str, float]:
+    """Median seconds of a training step of each variant; the first round warms up."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    names = ["cross-entropy", "live", *FORMS]
+    for round_ in range(rounds + 1):
+        for name in random.sample(names, len(names)):
+            clock = StepClock()
+            common = {"train_dataset": data, "data_collator": default_data_collator, "callbacks": [clock]}
+            own = copy.deepcopy(student)
+            if name == "cross-entropy":
+                args = TrainingArguments(**{**_base(folder / "run"), "max_steps": steps})
+                Trainer(model=own, args=args, **common).train()
+            else:
+                taught = teacher if name == "live" else CachedTeacher(cache_options(folder, name)["teacher_cache_dir"])
+                args = arguments(folder / "run", max_steps=steps)
+                DistillationTrainer(model=own, teacher_model=taught, args=args, **common).train()
+            if round_:
+                seconds[name] += clock.seconds[2:]
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def errors(
+    teacher: Any, student: Any, data: Any, folder: Path, batches: int = 4
+) -> dict[str, tuple[float, float, float]]:
+    """(relative error of the soft loss, of its gradient, cosine of the gradients), of each format against live."""
+
+    def gradient(taught: Any) -> tuple[float, torch.Tensor]:
+        own = copy.deepcopy(student)
+        args = arguments(folder / "run", kd_alpha=1.0, train_sampling_strategy="sequential")
+        trainer = DistillationTrainer(
+            model=own, teacher_model=taught, args=args, train_dataset=data, data_collator=default_data_collator
+        )
+        own.train()
+        total = 0.0
+        for _, batch in zip(range(batches), trainer.get_train_dataloader(), strict=False):
+            loss = trainer.compute_loss(trainer.model, batch)
+            loss.backward()
+            total += loss.item()
+        return total, torch.cat([p.grad.flatten() for p in own.parameters()])
+
+    loss, grad = gradient(teacher)
+    found = {}
+    for name in FORMS:
+        other, its = gradient(CachedTeacher(cache_options(folder, name)["teacher_cache_dir"]))
+        distance = float((its - grad).norm() / grad.norm())
+        found[name] = (abs(other - loss) / loss, distance, float(F.cosine_similarity(its, grad, dim=0)))
+    return found
+
+
+def speed(options: argparse.Namespace, folder: Path) -> None:
+    teacher, student, data = teacher_of_50k(), llama(4, 256), random_rows(options.batches)
+    wait_until_quiet(options.max_load)
+    load = os.getloadavg()[0]
+    building, manifests = time_building(teacher, student, data, folder, options.rounds)
+    stepping = time_steps(teacher, student, data, folder, options.rounds, options.steps)
+    wrong = errors(teacher, student, data, folder)
+    tokens, threads = options.batches * BATCH * LENGTH, torch.get_num_threads()
+    plain, live = stepping["cross-entropy"], stepping["live"]
+    print(
+        f"\n{VOCABULARY:,} ids, {tokens:,} tokens, {threads} threads, load {load:.2f} before, {options.rounds} rounds"
+    )
+    print(
+        f"bare teacher forward {building['bare']:.1f} s, {1e3 * building['bare'] / options.batches:.0f} ms a batch; step: "
+        f"cross-entropy {1e3 * plain:.0f} ms, live {1e3 * live:.0f} ms = {live / plain:.2f} x cross-entropy"
+    )
+    columns = ["Format", "bytes a token", "build / bare forward", "step / cross-entropy", "step / live", "loss error"]
+    print("| " + " | ".join([*columns, "gradient error", "cosine"]) + " |\n" + "|---" * 8 + "|")
+    for name in FORMS:
+        size = manifests[name]["total_bytes"] / manifests[name]["total_positions"]
+        ratios = (building[name] / building["bare"], stepping[name] / plain, stepping[name] / live)
+        loss, grad, cosine = wrong[name]
+        times = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"| {name} | {size:,.1f} | {times} | {loss:.1e} | {grad:.1e} | {cosine:.5f} |")
+
+
+# ---- quality ----
+
+
+def quality(options: argparse.Namespace, folder: Path) -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    import distill_causal_lm as example_script
+    from lm_text import HARD_LOSS_ONLY, train_tokenizer
+    from transformers import set_seed
+
+    from kd_trainer import parse_args, student_from_teacher
+
+    config = str(ROOT / "configs" / "distill_causal_lm.json")
+    base, example = parse_args(DistillationTrainingArguments, example_script.ExampleArguments, argv=[config])
+    runs: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for seed in range(42, 42 + options.seeds):
+        set_seed(seed)
+        args = dataclasses.replace(
+            base, seed=seed, output_dir=str(folder / f"seed-{seed}"), disable_tqdm=True, logging_steps=1000
+        )
+        texts = example_script.load_texts(example)
+        tokenizer = train_tokenizer(texts["train"][example.text_column], example.vocab_size)
+        data = example_script.pack(texts, tokenizer, example)
+        teacher, _ = example_script.make_teacher(tokenizer, data, args, example)
+        start = student_from_teacher(teacher, layers=example.student_layers)
+        data["train"] = data["train"].shuffle(seed=seed).take(example.student_blocks)
+        for name in ("teacher", "cross-entropy", "live", *FORMS):
+            student = teacher if name == "teacher" else copy.deepcopy(start)
+            if name != "teacher":
+                more: dict[str, Any] = HARD_LOSS_ONLY if name == "cross-entropy" else {}
+                if name in FORMS:
+                    more = cache_options(folder / f"seed-{seed}", name)
+                set_seed(seed)
+                example_script.train_student(student, teacher, tokenizer, data, dataclasses.replace(args, **more))
+            judge = None if name == "teacher" else teacher
+            runs[name].append(example_script.measure(student, judge, data, args))
+            if name in FORMS:
+                manifest = read_manifest(Path(more["teacher_cache_dir"]) / "train")
+                runs[name][-1]["bytes"] = manifest["total_bytes"] / manifest["total_positions"]
+    print(f"\n{len(tokenizer):,} ids, {options.seeds} seeds, {args.max_steps} steps each; mean ± standard deviation")
+    print("| Teacher | bytes a token | held-out perplexity | KL to teacher, nats | KL / live's |")
+    print("|---|---|---|---|---|")
+    for name, numbers in runs.items():
+        kl, shown = "KL to teacher (nats)", ["–", "–", "–"]
+        if kl in numbers[0]:
+            ratios = [one[kl] / live[kl] for one, live in zip(numbers, runs["live"], strict=True)]
+            shown = [
+                f"{numbers[0]['bytes']:,.1f}" if "bytes" in numbers[0] else "–",
+                _spread([n[kl] for n in numbers], ".4f"),
+                _spread(ratios, ".3f"),
+            ]
+        print(
+            f"| {name} | {shown[0]} | {_spread([n['Perplexity'] for n in numbers], '.2f')} | {shown[1]} | {shown[2]} |"
+        )
+
+
+def _spread(values: list[float], spec: str) -> str:
+    return f"{statistics.mean(values):{spec}}" + (f" ± {statistics.stdev(values):{spec}}" if len(values) > 1 else "")
+
+
+# ---- memory ----
+
+
+def repeat_cache(folder: Path, times: int) -> Path:
+    """The cache in `folder` with its shards `times` times, copied under new names, beside it."""
+    other = folder.with_name(folder.name + f"-x{times}")
+    shutil.copytree(folder, other)
+    manifest = read_manifest(other)
+    entries = []
+    for copy_ in range(times):
+        for entry in manifest["shards"]:
+            name = entry["name"] if not copy_ else f"copy-{copy_:04d}-{entry['name']}"
+            if copy_:
+                shutil.copyfile(other / DATA / entry["name"], other / DATA / name)
+            entries.append({**entry, "name": name})
+    manifest = {k: v for k, v in manifest.items() if k != "sealed"}
+    manifest |= {
+        "shards": entries,
+        **{f"total_{k}": times * manifest[f"total_{k}"] for k in ("rows", "positions", "bytes")},
+    }
+    (other / MANIFEST).write_text(_sealed(manifest))
+    return other
+
+
+class Repeated(torch.utils.data.Dataset):
+    def __init__(self, rows: Any, times: int) -> None:
+        self.rows, self.times = rows, times
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.times
+
+    def __getitem__(self, row: int) -> Any:
+        return self.rows[row % len(self.rows)]
+
+
+def train_from(folder: Path, times: int, batches: int, steps: int) -> None:
+    """Run in a process of its own: prints the peak of its resident memory."""
+    data = Repeated(random_rows(batches).with_format("torch"), times)
+    trainer = DistillationTrainer(
+        model=llama(2, 64),
+        teacher_model=CachedTeacher(folder),
+        args=arguments(folder.parent / "run", max_steps=steps, train_sampling_strategy="random"),
+        train_dataset=data,
+        data_collator=default_data_collator,
+    )
+    trainer.train()
+    shards = trainer.teacher.parts["train"]._checked
+    print(json.dumps({"peak": resident_peak(), "shards": len(shards)}))
+
+
+def memory(options: argparse.Namespace, folder: Path) -> None:
+    teacher, data = teacher_of_50k(), random_rows(options.batches)
+    args = arguments(folder / "run", **cache_options(folder, "hidden"))
+    trainer = DistillationTrainer(
+        model=llama(2, 64), teacher_model=teacher, args=args, train_dataset=data, data_collator=default_data_collator
+    )
+    small = Path(args.teacher_cache_dir) / "train"
+    size = trainer.build_teacher_cache().manifest["total_bytes"]
+    times = max(1, round(options.gigabytes * 1e9 / size))
+    peaks = {}
+    for count in (1, times):
+        where = small if count == 1 else repeat_cache(small, count)
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            str(where),
+            str(count),
+            str(options.batches),
+            str(options.memory_steps),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        peaks[count] = found["peak"]
+        print(f"cache of {size * count / 1e9:.2f} GB ({len(data) * count:,} rows): peak {found['peak'] / 1e6:,.0f} MB, "
+              f"{found['shards']} shards read")  # fmt: skip
+    print(f"difference {(peaks[times] - peaks[1]) / 1e6:,.0f} MB")
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        folder, *numbers = sys.argv[2:]
+        train_from(Path(folder), *map(int, numbers))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("all", "speed", "quality", "memory"), default="all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--gigabytes", type=float, default=10.0)
+    parser.add_argument("--memory_steps", type=int, default=300)
+    parser.add_argument("--max_load", type=float, default=0.5)
+    options = parser.parse_args()
+    for name, part in {"speed": speed, "quality": quality, "memory": memory}.items():
+        if options.part in ("all", name):
+            with tempfile.TemporaryDirectory() as folder:
+                part(options, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
