@@ -3,7 +3,8 @@
 For: language models, whose logits are far larger than anything else in a training step. The counted positions are
 visited in chunks: both models' logits of a chunk are computed into reused buffers, `visit.py` makes of them losses and,
 in place, the gradient at the student's logits, which is multiplied on at once. Backward only scales: four
-products in all, three where the student's head is frozen, two without gradients.
+products in all, three where the student's head is frozen, two without gradients; one less where the teacher is given
+as logits or, to `visit_sparse.py`, as top-k or samples.
 Letters: N positions, V vocabulary, H hidden size; s and t of student and teacher.
 Imports: divergences, fused_arguments, reductions, sparse, visit, visit_sparse.
 """
@@ -94,7 +95,8 @@ def fused_linear_distillation(
             forward KL, estimated without bias.
         chunk_rows: positions visited at once; None: 48 MiB of logits of each model, but from 256 positions to
             160 MiB on CPU; 256 MiB on accelerators. On CPU the first visit is to twice as many, in the same memory,
-            where the head is wide enough that the gradient of its weight, not written yet, can hold their logits.
+            where the head is wide enough that the gradient of its weight, not written yet, can hold their logits; with
+            top-k or samples every visit is.
         compiled: `torch.compile` the elementwise part; None: where a compiler is at hand and the problem is large.
 
     Returns:

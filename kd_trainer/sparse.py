@@ -138,16 +138,16 @@ class _Columns(NamedTuple):
     maxima: Tensor  # [R, C] of z
     sums: Tensor  # [R, C] of exp(x)
     total: Tensor  # [R, 1] sum of exp(x)
-    weighted: Tensor  # [R, 1] sum of x exp(x), in double precision; zeros unless asked for
+    weighted: Tensor  # [R, 1] sum of x exp(x); zeros unless asked for
     peak: Tensor  # [R, 1] maximum of z
 
 
 def _read(rows: Tensor, temperature: float, *, weighted: bool) -> _Columns:
     count, classes = rows.shape
-    wide, double = _wide(rows), _double(rows)
+    wide = _wide(rows)
     columns = -(-classes // _COLUMN)
     kept = torch.empty(2, count, columns, dtype=wide, device=rows.device)
-    dots = torch.zeros(count, 1, dtype=double, device=rows.device)
+    dots = torch.zeros(count, 1, dtype=wide, device=rows.device)
     size = _block_rows(rows)
     memory = torch.empty(2, min(size, count), classes, dtype=wide, device=rows.device)
     for start in range(0, count, size):
@@ -161,11 +161,9 @@ def _read(rows: Tensor, temperature: float, *, weighted: bool) -> _Columns:
         powers = torch.exp(x, out=powers if weighted else x)
         _by_column(torch.sum, torch.add, powers, kept[1, part])
         if weighted:
-            scratch = torch.empty_like(kept[1, part])
-            dot = _by_column(torch.sum, torch.add, torch.mul(powers, x, out=x), scratch).sum(-1, True, dtype=double)
+            dot = torch.mul(powers, x, out=x).sum(-1, True)
             if not torch.isfinite(dot).all():  # an excluded class: 0 * -inf
-                torch.xlogy(powers, powers, out=x)
-                dot = _by_column(torch.sum, torch.add, x, scratch).sum(-1, True, dtype=double)
+                dot = torch.xlogy(powers, powers, out=x).sum(-1, True)
             dots[part] = dot
     maxima, sums = kept
     return _Columns(maxima, sums, sums.sum(-1, True), dots, maxima.amax(-1, True))
@@ -239,7 +237,7 @@ def _draw(rows: Tensor, kept: _Columns, n: int, temperature: float, uniform: Ten
 def _under(heights: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """For points [..., n] the step of the staircase `heights` [..., C] above them, and how far along it they are."""
     points = torch.minimum(points, heights[..., -1:] * (1 - 8 * torch.finfo(heights.dtype).eps))
-    step = torch.searchsorted(heights.contiguous(), points, right=True).clamp_(max=heights.shape[-1] - 1)
+    step = torch.searchsorted(heights.contiguous(), points.contiguous(), right=True).clamp_(max=heights.shape[-1] - 1)
     above = heights.gather(-1, step)
     below = torch.where(step > 0, heights.gather(-1, (step - 1).clamp_(min=0)), 0.0)
     return step, (points - below) / (above - below)

@@ -109,6 +109,7 @@ def _bucket_slopes(setting: Setting, taught: TopK, log_q: Tensor, gradient: bool
 
 def _counts(ids: Tensor) -> Tensor:
     """How often each of a row's ids [R, k] is among them."""
+    ids = ids.contiguous()
     ordered = ids.sort(-1).values
     return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
 
