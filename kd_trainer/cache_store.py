@@ -266,7 +266,7 @@ def damaged(name: str, reason: str) -> str:
 
 
 class Store:
-    """A finished cache, read row by row: neither loaded nor mapped; each shard is checked when it is first read.
+    """A finished cache, read row by row, neither loaded nor mapped; shards are checked when first read or changed.
 
     Args:
         folder: as `finish` left it.
@@ -282,7 +282,7 @@ class Store:
         self.folder, self.manifest = folder, read_manifest(folder)
         shards = self.manifest["shards"]
         self._starts = np.concatenate([[0], np.cumsum([entry["rows"] for entry in shards])]).tolist()
-        self._checked: set[int] = set()
+        self._checked: dict[int, tuple[int, int, int]] = {}  # the file that was found whole, as `_stamp` knows it
         self._open: OrderedDict[int, _Shard] = OrderedDict()
         self._places: dict[int, int] | None = None
 
@@ -296,10 +296,7 @@ class Store:
         """Reads these shards whole; of the damaged ones, why."""
         found = {}
         for index in indices:
-            reason = damage(self.folder, self.manifest["shards"][index])
-            if reason is None:
-                self._checked.add(index)
-            else:
+            if (reason := damage(self.folder, self.manifest["shards"][index])) is not None:
                 found[index] = reason
         return found
 
@@ -337,20 +334,33 @@ class Store:
 
     def _shard(self, index: int) -> _Shard:
         shard = self._open.get(index)
-        if shard is not None:
+        if shard is not None and _stamp(shard.file) == self._checked[index]:
             self._open.move_to_end(index)
             return shard
-        entry = self.manifest["shards"][index]
-        if index not in self._checked and (reason := self.check([index]).get(index)):
-            raise CacheError(damaged(str(self.folder / DATA / entry["name"]), reason))
-        shard = self._open[index] = _opened(self.folder / DATA / entry["name"])
+        if shard is not None:
+            self._open.pop(index).file.close()
+        path = self.folder / DATA / self.manifest["shards"][index]["name"]
+        if not path.is_file():
+            raise CacheError(damaged(str(path), "the file is missing"))
+        file = path.open("rb", buffering=0)
+        if (stamp := _stamp(file)) != self._checked.get(index):
+            if reason := self.check([index]).get(index):
+                file.close()
+                raise CacheError(damaged(str(path), reason))
+            self._checked[index] = stamp
+        shard = self._open[index] = _opened(file, path)
         if len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)[1].file.close()
         return shard
 
 
-def _opened(path: Path) -> _Shard:
-    file = path.open("rb", buffering=0)
+def _stamp(file: Any) -> tuple[int, int, int]:
+    """Tells whether a file was written since: all that can be known without reading it."""
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _opened(file: Any, path: Path) -> _Shard:
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         content = pa.py_buffer(mapped)
         batch = pa.ipc.open_stream(content).read_next_batch()
