@@ -40,6 +40,7 @@ from .cache_build import SHARD_BYTES, Keeping, Speaker, build_shards, fail_no_pr
 from .cache_formats import DEFAULT_K, DTYPES, SPARSE, Format, check_format
 from .cache_identity import collation, compare, teacher_identity, tokenizer_identity
 from .cache_store import (
+    DATA,
     HEAD,
     LAYOUT,
     CacheError,
@@ -48,6 +49,7 @@ from .cache_store import (
     clean,
     finish,
     is_finished,
+    read_manifest,
     reopen,
     written_notes,
 )
@@ -428,11 +430,13 @@ class OfflineTeacher(FirstLook):
     # ---- reading ----
 
     def _store_of(self, dataset: Any) -> Store | None:
-        """The part of the cache that was made of this dataset."""
+        """The part of the cache that was made of this dataset; CacheError where it is there and not whole."""
         if not isinstance(self.teacher, CachedTeacher):
             return None
         for part, known in self._cache_parts():
             if known is dataset:
+                if part not in self.teacher.parts and (self.teacher.path / part / DATA).is_dir():
+                    read_manifest(self.teacher.path / part)  # raises: it is unfinished, or its manifest is lost
                 return self.teacher.parts.get(part)
         return None
 
