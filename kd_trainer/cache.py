@@ -231,7 +231,7 @@ class CachedTeacher:
         parts: by name ("train", "eval", "eval-NAME"), what was kept of that data.
 
     Raises:
-        CacheError: nothing finished is there, or its manifest was changed.
+        CacheError: nothing finished is there, a manifest was changed, or a part is of another teacher or format.
 
     Example::
 
@@ -256,8 +256,21 @@ class CachedTeacher:
             shown = Shown(f"{str(path)!r}, {'which is unfinished' if begun else 'which holds none'}")
             raise CacheError(message("teacher_cache", shown, "the folder of a finished teacher cache", mend))
         self.parts = {name: Store(folder) for name, folder in folders.items()}
+        self._check_alike()
         self._head: dict[str, Any] | None = None
         self._head_device: torch.device | None = None
+
+    def _check_alike(self) -> None:
+        """Raises CacheError where a part is not of the others' teacher and format: one head and format serve all."""
+        first, *others = (self.parts[name] for name in sorted(self.parts, key=lambda name: name != TRAIN))
+        for store in others:
+            for what in ("format", "classes", "temperature", "dtype", "task", "head_sha256", "teacher"):
+                one, other = (m["teacher"]["weights"] if what == "teacher" else m.get(what)
+                              for m in (store.manifest, first.manifest))  # fmt: skip
+                if one != other:
+                    shown = Shown(f"one whose part {str(store.folder)!r} has {what} {one}")
+                    mend = "Build one of them again in an empty folder, with the teacher and settings of the other."
+                    raise CacheError(message("teacher_cache", shown, f"{other}, as {str(first.folder)!r} has", mend))
 
     @property
     def manifest(self) -> dict[str, Any]:
