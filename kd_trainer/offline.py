@@ -129,7 +129,7 @@ class OfflineTeacher(FirstLook):
         live, self.teacher, self._fit = self.teacher, CachedTeacher(where), None
         if isinstance(self._given_teacher, nn.Module):
             self._given_teacher = self.teacher  # so that nothing here holds the module
-        if isinstance(live, LiveTeacher) and live.prepared is live.model and live.model is not self._fit_student():
+        if isinstance(live, LiveTeacher) and not live.sharded and live.model is not self._fit_student():
             placed = getattr(live.model, "hf_device_map", None) is not None
             if not placed and getattr(live.model, "quantization_method", None) is None:
                 live.model.to("cpu")  # the script may hold it still
@@ -195,8 +195,7 @@ class OfflineTeacher(FirstLook):
         settings = self._on_main_process(lambda: self._begin(folder, settings, part, dataset))
         keeping = Keeping(collator, fit.head, settings["positions"], settings["columns_read"])
         self._write_head(speaker, settings, folder)
-        together = live.prepared is not live.model and self.args.world_size > 1
-        build_shards(self, speaker, used, folder, settings, keeping, together=together, part=part)
+        build_shards(self, speaker, used, folder, settings, keeping, together=live.sharded, part=part)
         self.accelerator.wait_for_everyone()
         self._on_main_process(lambda: self._finish(folder, settings, part))
 

@@ -74,6 +74,11 @@ class LiveTeacher:
             self._home = next(self.model.parameters()).device
         self._modules = list(self.model.modules())
 
+    @property
+    def sharded(self) -> bool:
+        """Whether its weights lie on several processes, all of which each forward needs."""
+        return any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in self.model.parameters())
+
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of the batch the teacher reads: the student's columns that its forward takes, `teacher_*` ones first."""
         own = {k[len(TEACHER_PREFIX) :]: v for k, v in batch.items() if k.startswith(TEACHER_PREFIX) and k != ROW_ID}
