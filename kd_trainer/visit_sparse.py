@@ -19,7 +19,7 @@ from .divergences import log_prob_terms
 from .sparse import Samples, TopK
 from .visit import Rows, Setting, block_rows, compile_pays, halves_of, power_of, same_compiled
 
-MOST_IDS = 1024  # of a row; with more, the work on them would be no smaller than that on the tile
+MOST_IDS = 1024  # of a row; the work on more of them, in double precision, would rival that on the tile
 
 
 def visit_sparse(

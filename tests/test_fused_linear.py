@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kd_trainer import fused_linear
 from kd_trainer.divergences import DIVERGENCES
 from kd_trainer.fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain
 from kd_trainer.sparse import draw_samples
@@ -527,6 +528,17 @@ def test_ids_of_any_integer_dtype(function, dtype, form):
     name = "teacher_top_k" if form != "samples" else "teacher_samples"
     x[name] = tuple(part if part.is_floating_point() else part.to(dtype) for part in x[name])
     assert_same(gradients(function, x, **options), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["reverse_kl", "samples"])
+def test_so_many_ids_that_autograd_takes_no_longer(monkeypatch, form):
+    x, options = sparse(problem(), form, 2.0)
+    expected, visits = gradients(fused_linear_distillation, x, **options), []
+    plain = fused_linear._plain_visit
+    monkeypatch.setattr(fused_linear, "_plain_visit", lambda *given: visits.append(1) or plain(*given))
+    monkeypatch.setattr("kd_trainer.fused_arguments.MOST_IDS", 3)
+    assert_same(gradients(fused_linear_distillation, x, **options), expected, rtol=1e-10)
+    assert visits
 
 
 @pytest.mark.parametrize("form", SPARSE)
