@@ -8,13 +8,14 @@ Imports: cache, cache_formats, cache_store, checks, finite, fused_arguments, fus
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -245,6 +246,23 @@ def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
             fail("teacher_model", shown, "finite outputs", mend)
 
 
+@contextmanager
+def what_the_disk_refuses(folder: Path) -> Iterator[None]:
+    """Raises RuntimeError for an OSError inside, which only writes to the folder of a cache."""
+    try:
+        yield
+    except OSError as error:
+        shown = Shown(f"{str(folder)!r}, where a file could not be written ({error})")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+            expected = f"room for it ({shutil.disk_usage(there).free / 1e6:,.0f} MB are free)"
+            mend = "What is built stays: make room and run again, it goes on from there."
+        else:
+            expected = "a folder that this run may write to"
+            mend = "Set it to another folder. A finished cache is only read as teacher_model=CachedTeacher(folder)."
+        raise RuntimeError(message("teacher_cache_dir", shown, expected, mend)) from error
+
+
 class _Writer:
     """Collects the rows of a shard, and writes it while the next one is asked for."""
 
@@ -269,14 +287,8 @@ class _Writer:
 
     def _wait(self) -> None:
         if self._last is not None:
-            try:
+            with what_the_disk_refuses(self.folder):
                 self._last.result()
-            except OSError as error:
-                free = shutil.disk_usage(self.folder).free / 1e6
-                shown = Shown(f"{str(self.folder)!r}, where a shard could not be written ({error})")
-                mend = "What is built stays: make room and run again, it goes on from there."
-                told = message("teacher_cache_dir", shown, f"room for it ({free:,.0f} MB are free)", mend)
-                raise RuntimeError(told) from error
 
     def end(self) -> None:
         self._write()

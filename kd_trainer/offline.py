@@ -19,7 +19,7 @@ from typing import Any, cast
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -36,7 +36,7 @@ from .cache import (
     kept_positions,
     numbered,
 )
-from .cache_build import SHARD_BYTES, Keeping, Speaker, build_shards, fail_no_product
+from .cache_build import SHARD_BYTES, Keeping, Speaker, build_shards, fail_no_product, what_the_disk_refuses
 from .cache_formats import DEFAULT_K, DTYPES, SPARSE, Format, check_format
 from .cache_identity import collation, compare, teacher_identity, tokenizer_identity
 from .cache_store import (
@@ -87,7 +87,7 @@ class OfflineTeacher(FirstLook):
         Raises:
             ValueError: no `teacher_cache_dir`; a cache there that was made of something else (`CacheError`); data
                 whose rows change from one reading to the next.
-            RuntimeError: no room on the disk.
+            RuntimeError: no room on the disk, or no right to write there.
         """
         kd = self.kd_args
         if kd.teacher_cache_dir is None:
@@ -153,29 +153,26 @@ class OfflineTeacher(FirstLook):
         """Holds the lock of a part; waits, and says so, while another run builds it."""
         from filelock import FileLock, Timeout
 
-        lock, said = None, False
-        if self.is_world_process_zero():
-            where.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(str(where / f".{part}.lock"))
+        lock, said = FileLock(str(where / f".{part}.lock")), False
+
+        def acquire() -> bool:
+            with what_the_disk_refuses(where):
+                where.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    return False
+                return True
+
         try:
-            while True:
-                got: list[Any] = [True]
-                if lock is not None:
-                    try:
-                        lock.acquire(timeout=0)
-                    except Timeout:
-                        got = [False]
-                broadcast_object_list(got)
-                if got[0]:
-                    break
+            while not self._on_main_process(acquire):
                 if not said and self.is_world_process_zero():
                     logger.warning("[kd_trainer] another run builds the teacher cache %s: waiting for it", where / part)
                 said = True
                 time.sleep(2.0)
             yield
         finally:
-            if lock is not None:
-                lock.release()
+            lock.release()
 
     def _prepare_part(self, part: str, dataset: Any, folder: Path) -> None:
         """Checks a finished part and mends its damaged shards; builds what is missing."""
@@ -211,7 +208,8 @@ class OfflineTeacher(FirstLook):
             for index, reason in sorted(found.items()):
                 name = store.manifest["shards"][index]["name"]
                 logger.warning("[kd_trainer] teacher cache %s: %s is built again: %s", store.folder, name, reason)
-            reopen(store.folder, store.manifest, set(found))
+            with what_the_disk_refuses(store.folder):
+                reopen(store.folder, store.manifest, set(found))
         self.accelerator.wait_for_everyone()
         return True
 
@@ -350,7 +348,8 @@ class OfflineTeacher(FirstLook):
             raise RuntimeError(message("teacher_cache_dir", shown, expected, mend))
 
     def _begin(self, folder: Path, settings: dict[str, Any], part: str, dataset: Any) -> dict[str, Any]:
-        noted = begin(folder, settings)
+        with what_the_disk_refuses(folder):
+            noted = begin(folder, settings)
         if noted["layout"] == LAYOUT:
             self._compare(folder, noted, part, dataset)
         return {key: value for key, value in noted.items() if key != "sealed"}
@@ -420,11 +419,17 @@ class OfflineTeacher(FirstLook):
         from safetensors.torch import save
 
         tensors = speaker.head_tensors(getattr(torch, settings["head_dtype"]))
-        self._on_main_process(lambda: write_atomically(folder / HEAD, save(tensors)) and None)
+
+        def write() -> None:
+            with what_the_disk_refuses(folder):
+                write_atomically(folder / HEAD, save(tensors))
+
+        self._on_main_process(write)
 
     def _finish(self, folder: Path, settings: dict[str, Any], part: str) -> None:
         notes = written_notes(folder)
-        finish(folder, settings, [notes[index] for index in sorted(notes)], _card(settings))
+        with what_the_disk_refuses(folder):
+            finish(folder, settings, [notes[index] for index in sorted(notes)], _card(settings))
 
     # ---- reading ----
 
