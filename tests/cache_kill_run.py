@@ -67,16 +67,10 @@ def main(out: str, kept: str, rank: int, port: int | None, kill_at: int | None, 
     run.accelerator.end_training()
 
 
-def trainer(out: Path, kept: str, **kwargs: Any) -> Any:
-    """A run whose cache has a shard for each batch of 8 rows."""
+def trainer(out: Path, kept: str, rows: int = ROWS, **kwargs: Any) -> Any:
+    """A run whose cache, `out`/cache, has a shard for each batch of 8 rows."""
     kd_trainer.offline.SHARD_BYTES = 1
-    return tiny.trainer(
-        "causal_lm",
-        out,
-        data=tiny.rows("causal_lm", ROWS),
-        kd_reduction="tokenmean",
-        teacher_cache_dir=str(out / "cache"),
-        teacher_cache_format=kept,
-        teacher_cache_k=4 if kept in ("topk", "sampled") else None,
-        **kwargs,
-    )
+    k = 4 if kept in ("topk", "sampled") else None
+    asked = {"teacher_cache_dir": str(out / "cache"), "teacher_cache_format": kept, "teacher_cache_k": k}
+    data = tiny.rows("causal_lm", rows)
+    return tiny.trainer("causal_lm", out, data=data, **{"kd_reduction": "tokenmean", **asked, **kwargs})
