@@ -225,7 +225,7 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
         f"\n{VOCABULARY:,} ids, {tokens:,} tokens, {threads} threads, load {load:.2f} before, {options.rounds} rounds"
     )
     print(
-        f"bare teacher forward {building['bare']:.1f} s, {1e3 * building['bare'] / options.batches:.0f} ms a batch; step: "
+        f"teacher's forward {building['bare']:.1f} s, {1e3 * building['bare'] / options.batches:.0f} ms a batch; step: "
         f"cross-entropy {1e3 * plain:.0f} ms, live {1e3 * live:.0f} ms = {live / plain:.2f} x cross-entropy"
     )
     columns = ["Format", "bytes a token", "build / bare forward", "step / cross-entropy", "step / live", "loss error"]
