@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .cache_formats import Format, decode, output
+from .cache_formats import Format, decode, format_of, output
 from .cache_store import BUILDING, HEAD, MANIFEST, CacheError, Rows, Store, damaged, is_finished
 from .checks import Shown, fail, message
 from .heads import HEADS, Head
@@ -198,10 +198,6 @@ def _aligned(values: Tensor, mask: Tensor, head: Head, shape: Sequence[int] | No
 
 
 # ---- the teacher ----------------------------------------------------------------------------------------------------
-
-
-def format_of(manifest: Mapping[str, Any]) -> Format:
-    return Format(*(manifest[name] for name in ("format", "classes", "k", "temperature", "dtype")))
 
 
 def check_objective(kept: Format, divergence: str, temperatures: Sequence[float]) -> None:

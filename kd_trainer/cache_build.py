@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from .cache import NumberedRows, check_rows_apart, format_of, kept_positions, numbered, signatures
-from .cache_formats import SPARSE, encode, to_numpy
+from .cache import NumberedRows, check_rows_apart, kept_positions, numbered, signatures
+from .cache_formats import SPARSE, encode, format_of, to_numpy
 from .cache_store import Rows, joined, write_shard, written_shards
 from .checks import Shown, fail, message
 from .finite import bad_rows
@@ -37,6 +37,15 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20
 _AT_ONCE = 256  # positions whose logits are made at once where the teacher's output head is a plain product
+
+
+class Dimensions(NamedTuple):
+    """What a teacher gives for a position."""
+
+    shape: list[int]  # of its logits: the classes last
+    logits_dtype: str
+    hidden_size: int = 0  # 0 where its logits are no product that could be made apart
+    hidden_dtype: str = ""
 
 
 class Speaker:
@@ -65,6 +74,15 @@ class Speaker:
             logger.info("The teacher's logits are made in full: %s.", reason)
             self.output_head = None
             return None
+
+    def dimensions(self, inputs: Mapping[str, Any], mask: Tensor) -> Dimensions:
+        """What it gives for a batch; afterwards `output_head` is settled."""
+        hidden = self.hidden(inputs, mask)
+        if hidden is not None and self.output_head is not None:
+            classes = self.output_head.module.out_features
+            return Dimensions([classes], "float32", hidden.shape[-1], str(hidden.dtype).removeprefix("torch."))
+        logits = next(self.logits(inputs, mask))
+        return Dimensions(list(logits.shape[1:]), str(logits.dtype).removeprefix("torch."))
 
     def logits(self, inputs: Mapping[str, Any], mask: Tensor) -> Iterator[Tensor]:
         """Logits [n, ...] of the kept positions, some at a time."""

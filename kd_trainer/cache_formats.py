@@ -13,6 +13,7 @@ Imports: checks, outputs, sparse, torch, numpy.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,10 +64,16 @@ class Format(NamedTuple):
         return (hidden_size if self.name == "hidden" else self.classes) * DTYPES[self.dtype].itemsize
 
 
-def check_format(name: str, k: int | None, dtype: str, softmax: bool, over_tokens: bool, task: str) -> None:
+def format_of(manifest: Mapping[str, Any]) -> Format:
+    """The format that a manifest tells of."""
+    return Format(*(manifest[name] for name in ("format", "classes", "k", "temperature", "dtype")))
+
+
+def check_format(name: str, k: int | None, dtype: str | None, *, softmax: bool, over_tokens: bool, task: str) -> None:
     """Raises ValueError where a format does not go with the task, with k or with the dtype."""
     check_choice("teacher_cache_format", name, FORMATS)
-    check_choice("teacher_cache_dtype", dtype, (*DTYPES, "uint8"))
+    if dtype is not None:
+        check_choice("teacher_cache_dtype", dtype, (*DTYPES, "uint8"))
     if name in SPARSE and not softmax:
         expected = f"'logits' for the task {task!r}, whose outputs are no softmax over classes"
         fail("teacher_cache_format", name, expected, "Set it to logits.")
@@ -75,6 +82,10 @@ def check_format(name: str, k: int | None, dtype: str, softmax: bool, over_token
              "Set it to logits: it is exact too.")  # fmt: skip
     if k is not None and name not in SPARSE:
         fail("teacher_cache_k", k, f"no value with teacher_cache_format {name!r}, which keeps all", "Leave it out.")
+    if dtype is not None and name == "sampled":
+        fail("teacher_cache_dtype", dtype, "no value with teacher_cache_format 'sampled'", "Leave it out.")
+    if dtype not in (None, "float16", "uint8") and name == "topk":
+        fail("teacher_cache_dtype", dtype, "'float16' or 'uint8' with teacher_cache_format 'topk'", "Leave it out.")
     if dtype == "uint8" and name != "topk":
         fail("teacher_cache_dtype", dtype, "'uint8' with teacher_cache_format 'topk' alone", "Leave it out.")
 
@@ -175,3 +186,51 @@ def _unpack(packed: np.ndarray, bits: int, k: int) -> Tensor:
     windows = np.stack([room[:, starts // 8 + i] for i in range(5)], -1).astype(np.uint64)
     numbers = (windows << (8 * np.arange(5, dtype=np.uint64))).sum(-1) >> (starts % 8).astype(np.uint64)
     return torch.from_numpy((numbers & np.uint64((1 << bits) - 1)).astype(np.int32))
+
+
+def card(settings: dict[str, Any]) -> str:
+    """README.md of a cache: what it holds and how to read it without this package."""
+    kept = format_of(settings)
+    temperature = "" if kept.temperature is None else f" at temperature {kept.temperature:g}"
+    dtype = f"{kept.dtype} (as int16 of the same bits)" if kept.dtype == "bfloat16" else kept.dtype
+    ids = "whole numbers" if kept.bits in (8, 16, 32) else f"{kept.bits} bits each, little endian, packed into bytes"
+    spread = ": from 0 to 255 between the last and the first, which are in `range`" if kept.dtype == "uint8" else ""
+    columns = {
+        "logits": [f"`logits`: the teacher's {kept.classes:,} logits, {dtype}"],
+        "hidden": [f"`hidden`: its final hidden state, {dtype}; `head.safetensors` makes logits of it"],
+        "topk": [
+            f"`ids`: the {kept.k} likeliest of {kept.classes:,} classes, {ids}",
+            f"`log_probs`: their log-probabilities{temperature}, {dtype}{spread}",
+            "`log_tail`: the log of the probability of all others together",
+        ],
+        "sampled": [
+            f"`ids`: {kept.k} draws from its distribution over {kept.classes:,} classes{temperature}, {ids}",
+            "`top`: the likeliest class, written alike",
+            "`entropy`: of that distribution, in nats",
+        ],
+    }[kept.name]
+    listed = "\n".join(f"- {line}" for line in columns)
+    return f"""---
+configs:
+- config_name: default
+  data_files: data/*.arrow
+---
+
+# What a teacher said
+
+Outputs of `{settings["teacher"]["name"]}` for the task `{settings["task"]}`, kept for distillation: row by row and,
+where a row has several positions, position by position ({settings["positions"]}).
+
+- `row_id`: the row of the data that the teacher read; `signature`: a hash of that row
+{listed}
+
+`manifest.json` says of what they were made (teacher, tokenizer, data, settings) and has the SHA-256 of every shard.
+
+```python
+from datasets import load_dataset
+from kd_trainer import CachedTeacher, DistillationTrainer
+
+rows = load_dataset("path/to/this/folder")  # any reader of Arrow will do
+trainer = DistillationTrainer(model=student, teacher_model=CachedTeacher("path/to/this/folder"), ...)
+```
+"""

@@ -31,13 +31,12 @@ from .cache import (
     CachedTeacher,
     NumberedRows,
     check_objective,
-    format_of,
     have_ids,
     kept_positions,
     numbered,
 )
 from .cache_build import SHARD_BYTES, Keeping, Speaker, build_shards, fail_no_product, what_the_disk_refuses
-from .cache_formats import DEFAULT_K, DTYPES, SPARSE, Format, check_format
+from .cache_formats import DEFAULT_K, DTYPES, Format, card, check_format, format_of
 from .cache_identity import collation, compare, teacher_identity, tokenizer_identity
 from .cache_store import (
     DATA,
@@ -284,57 +283,47 @@ class OfflineTeacher(FirstLook):
 
     def _format(self, speaker: Speaker, inputs: dict[str, Any], mask: torch.Tensor) -> tuple[Format, dict[str, Any]]:
         """The format that is asked for, completed by what the teacher gives for a batch."""
-        kd, head = self.kd_args, speaker.head
-        on_device = mask.to(self.args.device)
-        few = next(speaker.logits(inputs, on_device))
-        classes, product = few.shape[-1], speaker.output_head
+        kd, head, fit = self.kd_args, speaker.head, cast(Fit, self._fit)
+        given = speaker.dimensions(inputs, mask.to(self.args.device))
+        classes, product = given.shape[-1], speaker.output_head
         name = kd.teacher_cache_format
         if name == "auto":
             large = head.over_tokens and classes >= SMALL_VOCABULARY and product is not None
             name = "hidden" if large else "logits"
-        check_format(
-            name, kd.teacher_cache_k, kd.teacher_cache_dtype or "float32", head.softmax, head.over_tokens, head.name
-        )
-        fit = cast(Fit, self._fit)
+        k, asked = kd.teacher_cache_k, kd.teacher_cache_dtype
+        check_format(name, k, asked, softmax=head.softmax, over_tokens=head.over_tokens, task=head.name)
         extra: dict[str, Any] = {
-            "shape": list(few.shape[1:]), "vocabulary": classes, "common_ids": fit.common_ids, "known_by": fit.known_by,
+            "shape": given.shape, "vocabulary": classes, "common_ids": fit.common_ids, "known_by": fit.known_by,
             "hidden_size": 0, "head_dtype": None, "head_scale": 1.0, "head_softcap": None,
         }  # fmt: skip
-        dtype, k, temperature = str(few.dtype).removeprefix("torch."), None, None
+        if name == "sampled":
+            return Format(name, fit.common_ids or classes, k or DEFAULT_K[name], float(kd.kd_temperature)), extra
+        if name == "topk":
+            classes, k = fit.common_ids or classes, k or DEFAULT_K[name]
+            if k >= classes:
+                expected, mend = f"1 to {classes - 1}, fewer than there are classes", "Lower it, or keep logits."
+                fail("teacher_cache_k", k, expected, mend)
+            return Format(name, classes, k, float(kd.kd_temperature), asked or "float16"), extra
+        if name == "hidden":
+            if product is None:
+                fail_no_product(speaker)
+            extra |= {"hidden_size": given.hidden_size, "head_dtype": given.hidden_dtype}
+            extra |= {"head_scale": product.scale, "head_softcap": product.softcap}
+        half = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
+        own = given.logits_dtype
         if product is not None and (name == "hidden" or (product.scale == 1 and product.softcap is None)):
-            hidden = speaker.hidden(inputs, on_device)
-            assert hidden is not None
-            half = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
-            dtype = half or str(hidden.dtype).removeprefix("torch.")
-            if name == "hidden":
-                extra |= {"hidden_size": hidden.shape[-1], "head_dtype": str(hidden.dtype).removeprefix("torch.")}
-                extra |= {"head_scale": product.scale, "head_softcap": product.softcap}
-        elif name == "hidden":
-            fail_no_product(speaker)
-        if name in SPARSE:
-            classes, dtype = fit.common_ids or classes, kd.teacher_cache_dtype or "float16"
-            k, temperature = kd.teacher_cache_k or DEFAULT_K[name], float(kd.kd_temperature)
-            if name == "topk" and k >= classes:
-                fail(
-                    "teacher_cache_k",
-                    k,
-                    f"1 to {classes - 1}, fewer than there are classes",
-                    "Lower it, or keep logits.",
-                )
-        elif kd.teacher_cache_dtype is not None:
-            dtype = kd.teacher_cache_dtype
-        if dtype not in DTYPES and dtype != "uint8":
-            dtype = "float32"
-        return Format(name, classes, k, temperature, dtype), extra
+            own = half or given.hidden_dtype  # a product in half precision has no more digits
+        return Format(name, classes, None, None, asked or (own if own in DTYPES else "float32")), extra
 
     def _tell_size(self, settings: dict[str, Any], row_bytes: float) -> None:
         """Says what will be kept; raises RuntimeError where the disk has no room for it."""
         rows, where = settings["dataset"]["rows"], Path(str(self.kd_args.teacher_cache_dir))
         position_bytes = format_of(settings).bytes_a_position(settings["hidden_size"])
         kept = settings["format"] + "".join(f", {n} {settings[n]:g}" for n in ("k", "temperature") if settings[n])
+        kept += "" if settings["format"] == "sampled" else f", {settings['dtype']}"
         size = "a stream of rows" if rows is None else f"{rows:,} rows, about {rows * row_bytes / 1e6:,.1f} MB"
         print(
-            f"[kd_trainer] teacher cache {str(where / settings['part'])!r}: {kept}, {settings['dtype']}, "
+            f"[kd_trainer] teacher cache {str(where / settings['part'])!r}: {kept}, "
             f"{position_bytes:,g} bytes a position; {size}",
             flush=True,
         )
@@ -429,7 +418,7 @@ class OfflineTeacher(FirstLook):
     def _finish(self, folder: Path, settings: dict[str, Any], part: str) -> None:
         notes = written_notes(folder)
         with what_the_disk_refuses(folder):
-            finish(folder, settings, [notes[index] for index in sorted(notes)], _card(settings))
+            finish(folder, settings, [notes[index] for index in sorted(notes)], card(settings))
 
     # ---- reading ----
 
@@ -486,51 +475,3 @@ def _features(dataset: Any, count: int) -> Any:
         return list(itertools.islice(iter(dataset), count))
     rows = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist()
     return NumberedRows(dataset).__getitems__(rows)
-
-
-def _card(settings: dict[str, Any]) -> str:
-    """README.md of a cache: what it holds and how to read it without this package."""
-    kept = format_of(settings)
-    temperature = "" if kept.temperature is None else f" at temperature {kept.temperature:g}"
-    dtype = f"{kept.dtype} (as int16 of the same bits)" if kept.dtype == "bfloat16" else kept.dtype
-    ids = "whole numbers" if kept.bits in (8, 16, 32) else f"{kept.bits} bits each, little endian, packed into bytes"
-    spread = ": from 0 to 255 between the last and the first, which are in `range`" if kept.dtype == "uint8" else ""
-    columns = {
-        "logits": [f"`logits`: the teacher's {kept.classes:,} logits, {dtype}"],
-        "hidden": [f"`hidden`: its final hidden state, {dtype}; `head.safetensors` makes logits of it"],
-        "topk": [
-            f"`ids`: the {kept.k} likeliest of {kept.classes:,} classes, {ids}",
-            f"`log_probs`: their log-probabilities{temperature}, {dtype}{spread}",
-            "`log_tail`: the log of the probability of all others together",
-        ],
-        "sampled": [
-            f"`ids`: {kept.k} draws from its distribution over {kept.classes:,} classes{temperature}, {ids}",
-            "`top`: the likeliest class, written alike",
-            "`entropy`: of that distribution, in nats",
-        ],
-    }[kept.name]
-    listed = "\n".join(f"- {line}" for line in columns)
-    return f"""---
-configs:
-- config_name: default
-  data_files: data/*.arrow
----
-
-# What a teacher said
-
-Outputs of `{settings["teacher"]["name"]}` for the task `{settings["task"]}`, kept for distillation: row by row and,
-where a row has several positions, position by position ({settings["positions"]}).
-
-- `row_id`: the row of the data that the teacher read; `signature`: a hash of that row
-{listed}
-
-`manifest.json` says of what they were made (teacher, tokenizer, data, settings) and has the SHA-256 of every file.
-
-```python
-from datasets import load_dataset
-from kd_trainer import CachedTeacher, DistillationTrainer
-
-rows = load_dataset("path/to/this/folder")  # any reader of Arrow will do
-trainer = DistillationTrainer(model=student, teacher_model=CachedTeacher("path/to/this/folder"), ...)
-```
-"""

@@ -57,7 +57,7 @@ def build(task: str, folder: Path, **arguments: Any) -> Any:
     torch.manual_seed(0)
     task, _, form = task.partition("+")
     if form:
-        offline.SHARD_BYTES = 2000  # several shards
+        offline.SHARD_BYTES = 600  # several shards
         arguments = {"teacher_cache_dir": str(folder / f"cache-{task}"), "teacher_cache_format": form, **arguments}
     if task == "seq2seq_lm":
         pair: Any = (bart(16), bart(24))

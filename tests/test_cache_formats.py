@@ -129,10 +129,13 @@ def there_and_back_empty(kept: Format):
         (("hidden", None, "float32", True, False, "classification"), "where the task is no language model's"),
         (("logits", 5, "float32", True, True, "causal_lm"), "`teacher_cache_k` is 5; expected no value"),
         (("hidden", None, "uint8", True, True, "causal_lm"), "expected 'uint8' with teacher_cache_format 'topk'"),
+        (("sampled", None, "float16", True, True, "causal_lm"), "no value with teacher_cache_format 'sampled'"),
+        (("topk", None, "float32", True, True, "causal_lm"), "expected 'float16' or 'uint8'"),
         (("top-k", None, "float32", True, True, "causal_lm"), "Did you mean `topk`?"),
     ],
 )
 def test_formats_that_do_not_fit_are_refused(given, told):
+    name, k, dtype, softmax, over_tokens, task = given
     with pytest.raises(ValueError, match="teacher_cache") as error:
-        check_format(*given)
+        check_format(name, k, dtype, softmax=softmax, over_tokens=over_tokens, task=task)
     assert told in str(error.value)

@@ -201,7 +201,7 @@ def errors(
             loss = trainer.compute_loss(trainer.model, batch)
             loss.backward()
             total += loss.item()
-        return total, torch.cat([p.grad.flatten() for p in own.parameters()])
+        return total, torch.cat([p.grad.flatten() for p in own.parameters()]).double()
 
     loss, grad = gradient(teacher)
     found = {}
