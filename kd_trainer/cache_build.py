@@ -3,7 +3,8 @@
 For: `offline.py`, which calls it from the trainer. A shard holds whole batches of consecutive rows, so that it is the
 same bytes whoever builds it and however often the building was interrupted.
 Letters: B rows, S positions, N kept positions, V classes, H hidden size.
-Imports: cache, cache_formats, cache_store, checks, finite, fused_arguments, fused_forward, inputs; datasets, tqdm.
+Imports: cache, cache_formats, cache_store, checks, files, finite, fused_arguments, fused_forward, fused_linear, heads;
+tqdm.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from .cache_formats import SPARSE, encode, format_of, to_numpy
 from .cache_store import Rows, joined, write_shard, written_shards
 from .checks import Shown, fail, message
 from .finite import bad_rows
-from .fused_arguments import Side
+from .fused_arguments import Side, cast_as_autocast
 from .fused_forward import NotPlain, OutputHead, teacher_hidden, whole_weight
+from .fused_linear import kept_memory
 from .heads import Head
 
 logger = logging.getLogger(__name__)
@@ -85,17 +87,23 @@ class Speaker:
         return Dimensions(list(logits.shape[1:]), str(logits.dtype).removeprefix("torch."))
 
     def logits(self, inputs: Mapping[str, Any], mask: Tensor) -> Iterator[Tensor]:
-        """Logits [n, ...] of the kept positions, some at a time."""
+        """Logits [n, ...] of the kept positions, some at a time; the next ones may take the memory of the last."""
         hidden = self.hidden(inputs, mask)
         if hidden is None:
             whole = self.teacher(inputs, self.accelerator, read=self.head.logits)
             yield _rows(self.head, whole, mask)
             return
         assert self.output_head is not None
-        with torch.no_grad(), self._precision(), whole_weight(self.output_head) as (weight, bias):
-            side = Side(*self._cast(hidden.dtype, weight, bias), self.output_head.scale, self.output_head.softcap)
-            for part in hidden.split(_AT_ONCE):
-                yield side.logits(part)
+        with whole_weight(self.output_head) as (weight, bias):
+            with self._precision():
+                given = (hidden, *self._cast(hidden.dtype, weight, bias))
+                rows, *head = [x if x is None else cast_as_autocast(x).detach() for x in given]
+            side = Side(*head, self.output_head.scale, self.output_head.softcap)
+            plain = side.scale == 1 and side.softcap is None
+            tile = kept_memory("student", min(_AT_ONCE, max(1, len(rows))), len(side.weight), side.weight)
+            for part in rows.split(_AT_ONCE):
+                product = side.product(part, 1.0, tile[: len(part)])
+                yield product if plain else side.capped(product.float())
 
     def head_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Weight and bias of the teacher's output head as they multiply; every process must call."""

@@ -93,7 +93,7 @@ def check_format(name: str, k: int | None, dtype: str | None, *, softmax: bool, 
 def encode(kept: Format, said: Tensor, uniform: Tensor) -> dict[str, Tensor]:
     """Columns [N, width] of logits (or hidden states) [N, ...]; `uniform` [N] in [0, 1) draws samples."""
     if kept.name not in SPARSE:
-        return {kept.name: said.flatten(1).to(DTYPES[kept.dtype])}
+        return {kept.name: said.flatten(1).to(DTYPES[kept.dtype], copy=True)}  # its memory may be lent
     assert kept.k is not None
     assert kept.temperature is not None
     if kept.name == "sampled":

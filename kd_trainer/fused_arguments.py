@@ -117,7 +117,7 @@ def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
     hidden: Any
     weight: Any
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = (
-        _autocast(x)
+        cast_as_autocast(x)
         for x in (
             rows(g["student_hidden"]),
             *(g[n] for n in ("student_weight", "student_bias")),
@@ -194,8 +194,8 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _autocast(tensor: Tensor | None) -> Tensor | None:
-    """The tensor as torch's autocast would hand it to a matrix product."""
+def cast_as_autocast(tensor: Any) -> Any:
+    """The tensor (or None) as torch's autocast would hand it to a matrix product."""
     if tensor is None or not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))

@@ -295,7 +295,7 @@ def _row_weights(job: Job, n: int, unit: Any) -> Tensor:
 
 def _teacher_tile(job: Job, chunk: int) -> Tensor | None:
     if job.teacher is not None:
-        return _memory("teacher", chunk, job.teacher.weight.shape[0], job.teacher.weight)
+        return kept_memory("teacher", chunk, job.teacher.weight.shape[0], job.teacher.weight)
     if job.teacher_rows is not None and not job.plain_rows and job.setting.temperature != 1:
         wide = _wide(job.teacher_rows.dtype)  # dividing in half precision would round once more than the twin
         return torch.empty(chunk, job.teacher_rows.shape[1], dtype=wide, device=job.teacher_rows.device)
@@ -346,7 +346,7 @@ class _Products:
         # On CPU, products into so few columns are faster in parts: [512, 49152] @ [49152, 576] takes 16 ms, whole 25.
         self.in_parts = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and 320 < width < 768
         self.grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
-        self.memory = _memory("gradient", vocabulary, width, self.student.weight) if wanted[1] else None
+        self.memory = kept_memory("gradient", vocabulary, width, self.student.weight) if wanted[1] else None
         self.grad_weight: Tensor | None = None
         self.grad_bias = hidden.new_zeros(vocabulary, dtype=_wide(hidden.dtype)) if wanted[2] else None
 
@@ -363,7 +363,7 @@ class _Products:
             if fitting >= min(CHUNK_ROWS, n):
                 first = min(n, 2 * chunk if self.rows == chunk else self.rows)
                 lent = self.memory.view(-1)[: min(fitting, first) * len(teacher)].view(-1, len(teacher))
-        tiles = _memory("student", first or self.rows, vocabulary, self.student.weight)
+        tiles = kept_memory("student", first or self.rows, vocabulary, self.student.weight)
         if first:
             yield slice(0, first), tiles, lent
         if first == n:
@@ -406,7 +406,7 @@ _LINE = 64  # bytes of a cache line
 _KEPT = threading.local()  # by name: memory, and whether a tensor in it still lives (a weak reference)
 
 
-def _memory(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+def kept_memory(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
     """A tensor [rows, columns] as `like`; on CPU its memory is kept for the next call that finds it unused.
 
     Fresh memory costs about as much as a visit, and more on virtual machines whose host takes back what is freed. It

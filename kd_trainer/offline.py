@@ -42,6 +42,7 @@ from .cache_store import (
     DATA,
     HEAD,
     LAYOUT,
+    MANIFEST,
     CacheError,
     Store,
     begin,
@@ -191,8 +192,16 @@ class OfflineTeacher(FirstLook):
         settings = self._on_main_process(lambda: self._begin(folder, settings, part, dataset))
         keeping = Keeping(collator, fit.head, settings["positions"], settings["columns_read"])
         self._write_head(speaker, settings, folder)
-        build_shards(self, speaker, used, folder, settings, keeping, together=live.sharded, part=part)
-        self.accelerator.wait_for_everyone()
+        failure: Exception | None = None
+        try:
+            build_shards(self, speaker, used, folder, settings, keeping, together=live.sharded, part=part)
+        except (ValueError, RuntimeError) as error:
+            if live.sharded:  # the others wait inside a forward: their launcher ends them
+                raise
+            failure = error
+        failures = [each for each in gather_object([failure]) if each is not None]
+        if failures:
+            raise failures[0]
         self._on_main_process(lambda: self._finish(folder, settings, part))
 
     def _damaged(self, store: Store) -> bool:
@@ -286,11 +295,10 @@ class OfflineTeacher(FirstLook):
         kd, head, fit = self.kd_args, speaker.head, cast(Fit, self._fit)
         given = speaker.dimensions(inputs, mask.to(self.args.device))
         classes, product = given.shape[-1], speaker.output_head
-        name = kd.teacher_cache_format
+        name, k, asked = self._format_asked()
         if name == "auto":
             large = head.over_tokens and classes >= SMALL_VOCABULARY and product is not None
             name = "hidden" if large else "logits"
-        k, asked = kd.teacher_cache_k, kd.teacher_cache_dtype
         check_format(name, k, asked, softmax=head.softmax, over_tokens=head.over_tokens, task=head.name)
         extra: dict[str, Any] = {
             "shape": given.shape, "vocabulary": classes, "common_ids": fit.common_ids, "known_by": fit.known_by,
@@ -314,6 +322,15 @@ class OfflineTeacher(FirstLook):
         if product is not None and (name == "hidden" or (product.scale == 1 and product.softcap is None)):
             own = half or given.hidden_dtype  # a product in half precision has no more digits
         return Format(name, classes, None, None, asked or (own if own in DTYPES else "float32")), extra
+
+    def _format_asked(self) -> tuple[str, int | None, str | None]:
+        """Format, k and dtype of the arguments; "auto" keeps to what the other parts of the cache have."""
+        kd = self.kd_args
+        others = sorted(Path(str(kd.teacher_cache_dir)).glob(f"*/{MANIFEST}"))
+        if kd.teacher_cache_format != "auto" or not others:
+            return kd.teacher_cache_format, kd.teacher_cache_k, kd.teacher_cache_dtype
+        kept = read_manifest(others[0].parent)
+        return kept["format"], kept["k"], None if kept["format"] == "sampled" else kept["dtype"]
 
     def _tell_size(self, settings: dict[str, Any], row_bytes: float) -> None:
         """Says what will be kept; raises RuntimeError where the disk has no room for it."""

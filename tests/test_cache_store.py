@@ -198,7 +198,7 @@ def test_a_shard_that_is_cut_later_gives_no_numbers(tmp_path):
     store = Store(build(tmp_path))
     store.take([1])
     os.truncate(tmp_path / "data/data-00000.arrow", 300)
-    with pytest.raises(CacheError, match=r"it was cut while it was read"):
+    with pytest.raises(CacheError, match="it has 300 bytes where 1,440 were written"):
         store.take([3])
 
 
