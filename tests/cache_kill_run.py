@@ -18,7 +18,7 @@ from tests import tiny
 ROWS = 260
 FORMATS = ("hidden", "topk", "sampled", "logits")
 PLACES, DONE = "places.txt", "built"
-_OPERATIONS = ("open", "os.rename", "os.chmod", "os.remove", "os.mkdir")
+_OPERATIONS = ("open", "os.rename", "os.chmod", "os.remove")
 
 
 class Places:

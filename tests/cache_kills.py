@@ -2,8 +2,9 @@
 
 `python tests/cache_kills.py --kills 20 --processes 2` makes 20 buildings, each of which is killed once at least: half
 of them at an exact place (a shard half written, between its digest and itself, around the manifest), the others at any
-moment since their start. It prints where the kills fell, and compares every file with those of a building by one
-process that was never killed. The processes are forks of one that has torch imported: imports touch no file.
+moment since their start or since their first file. It prints where the kills fell, and compares every file with those
+of a building by one process that was never killed. The processes are forks of one that has torch imported: imports
+touch no file.
 """
 
 from __future__ import annotations
@@ -54,9 +55,12 @@ class Life:
             self.processes.append(SERVER.Process(target=cache_kill_run.main, args=arguments))
             self.processes[-1].start()
 
-    def kill_after(self, seconds: float) -> bool:
-        """SIGKILL to all processes at that time since the start; False where they had ended by then."""
-        while time.monotonic() - self.begun < seconds and self._runs():
+    def kill_after(self, seconds: float, *, of_writing: bool) -> bool:
+        """SIGKILL to all processes at that time since the start, or since the first file; False where they ended."""
+        since, before = self.begun, files(self.out)
+        while of_writing and self._runs() and files(self.out) == before:
+            since = time.monotonic()
+        while time.monotonic() - since < seconds and self._runs():
             time.sleep(0.0005)
         running = self._runs()
         self._kill()
@@ -89,6 +93,11 @@ class Life:
             process.kill()
         for process in self.processes:
             process.join()
+
+
+def files(out: Path) -> int:
+    """How many are in the data folders of the cache, temporary ones too."""
+    return len(list(out.glob("cache/*/data/*")))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -128,11 +137,12 @@ def survive(
             ended, latest = True, seconds
             while ended:
                 out.mkdir(exist_ok=True)
-                after = draw.uniform(0, latest)
-                ended = not Life(out, kept, processes).kill_after(after)
+                of_writing = draw.random() < 2 / 3
+                after = draw.uniform(0, latest / 2 if of_writing else latest)
+                ended = not Life(out, kept, processes).kill_after(after, of_writing=of_writing)
                 if not ended:
-                    built = len(list((out / "cache").glob("*/data/data-*.arrow")))
-                    fell.append(f"after {after:.2f} s, {built} shards on disk")
+                    since = "the first file" if of_writing else "the start"
+                    fell.append(f"{after:.2f} s after {since}, {files(out)} files in data")
                 elif number == 0:  # too late: from the beginning, and earlier
                     shutil.rmtree(out)
                     latest = after
