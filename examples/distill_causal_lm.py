@@ -4,6 +4,7 @@
     python examples/distill_causal_lm.py configs/distill_causal_lm.json --seeds 3     # mean and spread
     python examples/distill_causal_lm.py configs/distill_causal_lm.json --train_file my.txt \\
         --teacher_model_name_or_path path/or/name --student_model_name_or_path path/or/name
+    python examples/distill_causal_lm.py configs/distill_causal_lm_cache.json         # the teacher read from disk
     accelerate launch examples/distill_causal_lm.py configs/distill_causal_lm.json    # several GPUs or processes
 
 Without a text it takes the docstrings of Python's standard library, of which the students see 300 blocks alone. Without

@@ -31,6 +31,10 @@ HARD_LOSS_ONLY = {
     "kd_schedule": "constant",
     "kd_divergence": "forward_kl",
     "kd_beta": None,
+    "teacher_cache_dir": None,
+    "teacher_cache_format": "auto",
+    "teacher_cache_k": None,
+    "teacher_cache_dtype": None,
 }
 
 
@@ -129,9 +133,10 @@ def run_seeds(run_seed: Callable, columns: dict[str, str], args, example) -> Non
     runs = []
     for seed in range(args.seed, args.seed + example.seeds):
         set_seed(seed)
-        runs.append(
-            run_seed(dataclasses.replace(args, seed=seed, output_dir=f"{args.output_dir}/seed-{seed}"), example)
-        )
+        folders = {"output_dir": f"{args.output_dir}/seed-{seed}"}
+        if args.teacher_cache_dir:  # each seed has a teacher of its own
+            folders["teacher_cache_dir"] = f"{args.teacher_cache_dir}/seed-{seed}"
+        runs.append(run_seed(dataclasses.replace(args, seed=seed, **folders), example))
     if args.process_index == 0:
         print_comparison(columns, runs)
 

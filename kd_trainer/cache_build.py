@@ -97,12 +97,13 @@ class Speaker:
         with whole_weight(self.output_head) as (weight, bias):
             with self._precision():
                 given = (hidden, *self._cast(hidden.dtype, weight, bias))
-                rows, *head = [x if x is None else cast_as_autocast(x).detach() for x in given]
-            side = Side(*head, self.output_head.scale, self.output_head.softcap)
+                rows, *head = (cast_as_autocast(x) for x in given)
+            side = Side(head[0], head[1], self.output_head.scale, self.output_head.softcap)
             plain = side.scale == 1 and side.softcap is None
             tile = kept_memory("student", min(_AT_ONCE, max(1, len(rows))), len(side.weight), side.weight)
             for part in rows.split(_AT_ONCE):
-                product = side.product(part, 1.0, tile[: len(part)])
+                with torch.no_grad():
+                    product = side.product(part, 1.0, tile[: len(part)])
                 yield product if plain else side.capped(product.float())
 
     def head_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
