@@ -54,13 +54,12 @@ class Speaker:
     """The live teacher, asked for the kept positions of a batch alone.
 
     Args:
-        teacher: a prepared `LiveTeacher`.
+        teacher: a prepared `LiveTeacher`; output_head: its own, where it is known already.
     """
 
-    def __init__(self, teacher: Any, accelerator: Any, head: Head) -> None:
-        self.teacher, self.accelerator, self.head = teacher, accelerator, head
-        self.output_head: OutputHead | None = None
-        if head.over_tokens and not teacher.compiled:
+    def __init__(self, teacher: Any, accelerator: Any, head: Head, output_head: OutputHead | None = None) -> None:
+        self.teacher, self.accelerator, self.head, self.output_head = teacher, accelerator, head, output_head
+        if output_head is None and head.over_tokens and not teacher.compiled:
             try:
                 self.output_head = OutputHead(teacher.model)
             except NotPlain as reason:
@@ -79,10 +78,11 @@ class Speaker:
 
     def dimensions(self, inputs: Mapping[str, Any], mask: Tensor) -> Dimensions:
         """What it gives for a batch; afterwards `output_head` is settled."""
-        hidden = self.hidden(inputs, mask)
-        if hidden is not None and self.output_head is not None:
-            classes = self.output_head.module.out_features
-            return Dimensions([classes], "float32", hidden.shape[-1], str(hidden.dtype).removeprefix("torch."))
+        head = self.output_head
+        known = head is not None and head.hidden_dtype is not None
+        if head is not None and (known or self.hidden(inputs, mask) is not None):
+            linear, dtype = head.module, str(head.hidden_dtype).removeprefix("torch.")
+            return Dimensions([linear.out_features], "float32", linear.in_features, dtype)
         logits = next(self.logits(inputs, mask))
         return Dimensions(list(logits.shape[1:]), str(logits.dtype).removeprefix("torch."))
 

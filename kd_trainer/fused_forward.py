@@ -63,6 +63,7 @@ class OutputHead:
         if not module.weight.is_floating_point():
             raise NotPlain(f"the output head of {name} is quantised")
         self.module, self.name = module, name
+        self.hidden_dtype: torch.dtype | None = None  # of what the head was last given
         self._ways = _ways(model)
         self._verified: set[bool] = set()
 
@@ -221,7 +222,7 @@ def _replaced(head: OutputHead, act: Callable[[dict[str, Any], Tensor, nn.Linear
             # Said afterwards: an exception here would leave FSDP2 and ZeRO-3 in the middle of a forward.
             kept["wrong"] = f"{head.name} does not call its output head once with [batch, sequence, hidden]"
             return original(hidden, *args, **kwargs)
-        nothing, kept["hidden"] = act(kept, hidden, module), hidden
+        nothing, kept["hidden"], head.hidden_dtype = act(kept, hidden, module), hidden, hidden.dtype
         if head.verified:  # one position, to which a model may add as many logits
             return hidden.new_zeros(hidden.shape[0], 1, 1) + nothing.to(hidden.dtype)
         with torch.no_grad():

@@ -187,7 +187,7 @@ class OfflineTeacher(FirstLook):
         used, collator = self._as_read(dataset)
         sample = dict(collator(numbered(_features(used, self.args.per_device_eval_batch_size)).features))
         fit = self._look_at(sample)
-        speaker = Speaker(live, self.accelerator, fit.head)
+        speaker = Speaker(live, self.accelerator, fit.head, None if fit.heads is None else fit.heads[1])
         settings = self._settings(part, dataset, speaker, sample)
         settings = self._on_main_process(lambda: self._begin(folder, settings, part, dataset))
         keeping = Keeping(collator, fit.head, settings["positions"], settings["columns_read"])
@@ -363,54 +363,60 @@ class OfflineTeacher(FirstLook):
     def _check_fits(self, store: Store, part: str, dataset: Any) -> None:
         self._compare(store.folder, store.manifest, part, dataset)
 
+    def check_given_cache(self) -> None:
+        """What of a `CachedTeacher` can be compared without its teacher; every row is compared when it is read."""
+        for part, dataset in self._cache_parts():
+            store = cast(CachedTeacher, self.teacher).parts.get(part)
+            if store is not None:
+                with same_random_numbers(self.args.device):
+                    self._on_main_process(lambda s=store, p=part, d=dataset: self._compare(s.folder, s.manifest, p, d))
+
     def _compare(self, folder: Path, kept: dict[str, Any], part: str, dataset: Any) -> None:
         """Raises CacheError where a cache was made of something else than what this trainer has."""
         kd, data = self.kd_args, f"{'train' if part == TRAIN else 'eval'}_dataset"
-        now = self._identity_of_teacher()
         asked: dict[str, tuple[str, str, Any, str]] = {}
-        for name in ("given", "weights", "config"):
-            what = {"given": "given as a", "weights": "weights of SHA-256", "config": "a config of SHA-256"}[name]
-            asked[f"teacher.{name}"] = (
-                "teacher_model",
-                what,
-                now[name],
-                "Give the teacher that spoke, in the same way.",
-            )
-        if "init_kwargs" in now:
-            asked["teacher.init_kwargs"] = ("teacher_model_init_kwargs", "the value", now["init_kwargs"], "Set it so.")
+        if not isinstance(self._given_teacher, CachedTeacher):
+            asked |= self._asked_of_teacher()
         if kd.teacher_cache_format != "auto":
             asked["format"] = ("teacher_cache_format", "the format", kd.teacher_cache_format, "Set it so.")
         if kd.teacher_cache_k is not None:
             asked["k"] = ("teacher_cache_k", "the value", kd.teacher_cache_k, "Set it so.")
         if kd.teacher_cache_dtype is not None:
             asked["dtype"] = ("teacher_cache_dtype", "the dtype", kd.teacher_cache_dtype, "Set it so.")
-        asked["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
+        if HEADS[kept["task"]].token_level:
+            asked["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
         vocabulary = tokenizer_identity(self.processing_class)
         asked["tokenizer"] = ("processing_class", "a vocabulary of SHA-256", vocabulary, "Pass the same tokenizer.")
         for name, value in collation(self.data_collator, self.processing_class).items():
             asked[f"collation.{name}"] = ("data_collator", name, value, "Collate in the same way.")
-        if not isinstance(dataset, IterableDataset):
+        by_position = kept["row_ids"] == "position"  # rows with numbers of their own may be fewer now
+        if by_position and not isinstance(dataset, IterableDataset):
             asked["dataset.rows"] = (data, "a number of rows of", len(dataset), "Train on the same rows.")
         compare(folder, kept, asked)
         check_objective(format_of(kept), kd.kd_divergence, self._temperatures())
-        self._compare_rows(folder, kept, data, dataset)
+        if by_position:
+            self._compare_rows(folder, kept, data, dataset)
+
+    def _asked_of_teacher(self) -> dict[str, tuple[str, str, Any, str]]:
+        now, mend = self._identity_of_teacher(), "Give the teacher that spoke, in the same way."
+        what = {"given": "given as a", "weights": "weights of SHA-256", "config": "a config of SHA-256"}
+        asked = {f"teacher.{name}": ("teacher_model", words, now[name], mend) for name, words in what.items()}
+        if "init_kwargs" in now:
+            asked["teacher.init_kwargs"] = ("teacher_model_init_kwargs", "the value", now["init_kwargs"], "Set it so.")
+        return asked
 
     def _compare_rows(self, folder: Path, kept: dict[str, Any], data: str, dataset: Any) -> None:
         """Some rows as they are collated now, against what the teacher read; in training each is compared again."""
         used, collator = self._as_read(dataset)
         now = self._signatures(used, Keeping(collator, HEADS[kept["task"]], kept["positions"], kept["columns_read"]))
-        different = [
-            row for (row, one), (_, other) in zip(now, kept["dataset"]["sample"], strict=False) if one != other
-        ]
-        if different or len(now) != len(kept["dataset"]["sample"]):
+        read = dict(kept["dataset"]["sample"])
+        different = [row for row, signature in now if read.get(row, signature) != signature]
+        if different:
             because = "the rows were changed, ordered or tokenised otherwise, or a transform draws anew at each reading"
             mend = "Train on the data that the cache was built from, or name another teacher_cache_dir."
-            shown = Shown(
-                f"one whose row {different[0] if different else len(now)} differs from the one the teacher read"
-            )
-            raise CacheError(
-                message(data, shown, f"the rows of the teacher cache {str(folder)!r}", mend, because=because)
-            )
+            shown = Shown(f"one whose row {different[0]} differs from the one the teacher read")
+            expected = f"the rows of the teacher cache {str(folder)!r}"
+            raise CacheError(message(data, shown, expected, mend, because=because))
 
     def _temperatures(self) -> list[float]:
         """Every temperature of the run, as far as a cache of one temperature cares."""

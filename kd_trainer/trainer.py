@@ -247,6 +247,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                 self._end_with_check()
         if self.kd_args.teacher_cache_dir is not None and not isinstance(self._given_teacher, CachedTeacher | None):
             self.build_teacher_cache()
+        elif isinstance(self.teacher, CachedTeacher):
+            self.check_given_cache()
         if DistillationArguments.of(self.args).kd_run == "cache":
             self.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
             raise SystemExit(0)

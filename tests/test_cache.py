@@ -529,8 +529,9 @@ def test_another_tokenizer_is_refused(tmp_path):
         run("<two>").train()
 
 
-def test_a_changed_row_is_found_when_it_is_read(built, tmp_path):
-    """Without the teacher nothing is compared before; every row is, when it comes."""
+def test_a_changed_row_is_found_when_it_is_read(built, tmp_path, monkeypatch):
+    """Some are compared before the training, every one when it comes."""
+    monkeypatch.setattr(offline, "_SAMPLE_ROWS", 2)
     rows = tiny.rows("causal_lm")
     rows[5] = {**rows[5], "input_ids": [1] * len(rows[5]["input_ids"])}
     trainer = reader(built, tmp_path, "logits")
@@ -538,6 +539,9 @@ def test_a_changed_row_is_found_when_it_is_read(built, tmp_path):
     with pytest.raises(
         CacheError, match="`train_dataset` is giving a row 5 that differs from the one the teacher read"
     ):
+        trainer.train()
+    monkeypatch.undo()
+    with pytest.raises(CacheError, match="`train_dataset` is one whose row 5 differs from the one the teacher read"):
         trainer.train()
 
 

@@ -1,7 +1,7 @@
 """The offline teacher: what each format of a cache costs and keeps, as ratios within one run.
 
     python tests/benchmarks/bench_cache.py                          # all three parts, about an hour on two cores
-    python tests/benchmarks/bench_cache.py --part speed             # a pair with 50,000 token ids
+    python tests/benchmarks/bench_cache.py --part speed             # a pair with 50,257 token ids, and a small one
     python tests/benchmarks/bench_cache.py --part quality --seeds 3 # the pair of examples/distill_causal_lm.py
     python tests/benchmarks/bench_cache.py --part memory            # a cache of 10 GB, read in training
 
@@ -13,8 +13,9 @@ quality  held-out perplexity and KL to the teacher after equal steps, mean and s
 memory   peak resident memory of a training from a small cache and from one of 10 GB: the shards of the small one copied
          under new names, and the rows of the dataset repeated alike, so that every shard is read.
 
-The pair of `speed`: a Llama teacher of 8 layers x 512 and a student of 4 x 256, random weights, the teacher's head such
-that its logits have a standard deviation of 4; 4 rows of 128 tokens a batch.
+The pairs of `speed` are Llamas with random weights, the teacher's head such that its logits have a standard deviation
+of 4: "50k" has GPT-2's 50,257 ids, a teacher of its shape (12 layers x 768) and a student of 4 x 256, 4 rows of 128
+tokens a batch; "small" is the pair of examples/distill_causal_lm.py, 32 rows a batch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -53,7 +54,19 @@ from kd_trainer import CachedTeacher, DistillationTrainer, DistillationTrainingA
 from kd_trainer.cache_store import DATA, MANIFEST, _sealed, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-VOCABULARY, LENGTH, BATCH = 50_000, 128, 4
+LENGTH = 128
+
+
+class Pair(NamedTuple):
+    """Layers and width of both models, ids, rows of a batch."""
+
+    teacher: tuple[int, int]
+    student: tuple[int, int]
+    vocabulary: int
+    batch: int
+
+
+PAIRS = {"50k": Pair((12, 768), (4, 256), 50_257, 4), "small": Pair((4, 96), (2, 96), 1024, 32)}
 # Name in the table: format, k, dtype.
 FORMS: dict[str, tuple[str, int | None, str | None]] = {
     "logits": ("logits", None, None),
@@ -77,35 +90,37 @@ def cache_options(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def llama(layers: int, width: int) -> LlamaForCausalLM:
+def llama(pair: Pair, layers: int, width: int) -> LlamaForCausalLM:
     torch.manual_seed(layers)
+    heads = width // (64 if width % 64 == 0 else 32)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, num_hidden_layers=layers, hidden_size=width, intermediate_size=width * 11 // 4,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, use_cache=False, pad_token_id=0,
+        vocab_size=pair.vocabulary, num_hidden_layers=layers, hidden_size=width, intermediate_size=width * 11 // 4,
+        num_attention_heads=heads, num_key_value_heads=heads, use_cache=False, pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
-def teacher_of_50k() -> LlamaForCausalLM:
-    teacher = llama(8, 512).eval().requires_grad_(False)
-    teacher.lm_head.weight.normal_(std=4 / 512**0.5)
-    return teacher
+def models(pair: Pair) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """(teacher, student)."""
+    teacher = llama(pair, *pair.teacher).eval().requires_grad_(False)
+    teacher.lm_head.weight.normal_(std=4 / pair.teacher[1] ** 0.5)
+    return teacher, llama(pair, *pair.student)
 
 
-def random_rows(batches: int) -> datasets.Dataset:
-    ids = torch.randint(1, VOCABULARY, (batches * BATCH, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+def random_rows(pair: Pair, batches: int) -> datasets.Dataset:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, pair.vocabulary, (batches * pair.batch, LENGTH), generator=draw).tolist()
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
 
 
-def arguments(out: Path, **options: Any) -> DistillationTrainingArguments:
-    return DistillationTrainingArguments(
-        **{**_base(out), "kd_reduction": "tokenmean", "kd_temperature": 1.0, **options}
-    )
+def arguments(out: Path, batch: int, **options: Any) -> DistillationTrainingArguments:
+    distillation = {"kd_reduction": "tokenmean", "kd_temperature": 1.0}
+    return DistillationTrainingArguments(**{**_base(out, batch), **distillation, **options})
 
 
-def _base(out: Path) -> dict[str, Any]:
+def _base(out: Path, batch: int) -> dict[str, Any]:
     return {
-        "output_dir": str(out), "per_device_train_batch_size": BATCH, "per_device_eval_batch_size": BATCH,
+        "output_dir": str(out), "per_device_train_batch_size": batch, "per_device_eval_batch_size": batch,
         "learning_rate": 1e-4, "logging_steps": 1000, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "max_grad_norm": 0.0,
     }  # fmt: skip
@@ -129,19 +144,19 @@ class StepClock(TrainerCallback):
 
 
 def time_building(
-    teacher: Any, student: Any, data: Any, folder: Path, rounds: int
+    pair: Pair, teacher: Any, student: Any, data: Any, folder: Path, rounds: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """(seconds of the bare forward and of each building, manifest of each)."""
 
     def bare() -> None:
         with torch.no_grad():
-            for batch in DataLoader(data, batch_size=BATCH, collate_fn=default_data_collator):
+            for batch in DataLoader(data, batch_size=pair.batch, collate_fn=default_data_collator):
                 teacher(input_ids=batch["input_ids"], use_cache=False)
 
     def build(name: str) -> dict[str, Any]:
         options = cache_options(folder, name)
         shutil.rmtree(options["teacher_cache_dir"], ignore_errors=True)
-        args = arguments(folder / "run", **options)
+        args = arguments(folder / "run", pair.batch, **options)
         trainer = DistillationTrainer(
             model=student, teacher_model=teacher, args=args, train_dataset=data, data_collator=default_data_collator
         )
@@ -163,7 +178,9 @@ def time_building(
     return {name: statistics.median(times) for name, times in seconds.items()}, manifests
 
 
-def time_steps(teacher: Any, student: Any, data: Any, folder: Path, rounds: int, steps: int) -> dict[str, float]:
+def time_steps(
+    pair: Pair, teacher: Any, student: Any, data: Any, folder: Path, rounds: int, steps: int
+) -> dict[str, float]:
     """Median seconds of a training step of each variant; the first round warms up."""
     seconds: dict[str, list[float]] = defaultdict(list)
     names = ["cross-entropy", "live", *FORMS]
@@ -173,11 +190,11 @@ def time_steps(teacher: Any, student: Any, data: Any, folder: Path, rounds: int,
             common = {"train_dataset": data, "data_collator": default_data_collator, "callbacks": [clock]}
             own = copy.deepcopy(student)
             if name == "cross-entropy":
-                args = TrainingArguments(**{**_base(folder / "run"), "max_steps": steps})
+                args = TrainingArguments(**{**_base(folder / "run", pair.batch), "max_steps": steps})
                 Trainer(model=own, args=args, **common).train()
             else:
                 taught = teacher if name == "live" else CachedTeacher(cache_options(folder, name)["teacher_cache_dir"])
-                args = arguments(folder / "run", max_steps=steps)
+                args = arguments(folder / "run", pair.batch, max_steps=steps)
                 DistillationTrainer(model=own, teacher_model=taught, args=args, **common).train()
             if round_:
                 seconds[name] += clock.seconds[2:]
@@ -185,13 +202,13 @@ def time_steps(teacher: Any, student: Any, data: Any, folder: Path, rounds: int,
 
 
 def errors(
-    teacher: Any, student: Any, data: Any, folder: Path, batches: int = 4
+    pair: Pair, teacher: Any, student: Any, data: Any, folder: Path, batches: int = 4
 ) -> dict[str, tuple[float, float, float]]:
     """(relative error of the soft loss, of its gradient, cosine of the gradients), of each format against live."""
 
     def gradient(taught: Any) -> tuple[float, torch.Tensor]:
         own = copy.deepcopy(student)
-        args = arguments(folder / "run", kd_alpha=1.0, train_sampling_strategy="sequential")
+        args = arguments(folder / "run", pair.batch, kd_alpha=1.0, train_sampling_strategy="sequential")
         trainer = DistillationTrainer(
             model=own, teacher_model=taught, args=args, train_dataset=data, data_collator=default_data_collator
         )
@@ -213,16 +230,23 @@ def errors(
 
 
 def speed(options: argparse.Namespace, folder: Path) -> None:
-    teacher, student, data = teacher_of_50k(), llama(4, 256), random_rows(options.batches)
+    for name in options.pairs:
+        _speed(name, options, folder / name)
+
+
+def _speed(name_of_pair: str, options: argparse.Namespace, folder: Path) -> None:
+    pair = PAIRS[name_of_pair]
+    (teacher, student), data = models(pair), random_rows(pair, options.batches)
     wait_until_quiet(options.max_load)
     load = os.getloadavg()[0]
-    building, manifests = time_building(teacher, student, data, folder, options.rounds)
-    stepping = time_steps(teacher, student, data, folder, options.rounds, options.steps)
-    wrong = errors(teacher, student, data, folder)
-    tokens, threads = options.batches * BATCH * LENGTH, torch.get_num_threads()
+    building, manifests = time_building(pair, teacher, student, data, folder, options.rounds)
+    stepping = time_steps(pair, teacher, student, data, folder, options.rounds, options.steps)
+    wrong = errors(pair, teacher, student, data, folder)
+    tokens, threads = len(data) * LENGTH, torch.get_num_threads()
     plain, live = stepping["cross-entropy"], stepping["live"]
     print(
-        f"\n{VOCABULARY:,} ids, {tokens:,} tokens, {threads} threads, load {load:.2f} before, {options.rounds} rounds"
+        f"\n{name_of_pair}: {pair.vocabulary:,} ids, {tokens:,} tokens, {threads} threads, load {load:.2f} before, "
+        f"{options.rounds} rounds"
     )
     print(
         f"teacher's forward {building['bare']:.1f} s, {1e3 * building['bare'] / options.batches:.0f} ms a batch; step: "
@@ -334,12 +358,12 @@ class Repeated(torch.utils.data.Dataset):
 
 def train_from(folder: Path, times: int, batches: int, steps: int) -> None:
     """Run in a process of its own: prints the peak of its resident memory."""
-    data = Repeated(random_rows(batches).with_format("torch"), times)
+    pair = PAIRS["50k"]
     trainer = DistillationTrainer(
-        model=llama(2, 64),
+        model=llama(pair, 2, 64),
         teacher_model=CachedTeacher(folder),
-        args=arguments(folder.parent / "run", max_steps=steps, train_sampling_strategy="random"),
-        train_dataset=data,
+        args=arguments(folder.parent / "run", pair.batch, max_steps=steps, train_sampling_strategy="random"),
+        train_dataset=Repeated(random_rows(pair, batches).with_format("torch"), times),
         data_collator=default_data_collator,
     )
     trainer.train()
@@ -348,10 +372,15 @@ def train_from(folder: Path, times: int, batches: int, steps: int) -> None:
 
 
 def memory(options: argparse.Namespace, folder: Path) -> None:
-    teacher, data = teacher_of_50k(), random_rows(options.batches)
-    args = arguments(folder / "run", **cache_options(folder, "hidden"))
+    pair = PAIRS["50k"]
+    teacher, data = models(pair)[0], random_rows(pair, options.batches)
+    args = arguments(folder / "run", pair.batch, **cache_options(folder, "hidden"))
     trainer = DistillationTrainer(
-        model=llama(2, 64), teacher_model=teacher, args=args, train_dataset=data, data_collator=default_data_collator
+        model=llama(pair, 2, 64),
+        teacher_model=teacher,
+        args=args,
+        train_dataset=data,
+        data_collator=default_data_collator,
     )
     small = Path(args.teacher_cache_dir) / "train"
     size = trainer.build_teacher_cache().manifest["total_bytes"]
@@ -383,6 +412,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "speed", "quality", "memory"), default="all")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--steps", type=int, default=12)
