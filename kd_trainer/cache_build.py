@@ -30,7 +30,7 @@ from .cache_formats import SPARSE, encode, format_of, to_numpy
 from .cache_store import Rows, joined, write_shard, written_shards
 from .checks import Shown, fail, message
 from .finite import bad_rows
-from .fused_arguments import Side, cast_as_autocast
+from .fused_arguments import Side, cast_as_autocast, chunk_rows
 from .fused_forward import NotPlain, OutputHead, teacher_hidden, whole_weight
 from .fused_linear import kept_memory
 from .heads import Head
@@ -38,7 +38,6 @@ from .heads import Head
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20
-_AT_ONCE = 256  # positions whose logits are made at once where the teacher's output head is a plain product
 
 
 class Dimensions(NamedTuple):
@@ -100,8 +99,9 @@ class Speaker:
                 rows, *head = (cast_as_autocast(x) for x in given)
             side = Side(head[0], head[1], self.output_head.scale, self.output_head.softcap)
             plain = side.scale == 1 and side.softcap is None
-            tile = kept_memory("student", min(_AT_ONCE, max(1, len(rows))), len(side.weight), side.weight)
-            for part in rows.split(_AT_ONCE):
+            at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
+            tile = kept_memory("student", min(at_once, max(1, len(rows))), len(side.weight), side.weight)
+            for part in rows.split(at_once):
                 with torch.no_grad():
                     product = side.product(part, 1.0, tile[: len(part)])
                 yield product if plain else side.capped(product.float())

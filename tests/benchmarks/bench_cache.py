@@ -397,7 +397,7 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
             str(options.batches),
             str(options.memory_steps),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         peaks[count] = found["peak"]
         print(f"cache of {size * count / 1e9:.2f} GB ({len(data) * count:,} rows): peak {found['peak'] / 1e6:,.0f} MB, "
