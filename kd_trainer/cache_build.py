@@ -38,6 +38,7 @@ from .heads import Head
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20
+_MOST_ROWS = 512  # positions whose logits are made and encoded at once on CPU: more leave its cache
 
 
 class Dimensions(NamedTuple):
@@ -100,6 +101,7 @@ class Speaker:
             side = Side(head[0], head[1], self.output_head.scale, self.output_head.softcap)
             plain = side.scale == 1 and side.softcap is None
             at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
+            at_once = min(at_once, _MOST_ROWS) if side.weight.is_cpu else at_once
             tile = kept_memory("student", min(at_once, max(1, len(rows))), len(side.weight), side.weight)
             for part in rows.split(at_once):
                 with torch.no_grad():

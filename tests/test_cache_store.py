@@ -230,3 +230,26 @@ def test_a_layout_of_tomorrow_is_refused(tmp_path):
 def test_no_cache_at_all(tmp_path):
     with pytest.raises(CacheError, match=r"which has no manifest\.json; expected a finished cache"):
         Store(tmp_path)
+
+
+def test_a_large_cache_is_not_held_in_memory(tmp_path):
+    """64 MB in 8 shards, every row read: what is resident stays far below."""
+    psutil = pytest.importorskip("psutil")
+    begin(tmp_path, SETTINGS)
+    values = np.zeros((1024, 2048), np.float32)
+    for index in range(8):
+        ids = np.arange(index * 32, index * 32 + 32, dtype=np.int64)
+        values[:, 0] = index
+        write_shard(tmp_path, index, Rows(ids, ids.astype(np.uint64), np.full(32, 32), {"hidden": values}))
+    notes = cache_store.written_notes(tmp_path)
+    finish(tmp_path, SETTINGS, [notes[i] for i in range(8)], "")
+    del values
+    store, process = Store(tmp_path), psutil.Process()
+    store.take([0])
+    before, most = process.memory_info().rss, 0
+    for row in np.random.default_rng(0).permutation(256):
+        found = store.take([int(row)])
+        assert found.columns["hidden"][0, 0] == row // 32
+        most = max(most, process.memory_info().rss)
+    assert sum(entry["bytes"] for entry in store.manifest["shards"]) > 64e6
+    assert most - before < 16e6

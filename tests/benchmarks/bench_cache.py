@@ -337,10 +337,8 @@ def repeat_cache(folder: Path, times: int) -> Path:
                 shutil.copyfile(other / DATA / entry["name"], other / DATA / name)
             entries.append({**entry, "name": name})
     manifest = {k: v for k, v in manifest.items() if k != "sealed"}
-    manifest |= {
-        "shards": entries,
-        **{f"total_{k}": times * manifest[f"total_{k}"] for k in ("rows", "positions", "bytes")},
-    }
+    totals = {f"total_{k}": times * manifest[f"total_{k}"] for k in ("rows", "positions", "bytes")}
+    manifest |= {"shards": entries, **totals, "dataset": {**manifest["dataset"], "rows": totals["total_rows"]}}
     (other / MANIFEST).write_text(_sealed(manifest))
     return other
 
