@@ -25,6 +25,10 @@ from .inputs import ROW_ID, TEACHER_PREFIX
 from .outputs import TeacherOutput
 
 COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that the collator adds to a batch
+ROWS_DIFFER = (
+    "the rows were changed, ordered or tokenised otherwise, a transform draws anew at each reading, or padding is not "
+    "marked by an attention_mask"
+)
 TRAIN, EVAL = "train", "eval"  # parts of a cache: its train and its evaluation data (eval-NAME of several)
 
 
@@ -173,7 +177,7 @@ class CachedCollator:
         wrong = np.flatnonzero((rows.signatures != seen) | (rows.counts != counts))
         if len(wrong):
             row = int(rows.row_ids[wrong[0]])
-            because = "the rows were changed, ordered or tokenised otherwise, or a transform draws anew at each reading"
+            because = ROWS_DIFFER
             mend = "Train on the data that the cache was built from, or name another teacher_cache_dir to build one."
             shown = Shown(f"giving a row {row} that differs from the one the teacher read")
             raise CacheError(message("train_dataset", shown, "the rows of the teacher cache", mend, because=because))

@@ -26,6 +26,7 @@ from torch.utils.data import IterableDataset
 from . import __version__
 from .cache import (
     EVAL,
+    ROWS_DIFFER,
     TRAIN,
     CachedCollator,
     CachedTeacher,
@@ -412,7 +413,7 @@ class OfflineTeacher(FirstLook):
         read = dict(kept["dataset"]["sample"])
         different = [row for row, signature in now if read.get(row, signature) != signature]
         if different:
-            because = "the rows were changed, ordered or tokenised otherwise, or a transform draws anew at each reading"
+            because = ROWS_DIFFER
             mend = "Train on the data that the cache was built from, or name another teacher_cache_dir."
             shown = Shown(f"one whose row {different[0]} differs from the one the teacher read")
             expected = f"the rows of the teacher cache {str(folder)!r}"
