@@ -2,18 +2,17 @@
 
 For: `cache_formats.py`, which writes and reads them, and `objective.py`, which makes losses of them.
 Letters: N positions, or [B, S] or [B] of a batch; V classes, H hidden size, k classes kept, n draws.
-Imports: checks, sparse.
+Imports: sparse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from .checks import Shown, fail
 from .sparse import Samples, TopK
 
 Sparse = TopK | Samples
@@ -41,17 +40,11 @@ class TeacherOutput:
         logits, hidden = (None if x is None else change(x) for x in (self.logits, self.hidden))
         return TeacherOutput(logits, hidden, sparse, self.head)
 
-    def check_positions(self, shape: Sequence[int]) -> None:
-        """Raises ValueError where the student has other positions."""
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The shape of the batch's positions, or of its rows."""
         one = self.sparse.ids if self.sparse is not None else self.hidden if self.logits is None else self.logits
-        if one is not None and tuple(one.shape[:-1]) != tuple(shape):
-            shown = Shown(f"giving outputs for positions {list(one.shape[:-1])}")
-            fail(
-                "teacher_model",
-                shown,
-                f"the student's, {list(shape)}",
-                "Take a teacher that reads the student's tokens.",
-            )
+        return () if one is None else tuple(one.shape[:-1])
 
     def as_arguments(self) -> dict[str, Any]:
         """The teacher by the argument names of `fused_linear_distillation`."""

@@ -439,7 +439,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                     return None
 
                 def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
-                    taught.check_positions(hidden.shape[:-1])
+                    if taught.positions != hidden.shape[:-1]:
+                        raise NotPlain("student and teacher give hidden states for different positions")
                     on_device = taught.each(lambda tensor: tensor.to(hidden.device))
                     side = student_side(ours, weight, bias)
                     return objective.fused(fit.head, hidden, on_device, side, inputs, counts, common_ids=fit.common_ids)

@@ -1061,9 +1061,9 @@ def test_the_table():
 # ---- kd_run ----
 
 
-@pytest.mark.parametrize("value", ["cache", "checks", None])
+@pytest.mark.parametrize("value", ["caches", "checks", None])
 def test_other_runs_are_refused(value, tmp_path):
-    with pytest.raises(ValueError, match=r"`kd_run` is .*; expected one of 'train', 'check'"):
+    with pytest.raises(ValueError, match=r"`kd_run` is .*; expected one of 'train', 'check', 'cache'"):
         tiny.arguments(tmp_path, kd_run=value)
 
 
