@@ -105,9 +105,15 @@ def test_samples_come_back_as_they_were_drawn():
 
 def test_the_sizes_that_are_promised():
     """Bytes a token: top-k of 64 at most 260 below 65,536 ids and 330 above; 50 samples at most 200."""
-    assert Format("topk", 50_257, 64, 1.0, "float16").bytes_a_position() == 258
-    assert Format("topk", 151_936, 64, 1.0, "float16").bytes_a_position() == 274
-    assert Format("sampled", 50_257, 50, 1.0).bytes_a_position() == 106
+    draw = torch.Generator().manual_seed(0)
+    for kept, size in (
+        (Format("topk", 50_257, 64, 1.0, "float16"), 258),
+        (Format("topk", 151_936, 64, 1.0, "float16"), 274),
+        (Format("sampled", 50_257, 50, 1.0), 106),
+        (Format("sampled", 151_936, 50, 1.0), 120),
+    ):
+        values = 4 * torch.randn(4, kept.classes, generator=draw)
+        assert there_and_back(kept, values)[1] == kept.bytes_a_position() == size
     assert Format("hidden", 151_936, dtype="bfloat16").bytes_a_position(1536) == 3072
 
 
