@@ -141,6 +141,34 @@ def _as_bytes(values: Tensor) -> np.ndarray:
     return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
+class Read(NamedTuple):
+    """A collated batch, and what a cache has to know of its rows."""
+
+    batch: dict[str, Any]
+    row_ids: list[int]
+    mask: Tensor  # `kept_positions`
+    signatures: np.ndarray
+
+
+class Reading:
+    """The script's collator, and beside its batch what a cache knows the rows by: the same in building and training."""
+
+    def __init__(self, collator: Callable[[Any], Any], head: Head, positions: str, columns: Sequence[str]) -> None:
+        self.collator, self.head, self.positions, self.columns = collator, head, positions, columns
+
+    def __call__(self, features: Any) -> Read:
+        taken = numbered(features)
+        batch = dict(self.collator(taken.features))
+        mask = kept_positions(self.head, batch, self.positions)
+        check_rows_apart(mask, taken.row_ids)
+        return Read(batch, taken.row_ids, mask, signatures(batch, mask, self.columns, self.head.shifted))
+
+
+def reading_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> Reading:
+    """As the cache of this manifest was read when it was built."""
+    return Reading(collator, HEADS[manifest["task"]], manifest["positions"], manifest["columns_read"])
+
+
 class CachedCollator:
     """The script's collator, and behind it what the teacher said of the batch's rows in `teacher_cache_*` columns.
 
@@ -160,16 +188,15 @@ class CachedCollator:
         return CachedCollator(wrap(self.collator), self.store)
 
     def __call__(self, features: Any) -> dict[str, Any]:
-        taken, manifest = numbered(features), self.store.manifest
-        batch = dict(self.collator(taken.features))
-        head = HEADS[manifest["task"]]
-        mask = kept_positions(head, batch, manifest["positions"])
-        check_rows_apart(mask, taken.row_ids)
-        rows = self.store.take(taken.row_ids)
-        seen = signatures(batch, mask, manifest["columns_read"], head.shifted)
+        manifest = self.store.manifest
+        reading = reading_of(manifest, self.collator)
+        batch, row_ids, mask, seen = reading(features)
+        rows = self.store.take(row_ids)
         self._check_rows(rows, seen, mask)
         for name, values in decode(format_of(manifest), rows.columns).items():
-            batch[COLUMN_PREFIX + name] = _aligned(values, mask, head, manifest["shape"] if name == "logits" else None)
+            batch[COLUMN_PREFIX + name] = _aligned(
+                values, mask, reading.head, manifest["shape"] if name == "logits" else None
+            )
         return batch
 
     def _check_rows(self, rows: Rows, seen: np.ndarray, mask: Tensor) -> None:

@@ -14,9 +14,9 @@ import itertools
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from .cache import NumberedRows, check_rows_apart, kept_positions, numbered, signatures
+from .cache import NumberedRows, Read, Reading
 from .cache_formats import SPARSE, encode, format_of, to_numpy
 from .cache_store import Rows, joined, write_shard, written_shards
 from .checks import Shown, fail, message
 from .finite import bad_rows
 from .fused_arguments import Side, cast_as_autocast, chunk_rows
-from .fused_forward import NotPlain, OutputHead, teacher_hidden, whole_weight
+from .fused_forward import NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
 from .fused_linear import kept_memory
 from .heads import Head
 
@@ -94,11 +94,11 @@ class Speaker:
             yield _rows(self.head, whole, mask)
             return
         assert self.output_head is not None
-        with whole_weight(self.output_head) as (weight, bias):
-            with self._precision():
-                given = (hidden, *self._cast(hidden.dtype, weight, bias))
-                rows, *head = (cast_as_autocast(x) for x in given)
-            side = Side(head[0], head[1], self.output_head.scale, self.output_head.softcap)
+        with whole_weight(self.output_head) as whole:
+            with self.accelerator.autocast():
+                weight, bias = self._multiplied(whole, hidden.dtype)
+                rows, weight, bias = (cast_as_autocast(x) for x in (hidden, weight, bias))
+            side = Side(weight, bias, self.output_head.scale, self.output_head.softcap)
             plain = side.scale == 1 and side.softcap is None
             at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
             at_once = min(at_once, _MOST_ROWS) if side.weight.is_cpu else at_once
@@ -111,17 +111,15 @@ class Speaker:
     def head_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Weight and bias of the teacher's output head as they multiply; every process must call."""
         assert self.output_head is not None
-        with whole_weight(self.output_head) as (weight, bias):
-            named = zip(("weight", "bias"), self._cast(dtype, weight, bias), strict=True)
+        with whole_weight(self.output_head) as whole, self.accelerator.autocast():
+            named = zip(("weight", "bias"), self._multiplied(whole, dtype), strict=True)
             return {name: x.detach().cpu().contiguous().clone() for name, x in named if x is not None}
 
-    def _cast(self, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.accelerator.mixed_precision != "no":
-            return weight, bias
-        return weight.to(dtype), None if bias is None else bias.to(dtype)
-
-    def _precision(self) -> Any:
-        return nullcontext() if self.accelerator.mixed_precision == "no" else self.accelerator.autocast()
+    def _multiplied(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as `teacher_side` casts them for hidden states of this dtype."""
+        assert self.output_head is not None
+        side = teacher_side(self.output_head, *whole, torch.empty(0, dtype=dtype, device=whole[0].device))
+        return side["teacher_weight"], side["teacher_bias"]
 
 
 def _rows(head: Head, logits: Tensor, mask: Tensor) -> Tensor:
@@ -129,20 +127,6 @@ def _rows(head: Head, logits: Tensor, mask: Tensor) -> Tensor:
     if head.name == "question_answering":
         return logits.transpose(1, 2)[mask]
     return logits[mask] if head.token_level else logits
-
-
-class Keeping:
-    """The script's collator for the building: the batch beside its rows' numbers, kept positions and signatures."""
-
-    def __init__(self, collator: Any, head: Head, positions: str, columns: Sequence[str]) -> None:
-        self.collator, self.head, self.positions, self.columns = collator, head, positions, columns
-
-    def __call__(self, features: Any) -> tuple[dict[str, Any], list[int], Tensor, np.ndarray]:
-        taken = numbered(features)
-        batch = dict(self.collator(taken.features))
-        mask = kept_positions(self.head, batch, self.positions)
-        check_rows_apart(mask, taken.row_ids)
-        return batch, taken.row_ids, mask, signatures(batch, mask, self.columns, self.head.shifted)
 
 
 class Plan(NamedTuple):
@@ -175,12 +159,12 @@ def plan(rows: int, settings: Mapping[str, Any], have: set[int], rank: int, worl
     return Plan([shard for shard, _ in mine], [batch for _, batch in mine])
 
 
-def loader(trainer: Any, dataset: Any, batches: list[list[int]], keeping: Keeping) -> DataLoader:
+def loader(trainer: Any, dataset: Any, batches: list[list[int]], reading: Reading) -> DataLoader:
     workers = trainer.args.dataloader_num_workers
-    return DataLoader(cast(Any, NumberedRows(dataset)), batch_sampler=batches, collate_fn=keeping, num_workers=workers)
+    return DataLoader(cast(Any, NumberedRows(dataset)), batch_sampler=batches, collate_fn=reading, num_workers=workers)
 
 
-def stream_batches(dataset: Any, settings: Mapping[str, Any], keeping: Keeping) -> Iterator[tuple[int, Any]]:
+def stream_batches(dataset: Any, settings: Mapping[str, Any], reading: Reading) -> Iterator[tuple[int, Any]]:
     """(shard, collated batch) of a stream, in its order."""
     per, size = settings["rows_per_shard"], settings["batch_rows"]
     rows = iter(dataset)
@@ -189,10 +173,10 @@ def stream_batches(dataset: Any, settings: Mapping[str, Any], keeping: Keeping) 
             features = list(itertools.islice(rows, size))
             if not features:
                 return
-            yield index, keeping(features)
+            yield index, reading(features)
 
 
-def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, settings: dict[str, Any], keeping: Keeping,
+def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, settings: dict[str, Any], reading: Reading,
                  *, together: bool, part: str) -> None:  # fmt: skip
     """Asks the teacher for the missing shards of this process and writes them."""
     args = trainer.args
@@ -200,18 +184,18 @@ def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, set
     rank, world = args.process_index, args.world_size
     todo: Iterable[tuple[int, Any]]
     if isinstance(dataset, IterableDataset):
-        own = (found for found in stream_batches(dataset, settings, keeping) if found[0] not in have)
+        own = (found for found in stream_batches(dataset, settings, reading) if found[0] not in have)
         todo = own if together else (found for found in own if found[0] % world == rank)
         total = None
     else:
         mine = plan(len(dataset), settings, have, rank, world, together=together)
-        todo = zip(mine.shards, loader(trainer, dataset, mine.batches, keeping), strict=True)
+        todo = zip(mine.shards, loader(trainer, dataset, mine.batches, reading), strict=True)
         total = sum(len(batch) for batch, shard in zip(mine.batches, mine.shards, strict=True) if shard >= 0)
     writer = _Writer(folder, rank == 0 or not isinstance(dataset, IterableDataset) or not together)
     bar = _Progress(part, total, args.disable_tqdm or rank > 0)
     try:
-        for index, (batch, row_ids, mask, seen) in todo:
-            rows = ask(trainer, speaker, settings, batch, row_ids, mask, seen)
+        for index, read in todo:
+            rows = ask(trainer, speaker, settings, read)
             if index >= 0:
                 writer.add(index, rows)
                 bar.add(rows)
@@ -221,10 +205,9 @@ def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, set
         writer.close()
 
 
-def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], batch: dict[str, Any], row_ids: list[int],
-        mask: Tensor, seen: np.ndarray) -> Rows:  # fmt: skip
+def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read) -> Rows:
     """What the teacher says of a batch, encoded."""
-    kept = format_of(settings)
+    kept, (batch, row_ids, mask, seen) = format_of(settings), read
     inputs = trainer._prepare_inputs(batch)
     inputs = trainer._with_decoder_inputs(trainer._fit.student, speaker.head, inputs)
     on_device = mask.to(trainer.args.device)
@@ -302,6 +285,7 @@ class _Writer:
         self._index, self._parts = -1, list[Rows]()
 
     def add(self, index: int, rows: Rows) -> None:
+        """Takes the next rows of a shard; those of another shard end the last one."""
         if index != self._index:
             self._write()
             self._index = index

@@ -1,7 +1,7 @@
 """What a teacher cache was made of, as values that can be compared: teacher, tokenizer, collation, data.
 
 For: `cache_build.py`, which notes them in the manifest and compares them before anything is read.
-Imports: cache_store, checks, describe, files, teacher; transformers (on use).
+Imports: cache_store, checks, compatibility, describe, files, teacher; transformers (on use).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import nn
 
 from .cache_store import CacheError
 from .checks import Shown, message
+from .compatibility import tokenizer_of
 from .describe import name_of
 from .files import digest
-from .teacher import ADAPTER_OFF, _adapter_layers
+from .teacher import ADAPTER_OFF, adapter_parameters
 
 
 def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Module) -> dict[str, Any]:
@@ -30,8 +31,7 @@ def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Mod
     if isinstance(given, nn.Module):
         return {"given": "module", "name": name_of(given), **_of_module(given, set())}
     if given == ADAPTER_OFF:
-        adapters = {id(p) for layer in _adapter_layers(student) for n, p in layer.named_parameters() if "lora" in n}
-        return {"given": ADAPTER_OFF, "name": name_of(student), **_of_module(student, adapters)}
+        return {"given": ADAPTER_OFF, "name": name_of(student), **_of_module(student, adapter_parameters(student))}
     folder = _folder_of(str(given), init_kwargs)
     files = sorted(f for pattern in ("*.safetensors", "*.bin") for f in folder.glob(pattern))
     with ThreadPoolExecutor(4) as pool:
@@ -85,14 +85,6 @@ def _of_module(model: nn.Module, without: set[int]) -> dict[str, Any]:
 
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
-
-
-def tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer, also that of a processor for sound or images; None where there is none."""
-    if hasattr(processing_class, "get_vocab"):
-        return processing_class
-    inner = getattr(processing_class, "tokenizer", None)
-    return inner if hasattr(inner, "get_vocab") else None
 
 
 def tokenizer_identity(processing_class: Any) -> str | None:

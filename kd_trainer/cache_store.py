@@ -248,6 +248,7 @@ class _Shard:
     columns: dict[str, tuple[int, np.dtype, int]] = field(default_factory=dict)  # place in the file, dtype, width
 
     def read(self, name: str, row: int) -> np.ndarray:
+        """A column of a row [positions, width]."""
         place, dtype, width = self.columns[name]
         start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
         size = (stop - start) * width * dtype.itemsize
@@ -293,11 +294,16 @@ class Store:
         return self.manifest["total_rows"]
 
     def check(self, indices: Iterable[int]) -> dict[int, str]:
-        """Reads these shards whole; of the damaged ones, why."""
+        """Reads these shards whole; of the damaged ones, why. The others are read whole again only if they change."""
         found = {}
         for index in indices:
-            if (reason := damage(self.folder, self.manifest["shards"][index])) is not None:
+            entry = self.manifest["shards"][index]
+            path = self.folder / DATA / entry["name"]
+            stamp = _stamp(path.stat()) if path.is_file() else None  # before it is read: a change meanwhile shows
+            if (reason := damage(self.folder, entry)) is not None:
                 found[index] = reason
+            elif stamp is not None:
+                self._checked[index] = stamp
         return found
 
     def head_is_whole(self) -> bool:
@@ -334,7 +340,7 @@ class Store:
 
     def _shard(self, index: int) -> _Shard:
         shard = self._open.get(index)
-        if shard is not None and _stamp(shard.file) == self._checked[index]:
+        if shard is not None and _stamp(os.fstat(shard.file.fileno())) == self._checked[index]:
             self._open.move_to_end(index)
             return shard
         if shard is not None:
@@ -343,7 +349,8 @@ class Store:
         if not path.is_file():
             raise CacheError(damaged(str(path), "the file is missing"))
         file = path.open("rb", buffering=0)
-        if (stamp := _stamp(file)) != self._checked.get(index):
+        stamp = _stamp(os.fstat(file.fileno()))
+        if stamp != self._checked.get(index):
             if reason := self.check([index]).get(index):
                 file.close()
                 raise CacheError(damaged(str(path), reason))
@@ -354,9 +361,8 @@ class Store:
         return shard
 
 
-def _stamp(file: Any) -> tuple[int, int, int]:
+def _stamp(found: os.stat_result) -> tuple[int, int, int]:
     """Tells whether a file was written since: all that can be known without reading it."""
-    found = os.fstat(file.fileno())
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 

@@ -127,6 +127,14 @@ _COMPARE = (
 )
 
 
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer, also that of a processor for sound or images; None where there is none."""
+    if hasattr(processing_class, "get_vocab"):
+        return processing_class
+    inner = getattr(processing_class, "tokenizer", None)
+    return inner if hasattr(inner, "get_vocab") else None
+
+
 def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: Any, init_kwargs: dict) -> str | None:
     """For a teacher that reads the student's tokens: token -> id must be the same map.
 
@@ -139,9 +147,7 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
     Raises:
         ValueError: a token has different ids, a special id differs, or the teacher has fewer ids than the student.
     """
-    ours = processing_class if hasattr(processing_class, "get_vocab") else None
-    if ours is None and hasattr(getattr(processing_class, "tokenizer", None), "get_vocab"):
-        ours = processing_class.tokenizer  # of a processor for sound or images
+    ours = tokenizer_of(processing_class)
     theirs = _tokenizer_beside(teacher, init_kwargs) if ours is not None else None
     if ours is not None and theirs is not None:
         _check_tokenizers(ours.get_vocab(), theirs.get_vocab(), vocabulary_rows(student), vocabulary_rows(teacher))

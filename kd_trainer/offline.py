@@ -31,15 +31,19 @@ from .cache import (
     CachedCollator,
     CachedTeacher,
     NumberedRows,
+    Read,
+    Reading,
     check_objective,
     have_ids,
     kept_positions,
     numbered,
+    reading_of,
 )
-from .cache_build import SHARD_BYTES, Keeping, Speaker, build_shards, fail_no_product, what_the_disk_refuses
+from .cache_build import SHARD_BYTES, Speaker, build_shards, fail_no_product, what_the_disk_refuses
 from .cache_formats import DEFAULT_K, DTYPES, Format, card, check_format, format_of
 from .cache_identity import collation, compare, teacher_identity, tokenizer_identity
 from .cache_store import (
+    BUILDING,
     DATA,
     HEAD,
     LAYOUT,
@@ -72,7 +76,7 @@ class OfflineTeacher(FirstLook):
 
     _given_teacher: Any
     _identity: dict[str, Any] | None
-    _ready_parts: set[str]
+    _ready_parts: dict[str, Store]
     _on_main_process: Callable[..., Any]
 
     def build_teacher_cache(self) -> CachedTeacher:
@@ -99,8 +103,7 @@ class OfflineTeacher(FirstLook):
             for part, dataset in self._cache_parts():
                 if part not in self._ready_parts:
                     with self._only_builder(where, part):
-                        self._prepare_part(part, dataset, where / part)
-                    self._ready_parts.add(part)
+                        self._ready_parts[part] = self._prepare_part(part, dataset, where / part)
         self._take_cached(where)
         return cast(CachedTeacher, self.teacher)
 
@@ -127,7 +130,9 @@ class OfflineTeacher(FirstLook):
 
     def _take_cached(self, where: Path) -> None:
         """The cache in the place of the live teacher, whose memory is freed."""
-        live, self.teacher, self._fit = self.teacher, CachedTeacher(where), None
+        live, cached, self._fit = self.teacher, CachedTeacher(where), None
+        cached.parts.update(self._ready_parts)  # these know which shards were read whole
+        self.teacher = cached
         if isinstance(self._given_teacher, nn.Module):
             self._given_teacher = self.teacher  # so that nothing here holds the module
         if isinstance(live, LiveTeacher) and not live.sharded and live.model is not self._fit_student():
@@ -175,7 +180,7 @@ class OfflineTeacher(FirstLook):
         finally:
             lock.release()
 
-    def _prepare_part(self, part: str, dataset: Any, folder: Path) -> None:
+    def _prepare_part(self, part: str, dataset: Any, folder: Path) -> Store:
         """Checks a finished part and mends its damaged shards; builds what is missing."""
         finished = self._on_main_process(lambda: is_finished(folder))
         if finished:
@@ -183,7 +188,7 @@ class OfflineTeacher(FirstLook):
             self._on_main_process(lambda: self._check_fits(store, part, dataset))
             if not self._damaged(store):
                 self._on_main_process(lambda: clean(folder))
-                return
+                return store
         live = self._live_teacher()
         used, collator = self._as_read(dataset)
         sample = dict(collator(numbered(_features(used, self.args.per_device_eval_batch_size)).features))
@@ -191,11 +196,11 @@ class OfflineTeacher(FirstLook):
         speaker = Speaker(live, self.accelerator, fit.head, None if fit.heads is None else fit.heads[1])
         settings = self._settings(part, dataset, speaker, sample)
         settings = self._on_main_process(lambda: self._begin(folder, settings, part, dataset))
-        keeping = Keeping(collator, fit.head, settings["positions"], settings["columns_read"])
+        reading = reading_of(settings, collator)
         self._write_head(speaker, settings, folder)
         failure: Exception | None = None
         try:
-            build_shards(self, speaker, used, folder, settings, keeping, together=live.sharded, part=part)
+            build_shards(self, speaker, used, folder, settings, reading, together=live.sharded, part=part)
         except (ValueError, RuntimeError) as error:
             if live.sharded:  # the others wait inside a forward: their launcher ends them
                 raise
@@ -204,6 +209,7 @@ class OfflineTeacher(FirstLook):
         if failures:
             raise failures[0]
         self._on_main_process(lambda: self._finish(folder, settings, part))
+        return Store(folder)
 
     def _damaged(self, store: Store) -> bool:
         """Reads all shards, each process its share; makes an unfinished cache of one with damaged shards."""
@@ -228,11 +234,6 @@ class OfflineTeacher(FirstLook):
             return self._remove_unused_columns(dataset), self.data_collator
         return dataset, self._get_collator_with_removed_columns(self.data_collator)
 
-    def _signatures(self, dataset: Any, keeping: Keeping) -> list[list[int]]:
-        """[row id, signature] of some rows."""
-        _, row_ids, _, found = keeping(_features(dataset, _SAMPLE_ROWS))
-        return [[row, int(one)] for row, one in zip(row_ids, found, strict=True)]
-
     # ---- what is noted, and what is compared ----
 
     def _settings(self, part: str, dataset: Any, speaker: Speaker, sample: dict[str, Any]) -> dict[str, Any]:
@@ -242,10 +243,9 @@ class OfflineTeacher(FirstLook):
         prepared = self._prepare_inputs(dict(sample))
         prepared = self._with_decoder_inputs(self._fit_student(), head, prepared)
         columns = _columns_read(sample, speaker.teacher.inputs(prepared))
-        keeping = Keeping(collator, head, kd.kd_positions, columns)
-        _, _, mask, _ = keeping(_features(used, _SAMPLE_ROWS))
-        first = self._signatures(used, keeping)
-        if first != self._signatures(used, keeping):
+        reading = Reading(collator, head, kd.kd_positions, columns)
+        read = reading(_features(used, _SAMPLE_ROWS))
+        if _signed(read) != _signed(reading(_features(used, _SAMPLE_ROWS))):
             because = "what the teacher said of one reading would be taken for another"
             mend = "Apply it once, before the training (dataset.map), or train with the live teacher."
             shown = Shown(
@@ -259,7 +259,7 @@ class OfflineTeacher(FirstLook):
                 because=because,
             )
         kept, extra = self._format(speaker, prepared, kept_positions(head, sample, kd.kd_positions))
-        row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(mask.sum(1).float().mean()) + 24
+        row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(read.mask.sum(1).float().mean()) + 24
         batch_rows = self.args.per_device_eval_batch_size
         settings = {
             **{"layout": LAYOUT, "kd_trainer": __version__, "part": part},
@@ -273,7 +273,7 @@ class OfflineTeacher(FirstLook):
                 "rows": None if isinstance(used, IterableDataset) else len(used),
                 "columns": sorted(sample),
                 "fingerprint": getattr(dataset, "_fingerprint", None),
-                "sample": first,
+                "sample": _signed(read),
             },
             "columns_read": columns,
             "row_ids": "position" if _by_position(used) else "column",
@@ -355,9 +355,10 @@ class OfflineTeacher(FirstLook):
             raise RuntimeError(message("teacher_cache_dir", shown, expected, mend))
 
     def _begin(self, folder: Path, settings: dict[str, Any], part: str, dataset: Any) -> dict[str, Any]:
+        begun = (folder / BUILDING).exists()
         with what_the_disk_refuses(folder):
             noted = begin(folder, settings)
-        if noted["layout"] == LAYOUT:
+        if begun and noted["layout"] == LAYOUT:
             self._compare(folder, noted, part, dataset)
         return {key: value for key, value in noted.items() if key != "sealed"}
 
@@ -409,9 +410,9 @@ class OfflineTeacher(FirstLook):
     def _compare_rows(self, folder: Path, kept: dict[str, Any], data: str, dataset: Any) -> None:
         """Some rows as they are collated now, against what the teacher read; in training each is compared again."""
         used, collator = self._as_read(dataset)
-        now = self._signatures(used, Keeping(collator, HEADS[kept["task"]], kept["positions"], kept["columns_read"]))
-        read = dict(kept["dataset"]["sample"])
-        different = [row for row, signature in now if read.get(row, signature) != signature]
+        now = _signed(reading_of(kept, collator)(_features(used, _SAMPLE_ROWS)))
+        before = dict(kept["dataset"]["sample"])
+        different = [row for row, signature in now if before.get(row, signature) != signature]
         if different:
             because = ROWS_DIFFER
             mend = "Train on the data that the cache was built from, or name another teacher_cache_dir."
@@ -491,6 +492,11 @@ def _by_position(dataset: Any) -> bool:
         return False
     rows = NumberedRows(dataset).__getitems__([0]).features
     return not (isinstance(rows, list) and have_ids(rows))
+
+
+def _signed(read: Read) -> list[list[int]]:
+    """[row id, signature] of each row."""
+    return [[row, int(signature)] for row, signature in zip(read.row_ids, read.signatures, strict=True)]
 
 
 def _features(dataset: Any, count: int) -> Any:

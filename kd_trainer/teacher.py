@@ -212,8 +212,7 @@ def check_adapters(student: nn.Module, *, over_tokens: bool) -> None:
         mend = f"Add adapters with peft first; a folder of that name is './{ADAPTER_OFF}'."
         shown = Shown(f"'{ADAPTER_OFF}' with a student of type {type(student).__name__}")
         fail("teacher_model", shown, "a student with adapters in its layers (LoRA and its kin)", mend)
-    bases = ("base_layer.", "original_module.")
-    adapters = {id(p) for layer in layers for name, p in layer.named_parameters() if not name.startswith(bases)}
+    adapters = adapter_parameters(student)
     moving = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in adapters]
     if moving:
         shown = Shown(f"'{ADAPTER_OFF}' with a student that trains {', '.join(moving[:4])}")
@@ -229,6 +228,13 @@ def check_adapters(student: nn.Module, *, over_tokens: bool) -> None:
 def _is_adapter_layer(module: nn.Module) -> bool:
     """A layer of peft that can be switched off, told by the attributes that are used here: no import of peft."""
     return hasattr(module, "_disable_adapters") and hasattr(module, "adapter_layer_names")
+
+
+def adapter_parameters(model: nn.Module) -> set[int]:
+    """The `id` of every parameter that belongs to an adapter, not to the base."""
+    bases = ("base_layer.", "original_module.")
+    named = (item for layer in _adapter_layers(model) for item in layer.named_parameters())
+    return {id(parameter) for name, parameter in named if not name.startswith(bases)}
 
 
 def _adapter_layers(model: nn.Module) -> list[Any]:

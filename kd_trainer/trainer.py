@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from .cache import CachedCollator, CachedTeacher
+from .cache_store import Store
 from .checkpoints import CompleteCheckpoints
 from .checks import Shown, fail, message
 from .describe import card_section, count_parameters, name_of, start_block
@@ -166,7 +167,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             self.label_names = ["labels"]
         self.teacher: LiveTeacher | CachedTeacher | None = None
         self._given_teacher: Any = None
-        self._ready_parts: set[str] = set()  # of the teacher cache: built or checked by this trainer
+        self._ready_parts: dict[str, Store] = {}  # of the teacher cache: built or checked by this trainer
         self._identity: dict[str, Any] | None = None  # of the teacher whose outputs are kept
         with self._refusals_wait():
             self.teacher = self._load_teacher(teacher_model)

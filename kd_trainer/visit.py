@@ -134,7 +134,7 @@ class _Sums(NamedTuple):
 
 def _sums(setting: Setting, student: Tensor, teacher: Tensor, temperature: Tensor, room: Room) -> _Sums:
     """Maxima and row sums; where `room` has the same memory for s and es (t and et), s and t are gone afterwards."""
-    s, t = _widened(student, room[0]), _widened(teacher, room[1])
+    s, t = widened(student, room[0]), widened(teacher, room[1])
     top_s, top_t = s.amax(-1, True), t.amax(-1, True)
     s, t = torch.sub(s, top_s, out=room[0]), torch.sub(t, top_t, out=room[1])
     same = torch.add(s, t, out=room[2]).amax(-1, True)
@@ -153,7 +153,8 @@ def _hard_sum(setting: Setting, sums: _Sums, room: Room) -> tuple[Tensor, Tensor
     return power.sum(-1, True), power
 
 
-def _widened(logits: Tensor, out: Tensor | None) -> Tensor:
+def widened(logits: Tensor, out: Tensor | None) -> Tensor:
+    """In float32 or wider, into `out` where it is given."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(wide) if out is None or logits.dtype == wide else out.copy_(logits)
 

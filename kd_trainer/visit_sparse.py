@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .divergences import log_prob_terms
 from .sparse import Samples, TopK
-from .visit import Rows, Setting, block_rows, compile_pays, halves_of, power_of, same_compiled
+from .visit import Rows, Setting, block_rows, compile_pays, halves_of, power_of, same_compiled, widened
 
 MOST_IDS = 1024  # of a row; the work on more of them, in double precision, would rival that on the tile
 
@@ -124,7 +124,7 @@ def _lowest(dtype: torch.dtype) -> float:
 
 def _row_sums(setting: Setting, s: Tensor, temperature: Tensor, room: Tensor | None = None) -> tuple[Tensor, ...]:
     """Columns [R, 1]: the maximum, the sum of exp(s - maximum), the sum of exp(T * (s - maximum))."""
-    s = _widened(s, room)
+    s = widened(s, None if room is None else room[0, : len(s)])
     top = s.amax(-1, True)
     powers, hard = _exponentials(setting, s, top, temperature, room)
     total = powers.sum(-1, True)
@@ -136,8 +136,9 @@ def _row_gradient(
 ) -> None:
     """columns[1] * exp(s - top) + columns[2] * exp(T * (s - top)) into `out`, which may be s; top is columns[0]."""
     top, of_soft, of_hard = columns.unbind(0)
-    powers, hard = _exponentials(setting, _widened(s, room), top, temperature, room)
-    gradient = torch.mul(powers, of_soft, out=None if room is None else room[0, : len(s)])
+    one = None if room is None else room[0, : len(s)]
+    powers, hard = _exponentials(setting, widened(s, one), top, temperature, room)
+    gradient = torch.mul(powers, of_soft, out=one)
     if hard is not None:
         gradient = torch.addcmul(gradient, hard, of_hard, out=None if room is None else gradient)
     out.copy_(gradient)
@@ -156,11 +157,6 @@ def _exponentials(
         return powers, power_of(halves_of(setting.temperature), powers, other)
     hard = torch.exp(torch.mul(x, temperature, out=other), out=other)
     return torch.exp(x, out=one), hard
-
-
-def _widened(s: Tensor, room: Tensor | None) -> Tensor:
-    wide = torch.promote_types(s.dtype, torch.float32)
-    return s.to(wide) if room is None or s.dtype == wide else room[0, : len(s)].copy_(s)
 
 
 def _sums(setting: Setting, student: Tensor, compiled: bool) -> tuple[Tensor, ...]:
