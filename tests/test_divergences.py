@@ -22,8 +22,8 @@ from kd_trainer.divergences import (
     symmetric_kl,
     total_variation,
 )
+from tests.written_out import INF, WRITTEN_OUT
 
-INF = math.inf
 NAMES = list(DIVERGENCES)
 EPS = torch.finfo(torch.float32).eps
 
@@ -54,24 +54,6 @@ def probabilities(row, temperature):
     return [w / sum(weights) for w in weights]
 
 
-def kl(a, b):
-    return sum(x * (math.log(x) - math.log(y)) if y > 0 else INF for x, y in zip(a, b, strict=True) if x > 0)
-
-
-def mix(weight, a, b):
-    return [weight * x + (1 - weight) * y for x, y in zip(a, b, strict=True)]
-
-
-# The definitions, written out once more: p the teacher's probabilities, q the student's, b the beta.
-WRITTEN_OUT = {
-    "forward_kl": lambda p, q, b: kl(p, q),
-    "reverse_kl": lambda p, q, b: kl(q, p),
-    "symmetric_kl": lambda p, q, b: kl(p, q) + kl(q, p),
-    "jsd": lambda p, q, b: b * kl(p, mix(b, p, q)) + (1 - b) * kl(q, mix(b, p, q)),
-    "skew_forward_kl": lambda p, q, b: kl(p, mix(b, p, q)),
-    "skew_reverse_kl": lambda p, q, b: kl(q, mix(b, q, p)),
-    "total_variation": lambda p, q, b: 0.5 * sum(abs(x - y) for x, y in zip(p, q, strict=True)),
-}
 BETAS = {"jsd": [None, 0.2, 0.9], "skew_forward_kl": [None, 0.3], "skew_reverse_kl": [None, 0.3]}
 CASES = [(name, beta) for name in NAMES for beta in BETAS.get(name, [None])]
 

@@ -210,17 +210,12 @@ def test_gradcheck(divergence, curved):
     assert torch.autograd.gradcheck(total, [x[name].clone().requires_grad_() for name in names])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@each_divergence
-@pytest.mark.parametrize("curved", [False, True], ids=["plain head", "bias, scale, softcap"])
-def test_no_more_error_than_the_twin(dtype, divergence, curved):
-    """At most 1.5 times the twin's error against float64 on the same inputs, in the root mean square over the seeds;
-    a value may also be wrong by four roundings of float32, since the twin's own errors sometimes cancel."""
-    options = {"divergence": divergence, "temperature": 2.0} | (CURVED if curved else {})
+def assert_no_more_error(problems: list, dtype: torch.dtype) -> None:
+    """At most 1.5 times the twin's error against float64 on the same inputs, in the root mean square over the problems
+    (inputs, the same in float64, options); a value may also be wrong by four roundings of float32, since the twin's own
+    errors sometimes cancel."""
     squares: dict[str, dict[str, float]] = {"fused": {}, "plain": {}}
-    for seed in range(4):
-        x = problem(40, 1009, (48, 64), bias=curved, dtype=dtype, seed=seed)
-        wide = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+    for x, wide, options in problems:
         exact_loss, exact = gradients(fused_linear_distillation_plain, wide, **options)
         for function, sums in zip(BOTH, squares.values(), strict=True):
             loss, found = gradients(function, x, **options)
@@ -229,10 +224,22 @@ def test_no_more_error_than_the_twin(dtype, divergence, curved):
             assert all(found[name].dtype == dtype for name in found)
             assert loss.soft.dtype == loss.hard.dtype == torch.float32
             for name, value in errors.items():
-                sums[name] = sums.get(name, 0.0) + value**2 / 4
+                sums[name] = sums.get(name, 0.0) + value**2 / len(problems)
     for name, square in squares["fused"].items():
         floor = 0.0 if name in LEARNED else 4 * torch.finfo(torch.float32).eps
         assert square**0.5 <= 1.5 * squares["plain"][name] ** 0.5 + floor, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@each_divergence
+@pytest.mark.parametrize("curved", [False, True], ids=["plain head", "bias, scale, softcap"])
+def test_no_more_error_than_the_twin(dtype, divergence, curved):
+    options = {"divergence": divergence, "temperature": 2.0} | (CURVED if curved else {})
+    problems = []
+    for seed in range(4):
+        x = problem(40, 1009, (48, 64), bias=curved, dtype=dtype, seed=seed)
+        problems.append((x, {k: v.double() if v.is_floating_point() else v for k, v in x.items()}, options))
+    assert_no_more_error(problems, dtype)
 
 
 @both
@@ -556,22 +563,12 @@ def test_gradcheck_of_a_sparse_teacher(form):
 @pytest.mark.parametrize("form", SPARSE)
 def test_a_sparse_teacher_makes_no_more_error_than_the_twin(dtype, form):
     """As `test_no_more_error_than_the_twin`."""
-    squares: dict[str, dict[str, float]] = {"fused": {}, "plain": {}}
+    problems = []
     for seed in range(4):
         x, options = sparse(problem(40, 1009, (48, 64), seed=seed), form, 2.0, k=12)
         x = {k: v.to(dtype) if k.startswith("student") else v for k, v in x.items()}
-        wide = {k: v.double() if k.startswith("student") else v for k, v in x.items()}
-        exact_loss, exact = gradients(fused_linear_distillation_plain, wide, **options)
-        for function, sums in zip(BOTH, squares.values(), strict=True):
-            loss, found = gradients(function, x, **options)
-            assert loss.soft.dtype == loss.hard.dtype == torch.float32
-            errors = {name: error(getattr(loss, name), getattr(exact_loss, name)) for name in ("total", "soft", "hard")}
-            errors |= {name: error(found[name], exact[name]) for name in found}
-            for name, value in errors.items():
-                sums[name] = sums.get(name, 0.0) + value**2 / 4
-    for name, square in squares["fused"].items():
-        floor = 0.0 if name in LEARNED else 4 * torch.finfo(torch.float32).eps
-        assert square**0.5 <= 1.5 * squares["plain"][name] ** 0.5 + floor, name
+        problems.append((x, {k: v.double() if k.startswith("student") else v for k, v in x.items()}, options))
+    assert_no_more_error(problems, dtype)
 
 
 @each_divergence

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from kd_trainer import DIVERGENCES, sparse
 from kd_trainer.sparse import Samples, TopK, draw_samples, sampled_forward_kl, top_k, top_k_divergence
-
-INF = math.inf
+from tests.written_out import INF, WRITTEN_OUT
 
 
 def logits(*shape, seed=0, spread=2.0, dtype=torch.float64):
@@ -29,24 +28,6 @@ def probabilities(row, temperature):
     return [power / math.fsum(powers) for power in powers]
 
 
-def kl(a, b):
-    return math.fsum(x * math.log(x / y) if y > 0 else INF for x, y in zip(a, b, strict=True) if x > 0)
-
-
-def mix(weight, a, b):
-    return [weight * x + (1 - weight) * y for x, y in zip(a, b, strict=True)]
-
-
-# p the teacher's buckets, q the student's, b the beta.
-WRITTEN_OUT = {
-    "forward_kl": lambda p, q, b: kl(p, q),
-    "reverse_kl": lambda p, q, b: kl(q, p),
-    "symmetric_kl": lambda p, q, b: kl(p, q) + kl(q, p),
-    "jsd": lambda p, q, b: b * kl(p, mix(b, p, q)) + (1 - b) * kl(q, mix(b, p, q)),
-    "skew_forward_kl": lambda p, q, b: kl(p, mix(b, p, q)),
-    "skew_reverse_kl": lambda p, q, b: kl(q, mix(b, q, p)),
-    "total_variation": lambda p, q, b: 0.5 * math.fsum(abs(x - y) for x, y in zip(p, q, strict=True)),
-}
 BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}
 
 

@@ -24,6 +24,13 @@ def tile(rows: int = 7, classes: int = 301, dtype: torch.dtype = torch.float32) 
     return {"student": student, "teacher": teacher, "labels": labels, "weights": weights}
 
 
+def assert_one(results: list, dtype: torch.dtype) -> None:
+    """What two ways of a visit to a tile of this dtype gave."""
+    room = 1e-6 if dtype == torch.float32 else 1e-2  # one rounding of bfloat16 may fall to the other side
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=room, atol=room * float(one.abs().max()))
+
+
 def test_temperatures_of_a_schedule_share_one_compiled_visit():
     settings = {_compiled_for(Setting("forward_kl", 0.5, 1 + i / 30, True)) for i in range(1, 30) if i != 15}
     assert len(settings) == 1
@@ -43,9 +50,7 @@ def test_compiled_is_eager(divergence, dtype):
             given = tile(dtype=dtype)
             rows = visit(setting, **given, gradient=True, compiled=compiled)
             results.append((given["student"].float(), rows.soft, rows.hard, rows.same.float()))
-        room = 1e-6 if dtype == torch.float32 else 1e-2  # one rounding of bfloat16 may fall to the other side
-        for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, rtol=room, atol=room * float(one.abs().max()))
+        assert_one(results, dtype)
 
 
 @compiler

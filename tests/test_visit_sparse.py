@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 
 import pytest
 import torch
@@ -13,20 +11,14 @@ from kd_trainer import visit_sparse as module
 from kd_trainer.sparse import draw_samples, top_k
 from kd_trainer.visit import Setting
 from kd_trainer.visit_sparse import _compiled_for, compile_pays_sparse, visit_sparse
-
-compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++)")
+from tests import test_visit
+from tests.test_visit import assert_one, compiler
 
 
 def tile(form, temperature, rows=7, classes=301, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (3 * torch.randn(2, rows, classes, generator=generator)).to(dtype)
-    labels = torch.randint(classes, (rows,), generator=generator)
-    labels[2] = -100
-    weights = torch.rand(rows, 2, generator=generator)
-    weights[2, 1] = 0
-    uniform = torch.rand(rows, generator=generator)
-    taught = top_k(teacher, 5) if form == "top k" else draw_samples(teacher, 9, uniform=uniform)
-    return {"student": student, "taught": taught, "labels": labels, "weights": weights}
+    given = test_visit.tile(rows, classes, dtype)
+    teacher, uniform = given.pop("teacher"), torch.rand(rows, generator=torch.Generator().manual_seed(1))
+    return given | {"taught": top_k(teacher, 5) if form == "top k" else draw_samples(teacher, 9, uniform=uniform)}
 
 
 def test_temperatures_of_a_schedule_share_one_compiled_visit():
@@ -50,9 +42,7 @@ def test_compiled_is_eager(form, dtype, hard):
             given["labels"] = given["labels"] if hard else None
             rows = visit_sparse(setting, **given, gradient=True, compiled=compiled)
             results.append((given["student"].float(), rows.soft, rows.hard, rows.same.float()))
-        room = 1e-6 if dtype == torch.float32 else 1e-2  # one rounding of bfloat16 may fall to the other side
-        for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, rtol=room, atol=room * float(one.abs().max()))
+        assert_one(results, dtype)
 
 
 @compiler
