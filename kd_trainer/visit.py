@@ -1,22 +1,24 @@
 """One visit to a tile of both models' logits: the losses of its rows, and the gradient over the student's tile.
 
-The elementwise middle of `fused_linear.py`, which brings the tiles and multiplies the gradient on. Each function here
-is plain torch; it runs as it stands on blocks of rows that stay in the processor's cache, or compiled on whole tiles.
+The elementwise middle of `fused_linear.py`, which brings the tiles and multiplies the gradient on. What is written here
+is plain torch, which visits blocks of rows that stay in the processor's cache; with a compiler at hand whole tiles go
+to the same formulas in `visit_triton.py` (GPU) or `visit_cpu.py`.
 Letters: R rows, V vocabulary; s, t logits of student and teacher over T [R, V] less their row's maximum; es, et their
 exponentials; zs, zt the row sums of these; q = es/zs, p = et/zt.
-Imports: visit_triton (on use).
+Imports: visit_cpu, visit_triton (on use).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import shutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .visit_cpu import has_visit, visit_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class Rows(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a visit computes; hashable, one compiled function each."""
+    """What a visit computes; hashable."""
 
     divergence: str
     beta: float
@@ -42,8 +44,8 @@ class Setting(NamedTuple):
     hard: bool
 
 
-# Every element-sized result goes into `room`, seven tensors [R, V] of which some may share their memory. The compiler,
-# which holds no element-sized result at all, is given none.
+# Every element-sized result goes into `room`, seven tensors [R, V] of which some may share their memory; single classes
+# are given none.
 Room = tuple[Tensor | None, ...]
 _NO_ROOM: Room = (None,) * 7
 
@@ -81,7 +83,7 @@ def _mixture_terms(
     """(value, sum of h) [R, 1], and h [R, V] = dD/dlog q where log q is taken as free; dD/ds = h - q * sum(h).
 
     s and t stand for log q and log p: what they lack, log zs and log zt, is a constant of the row that falls out of the
-    gradient. `_mixture_divergence` makes D of it and of the value: arithmetic of rows would part the compiled loops.
+    gradient. `_mixture_divergence` makes D of it and of the value.
     """
     b, name, tiny = setting.beta, setting.divergence, torch.finfo(p.dtype).tiny
     if name == "total_variation":
@@ -132,7 +134,7 @@ class _Sums(NamedTuple):
     power: Tensor | None  # exp(T * s) where it can't be had from es
 
 
-def _sums(setting: Setting, student: Tensor, teacher: Tensor, temperature: Tensor, room: Room) -> _Sums:
+def _sums(setting: Setting, student: Tensor, teacher: Tensor, room: Room) -> _Sums:
     """Maxima and row sums; where `room` has the same memory for s and es (t and et), s and t are gone afterwards."""
     s, t = widened(student, room[0]), widened(teacher, room[1])
     top_s, top_t = s.amax(-1, True), t.amax(-1, True)
@@ -140,7 +142,7 @@ def _sums(setting: Setting, student: Tensor, teacher: Tensor, temperature: Tenso
     same = torch.add(s, t, out=room[2]).amax(-1, True)
     d = torch.sub(s, t, out=room[2]) if setting.divergence in _KLS else s
     early = setting.hard and not halves_of(setting.temperature)
-    power = torch.exp(torch.mul(s, temperature, out=room[5]), out=room[5]) if early else None
+    power = torch.exp(torch.mul(s, setting.temperature, out=room[5]), out=room[5]) if early else None
     es, et = torch.exp(s, out=room[3]), torch.exp(t, out=room[4])
     return _Sums(top_s, top_t, es.sum(-1, True), et.sum(-1, True), same, s, t, d, es, et, power)
 
@@ -160,12 +162,10 @@ def widened(logits: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _kl_visit(
-    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, temperature: Tensor,
-    room: Room = _NO_ROOM,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, room: Room
+) -> tuple[Tensor, ...]:
     """KLs: maxima, one pass of sums, one for the gradient; two exponentials a pair of logits. Eight columns [R, 1]."""
-    sums = _sums(setting, student, teacher, temperature, room)
-    # Row sums are returned as they are: a division of rows between the passes would part the compiled loops.
+    sums = _sums(setting, student, teacher, room)
     d, forward, reverse = sums.d, sums.zs, sums.zs
     if setting.divergence != "reverse_kl":
         forward = torch.mul(sums.et, d, out=room[6]).sum(-1, True)
@@ -181,11 +181,10 @@ def _kl_visit(
 
 
 def _mixture_visit(
-    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, temperature: Tensor,
-    room: Room = _NO_ROOM,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    setting: Setting, student: Tensor, teacher: Tensor, out: Tensor | None, weights: Tensor, room: Room
+) -> tuple[Tensor, ...]:
     """Divergences to a mixture, whose terms need the normalised p and q: one more pass. Eight columns [R, 1]."""
-    sums = _sums(setting, student, teacher, temperature, room)
+    sums = _sums(setting, student, teacher, room)
     zh, power = _hard_sum(setting, sums, room)
     q, p = torch.mul(sums.es, 1 / sums.zs, out=room[3]), torch.mul(sums.et, 1 / sums.zt, out=room[4])
     total, mean, h = _mixture_terms(setting, sums.s, sums.t, q, p, room)
@@ -199,8 +198,6 @@ def _write(setting: Setting, gradient: Tensor, power: Tensor, weight: Tensor, ou
     """The gradient with that of the hard loss, weight * exp(T * s), into `out`."""
     if not setting.hard:
         out.copy_(gradient)
-    elif room is _NO_ROOM:
-        out.copy_(torch.addcmul(gradient, power, weight))
     elif out.dtype == gradient.dtype:
         torch.addcmul(gradient, power, weight, out=out)
     else:
@@ -224,7 +221,7 @@ def visit(
         student, teacher: logits over T [R, V], float32, float64, bfloat16 or float16; finite.
         weights: [R, 2] in float32 or wider: L = sum over rows of weights[:, 0] * D + weights[:, 1] / T * hard.
         labels: [R] class ids, -100 where there is none; None without hard loss.
-        compiled: the whole tile by the Triton kernel (CUDA) or `torch.compile`, else blocks of rows as they are.
+        compiled: the whole tile by the Triton kernel (CUDA) or the C code where these are, else blocks of rows.
 
     Returns:
         `Rows`; `hard` is 0 in rows without a label.
@@ -237,9 +234,10 @@ def visit(
     # Not gather and scatter_: on CPU, theirs visit the whole tile in bfloat16.
     index = None if labels is None else (torch.arange(len(labels), device=labels.device), labels.clamp(min=0))
     at_label = None if index is None else (student[index].unsqueeze(1), teacher[index].unsqueeze(1))
-    run = _run_compiled if compiled and student.shape[0] > 1 else _run_in_blocks
-    temperature = weights.new_full((), setting.temperature)
-    stats = run(setting, student, teacher, weights, temperature, gradient)
+    if compiled and has_visit(student, teacher):
+        stats = visit_on_cpu(setting, halves_of(setting.temperature), student, teacher, weights, gradient=gradient)
+    else:
+        stats = _run_in_blocks(setting, student, teacher, weights, gradient)
     top_s, top_t, zs, zt, same, zh = stats[:6]
     if setting.divergence in _KLS:
         ratio = (zs / zt).log()
@@ -257,7 +255,7 @@ def visit(
         hard = torch.where(labelled, zh.log() - setting.temperature * s, 0.0)
         if gradient:
             at = _gradient_at(setting, s, t, stats, weights[:, :1])
-            at = at + (torch.exp(s * temperature) / zh - 1) * weights[:, 1:]
+            at = at + (torch.exp(s * setting.temperature) / zh - 1) * weights[:, 1:]
             student[index] = torch.where(labelled.squeeze(1), at.squeeze(1).to(student.dtype), student[index])
     return Rows(soft.squeeze(1), hard.squeeze(1), same.squeeze(1) == 0)
 
@@ -275,22 +273,18 @@ def _gradient_at(setting: Setting, s: Tensor, t: Tensor, stats: tuple[Tensor, ..
     return (_mixture_terms(setting, s, t, q, et / zt, _NO_ROOM)[2] - q * stats[7]) * weight
 
 
-def _way(setting: Setting) -> Callable[..., tuple[Tensor, ...]]:
-    return _kl_visit if setting.divergence in _KLS else _mixture_visit
-
-
 def _run_in_blocks(
-    setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, temperature: Tensor, gradient: bool
-) -> Any:
+    setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, gradient: bool
+) -> tuple[Tensor, ...]:
     block = block_rows(student)
     tensors, rooms = _room(setting)
     memory = torch.empty(tensors, block, student.shape[1], dtype=weights.dtype, device=student.device)
     room: Room = tuple(memory[i] for i in rooms)
-    stats, way = [], _way(setting)
+    stats, way = [], _kl_visit if setting.divergence in _KLS else _mixture_visit
     for s, t, w in zip(*(x.split(block) for x in (student, teacher, weights)), strict=True):
         if len(s) < block:
             room = tuple(x if x is None else x[: len(s)] for x in room)
-        stats.append(way(setting, s, t, s if gradient else None, w, temperature, room))
+        stats.append(way(setting, s, t, s if gradient else None, w, room))
     return stats[0] if len(stats) == 1 else tuple(torch.cat(column) for column in zip(*stats, strict=True))
 
 
@@ -316,62 +310,21 @@ def _room(setting: Setting) -> tuple[int, tuple[int, ...]]:
     return (3, (0, 1, 2, 0, 1, free, 2)) if halves_of(setting.temperature) else (4, (0, 1, 2, 0, 1, 3, 2))
 
 
-def _run_compiled(
-    setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, temperature: Tensor, gradient: bool
-) -> Any:
-    for tensor in (student, teacher, weights):
-        torch._dynamo.mark_dynamic(tensor, 0)
-    out = None
-    if gradient:
-        # The same memory under a second name: every element is read before it is written, but the compiler, knowing
-        # that both are one, would keep a copy of the tile.
-        out = torch.from_dlpack(student)
-        torch._dynamo.mark_dynamic(out, 0)
-    setting = _compiled_for(setting)
-    with torch._dynamo.config.patch(recompile_limit=64):  # each setting, dtype and vocabulary counts as one
-        return _compiled(setting)(setting, student, teacher, out, weights, temperature)
+_PAYS_FROM = 2**18  # logits of a tile; below it compiling may take longer than it will ever save
 
 
-def _compiled_for(setting: Setting) -> Setting:
-    """The setting without a temperature that is no constant of the code: a schedule must not compile at every step."""
-    if setting.hard and not halves_of(setting.temperature):
-        return setting._replace(temperature=0.0)
-    return setting if setting.hard else setting._replace(temperature=1.0)
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(setting: Setting) -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(_way(setting), dynamic=False)
-
-
-_PAYS_FROM = 2**22  # logits of a tile; below it compiling may take longer than it will ever save
-
-
-def compile_pays(
-    setting: Setting,
-    rows: int,
-    columns: int,
-    like: Tensor,
-    asked: bool | None,
-    *,
-    agrees: Callable[..., bool] | None = None,
-) -> bool:
+def compile_pays(setting: Setting, rows: int, columns: int, like: Tensor, asked: bool | None) -> bool:
     """Whether to visit compiled: as asked, or where a compiler is at hand and the tile is large.
 
-    The first time for a setting the compiled visit is compared with the plain one on a small tile, by `agrees`.
+    The first time for a setting the compiled visit is compared with the plain one on a small tile.
     """
-    if asked is False or like.dtype == torch.float64 or rows < 2:
+    if asked is False or like.dtype == torch.float64 or (asked is None and rows * columns < _PAYS_FROM):
         return False
-    if asked is None and (rows * columns < _PAYS_FROM or not _has_compiler(like.device.type)):
+    if not (like.is_cuda or has_visit(like)):
         return False
-    if agrees is not None:
-        return agrees(setting, columns, like.dtype, like.device)
-    return _agrees(_compiled_for(setting), columns, like.dtype, like.device)
-
-
-@functools.lru_cache(maxsize=4)
-def _has_compiler(device: str) -> bool:
-    return device == "cuda" or any(shutil.which(name) for name in ("g++", "clang++", "cl"))
+    if not (setting.hard and halves_of(setting.temperature)):
+        setting = setting._replace(temperature=1.3)  # one code for all of them: a schedule compares once
+    return _agrees(setting, columns, like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -380,12 +333,11 @@ def _agrees(setting: Setting, columns: int, dtype: torch.dtype, device: torch.de
     tiles = (4 * torch.randn(2, 6, columns, generator=generator)).to(device, dtype)
     labels = torch.tensor([0, -100, columns - 1, 1, 2, 3], device=device) if setting.hard and columns > 4 else None
     weights = torch.tensor([[0.5, 0.25]], device=device).repeat(6, 1)
-    setting = setting if setting.temperature else setting._replace(temperature=1.3)
 
     def run(compiled: bool) -> tuple[Tensor, ...]:
         student = tiles[0].clone()
         rows = visit(setting, student, tiles[1], weights, labels, gradient=True, compiled=compiled)
-        return student.float(), rows.soft, rows.hard
+        return student.float(), rows.soft.float(), rows.hard.float()
 
     return same_compiled(run, dtype)
 
@@ -395,11 +347,11 @@ def same_compiled(run: Callable[[bool], tuple[Tensor, ...]], dtype: torch.dtype)
     try:
         results = [run(compiled) for compiled in (False, True)]
     except Exception as error:  # compilers fail in many ways
-        logger.warning("The loss runs uncompiled: torch.compile failed with %s.", str(error).splitlines()[:1])
+        logger.warning("The loss runs uncompiled: compiling it failed with %s.", str(error).splitlines()[:1])
         return False
     room = 1e-4 if dtype == torch.float32 else 2e-2
     pairs = zip(*results, strict=True)
     if all(torch.allclose(a, b, rtol=room, atol=room * float(a.abs().max())) for a, b in pairs):
         return True
-    logger.warning("The loss runs uncompiled: what torch.compile made of it differs from the plain computation.")
+    logger.warning("The loss runs uncompiled: what the compiler made of it differs from the plain computation.")
     return False

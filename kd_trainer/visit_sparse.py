@@ -9,6 +9,7 @@ Imports: divergences, sparse, visit.
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from .divergences import log_prob_terms
 from .sparse import Samples, TopK
-from .visit import Rows, Setting, block_rows, compile_pays, halves_of, power_of, same_compiled, widened
+from .visit import Rows, Setting, block_rows, halves_of, power_of, same_compiled, widened
 
 MOST_IDS = 1024  # of a row; the work on more of them, in double precision, would rival that on the tile
 
@@ -176,7 +177,9 @@ def _overwrite(
     temperature = _scalar(setting, student)
     columns = torch.stack((top, of_rest, of_hard)).to(temperature.dtype)
     if compiled and len(student) > 1:
-        out = torch.from_dlpack(student)  # as in `visit._run_compiled`
+        # The same memory under a second name: every element is read before it is written, but the compiler, knowing
+        # that both are one, would keep a copy of the tile.
+        out = torch.from_dlpack(student)
         for tensor, dim in ((student, 0), (out, 0), (columns, 1)):
             torch._dynamo.mark_dynamic(tensor, dim)
         _run_compiled(_row_gradient, setting, student, out, columns, temperature)
@@ -216,9 +219,21 @@ def _run_compiled(function: Callable[..., Any], setting: Setting, *tensors: Tens
         return _compiled(function, setting)(setting, *tensors)
 
 
+_PAYS_FROM = 2**22  # logits of a tile; below it compiling may take longer than it will ever save
+
+
 def compile_pays_sparse(setting: Setting, rows: int, columns: int, like: Tensor, asked: bool | None) -> bool:
-    """As `visit.compile_pays`, for `visit_sparse`."""
-    return compile_pays(_compiled_for(setting), rows, columns, like, asked, agrees=_agrees)
+    """As `visit.compile_pays`, for `visit_sparse` and `torch.compile`."""
+    if asked is False or like.dtype == torch.float64 or rows < 2:
+        return False
+    if asked is None and (rows * columns < _PAYS_FROM or not _has_compiler(like.device.type)):
+        return False
+    return _agrees(_compiled_for(setting), columns, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=4)
+def _has_compiler(device: str) -> bool:
+    return device == "cuda" or any(shutil.which(name) for name in ("g++", "clang++", "cl"))
 
 
 @functools.lru_cache(maxsize=64)

@@ -21,6 +21,7 @@ ORDER = [
     "reductions",
     "losses",
     "visit_triton",
+    "visit_cpu",
     "visit",
     "visit_sparse",
     "fused_arguments",

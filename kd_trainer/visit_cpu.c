@@ -1,0 +1,170 @@
+/* The visit of visit.py to a tile, on a processor: two readings of a row (KLs), or three (divergences to a mixture).
+ *
+ * Plain loops that a compiler turns into vectors: with the exponential written out nothing is called in them, and sums
+ * go on in all lanes at once. What is in capitals is given when this is compiled (visit_cpu.py); the letters are those
+ * of visit.py, whose numbers the tests hold these to.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { forward_kl, reverse_kl, symmetric_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation };
+
+#define IS_KL (DIVERGENCE <= symmetric_kl)
+#define BLOCK 2048 /* columns that are summed in float32, before float64 takes over */
+
+typedef struct { uint16_t bits; } bfloat16;
+
+static inline float bits_as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static inline uint32_t float_as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+
+static inline float read_float(const float *x) { return *x; }
+static inline float read_bfloat16(const bfloat16 *x) { return bits_as_float((uint32_t)x->bits << 16); }
+static inline void write_float(float *out, float x) { *out = x; }
+static inline void write_bfloat16(bfloat16 *out, float x) { /* to the nearest, ties to even; NaN stays NaN */
+    uint32_t bits = float_as_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    out->bits = (uint16_t)(x == x ? rounded : 0x7fc0);
+}
+#define READ(x) _Generic(*(x), float: read_float, bfloat16: read_bfloat16)((const void *)(x))
+#define WRITE(out, x) _Generic(*(out), float: write_float, bfloat16: write_bfloat16)((void *)(out), x)
+
+/* exp(x) for x <= 0, to one unit in the last place down to 1e-38; there it stays. Cephes' polynomial. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f - n * -2.12194440e-4f, p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return p * bits_as_float((uint32_t)((int32_t)n + 127) << 23);
+}
+
+/* log(x) for x >= 1e-38; NaN stays NaN. Cephes' polynomial. */
+static inline float logarithm(float x) {
+    uint32_t bits = float_as_bits(x);
+    float n = (float)((int32_t)(bits >> 23) - 126), m = bits_as_float((bits & 0x007fffff) | 0x3f000000); /* 0.5 to 1 */
+    int low = m < 0.707106781186547524f;
+    n = low ? n - 1.0f : n;
+    m = (low ? m + m : m) - 1.0f;
+    float z = m * m, p = 7.0376836292e-2f;
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    p = p * m * z + n * -2.12194440e-4f - 0.5f * z;
+    return m + p + n * 0.693359375f + (x - x);
+}
+
+/* exp(T s): a power of es where 2T is a small whole number (HALVES), else an exponential of its own. */
+static inline float power_of(float es, float s, float temperature) {
+    if (HALVES == 0) return exponential(temperature * s);
+    float power = HALVES % 2 ? sqrtf(es) : 1.0f;
+    for (int i = 0; i < HALVES / 2; i++) power *= es;
+    return power;
+}
+
+/* The terms of a divergence to a mixture: `mixture_terms` of visit.py. */
+static inline float mixture_terms(float s, float t, float q, float p, float beta, float *h) {
+    const float tiny = 1.17549435e-38f;
+    if (DIVERGENCE == total_variation) {
+        float d = 0.5f * (q - p);
+        *h = 0.5f * q * (d > 0 ? 1.0f : d < 0 ? -1.0f : d);
+        return fabsf(d);
+    }
+    float of_q = DIVERGENCE == skew_reverse_kl ? beta : 1.0f - beta, m = (1.0f - of_q) * p + of_q * q;
+    m = m < tiny ? tiny : m;
+    if (DIVERGENCE == jsd) {
+        float log_m = logarithm(m);
+        *h = of_q * q * (s - log_m);
+        return p * (t - log_m);
+    }
+    float one = DIVERGENCE == skew_forward_kl ? p : q, share = one / m;
+    float log_share = logarithm(share < tiny ? tiny : share);
+    *h = q * (DIVERGENCE == skew_forward_kl ? -of_q * share : 1.0f - of_q * share + log_share);
+    return one * log_share;
+}
+
+/* stats: top_s, top_t, zs, zt, same, zh, and forward and reverse (KLs) or value and the sum of h (mixtures).
+ * room: 2 * columns floats of this thread, for mixtures. */
+static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns, const float *weights, float beta,
+                      float temperature, int gradient, double *stats, float *room) {
+    float top_s = -INFINITY, top_t = -INFINITY;
+#pragma omp simd reduction(max : top_s, top_t)
+    for (int64_t j = 0; j < columns; j++) {
+        float s = READ(student + j), t = READ(teacher + j);
+        top_s = top_s > s ? top_s : s;
+        top_t = top_t > t ? top_t : t;
+    }
+    double sums[5] = {0, 0, 0, 0, 0};
+    float same = -INFINITY;
+    for (int64_t first = 0; first < columns; first += BLOCK) {
+        int64_t last = first + BLOCK < columns ? first + BLOCK : columns;
+        float zs = 0, zt = 0, zh = 0, forward = 0, reverse = 0;
+#pragma omp simd reduction(+ : zs, zt, zh, forward, reverse) reduction(max : same)
+        for (int64_t j = first; j < last; j++) {
+            float s = READ(student + j) - top_s, t = READ(teacher + j) - top_t;
+            float es = exponential(s), et = exponential(t);
+            same = same > s + t ? same : s + t;
+            zs += es;
+            zt += et;
+            if (HARD) zh += power_of(es, s, temperature);
+            if (IS_KL && DIVERGENCE != reverse_kl) forward += et * (s - t);
+            if (IS_KL && DIVERGENCE != forward_kl) reverse += es * (s - t);
+            if (!IS_KL) room[j] = es, room[columns + j] = et;
+        }
+        sums[0] += zs, sums[1] += zt, sums[2] += zh, sums[3] += forward, sums[4] += reverse;
+    }
+    if (!IS_KL) {
+        float by_zs = (float)(1 / sums[0]), by_zt = (float)(1 / sums[1]);
+        for (int64_t first = 0; first < columns; first += BLOCK) {
+            int64_t last = first + BLOCK < columns ? first + BLOCK : columns;
+            float value = 0, mean = 0;
+#pragma omp simd reduction(+ : value, mean)
+            for (int64_t j = first; j < last; j++) {
+                float s = READ(student + j) - top_s, t = READ(teacher + j) - top_t, h;
+                room[j] *= by_zs;
+                value += mixture_terms(s, t, room[j], room[columns + j] * by_zt, beta, &h);
+                mean += h;
+                room[columns + j] = h;
+            }
+            sums[3] += value, sums[4] += mean;
+        }
+    }
+    stats[0] = top_s, stats[1] = top_t, stats[2] = sums[0], stats[3] = sums[1];
+    stats[4] = same, stats[5] = HARD ? sums[2] : sums[0], stats[6] = sums[3], stats[7] = sums[4];
+    if (!gradient) return;
+    float of_q = (float)(weights[0] / sums[0]), of_p = (float)(weights[0] / sums[1]);
+    float of_hard = HARD ? (float)(weights[1] / sums[2]) : 0.0f, zs = (float)sums[0];
+    float mean = IS_KL ? (float)(sums[4] / sums[0]) - (DIVERGENCE == symmetric_kl) : (float)sums[4];
+#pragma omp simd
+    for (int64_t j = 0; j < columns; j++) {
+        float s = READ(student + j) - top_s, es, g;
+        if (IS_KL) {
+            float t = READ(teacher + j) - top_t;
+            es = exponential(s);
+            g = DIVERGENCE == forward_kl ? es * of_q : es * (s - t - mean) * of_q;
+            if (DIVERGENCE != reverse_kl) g -= exponential(t) * of_p;
+        } else {
+            es = room[j] * zs;
+            g = (room[columns + j] - room[j] * mean) * weights[0];
+        }
+        if (HARD) g += power_of(es, s, temperature) * of_hard;
+        WRITE(student + j, g);
+    }
+}
+
+/* Rows lie `stride_s` and `stride_t` elements apart; weights [rows, 2]; stats [rows, 8]; room [threads, 2, columns]. */
+void visit(STUDENT *student, const TEACHER *teacher, int64_t rows, int64_t columns, int64_t stride_s, int64_t stride_t,
+           const float *weights, float beta, float temperature, int gradient, double *stats, float *room, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int part = 0; part < threads; part++)
+        for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++)
+            visit_row(student + i * stride_s, teacher + i * stride_t, columns, weights + 2 * i, beta, temperature,
+                      gradient, stats + 8 * i, room + 2 * part * columns);
+}
