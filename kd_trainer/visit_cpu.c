@@ -1,7 +1,7 @@
-/* The visit of visit.py to a tile, on a processor: two readings of a row (KLs), or three (divergences to a mixture).
+/* The visit of visit.py to a tile, on a processor: row by row, two exponentials a pair of logits.
  *
  * Plain loops that a compiler turns into vectors: with the exponential written out nothing is called in them, and sums
- * go on in all lanes at once. What is in capitals is given when this is compiled (visit_cpu.py); the letters are those
+ * go on in all lanes at once. A row and its exponentials stay in the processor's cache. What is in capitals is given when this is compiled (visit_cpu.py); the letters are those
  * of visit.py, whose numbers the tests hold these to.
  */
 #include <math.h>
@@ -30,7 +30,7 @@ static inline void write_bfloat16(bfloat16 *out, float x) { /* to the nearest, t
 
 /* exp(x) for x <= 0, to one unit in the last place down to 1e-38; there it stays. Cephes' polynomial. */
 static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
+    x = -87.0f > x ? -87.0f : x; /* written so, NaN stays NaN */
     float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f - n * -2.12194440e-4f, p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -38,7 +38,7 @@ static inline float exponential(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    return p * bits_as_float((uint32_t)((int32_t)n + 127) << 23);
+    return bits_as_float(float_as_bits(p) + ((uint32_t)(int32_t)n << 23)); /* p * 2^n */
 }
 
 /* log(x) for x >= 1e-38; NaN stays NaN. Cephes' polynomial. */
@@ -90,10 +90,11 @@ static inline float mixture_terms(float s, float t, float q, float p, float beta
     return one * log_share;
 }
 
-/* stats: top_s, top_t, zs, zt, same, zh, and forward and reverse (KLs) or value and the sum of h (mixtures).
- * room: 2 * columns floats of this thread, for mixtures. */
-static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns, const float *weights, float beta,
-                      float temperature, int gradient, double *stats, float *room) {
+/* What a row says of itself; a mixture's terms go where a KL has forward and reverse. */
+typedef struct { double zs, zt, zh, forward, reverse; float top_s, top_t, same; } sums;
+
+/* es and et are left in `room` [2, columns]. */
+static sums sum_row(const STUDENT *student, const TEACHER *teacher, int64_t columns, float temperature, float *room) {
     float top_s = -INFINITY, top_t = -INFINITY;
 #pragma omp simd reduction(max : top_s, top_t)
     for (int64_t j = 0; j < columns; j++) {
@@ -101,11 +102,10 @@ static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns,
         top_s = top_s > s ? top_s : s;
         top_t = top_t > t ? top_t : t;
     }
-    double sums[5] = {0, 0, 0, 0, 0};
-    float same = -INFINITY;
+    sums x = {0, 0, 0, 0, 0, top_s, top_t, -INFINITY};
     for (int64_t first = 0; first < columns; first += BLOCK) {
         int64_t last = first + BLOCK < columns ? first + BLOCK : columns;
-        float zs = 0, zt = 0, zh = 0, forward = 0, reverse = 0;
+        float same = x.same, zs = 0, zt = 0, zh = 0, forward = 0, reverse = 0;
 #pragma omp simd reduction(+ : zs, zt, zh, forward, reverse) reduction(max : same)
         for (int64_t j = first; j < last; j++) {
             float s = READ(student + j) - top_s, t = READ(teacher + j) - top_t;
@@ -116,12 +116,21 @@ static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns,
             if (HARD) zh += power_of(es, s, temperature);
             if (IS_KL && DIVERGENCE != reverse_kl) forward += et * (s - t);
             if (IS_KL && DIVERGENCE != forward_kl) reverse += es * (s - t);
-            if (!IS_KL) room[j] = es, room[columns + j] = et;
+            room[j] = es, room[columns + j] = et;
         }
-        sums[0] += zs, sums[1] += zt, sums[2] += zh, sums[3] += forward, sums[4] += reverse;
+        x.zs += zs, x.zt += zt, x.zh += zh, x.forward += forward, x.reverse += reverse, x.same = same;
     }
+    return x;
+}
+
+/* stats: top_s, top_t, zs, zt, same, zh, and forward and reverse (KLs) or value and the sum of h (mixtures).
+ * room: 2 * columns floats of this thread. */
+static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns, const float *weights, float beta,
+                      float temperature, int gradient, double *stats, float *room) {
+    sums x = sum_row(student, teacher, columns, temperature, room);
+    float top_s = x.top_s, top_t = x.top_t;
     if (!IS_KL) {
-        float by_zs = (float)(1 / sums[0]), by_zt = (float)(1 / sums[1]);
+        float by_zs = (float)(1 / x.zs), by_zt = (float)(1 / x.zt);
         for (int64_t first = 0; first < columns; first += BLOCK) {
             int64_t last = first + BLOCK < columns ? first + BLOCK : columns;
             float value = 0, mean = 0;
@@ -133,27 +142,22 @@ static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns,
                 mean += h;
                 room[columns + j] = h;
             }
-            sums[3] += value, sums[4] += mean;
+            x.forward += value, x.reverse += mean;
         }
     }
-    stats[0] = top_s, stats[1] = top_t, stats[2] = sums[0], stats[3] = sums[1];
-    stats[4] = same, stats[5] = HARD ? sums[2] : sums[0], stats[6] = sums[3], stats[7] = sums[4];
+    double of_row[] = {top_s, top_t, x.zs, x.zt, x.same, HARD ? x.zh : x.zs, x.forward, x.reverse};
+    memcpy(stats, of_row, sizeof of_row);
     if (!gradient) return;
-    float of_q = (float)(weights[0] / sums[0]), of_p = (float)(weights[0] / sums[1]);
-    float of_hard = HARD ? (float)(weights[1] / sums[2]) : 0.0f, zs = (float)sums[0];
-    float mean = IS_KL ? (float)(sums[4] / sums[0]) - (DIVERGENCE == symmetric_kl) : (float)sums[4];
+    float of_q = (float)(weights[0] / x.zs), of_p = (float)(weights[0] / x.zt), zs = (float)x.zs;
+    float of_hard = HARD ? (float)(weights[1] / x.zh) : 0.0f;
+    float mean = (float)(IS_KL ? x.reverse / x.zs - (DIVERGENCE == symmetric_kl) : x.reverse);
 #pragma omp simd
     for (int64_t j = 0; j < columns; j++) {
-        float s = READ(student + j) - top_s, es, g;
-        if (IS_KL) {
-            float t = READ(teacher + j) - top_t;
-            es = exponential(s);
-            g = DIVERGENCE == forward_kl ? es * of_q : es * (s - t - mean) * of_q;
-            if (DIVERGENCE != reverse_kl) g -= exponential(t) * of_p;
-        } else {
-            es = room[j] * zs;
-            g = (room[columns + j] - room[j] * mean) * weights[0];
-        }
+        float s = READ(student + j) - top_s, t = READ(teacher + j) - top_t, es = room[j], other = room[columns + j], g;
+        if (DIVERGENCE == forward_kl) g = es * of_q - other * of_p;
+        else if (DIVERGENCE == reverse_kl) g = es * (s - t - mean) * of_q;
+        else if (DIVERGENCE == symmetric_kl) g = es * (s - t - mean) * of_q - other * of_p;
+        else g = (other - es * mean) * weights[0], es *= zs; /* q and h are what a mixture left in room */
         if (HARD) g += power_of(es, s, temperature) * of_hard;
         WRITE(student + j, g);
     }

@@ -151,7 +151,9 @@ def test_a_compiler_that_fails_or_errs_is_not_used(monkeypatch, caplog, tmp_path
 
 def test_without_a_compiler_blocks_are_visited(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
+    visit_cpu._compiler.cache_clear()
     assert not compile_pays(Setting("forward_kl", 0.5, 2.0, True), 256, 10**6, torch.empty(1), None)
+    visit_cpu._compiler.cache_clear()
 
 
 def test_small_tiles_and_float64_are_not_compiled():
