@@ -167,9 +167,18 @@ def _pack(ids: Tensor, bits: int) -> Tensor:
     numbers = to_numpy(ids).astype(np.uint32)
     if bits in _NATIVE:
         return torch.from_numpy(numbers.astype(_NATIVE[bits]))
-    each = np.unpackbits(numbers[..., None].view(np.uint8), axis=-1, count=bits, bitorder="little")
+    k = numbers.shape[1]
+    groups = np.zeros((len(numbers), -(-k // 8) * 8), np.uint64)
+    groups[:, :k] = numbers
+    groups = groups.reshape(len(numbers), groups.shape[1] // 8, 8)  # eight ids fill whole bytes
+    packed = np.zeros((*groups.shape[:2], bits), np.uint8)
+    for i in range(8):
+        first, shift = divmod(i * bits, 8)
+        shifted = groups[..., i] << np.uint64(shift)
+        for byte in range(-(-(shift + bits) // 8)):
+            packed[..., first + byte] |= (shifted >> np.uint64(8 * byte)).astype(np.uint8)
     return torch.from_numpy(
-        np.packbits(each.reshape(len(numbers), bits * numbers.shape[1]), axis=-1, bitorder="little")
+        np.ascontiguousarray(packed.reshape(len(numbers), groups.shape[1] * bits)[:, : -(-k * bits // 8)])
     )
 
 

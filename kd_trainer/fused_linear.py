@@ -97,7 +97,7 @@ def fused_linear_distillation(
             160 MiB on CPU; 256 MiB on accelerators. On CPU the first visit is to twice as many, in the same memory,
             where the head is wide enough that the gradient of its weight, not written yet, can hold their logits; with
             top-k or samples every visit is.
-        compiled: `torch.compile` the elementwise part; None: where a compiler is at hand and the problem is large.
+        compiled: whether to compile the elementwise part; None: where a compiler is at hand and the problem is large.
 
     Returns:
         `FusedLoss`, in float32 or wider.

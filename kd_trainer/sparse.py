@@ -4,11 +4,11 @@ For: a cache of what a teacher said, far smaller than its logits. Leaves storing
 logits to `fused_linear.py`.
 Letters: V vocabulary, k ids kept, n draws; z_s, z_t student and teacher logits [..., V]; T temperature;
 p = softmax(z_t/T) the teacher's, q = softmax(z_s/T) the student's probabilities.
-Imports: checks, divergences.
+Imports: checks, divergences, sparse_cpu.
 
-Both `top_k` and `draw_samples` read the logits once, block of rows by block of rows, and keep of each row the maxima
-and sums of its C columns: column c holds the ids c, c + C, c + 2C and so on. The few columns that matter are then
-looked at again.
+With a C compiler at hand `sparse_cpu.py` reads large tensors on CPU. Else `top_k` and `draw_samples` read the logits
+once, block of rows by block of rows, and keep of each row the maxima and sums of its C columns: column c holds the ids
+c, c + C, c + 2C and so on. The few columns that matter are then looked at again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .checks import Shown, check_number, fail
 from .divergences import BLOCK_ACCELERATOR, check_divergence, log_prob_terms
+from .sparse_cpu import draw_on_cpu, top_k_on_cpu
 
 _COLUMN = 32  # ids of a column, at most
 _BLOCK = 2**18  # elements that a thread reads at once: two such buffers stay in its cache
@@ -76,9 +77,12 @@ def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= classes:
         fail("k", k, f"a whole number from 1 to {classes}, the vocabulary", "Keep fewer ids, or all of them.")
     rows = logits.detach().reshape(-1, classes)
-    kept = _read(rows, temperature, weighted=False)
-    parts = [_top_k(rows[some], _Columns(*(x[some] for x in kept)), k, temperature) for some in _groups(rows)]
-    ids, log_probs, log_tail = (torch.cat(column) for column in zip(*parts, strict=True))
+    found = top_k_on_cpu(rows, k, temperature, _COLUMN)
+    if found is None:
+        kept = _read(rows, temperature, weighted=False)
+        parts = [_top_k(rows[some], _Columns(*(x[some] for x in kept)), k, temperature) for some in _groups(rows)]
+        found = _joined(parts)
+    ids, log_probs, log_tail = found
     shape = logits.shape[:-1]
     return TopK(ids.view(*shape, k), log_probs.view(*shape, k), log_tail.view(shape))
 
@@ -124,12 +128,18 @@ def draw_samples(logits: Tensor, n: int, *, temperature: float = 1.0, uniform: T
         fail("uniform", Shown(shown), "numbers in [0, 1)", "Use `torch.rand`.")
     offsets = uniform.reshape(-1).to(logits.device, _double(logits))
     rows = logits.detach().reshape(-1, classes)
-    kept = _read(rows, temperature, weighted=True)
-    parts = [
-        _draw(rows[some], _Columns(*(x[some] for x in kept)), n, temperature, offsets[some]) for some in _groups(rows)
-    ]
-    ids, top, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    found = draw_on_cpu(rows, n, temperature, offsets, _COLUMN)
+    if found is None:
+        kept = _read(rows, temperature, weighted=True)
+        of_rows = [(rows[some], _Columns(*(x[some] for x in kept)), offsets[some]) for some in _groups(rows)]
+        found = _joined([_draw(some, columns, n, temperature, own) for some, columns, own in of_rows])
+    ids, top, entropy = found
     return Samples(ids.view(*shape, n), top.view(shape), entropy.view(shape))
+
+
+def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (torch.cat(column) for column in zip(*parts, strict=True))
+    return first, second, third
 
 
 class _Columns(NamedTuple):

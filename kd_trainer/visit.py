@@ -5,7 +5,7 @@ is plain torch, which visits blocks of rows that stay in the processor's cache; 
 to the same formulas in `visit_triton.py` (GPU) or `visit_cpu.py`.
 Letters: R rows, V vocabulary; s, t logits of student and teacher over T [R, V] less their row's maximum; es, et their
 exponentials; zs, zt the row sums of these; q = es/zs, p = et/zt.
-Imports: visit_cpu, visit_triton (on use).
+Imports: native, visit_cpu, visit_triton (on use).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .visit_cpu import has_visit, visit_on_cpu
+from .native import can_compile
+from .visit_cpu import visit_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +235,7 @@ def visit(
     # Not gather and scatter_: on CPU, theirs visit the whole tile in bfloat16.
     index = None if labels is None else (torch.arange(len(labels), device=labels.device), labels.clamp(min=0))
     at_label = None if index is None else (student[index].unsqueeze(1), teacher[index].unsqueeze(1))
-    if compiled and has_visit(student, teacher):
+    if compiled and can_compile(student, teacher):
         stats = visit_on_cpu(setting, halves_of(setting.temperature), student, teacher, weights, gradient=gradient)
     else:
         stats = _run_in_blocks(setting, student, teacher, weights, gradient)
@@ -310,21 +311,31 @@ def _room(setting: Setting) -> tuple[int, tuple[int, ...]]:
     return (3, (0, 1, 2, 0, 1, free, 2)) if halves_of(setting.temperature) else (4, (0, 1, 2, 0, 1, 3, 2))
 
 
-_PAYS_FROM = 2**18  # logits of a tile; below it compiling may take longer than it will ever save
+# Logits of a tile; below it compiling may take longer than it will ever save.
+_PAYS_FROM = {"cpu": 2**18, "cuda": 2**22}
 
 
-def compile_pays(setting: Setting, rows: int, columns: int, like: Tensor, asked: bool | None) -> bool:
+def compile_pays(
+    setting: Setting,
+    rows: int,
+    columns: int,
+    like: Tensor,
+    asked: bool | None,
+    *,
+    agrees: Callable[..., bool] | None = None,
+) -> bool:
     """Whether to visit compiled: as asked, or where a compiler is at hand and the tile is large.
 
-    The first time for a setting the compiled visit is compared with the plain one on a small tile.
+    The first time for a setting the compiled visit is compared with the plain one on a small tile, by `agrees`.
     """
-    if asked is False or like.dtype == torch.float64 or (asked is None and rows * columns < _PAYS_FROM):
+    device = like.device.type
+    if asked is False or like.dtype == torch.float64 or (device != "cuda" and not can_compile(like)):
         return False
-    if not (like.is_cuda or has_visit(like)):
+    if asked is None and rows * columns < _PAYS_FROM[device]:
         return False
     if not (setting.hard and halves_of(setting.temperature)):
         setting = setting._replace(temperature=1.3)  # one code for all of them: a schedule compares once
-    return _agrees(setting, columns, like.dtype, like.device)
+    return (agrees or _agrees)(setting, columns, like.dtype, like.device)
 
 
 @functools.lru_cache(maxsize=64)

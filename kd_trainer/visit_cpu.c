@@ -1,65 +1,14 @@
 /* The visit of visit.py to a tile, on a processor: row by row, two exponentials a pair of logits.
  *
  * Plain loops that a compiler turns into vectors: with the exponential written out nothing is called in them, and sums
- * go on in all lanes at once. A row and its exponentials stay in the processor's cache. What is in capitals is given when this is compiled (visit_cpu.py); the letters are those
+ * go on in all lanes at once. A row and its exponentials stay in the processor's cache. What is in capitals is given when this is compiled (native.py); the letters are those
  * of visit.py, whose numbers the tests hold these to.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "native.h"
 
 enum { forward_kl, reverse_kl, symmetric_kl, jsd, skew_forward_kl, skew_reverse_kl, total_variation };
 
 #define IS_KL (DIVERGENCE <= symmetric_kl)
-#define BLOCK 2048 /* columns that are summed in float32, before float64 takes over */
-
-typedef struct { uint16_t bits; } bfloat16;
-
-static inline float bits_as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-static inline uint32_t float_as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-
-static inline float read_float(const float *x) { return *x; }
-static inline float read_bfloat16(const bfloat16 *x) { return bits_as_float((uint32_t)x->bits << 16); }
-static inline void write_float(float *out, float x) { *out = x; }
-static inline void write_bfloat16(bfloat16 *out, float x) { /* to the nearest, ties to even; NaN stays NaN */
-    uint32_t bits = float_as_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out->bits = (uint16_t)(x == x ? rounded : 0x7fc0);
-}
-#define READ(x) _Generic(*(x), float: read_float, bfloat16: read_bfloat16)((const void *)(x))
-#define WRITE(out, x) _Generic(*(out), float: write_float, bfloat16: write_bfloat16)((void *)(out), x)
-
-/* exp(x) for x <= 0, to one unit in the last place down to 1e-38; there it stays. Cephes' polynomial. */
-static inline float exponential(float x) {
-    x = -87.0f > x ? -87.0f : x; /* written so, NaN stays NaN */
-    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f - n * -2.12194440e-4f, p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    return bits_as_float(float_as_bits(p) + ((uint32_t)(int32_t)n << 23)); /* p * 2^n */
-}
-
-/* log(x) for x >= 1e-38; NaN stays NaN. Cephes' polynomial. */
-static inline float logarithm(float x) {
-    uint32_t bits = float_as_bits(x);
-    float n = (float)((int32_t)(bits >> 23) - 126), m = bits_as_float((bits & 0x007fffff) | 0x3f000000); /* 0.5 to 1 */
-    int low = m < 0.707106781186547524f;
-    n = low ? n - 1.0f : n;
-    m = (low ? m + m : m) - 1.0f;
-    float z = m * m, p = 7.0376836292e-2f;
-    p = p * m - 1.1514610310e-1f;
-    p = p * m + 1.1676998740e-1f;
-    p = p * m - 1.2420140846e-1f;
-    p = p * m + 1.4249322787e-1f;
-    p = p * m - 1.6668057665e-1f;
-    p = p * m + 2.0000714765e-1f;
-    p = p * m - 2.4999993993e-1f;
-    p = p * m + 3.3333331174e-1f;
-    p = p * m * z + n * -2.12194440e-4f - 0.5f * z;
-    return m + p + n * 0.693359375f + (x - x);
-}
 
 /* exp(T s): a power of es where 2T is a small whole number (HALVES), else an exponential of its own. */
 static inline float power_of(float es, float s, float temperature) {
@@ -126,7 +75,7 @@ static sums sum_row(const STUDENT *student, const TEACHER *teacher, int64_t colu
 /* stats: top_s, top_t, zs, zt, same, zh, and forward and reverse (KLs) or value and the sum of h (mixtures).
  * room: 2 * columns floats of this thread. */
 static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns, const float *weights, float beta,
-                      float temperature, int gradient, double *stats, float *room) {
+                      float temperature, int64_t gradient, double *stats, float *room) {
     sums x = sum_row(student, teacher, columns, temperature, room);
     float top_s = x.top_s, top_t = x.top_t;
     if (!IS_KL) {
@@ -165,10 +114,53 @@ static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns,
 
 /* Rows lie `stride_s` and `stride_t` elements apart; weights [rows, 2]; stats [rows, 8]; room [threads, 2, columns]. */
 void visit(STUDENT *student, const TEACHER *teacher, int64_t rows, int64_t columns, int64_t stride_s, int64_t stride_t,
-           const float *weights, float beta, float temperature, int gradient, double *stats, float *room, int threads) {
+           const float *weights, float beta, float temperature, int64_t gradient, double *stats, float *room,
+           int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int part = 0; part < threads; part++)
+    for (int64_t part = 0; part < threads; part++)
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++)
             visit_row(student + i * stride_s, teacher + i * stride_t, columns, weights + 2 * i, beta, temperature,
                       gradient, stats + 8 * i, room + 2 * part * columns);
+}
+
+/* For a teacher of few ids: of each row [3] the maximum, the sum of es and that of exp(T s). */
+void sum_tile(const STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature, double *stats,
+              int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+        const STUDENT *row = student + i * stride;
+        float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+        for (int64_t j = 0; j < columns; j++) top = top > READ(row + j) ? top : READ(row + j);
+        double total = 0, total_hard = 0;
+        for (int64_t first = 0; first < columns; first += BLOCK) {
+            int64_t last = first + BLOCK < columns ? first + BLOCK : columns;
+            float sum = 0, hard = 0;
+#pragma omp simd reduction(+ : sum, hard)
+            for (int64_t j = first; j < last; j++) {
+                float s = READ(row + j) - top, es = exponential(s);
+                sum += es;
+                if (HARD) hard += power_of(es, s, temperature);
+            }
+            total += sum, total_hard += hard;
+        }
+        double of_row[] = {top, total, HARD ? total_hard : total};
+        memcpy(stats + 3 * i, of_row, sizeof of_row);
+    }
+}
+
+/* Every row becomes of_row[1] * es + of_row[2] * exp(T s), where of_row[0] is its maximum. */
+void overwrite_tile(STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature,
+                    const float *of_rows, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rows; i++) {
+        STUDENT *row = student + i * stride;
+        float top = of_rows[3 * i], of_soft = of_rows[3 * i + 1], of_hard = of_rows[3 * i + 2];
+#pragma omp simd
+        for (int64_t j = 0; j < columns; j++) {
+            float s = READ(row + j) - top, es = exponential(s), g = of_soft * es;
+            if (HARD) g += of_hard * power_of(es, s, temperature);
+            WRITE(row + j, g);
+        }
+    }
 }

@@ -3,13 +3,12 @@
 As `visit.py`, for a teacher of few ids a row. Most of a row has one gradient: a number times its probability. So the
 tile is read twice, for its sums and to be overwritten, and between lies work on the few ids alone.
 Letters: R rows, V vocabulary, k ids of a row, kept or drawn; s logits of the student over T [R, V]; q = softmax(s).
-Imports: divergences, sparse, visit.
+Imports: divergences, native, sparse, visit, visit_cpu.
 """
 
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 
 from .divergences import log_prob_terms
+from .native import can_compile
 from .sparse import Samples, TopK
-from .visit import Rows, Setting, block_rows, halves_of, power_of, same_compiled, widened
+from .visit import Rows, Setting, block_rows, compile_pays, halves_of, power_of, same_compiled, widened
+from .visit_cpu import overwrite_on_cpu, sums_on_cpu
 
 MOST_IDS = 1024  # of a row; the work on more of them, in double precision, would rival that on the tile
 
@@ -40,7 +41,7 @@ def visit_sparse(
         student: s [R, V], float32, float64, bfloat16 or float16; finite.
         taught: rows of ids [R, k] int64, those of `TopK` distinct.
         weights, labels: as in `visit`; a row without a label has the second weight 0.
-        compiled: both readings by `torch.compile`, else in blocks of rows as they are.
+        compiled: both readings by the C code (CPU) or `torch.compile`, else in blocks of rows as they are.
 
     Returns:
         `Rows` as of `visit`; `same`: whether the teacher's top is on top in the student.
@@ -161,6 +162,8 @@ def _exponentials(
 
 
 def _sums(setting: Setting, student: Tensor, compiled: bool) -> tuple[Tensor, ...]:
+    if compiled and can_compile(student):
+        return sums_on_cpu(setting, halves_of(setting.temperature), student)
     temperature = _scalar(setting, student)
     if compiled and len(student) > 1:
         torch._dynamo.mark_dynamic(student, 0)
@@ -174,6 +177,9 @@ def _overwrite(
     setting: Setting, student: Tensor, top: Tensor, of_rest: Tensor, of_hard: Tensor, compiled: bool
 ) -> None:
     """The gradient of all that is neither label nor kept."""
+    if compiled and can_compile(student):
+        of_rows = torch.cat((top, of_rest, of_hard), 1)
+        return overwrite_on_cpu(setting, halves_of(setting.temperature), student, of_rows)
     temperature = _scalar(setting, student)
     columns = torch.stack((top, of_rest, of_hard)).to(temperature.dtype)
     if compiled and len(student) > 1:
@@ -199,7 +205,7 @@ def _room(tile: Tensor) -> Tensor:
     return torch.empty(2, block_rows(tile), tile.shape[1], dtype=wide, device=tile.device)
 
 
-# ---- compiled -------------------------------------------------------------------------------------------------------
+# ---- compiled by torch, on GPUs --------------------------------------------------------------------------------------
 
 
 def _compiled_for(setting: Setting) -> Setting:
@@ -219,21 +225,10 @@ def _run_compiled(function: Callable[..., Any], setting: Setting, *tensors: Tens
         return _compiled(function, setting)(setting, *tensors)
 
 
-_PAYS_FROM = 2**22  # logits of a tile; below it compiling may take longer than it will ever save
-
-
 def compile_pays_sparse(setting: Setting, rows: int, columns: int, like: Tensor, asked: bool | None) -> bool:
-    """As `visit.compile_pays`, for `visit_sparse` and `torch.compile`."""
-    if asked is False or like.dtype == torch.float64 or rows < 2:
-        return False
-    if asked is None and (rows * columns < _PAYS_FROM or not _has_compiler(like.device.type)):
-        return False
-    return _agrees(_compiled_for(setting), columns, like.dtype, like.device)
-
-
-@functools.lru_cache(maxsize=4)
-def _has_compiler(device: str) -> bool:
-    return device == "cuda" or any(shutil.which(name) for name in ("g++", "clang++", "cl"))
+    """As `visit.compile_pays`, for `visit_sparse`."""
+    setting = Setting("forward_kl", 0.0, setting.temperature, setting.hard)  # all that the two readings depend on
+    return compile_pays(setting, rows, columns, like, asked, agrees=_agrees)
 
 
 @functools.lru_cache(maxsize=64)
@@ -244,7 +239,6 @@ def _agrees(setting: Setting, columns: int, dtype: torch.dtype, device: torch.de
     taught = Samples(ids, ids[:, 0], torch.ones(6, device=device))
     labels = torch.tensor([0, -100, columns - 1, 0, 0, 0], device=device) if setting.hard else None
     weights = torch.tensor([[0.5, 0.25]], device=device).repeat(6, 1)
-    setting = setting if setting.temperature else setting._replace(temperature=1.3)
 
     def run(compiled: bool) -> tuple[Tensor, ...]:
         student = tile.clone()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from kd_trainer import DistillationTrainer, fused_linear, visit
+from kd_trainer import DistillationTrainer, fused_linear
 from kd_trainer.teacher import ADAPTER_OFF
 from tests import backend_run, tiny
 
@@ -176,7 +176,6 @@ def run(case: Case, backend: str, both: tuple[Any, Any], rows: int, length: int,
 
 
 def main(out: Path, backends: list[str], names: list[str]) -> None:
-    visit._has_compiler = lambda device: False  # a compiler's own memory is not a step's
     gc.freeze()  # what is imported is not to be looked through again and again
     warm = set()
     for backend in backends:

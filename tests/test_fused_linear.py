@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +15,7 @@ from kd_trainer import fused_linear
 from kd_trainer.divergences import DIVERGENCES
 from kd_trainer.fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain
 from kd_trainer.sparse import draw_samples
+from tests.test_visit import compiler
 
 NAMES = list(DIVERGENCES)
 BOTH = [fused_linear_distillation, fused_linear_distillation_plain]
@@ -873,8 +872,7 @@ def test_autocast(divergence):
         assert 1e-4 < fused <= 1.5 * plain
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++)")
+@compiler
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_compiled_equals_eager(divergence):
     for rows in (40, 33):  # other numbers of rows, of the last chunk too
@@ -884,8 +882,7 @@ def test_compiled_equals_eager(divergence):
         assert_same(gradients(fused_linear_distillation, x, **options, compiled=True), eager, rtol=2e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++)")
+@compiler
 @pytest.mark.parametrize("form", ["reverse_kl", "jsd", "samples"])
 @pytest.mark.parametrize("temperature", [2.0, 2.3])
 def test_compiled_equals_eager_with_a_sparse_teacher(form, temperature):

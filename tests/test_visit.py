@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 
-from kd_trainer import DIVERGENCES, visit_cpu
+from kd_trainer import DIVERGENCES, native
 from kd_trainer.visit import Setting, compile_pays, visit
 
 KLS = ("forward_kl", "reverse_kl", "symmetric_kl")
 MIXED = 2e-5  # the gradient of a divergence to a mixture is a difference of which little may remain
-compiler = pytest.mark.skipif(visit_cpu._compiler() is None, reason="no C compiler (cc, gcc, clang)")
+compiler = pytest.mark.skipif(native._compiler() is None, reason="no C compiler (cc, gcc, clang)")
 
 
 def tile(rows: int = 7, classes: int = 301, dtype: torch.dtype = torch.float32) -> dict:
@@ -108,11 +108,11 @@ def test_far_apart_logits_stay_finite_when_compiled(divergence):
 
 @compiler
 def test_temperatures_of_a_schedule_share_one_code():
-    visit_cpu._function.cache_clear()
+    native.compiled.cache_clear()
     for i in range(1, 30):
         for hard in (True, False):
             results_of(Setting("jsd", i / 31, 1 + i / 31, hard), tile(), compiled=True)
-    assert visit_cpu._function.cache_info().currsize == 2
+    assert native.compiled.cache_info().currsize == 2
 
 
 @compiler
@@ -138,22 +138,22 @@ def test_every_divergence_passes_the_check_before_its_first_compiled_visit():
 def test_a_compiler_that_fails_or_errs_is_not_used(monkeypatch, caplog, tmp_path):
     setting, like = Setting("forward_kl", 0.5, 2.0, True), torch.empty(1)
     with caplog.at_level(logging.WARNING, logger="kd_trainer"):
-        monkeypatch.setattr(visit_cpu, "_FLAGS", ("--no-such-option",))
-        visit_cpu._function.cache_clear()
+        monkeypatch.setattr(native, "_FLAGS", ("--no-such-option",))
+        native.compiled.cache_clear()
         assert not compile_pays(setting, 7, 307, like, True)
         assert "no-such-option" in caplog.text
         monkeypatch.undo()
         monkeypatch.setattr("kd_trainer.visit.visit_on_cpu", lambda *_, **__: torch.rand(6, 8).split(1, dim=1))
         assert not compile_pays(setting, 7, 311, like, True)
         assert "differs" in caplog.text
-    visit_cpu._function.cache_clear()
+    native.compiled.cache_clear()
 
 
 def test_without_a_compiler_blocks_are_visited(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    visit_cpu._compiler.cache_clear()
+    native._compiler.cache_clear()
     assert not compile_pays(Setting("forward_kl", 0.5, 2.0, True), 256, 10**6, torch.empty(1), None)
-    visit_cpu._compiler.cache_clear()
+    native._compiler.cache_clear()
 
 
 def test_small_tiles_and_float64_are_not_compiled():

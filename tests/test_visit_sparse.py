@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from kd_trainer.sparse import draw_samples, top_k
 from kd_trainer.visit import Setting
 from kd_trainer.visit_sparse import _compiled_for, compile_pays_sparse, visit_sparse
 from tests import test_visit
-from tests.test_visit import assert_one
+from tests.test_visit import assert_one, compiler
 
-compiler = pytest.mark.skipif(not module._has_compiler("cpu"), reason="no C++ compiler (g++, clang++, cl)")
+cxx = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++)")
 
 
 def tile(form, temperature, rows=7, classes=301, dtype=torch.float32):
@@ -30,12 +32,15 @@ def test_temperatures_of_a_schedule_share_one_compiled_visit():
     assert len({_compiled_for(Setting(d, 0.5, t, True)) for t in (1.0, 2.0, 2.5) for d in ("jsd", "reverse_kl")}) == 3
 
 
-@compiler
-@pytest.mark.slow
+by_torch = pytest.param("torch", marks=[cxx, pytest.mark.slow])
+
+
+@pytest.mark.parametrize("by", [pytest.param("C", marks=compiler), by_torch])
 @pytest.mark.parametrize("form", ["top k", "samples"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hard", [True, False])
-def test_compiled_is_eager(form, dtype, hard):
+def test_compiled_is_eager(form, dtype, hard, by, monkeypatch):
+    monkeypatch.setattr(module, "can_compile", lambda tile: by == "C")
     for temperature in (2.0, 2.1, 2.3):
         setting = Setting("forward_kl", 0.0, temperature, hard)
         results = []
@@ -48,18 +53,20 @@ def test_compiled_is_eager(form, dtype, hard):
 
 
 @compiler
-@pytest.mark.slow
 def test_the_check_before_the_first_compiled_visit_passes():
     for temperature, hard in ((2.0, True), (2.1, True), (1.0, False)):
         assert compile_pays_sparse(Setting("jsd", 0.3, temperature, hard), 7, 301, torch.empty(1), True)
 
 
+@compiler
 def test_a_compiled_visit_that_differs_is_not_used(monkeypatch, caplog):
-    def wrong(function, setting, *tensors):
-        found = function(setting, *tensors)
-        return found if found is None else (found[0], found[1] * 1.01, *found[2:])
+    right = module.sums_on_cpu
 
-    monkeypatch.setattr(module, "_run_compiled", wrong)
+    def wrong(*given):
+        top, total, total_hard = right(*given)
+        return top, total * 1.01, total_hard
+
+    monkeypatch.setattr(module, "sums_on_cpu", wrong)
     with caplog.at_level(logging.WARNING):
         assert not compile_pays_sparse(Setting("forward_kl", 0.0, 2.0, True), 7, 307, torch.empty(1), True)
     assert "differs from the plain computation" in caplog.text

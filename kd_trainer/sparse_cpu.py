@@ -1,0 +1,82 @@
+"""`sparse.py` on a processor with a C compiler: `sparse_cpu.c`, which reads each row while it is in the cache.
+
+Imports: native.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .native import TYPES, call, can_compile, compiled
+
+logger = logging.getLogger(__name__)
+
+_PAYS_FROM = 2**18  # logits; below it compiling may take longer than it will ever save
+_MOST = 1024  # ids of a row to be put in order: each is compared with each
+
+
+def top_k_on_cpu(rows: Tensor, k: int, temperature: float, column: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """ids int64 and log_probs [R, k], log_tail [R], float32, of logits [R, V]; None: it is to be done in torch.
+
+    Args:
+        column: ids of a column at most, as in `sparse.py`.
+    """
+    count, classes = rows.shape
+    if k > _MOST or not _pays(rows):
+        return None
+    code, rows = _code(rows.dtype), rows if rows.stride(1) == 1 else rows.contiguous()
+    if code is None:
+        return None
+    # Of more columns than ids are kept, so that the ones with the largest maxima hold few other ids.
+    columns = min(classes, max(-(-classes // column), 4 * k))
+    most, threads = min(classes, 4 * k + 64), torch.get_num_threads()
+    ids, log_probs = torch.empty(count, k, dtype=torch.int32), torch.empty(count, k)
+    log_tail, room = torch.empty(count), torch.empty(threads, columns + 3 * most)
+    done = call(
+        code.top_k, rows, count, classes, rows.stride(0), columns, k, most, float(temperature), ids, log_probs,
+        log_tail, room, threads,
+    )  # fmt: skip
+    return (ids.long(), log_probs, log_tail) if done else None
+
+
+def draw_on_cpu(
+    rows: Tensor, n: int, temperature: float, uniform: Tensor, column: int
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """ids int64 [R, n], top int64 and entropy float32 [R], of logits [R, V]; None: it is to be done in torch.
+
+    Args:
+        uniform: [R], float64.
+        column: ids of a column at most, as in `sparse.py`: the same draws come out.
+    """
+    count, classes = rows.shape
+    code = _code(rows.dtype) if _pays(rows) else None
+    if code is None:
+        return None
+    rows, uniform = rows if rows.stride(1) == 1 else rows.contiguous(), uniform.contiguous()
+    columns, threads = -(-classes // column), torch.get_num_threads()
+    ids, top = torch.empty(count, n, dtype=torch.int32), torch.empty(count, dtype=torch.int32)
+    entropy, room = torch.empty(count), torch.empty(threads, classes + columns)
+    done = call(
+        code.draw, rows, count, classes, rows.stride(0), columns, n, float(temperature), uniform, ids, top, entropy,
+        room, threads,
+    )  # fmt: skip
+    return (ids.long(), top.long(), entropy) if done else None
+
+
+def _pays(rows: Tensor) -> bool:
+    return rows.numel() >= _PAYS_FROM and can_compile(rows)
+
+
+@functools.lru_cache(maxsize=4)
+def _code(dtype: torch.dtype) -> Any:
+    """None, said once, where the compiler fails."""
+    try:
+        return compiled("sparse_cpu.c", TEACHER=TYPES[dtype])
+    except (OSError, RuntimeError) as error:
+        logger.warning("A teacher's top-k and draws are taken in torch: compiling failed with %s.", error)
+        return None

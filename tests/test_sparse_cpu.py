@@ -1,0 +1,138 @@
+"""`sparse_cpu.py`: the C code takes of a teacher's logits what torch takes, and leaves the unusual to torch."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from kd_trainer import native, sparse, sparse_cpu
+from kd_trainer.sparse import draw_samples, top_k
+from tests.test_visit import compiler
+
+pytestmark = compiler
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(sparse_cpu, "_PAYS_FROM", 1)
+
+
+def logits(rows: int, classes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(classes))).to(dtype)
+
+
+def in_torch(monkeypatch, function, *given, **settings):
+    with monkeypatch.context() as patch:
+        patch.setattr(sparse_cpu, "_PAYS_FROM", 10**12)
+        return function(*given, **settings)
+
+
+SIZES = [(v, k) for v in (1, 2, 31, 33, 64, 65, 500, 1024, 9973) for k in {1, 3, 64, v - 1, v} if 0 < k <= min(v, 1024)]
+
+
+@pytest.mark.parametrize(("classes", "k"), SIZES)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_k_is_that_of_float64(classes, k, temperature, dtype):
+    rows = logits(7, classes, dtype)
+    found = sparse_cpu.top_k_on_cpu(rows, k, temperature, sparse._COLUMN)
+    assert found is not None
+    ids, log_probs, log_tail = found
+    exact = top_k(rows.double(), k, temperature=temperature)
+    assert torch.equal(rows.gather(1, ids), rows.gather(1, exact.ids))  # of equal ones any
+    assert all(len(set(row)) == k for row in ids.tolist())
+    torch.testing.assert_close(log_probs.double(), exact.log_probs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(log_tail.double(), exact.log_tail, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [14.0, 60.0, 200.0])  # a tail of 1e-6, 1e-26, 1e-87
+@pytest.mark.parametrize("k", [2, 5])
+def test_the_tail_is_right_however_small(k, shift):
+    rows = logits(7, 1000)
+    rows[:, :k] += shift
+    found, exact = top_k(rows, k), top_k(rows.double(), k)
+    torch.testing.assert_close(found.log_tail.double(), exact.log_tail, rtol=1e-6, atol=0)
+
+
+def test_equal_ones_beyond_the_last_that_is_kept_are_of_the_tail():
+    rows = logits(4, 500)
+    rows[:, 100:104] = 20.0
+    found, exact = top_k(rows, 2), top_k(rows.double(), 2)
+    torch.testing.assert_close(found.log_tail.double(), exact.log_tail, rtol=1e-6, atol=1e-6)
+    rows[:, :] = rows[:, :1]
+    rows[:, 7] += 1
+    found, exact = top_k(rows[:, :40], 3), top_k(rows[:, :40].double(), 3)
+    torch.testing.assert_close(found.log_tail.double(), exact.log_tail, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("strange", [float("inf"), float("-inf"), float("nan"), "equal"])
+def test_unusual_rows_are_left_to_torch(strange, monkeypatch):
+    rows = logits(4, 5000)
+    if strange == "equal":
+        rows[2] = 1.0
+    else:
+        rows[2, 77] = strange
+    assert sparse_cpu.top_k_on_cpu(rows, 3, 1.0, sparse._COLUMN) is None
+    found, other = top_k(rows, 3), in_torch(monkeypatch, top_k, rows, 3)
+    torch.testing.assert_close(found.log_probs, other.log_probs, equal_nan=True)
+    if strange != "equal":
+        uniform = torch.rand(4, dtype=torch.float64)
+        assert sparse_cpu.draw_on_cpu(rows, 3, 1.0, uniform, sparse._COLUMN) is None
+
+
+@pytest.mark.parametrize("classes", [1, 5, 33, 1024, 9973])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_are_those_of_torch(classes, temperature, dtype, monkeypatch):
+    rows = logits(64, classes, dtype)
+    uniform = torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert sparse_cpu.draw_on_cpu(rows, 50, temperature, uniform, sparse._COLUMN) is not None
+    found = draw_samples(rows, 50, temperature=temperature, uniform=uniform)
+    other = in_torch(monkeypatch, draw_samples, rows, 50, temperature=temperature, uniform=uniform)
+    assert (found.ids != other.ids).float().mean() < 2e-3  # a point may lie on the border of two
+    assert torch.equal(rows.gather(1, found.top.unsqueeze(1)), rows.amax(1, True))
+    torch.testing.assert_close(found.entropy, other.entropy, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [3, 33, 1024])
+def test_an_id_comes_up_within_one_draw_of_its_share(classes):
+    rows = logits(200, classes)
+    drawn = draw_samples(rows, 50, uniform=torch.rand(200))
+    counts = torch.zeros(200, classes).scatter_add_(1, drawn.ids, torch.ones(200, 50))
+    assert (counts - 50 * rows.softmax(-1)).abs().max() < 1 + 1e-3
+
+
+def test_what_has_no_probability_is_never_drawn():
+    rows = logits(100, 100)
+    rows[:, 10:] = -1e30
+    for uniform in (0.0, 0.5, 1 - 2**-53):
+        assert draw_samples(rows, 1000, uniform=torch.full((100,), uniform, dtype=torch.float64)).ids.max() < 10
+    rows = rows.flip(1)
+    assert draw_samples(rows, 10, uniform=torch.rand(100)).ids.min() >= 90
+
+
+def test_slices_and_threads_change_nothing(monkeypatch):
+    wide = logits(40, 700)
+    part, uniform = wide[3:33, 50:650], torch.rand(30)
+    first = (*top_k(part.contiguous(), 9), *draw_samples(part.contiguous(), 9, uniform=uniform))
+    for threads in (1, 3, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        for rows in (part, part.t().contiguous().t()):
+            again = (*top_k(rows, 9), *draw_samples(rows, 9, uniform=uniform))
+            assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+
+
+def test_a_compiler_that_fails_is_said_once_and_done_without(monkeypatch, caplog):
+    rows = logits(5, 300)
+    expected = top_k(rows, 4)
+    monkeypatch.setattr(native, "_FLAGS", ("--no-such-option",))
+    native.compiled.cache_clear()
+    sparse_cpu._code.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="kd_trainer"):
+        for _ in range(2):
+            torch.testing.assert_close(top_k(rows, 4), expected)
+    assert caplog.text.count("no-such-option") == 1
+    native.compiled.cache_clear()
+    sparse_cpu._code.cache_clear()
