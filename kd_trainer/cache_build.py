@@ -283,6 +283,7 @@ class _Writer:
         self._pool = ThreadPoolExecutor(1)
         self._last: Future | None = None
         self._index, self._parts = -1, list[Rows]()
+        self._room: dict[str, np.ndarray] = {}
 
     def add(self, index: int, rows: Rows) -> None:
         """Takes the next rows of a shard; those of another shard end the last one."""
@@ -296,7 +297,10 @@ class _Writer:
         if not parts or not self.writes:
             return
         self._wait()
-        self._last = self._pool.submit(write_shard, self.folder, self._index, joined(parts))
+        self._last = self._pool.submit(self._write_parts, self._index, parts)
+
+    def _write_parts(self, index: int, parts: list[Rows]) -> None:
+        write_shard(self.folder, index, joined(parts, self._room))
 
     def _wait(self) -> None:
         if self._last is not None:

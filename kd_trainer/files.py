@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 
 def digest(path: Path, *, sync: bool = False) -> str:
@@ -19,18 +21,20 @@ def digest(path: Path, *, sync: bool = False) -> str:
     return found.hexdigest()
 
 
-def write_atomically(path: str | os.PathLike[str], content: str | bytes | memoryview) -> Path:
+def write_atomically(path: str | os.PathLike[str], content: str | bytes | Callable[[BinaryIO], None]) -> Path:
     """Writes to a temporary name in the same folder, syncs, renames: a reader sees the old file or the new one.
 
-    The folder is made where it does not exist; text is UTF-8.
+    The folder is made where it does not exist; text is UTF-8; a function writes to the file that it is given.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's own mode would hide the file from others

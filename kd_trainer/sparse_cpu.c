@@ -8,7 +8,7 @@
 
 #include "native.h"
 
-/* The least that exactly, or nearly, k of n values [n] reach: 24 halvings; at least k reach it. */
+/* What at least k of n values [n] reach, and not many more: `low` is reached by all. */
 static float reached_by(const float *values, int64_t n, int64_t k, float low, float high) {
     for (int i = 0; i < 24; i++) {
         float middle = low + 0.5f * (high - low);
@@ -17,12 +17,12 @@ static float reached_by(const float *values, int64_t n, int64_t k, float low, fl
         for (int64_t j = 0; j < n; j++) count += values[j] >= middle;
         if (count >= k) low = middle;
         else high = middle;
-        if (count == k) break;
+        if (count >= k && count <= k + k / 8) break;
     }
     return low;
 }
 
-/* Positions [n] of the values [n] in falling order; of equals the first comes first. */
+/* Places [n] of the values [n] in falling order; of equals the first comes first. */
 static void rank(const float *values, int32_t n, int32_t *ranks) {
     for (int32_t i = 0; i < n; i++) {
         float own = values[i];
@@ -33,11 +33,34 @@ static void rank(const float *values, int32_t n, int32_t *ranks) {
     }
 }
 
-/* One row; room: columns + 3 * most floats. Returns whether it could. */
+/* The log of the sum of exp((z - peak) / T) over all z below `last`, and over `equal` ones that are equal to it. */
+static double log_of_rest(const TEACHER *logits, int64_t classes, float last, int64_t equal, float peak, float by_t) {
+    float top = -INFINITY; /* the rest may be too small beside the peak, but not beside its own maximum */
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < classes; j++) {
+        float z = READ(logits + j);
+        top = z < last && z > top ? z : top;
+    }
+    double rest = 0, of_last = ((double)last - peak) * by_t, of_top = ((double)top - peak) * by_t;
+    for (int64_t first = 0; first < classes && top > -INFINITY; first += BLOCK) {
+        int64_t end = first + BLOCK < classes ? first + BLOCK : classes;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = first; j < end; j++) {
+            float z = READ(logits + j), e = exponential(((z < last ? z : top) - top) * by_t);
+            sum += z < last ? e : 0.0f;
+        }
+        rest += sum;
+    }
+    if (equal) return of_last + log(equal + (rest > 0 ? rest * exp(of_top - of_last) : 0));
+    return rest > 0 ? log(rest) + of_top : -INFINITY;
+}
+
+/* One row; room: columns + 3 * most floats, most: all members of 2 k + 32 columns. Returns whether it could. */
 static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, int64_t k, int64_t most, float temperature,
                      int32_t *ids, float *log_probs, float *log_tail, float *room) {
     float *maxima = room, *found = room + columns, low = INFINITY, high = -INFINITY, strange = 0;
-    int32_t *places = (int32_t *)(found + most), *ranks = places + most;
+    int32_t *places = (int32_t *)(found + most), *ranks = places + most, n = 0, chosen = 0;
     for (int64_t c = 0; c < columns; c++) maxima[c] = -INFINITY;
     for (int64_t first = 0; first < classes; first += columns) {
         int64_t last = first + columns < classes ? columns : classes - first;
@@ -50,54 +73,35 @@ static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, in
         }
     }
     if (strange != 0) return 0;
+#pragma omp simd reduction(max : high)
     for (int64_t c = 0; c < columns; c++) high = high > maxima[c] ? high : maxima[c];
 
     /* The maxima of k columns reach `least`, and so the k largest logits do. */
     float least = reached_by(maxima, columns, k, low, high);
-    int32_t n = 0;
-    for (int64_t c = 0; c < columns; c++) {
-        if (maxima[c] < least) continue;
-        for (int64_t j = c; j < classes; j += columns) {
+    for (int64_t c = 0; c < columns; c++) { /* without a branch, which could not be foreseen */
+        ranks[chosen] = (int32_t)c;
+        chosen += maxima[c] >= least;
+        if (chosen == 2 * k + 32 && c < columns - 1) return 0;
+    }
+    for (int32_t i = 0; i < chosen; i++)
+        for (int64_t j = ranks[i]; j < classes; j += columns) {
             float z = READ(logits + j);
-            if (z < least) continue;
-            if (n == most) return 0;
-            found[n] = z, places[n++] = (int32_t)j;
+            found[n] = z, places[n] = (int32_t)j;
+            n += z >= least;
         }
-    }
+    if (n > 4 * k + 64) return 0; /* each will be compared with each */
     rank(found, n, ranks);
-    float peak = high, by_temperature = 1 / temperature, last = -INFINITY;
-    double total = 0;
-    for (int32_t i = 0; i < n; i++)
-        if (ranks[i] < k) {
-            ids[ranks[i]] = places[i], log_probs[ranks[i]] = (found[i] - peak) * by_temperature;
-            if (ranks[i] == k - 1) last = found[i];
-        }
+    float peak = high, by_t = 1 / temperature, last = -INFINITY, total = 0;
+    for (int32_t i = 0; i < n; i++) {
+        if (ranks[i] >= k) continue;
+        ids[ranks[i]] = places[i], log_probs[ranks[i]] = (found[i] - peak) * by_t;
+        if (ranks[i] == k - 1) last = found[i];
+    }
+    int64_t equal = -k; /* of those that are not below the last one all but k are not kept */
+    for (int32_t i = 0; i < n; i++) equal += found[i] >= last;
+#pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < k; i++) total += exponential(log_probs[i]);
-
-    /* The rest, relative to its own maximum: it may be too small beside the peak. */
-    float top = -INFINITY;
-    int64_t equal = 0;
-    for (int32_t i = 0; i < n; i++) equal += ranks[i] >= k && found[i] == last;
-#pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < classes; j++) {
-        float z = READ(logits + j);
-        top = z < last && z > top ? z : top;
-    }
-    double rest = 0, log_rest;
-    for (int64_t first = 0; first < classes && top > -INFINITY; first += BLOCK) {
-        int64_t end = first + BLOCK < classes ? first + BLOCK : classes;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = first; j < end; j++) {
-            float z = READ(logits + j), e = exponential(((z < last ? z : top) - top) * by_temperature);
-            sum += z < last ? e : 0.0f;
-        }
-        rest += sum;
-    }
-    double of_last = ((double)last - peak) * by_temperature, of_top = ((double)top - peak) * by_temperature;
-    log_rest = rest > 0 ? log(rest) + of_top : -INFINITY;
-    if (equal) log_rest = of_last + log(equal + (rest > 0 ? rest * exp(of_top - of_last) : 0));
-    double log_total = log(total + exp(log_rest));
+    double log_rest = log_of_rest(logits, classes, last, equal, peak, by_t), log_total = log(total + exp(log_rest));
     for (int64_t i = 0; i < k; i++) log_probs[i] = (float)(log_probs[i] - log_total);
     *log_tail = (float)(log_rest - log_total);
     return 1;

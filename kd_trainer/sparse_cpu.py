@@ -34,7 +34,7 @@ def top_k_on_cpu(rows: Tensor, k: int, temperature: float, column: int) -> tuple
         return None
     # Of more columns than ids are kept, so that the ones with the largest maxima hold few other ids.
     columns = min(classes, max(-(-classes // column), 4 * k))
-    most, threads = min(classes, 4 * k + 64), torch.get_num_threads()
+    most, threads = (2 * k + 32) * -(-classes // columns) + 1, torch.get_num_threads()  # as the C code says
     ids, log_probs = torch.empty(count, k, dtype=torch.int32), torch.empty(count, k)
     log_tail, room = torch.empty(count), torch.empty(threads, columns + 3 * most)
     done = call(
