@@ -11,7 +11,7 @@
 /* What at least k of n values [n] reach, and not many more: `low` is reached by all. */
 static float reached_by(const float *values, int64_t n, int64_t k, float low, float high) {
     for (int i = 0; i < 24; i++) {
-        float middle = low + 0.5f * (high - low);
+        float middle = 0.5f * low + 0.5f * high;
         int32_t count = 0;
 #pragma omp simd reduction(+ : count)
         for (int64_t j = 0; j < n; j++) count += values[j] >= middle;
@@ -64,17 +64,19 @@ static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, in
     for (int64_t c = 0; c < columns; c++) maxima[c] = -INFINITY;
     for (int64_t first = 0; first < classes; first += columns) {
         int64_t last = first + columns < classes ? columns : classes - first;
-#pragma omp simd reduction(+ : strange) reduction(min : low)
+#pragma omp simd reduction(+ : strange)
         for (int64_t c = 0; c < last; c++) {
             float z = READ(logits + first + c);
             strange += z - z; /* NaN where z is not finite */
             maxima[c] = maxima[c] > z ? maxima[c] : z;
-            low = low < z ? low : z;
         }
     }
     if (strange != 0) return 0;
-#pragma omp simd reduction(max : high)
-    for (int64_t c = 0; c < columns; c++) high = high > maxima[c] ? high : maxima[c];
+#pragma omp simd reduction(max : high) reduction(min : low)
+    for (int64_t c = 0; c < columns; c++) {
+        high = high > maxima[c] ? high : maxima[c];
+        low = low < maxima[c] ? low : maxima[c];
+    }
 
     /* The maxima of k columns reach `least`, and so the k largest logits do. */
     float least = reached_by(maxima, columns, k, low, high);

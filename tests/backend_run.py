@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from kd_trainer import first_look
 from kd_trainer.teacher import ADAPTER_OFF
 from tests import tiny
+from tests.launch import leave
 
 
 @dataclass(frozen=True)
@@ -233,3 +234,4 @@ def main(out: Path, backend: str, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    leave()

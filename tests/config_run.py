@@ -18,6 +18,7 @@ from transformers import BartConfig, BartForConditionalGeneration, DistilBertCon
 
 from kd_trainer import CachedTeacher, offline
 from tests import backend_run, tiny
+from tests.launch import leave
 
 BERTS = (
     "classification",
@@ -97,3 +98,4 @@ def main(out: Path, tasks: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave()

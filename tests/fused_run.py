@@ -14,6 +14,7 @@ from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
 from kd_trainer import first_look
 from tests import tiny
+from tests.launch import leave
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -59,3 +60,4 @@ def main(out: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -32,6 +32,13 @@ def by_config(config: Path, options: list[str], script: str, *arguments: str, ti
     _launch(["--config_file", str(config), *options], script, arguments, timeout)
 
 
+def leave() -> None:
+    """Ends a started script whose work is on disk. At an interpreter's own end threads of gloo have aborted under load."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def _command(options: list[str], script: str) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

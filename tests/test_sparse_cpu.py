@@ -67,6 +67,14 @@ def test_equal_ones_beyond_the_last_that_is_kept_are_of_the_tail():
     torch.testing.assert_close(found.log_tail.double(), exact.log_tail, rtol=1e-6, atol=1e-6)
 
 
+def test_masked_ids_are_nothing_unusual():
+    rows = logits(4, 5000)
+    rows[:, 4000:] = torch.finfo(torch.float32).min
+    found, exact = sparse_cpu.top_k_on_cpu(rows, 9, 1.0, sparse._COLUMN), top_k(rows.double(), 9)
+    assert torch.equal(found[0], exact.ids)
+    torch.testing.assert_close(found[2].double(), exact.log_tail, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("strange", [float("inf"), float("-inf"), float("nan"), "equal"])
 def test_unusual_rows_are_left_to_torch(strange, monkeypatch):
     rows = logits(4, 5000)
