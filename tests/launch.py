@@ -33,7 +33,7 @@ def by_config(config: Path, options: list[str], script: str, *arguments: str, ti
 
 
 def leave() -> None:
-    """Ends a started script whose work is on disk: at an interpreter's own end gloo's threads have aborted under load."""
+    """Ends a started script whose work is on disk: an interpreter's own end has aborted in gloo's threads."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
