@@ -56,18 +56,17 @@ def joined(parts: Sequence[Rows], room: dict[str, np.ndarray] | None = None) -> 
     """The rows of all parts.
 
     Args:
-        room: memory for the columns, which is kept for the next call that is given it; their last rows are then gone.
-            Fresh memory takes longer than all else that is done with a shard.
+        room: memory for the columns, by name, which the next call that is given it overwrites: fresh memory takes
+            longer than all else that is done with a shard.
     """
     ids, signatures, counts = (np.concatenate([part[i] for part in parts]) for i in range(3))
     room = {} if room is None else room
     columns = {}
-    for name, (_, width) in ((name, values.shape) for name, values in parts[0].columns.items()):
-        values = [part.columns[name] for part in parts]
-        total = sum(map(len, values))
+    for name, first in parts[0].columns.items():
+        total = sum(len(part.columns[name]) for part in parts)
         if name not in room or len(room[name]) < total:
-            room[name] = np.empty((total, width), values[0].dtype)
-        columns[name] = np.concatenate(values, out=room[name][:total])
+            room[name] = np.empty((total, first.shape[1]), first.dtype)
+        columns[name] = np.concatenate([part.columns[name] for part in parts], out=room[name][:total])
     return Rows(ids, signatures, counts, columns)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PAYS_FROM = 2**18  # logits at once; below it compiling may take longer than it will ever save
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 # Sums in any order are asked for loop by loop; nothing else may be reordered, or the exponential loses its last digits.
 _FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")

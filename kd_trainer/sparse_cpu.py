@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import TYPES, call, can_compile, compiled
+from .native import PAYS_FROM, TYPES, call, can_compile, compiled
 
 logger = logging.getLogger(__name__)
 
-_PAYS_FROM = 2**18  # logits; below it compiling may take longer than it will ever save
 _MOST = 1024  # ids of a row to be put in order: each is compared with each
 
 
@@ -27,11 +26,10 @@ def top_k_on_cpu(rows: Tensor, k: int, temperature: float, column: int) -> tuple
         column: ids of a column at most, as in `sparse.py`.
     """
     count, classes = rows.shape
-    if k > _MOST or not _pays(rows):
-        return None
-    code, rows = _code(rows.dtype), rows if rows.stride(1) == 1 else rows.contiguous()
+    code = _code_for(rows) if k <= _MOST else None
     if code is None:
         return None
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     # Of more columns than ids are kept, so that the ones with the largest maxima hold few other ids.
     columns = min(classes, max(-(-classes // column), 4 * k))
     most, threads = (2 * k + 32) * -(-classes // columns) + 1, torch.get_num_threads()  # as the C code says
@@ -54,7 +52,7 @@ def draw_on_cpu(
         column: ids of a column at most, as in `sparse.py`: the same draws come out.
     """
     count, classes = rows.shape
-    code = _code(rows.dtype) if _pays(rows) else None
+    code = _code_for(rows)
     if code is None:
         return None
     rows, uniform = rows if rows.stride(1) == 1 else rows.contiguous(), uniform.contiguous()
@@ -68,8 +66,9 @@ def draw_on_cpu(
     return (ids.long(), top.long(), entropy) if done else None
 
 
-def _pays(rows: Tensor) -> bool:
-    return rows.numel() >= _PAYS_FROM and can_compile(rows)
+def _code_for(rows: Tensor) -> Any:
+    """None where torch is to do it."""
+    return _code(rows.dtype) if rows.numel() >= PAYS_FROM and can_compile(rows) else None
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .native import can_compile
+from .native import PAYS_FROM, can_compile
 from .visit_cpu import visit_on_cpu
 
 logger = logging.getLogger(__name__)
@@ -312,7 +312,7 @@ def _room(setting: Setting) -> tuple[int, tuple[int, ...]]:
 
 
 # Logits of a tile; below it compiling may take longer than it will ever save.
-_PAYS_FROM = {"cpu": 2**18, "cuda": 2**22}
+_PAYS_FROM = {"cpu": PAYS_FROM, "cuda": 2**22}
 
 
 def compile_pays(

@@ -16,7 +16,7 @@ pytestmark = compiler
 
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch):
-    monkeypatch.setattr(sparse_cpu, "_PAYS_FROM", 1)
+    monkeypatch.setattr(sparse_cpu, "PAYS_FROM", 1)
 
 
 def logits(rows: int, classes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -25,7 +25,7 @@ def logits(rows: int, classes: int, dtype: torch.dtype = torch.float32) -> torch
 
 def in_torch(monkeypatch, function, *given, **settings):
     with monkeypatch.context() as patch:
-        patch.setattr(sparse_cpu, "_PAYS_FROM", 10**12)
+        patch.setattr(sparse_cpu, "PAYS_FROM", 10**12)
         return function(*given, **settings)
 
 
