@@ -2,7 +2,7 @@
 
 For: `cache_build.py`, which encodes, and `cache.py`, which decodes. Knows no files and no batches.
 Letters: N positions, V classes, H hidden size, k classes kept, n draws.
-Imports: checks, outputs, sparse, torch, numpy.
+Imports: checks, outputs, sparse, sparse_cpu, torch, numpy.
 
     logits     [N, V] in the teacher's dtype, or in half precision (relative error 2^-11 in float16, 2^-8 in bfloat16)
     hidden     [N, H], the same
@@ -23,6 +23,7 @@ from torch import Tensor
 from .checks import check_choice, fail
 from .outputs import TeacherOutput
 from .sparse import Samples, TopK, draw_samples, top_k
+from .sparse_cpu import pack_on_cpu
 
 FORMATS = ("logits", "hidden", "topk", "sampled")
 SPARSE = ("topk", "sampled")
@@ -98,10 +99,10 @@ def encode(kept: Format, said: Tensor, uniform: Tensor) -> dict[str, Tensor]:
     assert kept.temperature is not None
     if kept.name == "sampled":
         drawn = draw_samples(said, kept.k, temperature=kept.temperature, uniform=uniform)
-        ids, top = (_pack(x, kept.bits) for x in (drawn.ids, drawn.top.unsqueeze(-1)))
+        ids, top = (_pack(x, kept.bits, said) for x in (drawn.ids, drawn.top.unsqueeze(-1)))
         return {"ids": ids, "top": top, "entropy": drawn.entropy.float().unsqueeze(-1)}
     found = top_k(said, kept.k, temperature=kept.temperature)
-    columns = {"ids": _pack(found.ids, kept.bits), "log_tail": found.log_tail.half().unsqueeze(-1)}
+    columns = {"ids": _pack(found.ids, kept.bits, said), "log_tail": found.log_tail.half().unsqueeze(-1)}
     if kept.dtype != "uint8":
         return columns | {"log_probs": found.log_probs.half()}
     ends = found.log_probs[:, [0, -1]].half()
@@ -162,11 +163,13 @@ def to_numpy(column: Tensor) -> np.ndarray:
     return column.cpu().contiguous().numpy()
 
 
-def _pack(ids: Tensor, bits: int) -> Tensor:
-    """Ids [N, k] as uint8 [N, bytes]: little endian, `bits` each; of 8, 16 and 32 bits as such integers."""
-    numbers = to_numpy(ids).astype(np.uint32)
+def _pack(ids: Tensor, bits: int, like: Tensor) -> Tensor:
+    """Ids [N, k] of logits `like`, as uint8 [N, bytes]: little endian, `bits` each; 8, 16, 32 bits as such integers."""
     if bits in _NATIVE:
-        return torch.from_numpy(numbers.astype(_NATIVE[bits]))
+        return torch.from_numpy(to_numpy(ids).astype(_NATIVE[bits]))
+    if (done := pack_on_cpu(ids, bits, like)) is not None:
+        return done
+    numbers = to_numpy(ids)
     k = numbers.shape[1]
     groups = np.zeros((len(numbers), -(-k // 8) * 8), np.uint64)
     groups[:, :k] = numbers
@@ -189,12 +192,15 @@ def _unpack(packed: np.ndarray, bits: int, k: int) -> Tensor:
     """int32 [N, k]."""
     if bits in _NATIVE:
         return torch.from_numpy(packed.astype(np.int32))
-    starts = np.arange(k) * bits
-    room = np.zeros((len(packed), packed.shape[1] + 8), np.uint8)
-    room[:, : packed.shape[1]] = packed
-    windows = np.stack([room[:, starts // 8 + i] for i in range(5)], -1).astype(np.uint64)
-    numbers = (windows << (8 * np.arange(5, dtype=np.uint64))).sum(-1) >> (starts % 8).astype(np.uint64)
-    return torch.from_numpy((numbers & np.uint64((1 << bits) - 1)).astype(np.int32))
+    rows, size, groups = *packed.shape, -(-k // 8)
+    room = np.zeros(packed.size + groups * bits + 8, np.uint8)
+    room[: packed.size] = packed.reshape(-1)
+    numbers = np.empty((rows, groups, 8), np.int32)
+    for i in range(8):  # of each eight ids, which fill whole bytes
+        first, shift = divmod(i * bits, 8)
+        windows = np.ndarray((rows, groups), "<u8", room, first, (size, bits))
+        numbers[..., i] = (windows >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
+    return torch.from_numpy(np.ascontiguousarray(numbers.reshape(rows, groups * 8)[:, :k]))
 
 
 def card(settings: dict[str, Any]) -> str:

@@ -32,14 +32,15 @@ def top_k_on_cpu(rows: Tensor, k: int, temperature: float, column: int) -> tuple
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     # Of more columns than ids are kept, so that the ones with the largest maxima hold few other ids.
     columns = min(classes, max(-(-classes // column), 4 * k))
-    most, threads = (2 * k + 32) * -(-classes // columns) + 1, torch.get_num_threads()  # as the C code says
-    ids, log_probs = torch.empty(count, k, dtype=torch.int32), torch.empty(count, k)
-    log_tail, room = torch.empty(count), torch.empty(threads, columns + 3 * most)
+    most = max((2 * k + 32) * -(-classes // columns) + 16, columns)  # as the C code says
+    threads = torch.get_num_threads()
+    ids, log_probs = torch.empty(count, k, dtype=torch.int64), torch.empty(count, k)
+    log_tail, room = torch.empty(count), torch.empty(threads, columns + 5 * most)
     done = call(
         code.top_k, rows, count, classes, rows.stride(0), columns, k, most, float(temperature), ids, log_probs,
         log_tail, room, threads,
     )  # fmt: skip
-    return (ids.long(), log_probs, log_tail) if done else None
+    return (ids, log_probs, log_tail) if done else None
 
 
 def draw_on_cpu(
@@ -57,13 +58,28 @@ def draw_on_cpu(
         return None
     rows, uniform = rows if rows.stride(1) == 1 else rows.contiguous(), uniform.contiguous()
     columns, threads = -(-classes // column), torch.get_num_threads()
-    ids, top = torch.empty(count, n, dtype=torch.int32), torch.empty(count, dtype=torch.int32)
-    entropy, room = torch.empty(count), torch.empty(threads, classes + columns)
+    ids, top = torch.empty(count, n, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+    entropy, room = torch.empty(count), torch.empty(threads, columns + classes // 2 + 1, dtype=torch.float64)
     done = call(
         code.draw, rows, count, classes, rows.stride(0), columns, n, float(temperature), uniform, ids, top, entropy,
         room, threads,
     )  # fmt: skip
-    return (ids.long(), top.long(), entropy) if done else None
+    return (ids, top, entropy) if done else None
+
+
+def pack_on_cpu(ids: Tensor, bits: int, like: Tensor) -> Tensor | None:
+    """uint8 [R, bytes] of ids int64 [R, k], little endian, `bits` each; None: it is to be done in numpy.
+
+    Args:
+        like: the logits that they are of: their top-k or draws had the code compiled.
+    """
+    code = _code_for(like)
+    if code is None:
+        return None
+    count, k = ids.shape
+    packed = torch.empty(count, -(-k * bits // 8), dtype=torch.uint8)
+    call(code.pack, ids.contiguous(), count, k, bits, packed.shape[1], packed)
+    return packed
 
 
 def _code_for(rows: Tensor) -> Any:

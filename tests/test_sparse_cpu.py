@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from kd_trainer import native, sparse, sparse_cpu
+from kd_trainer import cache_formats, native, sparse, sparse_cpu
 from kd_trainer.sparse import draw_samples, top_k
 from tests.test_visit import compiler
 
@@ -102,6 +102,16 @@ def test_draws_are_those_of_torch(classes, temperature, dtype, monkeypatch):
     assert (found.ids != other.ids).float().mean() < 2e-3  # a point may lie on the border of two
     assert torch.equal(rows.gather(1, found.top.unsqueeze(1)), rows.amax(1, True))
     torch.testing.assert_close(found.entropy, other.entropy, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 9, 10, 15, 17, 18, 31])
+@pytest.mark.parametrize("k", [1, 8, 50])
+def test_ids_are_packed_as_numpy_packs_them(bits, k, monkeypatch):
+    ids = torch.randint(2**bits, (33, k), generator=torch.Generator().manual_seed(bits))
+    ids[0], ids[-1, -1] = 2**bits - 1, 2**bits - 1
+    packed = sparse_cpu.pack_on_cpu(ids, bits, torch.zeros(1))
+    assert packed is not None
+    assert torch.equal(packed, in_torch(monkeypatch, cache_formats._pack, ids, bits, torch.zeros(1)))
 
 
 @pytest.mark.parametrize("classes", [3, 33, 1024])
