@@ -8,6 +8,7 @@ Imports: cache_formats, cache_store, checks, heads, inputs, outputs; xxhash.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from .cache_formats import Format, decode, format_of, output
 from .cache_store import BUILDING, HEAD, MANIFEST, CacheError, Rows, Store, damaged, is_finished
 from .checks import Shown, fail, message
 from .heads import HEADS, Head
-from .inputs import ROW_ID, TEACHER_PREFIX
+from .inputs import ROW_ID, TEACHER_PREFIX, begins_next
 from .outputs import TeacherOutput
 
 COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that the collator adds to a batch
@@ -147,6 +148,7 @@ class Read(NamedTuple):
     batch: dict[str, Any]
     row_ids: list[int]
     mask: Tensor  # `kept_positions`
+    counts: np.ndarray  # [rows] how many of them each row has
     signatures: np.ndarray
 
 
@@ -160,8 +162,14 @@ class Reading:
         taken = numbered(features)
         batch = dict(self.collator(taken.features))
         mask = kept_positions(self.head, batch, self.positions)
-        check_rows_apart(mask, taken.row_ids)
-        return Read(batch, taken.row_ids, mask, signatures(batch, mask, self.columns, self.head.shifted))
+        spans = rows_in_a_row(batch, mask, len(taken.row_ids))
+        parts = [(batch, mask)]
+        if spans is not None:
+            own = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape == mask.shape and k != "seq_idx"}
+            parts = [({k: v[:, span] for k, v in own.items()}, mask[:, span]) for span in spans]
+        counts = np.concatenate([kept.sum(1).numpy() for _, kept in parts])
+        seen = np.concatenate([signatures(part, kept, self.columns, self.head.shifted) for part, kept in parts])
+        return Read(batch, taken.row_ids, mask, counts, seen)
 
 
 def reading_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> Reading:
@@ -190,17 +198,16 @@ class CachedCollator:
     def __call__(self, features: Any) -> dict[str, Any]:
         manifest = self.store.manifest
         reading = reading_of(manifest, self.collator)
-        batch, row_ids, mask, seen = reading(features)
+        batch, row_ids, mask, counts, seen = reading(features)
         rows = self.store.take(row_ids)
-        self._check_rows(rows, seen, mask)
+        self._check_rows(rows, seen, counts)
         for name, values in decode(format_of(manifest), rows.columns).items():
             batch[COLUMN_PREFIX + name] = _aligned(
                 values, mask, reading.head, manifest["shape"] if name == "logits" else None
             )
         return batch
 
-    def _check_rows(self, rows: Rows, seen: np.ndarray, mask: Tensor) -> None:
-        counts = mask.sum(1).numpy()
+    def _check_rows(self, rows: Rows, seen: np.ndarray, counts: np.ndarray) -> None:
         wrong = np.flatnonzero((rows.signatures != seen) | (rows.counts != counts))
         if len(wrong):
             row = int(rows.row_ids[wrong[0]])
@@ -210,13 +217,24 @@ class CachedCollator:
             raise CacheError(message("train_dataset", shown, "the rows of the teacher cache", mend, because=because))
 
 
-def check_rows_apart(mask: Tensor, row_ids: Sequence[int]) -> None:
-    """Raises ValueError where a batch's rows are not the dataset's."""
-    if len(mask) != len(row_ids):
-        shown = Shown(f"one that makes {len(mask)} rows of {len(row_ids)}")
+def rows_in_a_row(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[slice] | None:
+    """Where each of `count` rows lies in a batch that is one long row of them all; None where each has its own.
+
+    Raises:
+        ValueError: the batch is neither, or does not tell where its rows begin.
+    """
+    if len(mask) == count:
+        return None
+    starts = [0, *(begins_next(batch, mask)[0].nonzero().flatten() + 1).tolist()] if len(mask) == 1 else []
+    if len(starts) != count:
+        shown = Shown(f"one that makes {len(mask)} rows of {count}")
         because = "what the teacher said is joined row by row"
-        mend = "Pack the dataset before (so that its rows are the packed ones), not the batch."
-        fail("data_collator", shown, "a row of the batch for each row of the dataset", mend, because=because)
+        expected = (
+            "a row of the batch for each row of the dataset, or one row with position_ids that tell where each begins"
+        )
+        mend = "Use DataCollatorWithFlattening, or pack the dataset before (so that its rows are the packed ones)."
+        fail("data_collator", shown, expected, mend, because=because)
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, mask.shape[1]])]
 
 
 def _aligned(values: Tensor, mask: Tensor, head: Head, shape: Sequence[int] | None) -> Tensor:

@@ -15,9 +15,10 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from queue import Full, Queue
 from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
@@ -25,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from .cache import NumberedRows, Read, Reading
+from .cache import NumberedRows, Read, Reading, Taken
 from .cache_formats import SPARSE, encode, format_of, to_numpy
-from .cache_store import Rows, joined, write_shard, written_shards
+from .cache_store import Rows, write_shard, written_shards
 from .checks import Shown, fail, message
 from .finite import bad_rows
 from .fused_arguments import Side, cast_as_autocast, chunk_rows
@@ -38,7 +39,8 @@ from .heads import Head
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20
-_MOST_ROWS = 512  # positions whose logits are made and encoded at once on CPU: more leave its cache
+_WAITING = 4  # batches that may wait to be written
+_MOST_ROWS = 1024  # positions whose logits are made and encoded at once on CPU: more leave its cache
 
 
 class Dimensions(NamedTuple):
@@ -207,10 +209,8 @@ def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, set
 
 def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read) -> Rows:
     """What the teacher says of a batch, encoded."""
-    kept, (batch, row_ids, mask, seen) = format_of(settings), read
-    inputs = trainer._prepare_inputs(batch)
-    inputs = trainer._with_decoder_inputs(trainer._fit.student, speaker.head, inputs)
-    on_device = mask.to(trainer.args.device)
+    kept, (_, row_ids, mask, counts, seen) = format_of(settings), read
+    inputs, on_device = _on_device(trainer, speaker, read)
     uniform = _uniform(settings, row_ids[0], int(mask.sum())) if kept.name == "sampled" else torch.empty(0)
     said: Iterator[Tensor]
     parts: list[dict[str, np.ndarray]] = []
@@ -230,7 +230,25 @@ def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read)
         parts.append({name: to_numpy(column) for name, column in encoded.items()})
         done += len(values)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Rows(np.asarray(row_ids, np.int64), seen, mask.sum(1).numpy(), columns)
+    return Rows(np.asarray(row_ids, np.int64), seen, counts, columns)
+
+
+def _on_device(trainer: Any, speaker: Speaker, read: Read) -> tuple[dict[str, Any], Tensor]:
+    inputs = trainer._prepare_inputs(read.batch)
+    return trainer._with_decoder_inputs(trainer._fit.student, speaker.head, inputs), read.mask.to(trainer.args.device)
+
+
+def check_rows_unseen(trainer: Any, speaker: Speaker, reading: Reading, rows: Taken) -> None:
+    """Raises ValueError where the teacher says of the last of some rows, joined to one long row, something else than of
+    it alone: a cache would keep what came of that company."""
+    reads = reading(rows), reading(Taken(rows.row_ids[-1:], rows.features[-1:]))
+    behind, alone = (torch.cat([x.clone() for x in speaker.logits(*_on_device(trainer, speaker, r))]) for r in reads)
+    room = 5e-2 if alone.dtype.itemsize < 4 else 1e-3
+    behind = behind[len(behind) - len(alone) :]
+    if len(alone) and float((behind - alone).abs().max()) > room * float(alone.abs().max()):
+        shown = Shown("one that makes one long row of several, and the teacher lets them see each other")
+        mend = "Use DataCollatorWithFlattening with its position_ids and a teacher that keeps to them, or pad the rows."
+        fail("data_collator", shown, "rows of which the teacher says the same in any company", mend)
 
 
 def fail_no_product(speaker: Speaker) -> NoReturn:
@@ -247,11 +265,12 @@ def _uniform(settings: Mapping[str, Any], first_row: int, count: int) -> Tensor:
 
 def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
     """Raises ValueError where the teacher said NaN or inf: it would be kept for ever."""
-    for name in ("logits", "hidden", "log_probs", "entropy"):
-        values = columns.get(name)
-        if values is None or not values.is_floating_point() or not len(values):
+    for name, values in columns.items():
+        if name == "log_tail" or not values.is_floating_point() or not len(values):
             continue
-        bad = bool(bad_rows(values)) if name in ("logits", "log_probs") else not bool(torch.isfinite(values).all())
+        if name in ("log_probs", "range"):
+            values = values[:, :1]  # the largest: NaN wherever a logit is NaN or inf
+        bad = bool(bad_rows(values)) if name == "logits" else not bool(torch.isfinite(values).all())
         if bad:
             shown = Shown(f"giving NaN or inf on rows {row_ids[0]} to {row_ids[-1]} of the data")
             mend = "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs."
@@ -271,48 +290,65 @@ def what_the_disk_refuses(folder: Path) -> Iterator[None]:
             mend = "What is built stays: make room and run again, it goes on from there."
         else:
             expected = "a folder that this run may write to"
-            mend = "Set it to another folder. A finished cache is only read as teacher_model=CachedTeacher(folder)."
+            mend = "Set it to another folder. (One with a finished cache of the same data may be read-only.)"
         raise RuntimeError(message("teacher_cache_dir", shown, expected, mend)) from error
 
 
 class _Writer:
-    """Collects the rows of a shard, and writes it while the next one is asked for."""
+    """Writes shards in a thread, while the next batches are asked for."""
 
     def __init__(self, folder: Path, writes: bool) -> None:
         self.folder, self.writes = folder, writes
         self._pool = ThreadPoolExecutor(1)
-        self._last: Future | None = None
-        self._index, self._parts = -1, list[Rows]()
-        self._room: dict[str, np.ndarray] = {}
+        self._index = -1
+        self._batches: Queue[Rows | bool] = Queue()  # of the shard that is written; True ends it, False gives it up
+        self._shards: list[Future] = []
 
     def add(self, index: int, rows: Rows) -> None:
         """Takes the next rows of a shard; those of another shard end the last one."""
-        if index != self._index:
-            self._write()
-            self._index = index
-        self._parts.append(rows)
-
-    def _write(self) -> None:
-        parts, self._parts = self._parts, []
-        if not parts or not self.writes:
+        if not self.writes:
             return
-        self._wait()
-        self._last = self._pool.submit(self._write_parts, self._index, parts)
+        if index != self._index:
+            self._raise_for(self._shards[:-1])
+            del self._shards[:-1]
+            self._put(True)
+            self._index, self._batches = index, Queue(_WAITING)
+            self._shards.append(self._pool.submit(write_shard, self.folder, index, _coming(self._batches)))
+        if not self._put(rows):
+            self._raise_for(self._shards)
 
-    def _write_parts(self, index: int, parts: list[Rows]) -> None:
-        write_shard(self.folder, index, joined(parts, self._room))
+    def _put(self, item: Rows | bool) -> bool:
+        """Waits for room in the queue; False where nobody takes from it any more."""
+        while self._shards and not self._shards[-1].done():
+            try:
+                self._batches.put(item, timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False
 
-    def _wait(self) -> None:
-        if self._last is not None:
-            with what_the_disk_refuses(self.folder):
-                self._last.result()
+    def _raise_for(self, shards: Iterable[Future]) -> None:
+        with what_the_disk_refuses(self.folder):
+            for shard in shards:
+                shard.result()
 
     def end(self) -> None:
-        self._write()
-        self._wait()
+        """Waits until all is on disk."""
+        self._put(True)
+        self._raise_for(self._shards)
 
     def close(self) -> None:
+        """Gives up a shard that was not ended."""
+        self._put(False)
         self._pool.shutdown(wait=True)
+
+
+def _coming(batches: Queue[Rows | bool]) -> Iterator[Rows]:
+    """The batches of a shard until it ends; raises CancelledError where it is given up, so that it leaves no file."""
+    while not isinstance(rows := batches.get(), bool):
+        yield rows
+    if not rows:
+        raise CancelledError
 
 
 class _Progress:

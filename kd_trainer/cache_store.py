@@ -23,8 +23,7 @@ import json
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,9 +33,10 @@ import pyarrow as pa
 from .checks import Shown, message
 from .files import digest, write_atomically
 
-LAYOUT = 1  # of the folder; another number is another program's
+LAYOUT = 2  # of the folder; another number is another program's
 MANIFEST, BUILDING, HEAD, DATA = "manifest.json", "building.json", "head.safetensors", "data"
 _OPEN_FILES = 64
+_AT_ONCE = 2**20  # bytes of the columns of a record batch, at least: smaller ones would be known by more than they hold
 
 
 class CacheError(ValueError):
@@ -52,21 +52,13 @@ class Rows(NamedTuple):
     columns: dict[str, np.ndarray]  # [N, width]
 
 
-def joined(parts: Sequence[Rows], room: dict[str, np.ndarray] | None = None) -> Rows:
-    """The rows of all parts.
-
-    Args:
-        room: memory for the columns, by name, which the next call that is given it overwrites: fresh memory takes
-            longer than all else that is done with a shard.
-    """
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts."""
+    if len(parts) == 1:
+        return parts[0]
     ids, signatures, counts = (np.concatenate([part[i] for part in parts]) for i in range(3))
-    room = {} if room is None else room
-    columns = {}
-    for name, first in parts[0].columns.items():
-        total = sum(len(part.columns[name]) for part in parts)
-        if name not in room or len(room[name]) < total:
-            room[name] = np.empty((total, first.shape[1]), first.dtype)
-        columns[name] = np.concatenate([part.columns[name] for part in parts], out=room[name][:total])
+    names = parts[0].columns
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
     return Rows(ids, signatures, counts, columns)
 
 
@@ -78,7 +70,11 @@ def shard_name(index: int) -> str:
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Notes the settings of an unfinished cache; returns those that were noted when it was begun, if it was."""
+    """Notes the settings of an unfinished cache; returns those that were noted when it was begun, if it was.
+
+    Raises:
+        CacheError: what was noted was changed, or is of another layout.
+    """
     path = folder / BUILDING
     (folder / DATA).mkdir(parents=True, exist_ok=True)
     written = ((folder, (".*.json.*", f".{HEAD}.*", ".README.md.*")), (folder / DATA, (".data-*", ".state.json.*")))
@@ -86,27 +82,41 @@ def begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         left.unlink(missing_ok=True)  # of a killed process; whoever builds holds the lock
     if not path.exists():
         write_atomically(path, _sealed(settings))
-    return _read_sealed(path)
+    return _of_this_layout(_read_sealed(path))
 
 
-def write_shard(folder: Path, index: int, rows: Rows) -> None:
-    """Writes a shard with its digest beside it: to a temporary name, synced, renamed; first the digest."""
-    batch, path = _record_batch(rows), folder / DATA / shard_name(index)
+def write_shard(folder: Path, index: int, parts: Iterable[Rows]) -> None:
+    """Writes a shard, with its digest beside it, while its parts come: to a temporary name, synced, renamed; first the
+    digest. The same rows in the same parts make the same bytes; an exception of `parts` leaves nothing."""
+    path = folder / DATA / shard_name(index)
 
     def write(file: BinaryIO) -> None:
-        sink = _Hashed(file)
-        with pa.ipc.new_stream(pa.PythonFile(sink, "w"), batch.schema) as writer:
+        sink, writer, rows, positions = _Hashed(file), None, 0, 0
+        for together in _grouped(parts):
+            batch = _record_batch(together)
+            writer = writer or pa.ipc.new_stream(pa.PythonFile(sink, "w"), batch.schema)
             writer.write_batch(batch)
-        entry = {
-            "name": path.name,
-            "rows": len(rows.row_ids),
-            "positions": int(rows.counts.sum()),
-            "bytes": sink.size,
-            "sha256": sink.sha256.hexdigest(),
-        }
-        write_atomically(path.with_suffix(".json"), _sealed(entry))
+            rows, positions = rows + len(together.row_ids), positions + int(together.counts.sum())
+        assert writer is not None
+        writer.close()
+        entry = {"name": path.name, "rows": rows, "positions": positions, "bytes": sink.size}
+        write_atomically(path.with_suffix(".json"), _sealed(entry | {"sha256": sink.sha256.hexdigest()}))
 
     write_atomically(path, write)
+
+
+def _grouped(parts: Iterable[Rows]) -> Iterator[Rows]:
+    """The parts joined until they are large enough for a record batch of their own."""
+    waiting: list[Rows] = []
+    size = 0
+    for part in parts:
+        waiting.append(part)
+        size += sum(column.nbytes for column in part.columns.values())
+        if size >= _AT_ONCE:
+            yield joined(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield joined(waiting)
 
 
 class _Hashed(io.RawIOBase):
@@ -255,31 +265,40 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         mend = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
         shown = Shown(f"{str(folder)!r}, {'which is unfinished' if begun else 'which has no ' + MANIFEST}")
         raise CacheError(message("teacher_cache", shown, "a finished cache", mend))
-    manifest = _read_sealed(folder / MANIFEST)
+    return _of_this_layout(_read_sealed(folder / MANIFEST))
+
+
+def _of_this_layout(manifest: dict[str, Any]) -> dict[str, Any]:
     if manifest.get("layout") != LAYOUT:
-        mend = "Read it with that version of kd_trainer, or build it again."
+        mend = "Read it with that version of kd_trainer, or build it again in an empty folder."
         shown = Shown(f"of layout {manifest.get('layout')}, from kd_trainer {manifest.get('kd_trainer')}")
         raise CacheError(message("teacher_cache", shown, f"layout {LAYOUT}", mend))
     return manifest
 
 
-@dataclass
-class _Shard:
-    """An open, checked shard: where its columns lie in the file."""
+class _Column(NamedTuple):
+    """Where a column lies in a shard."""
+
+    dtype: np.dtype
+    width: int
+    places: np.ndarray  # [rows] int64: each row's first byte in the file
+
+
+class _Shard(NamedTuple):
+    """An open, checked shard."""
 
     file: Any
     name: str
     row_ids: np.ndarray
     signatures: np.ndarray
-    offsets: np.ndarray  # [rows + 1] positions before each row
-    columns: dict[str, tuple[int, np.dtype, int]] = field(default_factory=dict)  # place in the file, dtype, width
+    counts: np.ndarray  # [rows] positions
+    columns: dict[str, _Column]
 
     def read(self, name: str, row: int) -> np.ndarray:
         """A column of a row [positions, width]."""
-        place, dtype, width = self.columns[name]
-        start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
-        size = (stop - start) * width * dtype.itemsize
-        content = _read_at(self.file, size, place + start * width * dtype.itemsize)
+        dtype, width, places = self.columns[name]
+        size = int(self.counts[row]) * width * dtype.itemsize
+        content = _read_at(self.file, size, int(places[row]))
         if len(content) != size:
             raise CacheError(damaged(self.name, "it was cut while it was read"))
         return np.frombuffer(content, dtype).reshape(-1, width)
@@ -347,7 +366,7 @@ class Store:
         parts = [self._locate(int(row_id)) for row_id in row_ids]
         names = parts[0][0].columns
         columns = {name: np.concatenate([shard.read(name, row) for shard, row in parts]) for name in names}
-        counts = np.array([shard.offsets[row + 1] - shard.offsets[row] for shard, row in parts])
+        counts = np.array([shard.counts[row] for shard, row in parts])
         signatures = np.array([shard.signatures[row] for shard, row in parts], dtype=np.uint64)
         return Rows(np.asarray(row_ids), signatures, counts, columns)
 
@@ -396,21 +415,34 @@ def _stamp(found: os.stat_result) -> tuple[int, int, int]:
 def _opened(file: Any, path: Path) -> _Shard:
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         content = pa.py_buffer(mapped)
-        batch = pa.ipc.open_stream(content).read_next_batch()
-        row_ids, signatures = (np.array(batch.column(name)) for name in ("row_id", "signature"))
-        shard = _Shard(file, str(path), row_ids, signatures, np.zeros(1, np.int32))
-        for name in batch.schema.names:
-            if name in ("row_id", "signature"):
-                continue
-            column = batch.column(name)
-            entries = column.values
-            flat = entries.values
-            shard.offsets = np.array(column.offsets)
-            dtype = np.dtype(flat.type.to_pandas_dtype())
-            place = flat.buffers()[1].address - content.address + flat.offset * dtype.itemsize
-            shard.columns[name] = (place, dtype, entries.type.list_size)
-        del batch, column, entries, flat, content
-    return shard
+        parts = [_of_batch(batch, content.address, file, path) for batch in pa.ipc.open_stream(content)]
+        del content
+    first = parts[0]
+    columns = {}
+    for name, column in first.columns.items():
+        columns[name] = column._replace(places=np.concatenate([part.columns[name].places for part in parts]))
+    return first._replace(
+        row_ids=np.concatenate([part.row_ids for part in parts]),
+        signatures=np.concatenate([part.signatures for part in parts]),
+        counts=np.concatenate([part.counts for part in parts]),
+        columns=columns,
+    )
+
+
+def _of_batch(batch: pa.RecordBatch, start: int, file: Any, path: Path) -> _Shard:
+    """What a record batch holds of the shard whose file begins at the address `start`."""
+    row_ids, signatures = (np.array(batch.column(name)) for name in ("row_id", "signature"))
+    counts, columns = np.zeros(0, np.int32), {}
+    for name in batch.schema.names:
+        if name in ("row_id", "signature"):
+            continue
+        entries = batch.column(name).values
+        flat, offsets = entries.values, np.array(batch.column(name).offsets)
+        dtype, width = np.dtype(flat.type.to_pandas_dtype()), entries.type.list_size
+        place = flat.buffers()[1].address - start + flat.offset * dtype.itemsize
+        columns[name] = _Column(dtype, width, place + offsets[:-1].astype(np.int64) * (width * dtype.itemsize))
+        counts = np.diff(offsets)
+    return _Shard(file, str(path), row_ids, signatures, counts, columns)
 
 
 def _read_at(file: Any, size: int, offset: int) -> bytes:

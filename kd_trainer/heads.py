@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import Shown, fail, message
-from .inputs import main_input
+from .inputs import begins_next, main_input
 from .losses import SoftTargetLoss
 from .reductions import IGNORE_INDEX, divide
 
@@ -102,15 +102,7 @@ class Head:
         if not self.shifted:
             return mask
         counted = mask[..., 1:] & mask[..., :-1]
-        ids = inputs.get("position_ids")
-        if ids is not None and ids.shape == mask.shape:  # in a packed row they start again with every sequence
-            counted = counted & (ids[..., 1:] > ids[..., :-1])
-        sequence, starts = inputs.get("seq_idx"), inputs.get("cu_seq_lens_q")
-        if sequence is not None and sequence.shape == mask.shape:
-            counted = counted & (sequence[..., 1:] == sequence[..., :-1])
-        if starts is not None and mask.shape[0] == 1:  # where each sequence of the one long row begins, and the end
-            counted[:, starts[1:-1].long() - 1] = False
-        return F.pad(counted, (0, 1), value=False)
+        return F.pad(counted & ~begins_next(inputs, mask), (0, 1), value=False)
 
     def sequences(self, inputs: Mapping[str, Any]) -> Tensor:
         """A [B, S] tensor with one entry for each position of the logits of a token-level task."""

@@ -59,6 +59,24 @@ def main_input(inputs: Mapping[str, Any]) -> Tensor:
     fail("inputs", Shown(f"a batch with the keys {', '.join(inputs)}"), "at least one tensor", "Check the collator.")
 
 
+def begins_next(inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+    """Boolean [B, S - 1]: whether the position behind begins another sequence of a packed row, by whatever of
+    position_ids, seq_idx and cu_seq_lens_q tells it.
+
+    Args:
+        mask: [B, S], one entry for each position.
+    """
+    positions, sequence, starts = (inputs.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q"))
+    found = torch.zeros_like(mask[..., 1:], dtype=torch.bool)
+    if isinstance(positions, Tensor) and positions.shape == mask.shape:  # they start again with every sequence
+        found = found | (positions[..., 1:] <= positions[..., :-1])
+    if isinstance(sequence, Tensor) and sequence.shape == mask.shape:
+        found = found | (sequence[..., 1:] != sequence[..., :-1])
+    if isinstance(starts, Tensor) and mask.shape[0] == 1:  # where each sequence of the one long row begins, and the end
+        found[:, starts[1:-1].long() - 1] = True
+    return found
+
+
 def vocabulary_rows(model: Any, *, written: bool = False) -> int | None:
     """How many token ids the model can read (rows of its embedding) or write (classes of its logits); None: unknown.
 

@@ -39,7 +39,14 @@ from .cache import (
     numbered,
     reading_of,
 )
-from .cache_build import SHARD_BYTES, Speaker, build_shards, fail_no_product, what_the_disk_refuses
+from .cache_build import (
+    SHARD_BYTES,
+    Speaker,
+    build_shards,
+    check_rows_unseen,
+    fail_no_product,
+    what_the_disk_refuses,
+)
 from .cache_formats import DEFAULT_K, DTYPES, Format, card, check_format, format_of
 from .cache_identity import collation, compare, teacher_identity, tokenizer_identity
 from .cache_store import (
@@ -102,8 +109,8 @@ class OfflineTeacher(FirstLook):
         with same_random_numbers(self.args.device):
             for part, dataset in self._cache_parts():
                 if part not in self._ready_parts:
-                    with self._only_builder(where, part):
-                        self._ready_parts[part] = self._prepare_part(part, dataset, where / part)
+                    with self._only_builder(where, part) as may_write:
+                        self._ready_parts[part] = self._prepare_part(part, dataset, where / part, may_write)
         self._take_cached(where)
         return cast(CachedTeacher, self.teacher)
 
@@ -155,39 +162,44 @@ class OfflineTeacher(FirstLook):
     # ---- one part ----
 
     @contextmanager
-    def _only_builder(self, where: Path, part: str) -> Iterator[None]:
-        """Holds the lock of a part; waits, and says so, while another run builds it."""
+    def _only_builder(self, where: Path, part: str) -> Iterator[bool]:
+        """Holds the lock of a part; waits, and says so, while another run builds it. False where there can be no lock
+        and the part is finished: it may lie in a folder that is only read."""
         from filelock import FileLock, Timeout
 
         lock, said = FileLock(str(where / f".{part}.lock")), False
 
-        def acquire() -> bool:
+        def acquire() -> bool | None:
             with what_the_disk_refuses(where):
                 where.mkdir(parents=True, exist_ok=True)
                 try:
                     lock.acquire(timeout=0)
                 except Timeout:
-                    return False
-                return True
+                    return None
+                except OSError:
+                    if not is_finished(where / part):
+                        raise
+                return lock.is_locked
 
         try:
-            while not self._on_main_process(acquire):
+            while (held := self._on_main_process(acquire)) is None:
                 if not said and self.is_world_process_zero():
                     logger.warning("[kd_trainer] another run builds the teacher cache %s: waiting for it", where / part)
                 said = True
                 time.sleep(2.0)
-            yield
+            yield held
         finally:
             lock.release()
 
-    def _prepare_part(self, part: str, dataset: Any, folder: Path) -> Store:
+    def _prepare_part(self, part: str, dataset: Any, folder: Path, may_write: bool) -> Store:
         """Checks a finished part and mends its damaged shards; builds what is missing."""
         finished = self._on_main_process(lambda: is_finished(folder))
         if finished:
             store = Store(folder)
             self._on_main_process(lambda: self._check_fits(store, part, dataset))
-            if not self._damaged(store):
-                self._on_main_process(lambda: clean(folder))
+            if not self._damaged(store, may_write):
+                if may_write:
+                    self._on_main_process(lambda: clean(folder))
                 return store
         live = self._live_teacher()
         used, collator = self._as_read(dataset)
@@ -211,7 +223,7 @@ class OfflineTeacher(FirstLook):
         self._on_main_process(lambda: self._finish(folder, settings, part))
         return Store(folder)
 
-    def _damaged(self, store: Store) -> bool:
+    def _damaged(self, store: Store, may_write: bool) -> bool:
         """Reads all shards, each process its share; makes an unfinished cache of one with damaged shards."""
         total = len(store.manifest["shards"])
         bad = store.check(range(self.args.process_index, total, self.args.world_size))
@@ -219,9 +231,14 @@ class OfflineTeacher(FirstLook):
         head_lost = store.manifest["format"] == "hidden" and not store.head_is_whole()
         if not found and not head_lost:
             return False
+        reasons = {store.manifest["shards"][index]["name"]: reason for index, reason in sorted(found.items())}
+        if not may_write:
+            name, reason = next(iter((reasons or {HEAD: "it is not as it was written"}).items()))
+            shown = Shown(f"{str(store.folder)!r}, damaged in {name} ({reason}) and not to be written to")
+            mend = "Fetch the file again, or set it to another folder."
+            raise CacheError(message("teacher_cache_dir", shown, "a whole cache, or a folder to mend it in", mend))
         if self.is_world_process_zero():
-            for index, reason in sorted(found.items()):
-                name = store.manifest["shards"][index]["name"]
+            for name, reason in reasons.items():
                 logger.warning("[kd_trainer] teacher cache %s: %s is built again: %s", store.folder, name, reason)
             with what_the_disk_refuses(store.folder):
                 reopen(store.folder, store.manifest, set(found))
@@ -259,7 +276,9 @@ class OfflineTeacher(FirstLook):
                 because=because,
             )
         kept, extra = self._format(speaker, prepared, kept_positions(head, sample, kd.kd_positions))
-        row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(read.mask.sum(1).float().mean()) + 24
+        if len(read.mask) < len(read.row_ids):
+            check_rows_unseen(self, speaker, reading, numbered(_features(used, 2)))
+        row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(read.counts.mean()) + 24
         batch_rows = self.args.per_device_eval_batch_size
         settings = {
             **{"layout": LAYOUT, "kd_trainer": __version__, "part": part},
@@ -358,7 +377,7 @@ class OfflineTeacher(FirstLook):
         begun = (folder / BUILDING).exists()
         with what_the_disk_refuses(folder):
             noted = begin(folder, settings)
-        if begun and noted["layout"] == LAYOUT:
+        if begun:
             self._compare(folder, noted, part, dataset)
         return {key: value for key, value in noted.items() if key != "sealed"}
 

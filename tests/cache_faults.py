@@ -134,7 +134,7 @@ def manifest(cache: Path, other: Path, draw: random.Random) -> Damage:
 _EDITS: dict[str, Any] = {
     "temperature": 1.0, "k": 3, "dtype": "bfloat16", "task": "token_classification", "format": "logits", "classes": 36,
     "positions": "all", "batch_rows": 4, "rows_per_shard": 4, "total_rows": 63, "row_ids": "column", "vocabulary": 36,
-    "head_scale": 2.0, "head_sha256": "0" * 64, "columns_read": [], "shape": [36], "part": "test", "layout": 2,
+    "head_scale": 2.0, "head_sha256": "0" * 64, "columns_read": [], "shape": [36], "part": "test", "layout": 9,
 }  # fmt: skip
 
 

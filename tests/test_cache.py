@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
 from kd_trainer import CachedTeacher, DistillationTrainer, cache_build, offline
+from kd_trainer.cache_formats import Format, encode
 from kd_trainer.cache_store import CacheError
 from kd_trainer.data import as_tensors, collate_tensors
 from kd_trainer.interrupt import ResumableInterrupt
@@ -247,13 +249,48 @@ def test_random_masking_is_refused(tmp_path):
         trainer.train()
 
 
-def test_batches_that_are_packed_by_the_collator_are_refused(tmp_path):
-    from transformers import DataCollatorWithFlattening
+@pytest.mark.parametrize("kept", ["hidden", "topk", "sampled"])
+@pytest.mark.parametrize("how", [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}])
+def test_batches_that_are_one_long_row(how, kept, tmp_path):
+    """As the flattening collator makes them: read in another order, they are the live teacher's."""
+    rows = [{k: v for k, v in row.items() if k != "attention_mask"} for row in tiny.rows("causal_lm")]
+    collator = DataCollatorWithFlattening(**how)
+    options = {"kd_reduction": "tokenmean", "max_steps": 10, "kd_divergence": "forward_kl", "seed": 3}
 
+    def run(name: str, teacher: Any = None, **more: Any) -> list[float]:
+        student, live = tiny.models("causal_lm")
+        trainer = build("causal_lm", tmp_path / name, pair=(student, teacher or live), data=rows, **{**options, **more})
+        trainer.data_collator = collator
+        return losses(trainer)
+
+    right = run("live")
+    built = run(
+        "built", **cache(tmp_path / "cache", kept, {"hidden": None, "topk": tiny.VOCAB - 1, "sampled": 50}[kept])
+    )
+    again = run("read", CachedTeacher(tmp_path / "cache"))
+    assert built == again
+    assert right == pytest.approx(built, rel={"hidden": 1e-5, "topk": 1e-3, "sampled": 0.05}[kept])
+    manifest = CachedTeacher(tmp_path / "cache").manifest
+    assert manifest["total_rows"] == len(rows)
+    collator.separator_id = rows[0]["input_ids"][1]  # other labels: other positions are kept
+    with pytest.raises(ValueError, match="differs from the one the teacher read"):
+        run("other", CachedTeacher(tmp_path / "cache"))
+
+
+def test_one_long_row_must_tell_where_rows_begin(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "attention_mask"} for row in tiny.rows("causal_lm")]
     trainer = build("causal_lm", tmp_path / "run", data=rows, **cache(tmp_path / "cache", "hidden"))
-    trainer.data_collator = DataCollatorWithFlattening()
-    with pytest.raises(ValueError, match=r"`data_collator` is one that makes 1 rows of .* Pack the dataset before"):
+    trainer.data_collator = DataCollatorWithFlattening(return_position_ids=False)
+    with pytest.raises(ValueError, match=r"`data_collator` is one that makes 1 rows of .* Use DataCollatorWithFlatten"):
+        trainer.train()
+
+
+def test_rows_that_see_each_other_are_refused(tmp_path):
+    """The attention of torch does not read cu_seq_lens."""
+    rows = [{k: v for k, v in row.items() if k != "attention_mask"} for row in tiny.rows("causal_lm")]
+    trainer = build("causal_lm", tmp_path / "run", data=rows, **cache(tmp_path / "cache", "hidden"))
+    trainer.data_collator = DataCollatorWithFlattening(return_position_ids=False, return_flash_attn_kwargs=True)
+    with pytest.raises(ValueError, match=r"`data_collator` is one that makes one long row .* lets them see each other"):
         trainer.train()
 
 
@@ -578,6 +615,26 @@ def test_a_teacher_that_says_nan_is_not_kept(tmp_path):
     with pytest.raises(ValueError, match=r"`teacher_model` is giving NaN or inf on rows (\d+ to \d+ of the data|\[)"):
         trainer.train()
     assert not (tmp_path / "cache/train/manifest.json").exists()
+
+
+@pytest.mark.parametrize("strange", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        Format("logits", 50),
+        Format("hidden", 50),
+        Format("topk", 50, 8, 1.0, "float16"),
+        Format("topk", 50, 8, 1.0, "uint8"),
+        Format("sampled", 50, 8, 1.0),
+    ],
+    ids=lambda kept: f"{kept.name} {kept.dtype}",
+)
+def test_a_single_number_that_is_not_finite_is_seen_in_every_format(kept, strange):
+    said = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    cache_build._check_finite(encode(kept, said, torch.full((20,), 0.5, dtype=torch.float64)), [3, 4])
+    said[7, 11] = strange
+    with pytest.raises(ValueError, match="`teacher_model` is giving NaN or inf on rows 3 to 4 of the data"):
+        cache_build._check_finite(encode(kept, said, torch.full((20,), 0.5, dtype=torch.float64)), [3, 4])
 
 
 def test_no_room_on_the_disk(tmp_path, monkeypatch):

@@ -170,6 +170,28 @@ def test_of_two_runs_at_once_one_builds_and_the_other_waits_and_reads(tmp_path):
     assert sum(places.count("os.rename .manifest.json") for places in done) == 2  # of two parts
 
 
+@pytest.mark.parametrize("kept", ["topk", "hidden"])
+def test_a_finished_cache_may_lie_where_nothing_can_be_written(kept, caches, monkeypatch):
+    out = caches.copy(kept)
+
+    def read_only(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(FileLock, "acquire", read_only)
+    monkeypatch.setattr(cache_store, "write_atomically", read_only)
+    monkeypatch.setattr(offline, "write_atomically", read_only)
+    before = cache_kills.content(out / "cache")
+    assert trainer(out, kept, cache_faults.ROWS).build_teacher_cache().format.name == kept
+    assert cache_kills.difference(cache_kills.content(out / "cache"), before) == []
+
+    damaged = "head.safetensors" if kept == "hidden" else "data/data-00003.arrow"
+    cache_faults.flip(out / "cache/train" / damaged, random.Random(0))
+    with pytest.raises(CacheError, match=rf"damaged in {Path(damaged).name} \(.*\) and not to be written to; expected"):
+        trainer(out, kept, cache_faults.ROWS).build_teacher_cache()
+    with pytest.raises(RuntimeError, match=r"could not be written .*Read-only file system"):
+        trainer(out / "elsewhere", kept, cache_faults.ROWS).build_teacher_cache()
+
+
 def _no_room(monkeypatch, name: str) -> None:
     """The disk is full when the file of that name is written."""
     write = cache_store.write_atomically
@@ -248,11 +270,10 @@ def test_a_folder_that_is_not_ours_is_read_and_said_not_to_be_written(caches):
         )
         asking = trainer(mine, "hidden", cache_faults.ROWS, teacher_cache_dir=str(out / "cache"))
         new = trainer(mine, "hidden", cache_faults.ROWS, teacher_cache_dir=str(out / "new"))
-        refused = r"`teacher_cache_dir` is .*Permission denied.*CachedTeacher"
+        refused = r"`teacher_cache_dir` is .*Permission denied.* Set it to another folder"
         with _nobody():
             run.train()
-            with pytest.raises(RuntimeError, match=refused):
-                asking.build_teacher_cache()
+            assert asking.build_teacher_cache().format.name == "hidden"
             with pytest.raises(RuntimeError, match=refused):
                 new.build_teacher_cache()
         assert tiny.logged(run, "loss") == caches.numbers["hidden"]["loss"]

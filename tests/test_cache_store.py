@@ -7,7 +7,9 @@ import os
 import pickle
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from kd_trainer import cache_store
@@ -43,7 +45,7 @@ def build(folder: Path, settings: dict | None = None, shards=SHARDS) -> Path:
     settings = settings or SETTINGS
     begin(folder, settings)
     for index, ids in enumerate(shards):
-        write_shard(folder, index, rows(ids))
+        write_shard(folder, index, [rows(ids)])
     notes = cache_store.written_notes(folder)
     finish(
         folder,
@@ -76,6 +78,60 @@ def test_rows_come_back_in_any_order(tmp_path, asked):
         np.testing.assert_array_equal(found[i], expected[i])
 
 
+def split(whole: Rows, at: int) -> list[Rows]:
+    """The same rows in parts of `at` rows."""
+    starts = np.concatenate([[0], np.cumsum(whole.counts)])
+    found = []
+    for first in range(0, len(whole.row_ids), at):
+        rows_of, last = slice(first, first + at), min(first + at, len(whole.row_ids))
+        columns = {name: values[starts[first] : starts[last]] for name, values in whole.columns.items()}
+        found.append(Rows(*(x[rows_of] for x in whole[:3]), columns))
+    return found
+
+
+@pytest.mark.parametrize(("at", "at_once", "batches"), [(1, 1, 3), (2, 16, 2), (3, 10**9, 1)])  # row 0 is empty
+def test_a_shard_may_come_in_parts(at, at_once, batches, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_store, "_AT_ONCE", at_once)
+    begin(tmp_path, SETTINGS)
+    for index, ids in enumerate(SHARDS):
+        write_shard(tmp_path, index, iter(split(rows(ids), at)))
+    notes = cache_store.written_notes(tmp_path)
+    finish(tmp_path, SETTINGS, [notes[i] for i in range(len(SHARDS))], "")
+    store, expected = Store(tmp_path), cache_store.joined([one(row) for row in (7, 0, 5, 4, 3, 6)])
+    found = store.take([7, 0, 5, 4, 3, 6])
+    for name, values in expected.columns.items():
+        np.testing.assert_array_equal(found.columns[name], values)
+    for i in range(3):
+        np.testing.assert_array_equal(found[i], expected[i])
+    assert store.manifest["total_rows"] == 8
+    assert store.manifest["total_positions"] == sum(int(rows(ids).counts.sum()) for ids in SHARDS)
+    read = datasets.load_from_disk(str(tmp_path / "data"))
+    assert read["row_id"][:] == list(range(8))
+    assert read[5]["ids"] == one(5).columns["ids"].tolist()
+    with pa.OSFile(str(tmp_path / "data/data-00000.arrow")) as file:
+        assert len(list(pa.ipc.open_stream(file))) == batches
+
+
+def test_a_shard_that_is_given_up_leaves_nothing(tmp_path):
+    begin(tmp_path, SETTINGS)
+
+    def parts():
+        yield rows(SHARDS[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path, 0, parts())
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_an_unfinished_cache_of_another_layout_does_not_go_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(cache_store, "LAYOUT", 1)
+        begin(tmp_path, {**SETTINGS, "layout": 1})
+    with pytest.raises(CacheError, match=r"of layout 1, from kd_trainer 0; expected layout 2"):
+        begin(tmp_path, SETTINGS)
+
+
 def test_a_store_that_is_sent_to_another_process_opens_its_own_files(tmp_path):
     store = Store(build(tmp_path))
     store.take([0])
@@ -105,8 +161,6 @@ def test_rows_with_numbers_of_their_own(tmp_path):
 
 
 def test_other_programs_read_it(tmp_path):
-    import datasets
-
     build(tmp_path)
     loaded = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "elsewhere"))
     from_disk = datasets.load_from_disk(str(tmp_path / "data"))
@@ -131,7 +185,7 @@ def test_two_buildings_are_the_same_bytes_and_leave_nothing_behind(tmp_path):
 def test_an_unfinished_building_knows_its_whole_shards(tmp_path):
     begin(tmp_path, SETTINGS)
     for index, ids in enumerate(SHARDS):
-        write_shard(tmp_path, index, rows(ids))
+        write_shard(tmp_path, index, [rows(ids)])
     assert written_shards(tmp_path) == {0, 1, 2}
     (tmp_path / "data/data-00001.arrow").unlink()  # killed between the digest and the shard
     with (tmp_path / "data/data-00002.arrow").open("ab") as file:
@@ -153,7 +207,7 @@ def test_a_damaged_shard_is_taken_out_and_written_again(tmp_path):
     reopen(tmp_path, store.manifest, {1})
     assert not is_finished(tmp_path)
     assert written_shards(tmp_path) == {0, 2}
-    write_shard(tmp_path, 1, rows(SHARDS[1]))
+    write_shard(tmp_path, 1, [rows(SHARDS[1])])
     notes, noted = cache_store.written_notes(tmp_path), begin(tmp_path, SETTINGS)
     finish(
         tmp_path,
@@ -221,9 +275,11 @@ def test_an_edited_manifest_is_refused(tmp_path, edit):
         Store(tmp_path)
 
 
-def test_a_layout_of_tomorrow_is_refused(tmp_path):
-    build(tmp_path, {**SETTINGS, "layout": 99, "kd_trainer": "9.9"})
-    with pytest.raises(CacheError, match=r"of layout 99, from kd_trainer 9\.9; expected layout 1"):
+def test_a_layout_of_tomorrow_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as tomorrow:
+        tomorrow.setattr(cache_store, "LAYOUT", 99)
+        build(tmp_path, {**SETTINGS, "layout": 99, "kd_trainer": "9.9"})
+    with pytest.raises(CacheError, match=r"of layout 99, from kd_trainer 9\.9; expected layout 2"):
         Store(tmp_path)
 
 
@@ -240,7 +296,7 @@ def test_a_large_cache_is_not_held_in_memory(tmp_path):
     for index in range(8):
         ids = np.arange(index * 32, index * 32 + 32, dtype=np.int64)
         values[:, 0] = index
-        write_shard(tmp_path, index, Rows(ids, ids.astype(np.uint64), np.full(32, 32), {"hidden": values}))
+        write_shard(tmp_path, index, [Rows(ids, ids.astype(np.uint64), np.full(32, 32), {"hidden": values})])
     notes = cache_store.written_notes(tmp_path)
     finish(tmp_path, SETTINGS, [notes[i] for i in range(8)], "")
     del values

@@ -314,8 +314,8 @@ TRAPS = {
     ),
     41: Trap(
         "packed = unpacked",
-        "kd_trainer/heads.py",
-        "counted = counted & (ids[..., 1:] > ids[..., :-1])",
+        "kd_trainer/inputs.py",
+        "found = found | (positions[..., 1:] <= positions[..., :-1])",
         "pass",
         "tests/test_trainer.py tests/test_packing.py -k packed_equals",
     ),

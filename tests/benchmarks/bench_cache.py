@@ -15,7 +15,7 @@ memory   peak resident memory of a training from a small cache and from one of 1
 
 The pairs of `speed` are Llamas with random weights, the teacher's head such that its logits have a standard deviation
 of 4: "50k" has GPT-2's 50,257 ids, a teacher of its shape (12 layers x 768) and a student of 4 x 256, 4 rows of 128
-tokens a batch; "small" is the pair of examples/distill_causal_lm.py, 32 rows a batch.
+tokens a batch, 24 batches; "small" is the pair of examples/distill_causal_lm.py, 32 rows a batch, 200 batches.
 """
 
 from __future__ import annotations
@@ -58,15 +58,16 @@ LENGTH = 128
 
 
 class Pair(NamedTuple):
-    """Layers and width of both models, ids, rows of a batch."""
+    """Layers and width of both models, ids, rows of a batch, batches of the data."""
 
     teacher: tuple[int, int]
     student: tuple[int, int]
     vocabulary: int
     batch: int
+    batches: int  # some ten seconds of the teacher: building has a start of 0.2 s
 
 
-PAIRS = {"50k": Pair((12, 768), (4, 256), 50_257, 4), "small": Pair((4, 96), (2, 96), 1024, 32)}
+PAIRS = {"50k": Pair((12, 768), (4, 256), 50_257, 4, 24), "small": Pair((4, 96), (2, 96), 1024, 32, 200)}
 # Name in the table: format, k, dtype.
 FORMS: dict[str, tuple[str, int | None, str | None]] = {
     "logits": ("logits", None, None),
@@ -236,20 +237,21 @@ def speed(options: argparse.Namespace, folder: Path) -> None:
 
 def _speed(name_of_pair: str, options: argparse.Namespace, folder: Path) -> None:
     pair = PAIRS[name_of_pair]
-    (teacher, student), data = models(pair), random_rows(pair, options.batches)
+    (teacher, student), data = models(pair), random_rows(pair, options.batches or pair.batches)
     wait_until_quiet(options.max_load)
     load = os.getloadavg()[0]
     building, manifests = time_building(pair, teacher, student, data, folder, options.rounds)
     stepping = time_steps(pair, teacher, student, data, folder, options.rounds, options.steps)
     wrong = errors(pair, teacher, student, data, folder)
     tokens, threads = len(data) * LENGTH, torch.get_num_threads()
+    asked = 1e3 * building["bare"] * pair.batch / len(data)
     plain, live = stepping["cross-entropy"], stepping["live"]
     print(
         f"\n{name_of_pair}: {pair.vocabulary:,} ids, {tokens:,} tokens, {threads} threads, load {load:.2f} before, "
         f"{options.rounds} rounds"
     )
     print(
-        f"teacher's forward {building['bare']:.1f} s, {1e3 * building['bare'] / options.batches:.0f} ms a batch; step: "
+        f"teacher's forward {building['bare']:.1f} s, {asked:.0f} ms a batch; step: "
         f"cross-entropy {1e3 * plain:.0f} ms, live {1e3 * live:.0f} ms = {live / plain:.2f} x cross-entropy"
     )
     columns = ["Format", "bytes a token", "build / bare forward", "step / cross-entropy", "step / live", "loss error"]
@@ -371,7 +373,7 @@ def train_from(folder: Path, times: int, batches: int, steps: int) -> None:
 
 def memory(options: argparse.Namespace, folder: Path) -> None:
     pair = PAIRS["50k"]
-    teacher, data = models(pair)[0], random_rows(pair, options.batches)
+    teacher, data = models(pair)[0], random_rows(pair, options.batches or pair.batches)
     args = arguments(folder / "run", pair.batch, **cache_options(folder, "hidden"))
     trainer = DistillationTrainer(
         model=llama(pair, 2, 64),
@@ -392,7 +394,7 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
             "--child",
             str(where),
             str(count),
-            str(options.batches),
+            str(len(data) // pair.batch),
             str(options.memory_steps),
         ]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -412,7 +414,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("all", "speed", "quality", "memory"), default="all")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--batches", type=int, help="of the data; by default 24 of the pair 50k, 200 of the small one")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=10.0)
