@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -72,7 +73,8 @@ class Speaker:
         if self.output_head is None:
             return None
         try:
-            return teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head)[mask]
+            states = teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head)
+            return states.flatten(0, 1).index_select(0, mask.flatten().nonzero().squeeze(1))  # faster than states[mask]
         except NotPlain as reason:
             logger.info("The teacher's logits are made in full: %s.", reason)
             self.output_head = None
@@ -266,11 +268,14 @@ def _uniform(settings: Mapping[str, Any], first_row: int, count: int) -> Tensor:
 def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
     """Raises ValueError where the teacher said NaN or inf: it would be kept for ever."""
     for name, values in columns.items():
-        if name == "log_tail" or not values.is_floating_point() or not len(values):
+        if name not in ("logits", "hidden", "entropy", "log_tail") or not len(values):
             continue
-        if name in ("log_probs", "range"):
-            values = values[:, :1]  # the largest: NaN wherever a logit is NaN or inf
-        bad = bool(bad_rows(values)) if name == "logits" else not bool(torch.isfinite(values).all())
+        if name == "logits":
+            bad = bool(bad_rows(values))
+        elif name == "log_tail":  # -inf where the k have all the mass, NaN wherever a logit is NaN or inf
+            bad = math.isnan(values.amin())
+        else:
+            bad = not all(map(math.isfinite, values.aminmax()))
         if bad:
             shown = Shown(f"giving NaN or inf on rows {row_ids[0]} to {row_ids[-1]} of the data")
             mend = "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs."
@@ -295,11 +300,11 @@ def what_the_disk_refuses(folder: Path) -> Iterator[None]:
 
 
 class _Writer:
-    """Writes shards in a thread, while the next batches are asked for."""
+    """Writes shards in threads, while the next batches are asked for: one is synced while the next comes in."""
 
     def __init__(self, folder: Path, writes: bool) -> None:
         self.folder, self.writes = folder, writes
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(2)
         self._index = -1
         self._batches: Queue[Rows | bool] = Queue()  # of the shard that is written; True ends it, False gives it up
         self._shards: list[Future] = []

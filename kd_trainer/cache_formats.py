@@ -239,7 +239,7 @@ where a row has several positions, position by position ({settings["positions"]}
 - `row_id`: the row of the data that the teacher read; `signature`: a hash of that row
 {listed}
 
-`manifest.json` says of what they were made (teacher, tokenizer, data, settings) and has the SHA-256 of every shard.
+`manifest.json` says of what they were made (teacher, tokenizer, data, settings) and has a hash of every shard.
 
 ```python
 from datasets import load_dataset

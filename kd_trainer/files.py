@@ -7,15 +7,15 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
-def digest(path: Path, *, sync: bool = False) -> str:
-    """SHA-256 of a file's content, read in blocks; `sync`: which is on the disk afterwards."""
+def digest(path: Path, *, sync: bool = False, by: Callable[[], Any] = hashlib.sha256) -> str:
+    """SHA-256 (or another digest) of a file's content, read in blocks; `sync`: which is on the disk afterwards."""
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
-        found = hashlib.sha256()
+        found = by()
         for block in iter(lambda: file.read(2**22), b""):
             found.update(block)
     return found.hexdigest()

@@ -9,6 +9,10 @@
 
 #include "native.h"
 
+/* The bits of |z|; those of what is not finite are not less than those of infinity. */
+static inline int32_t size_of(float z) { return (int32_t)(float_as_bits(z) & 0x7fffffff); }
+#define INFINITE 0x7f800000
+
 /* What at least k of n values [n] reach, and not many more: `low` is reached by all. */
 static float reached_by(const float *values, int64_t n, int64_t k, float low, float high) {
     for (int i = 0; i < 24; i++) {
@@ -25,13 +29,15 @@ static float reached_by(const float *values, int64_t n, int64_t k, float low, fl
 
 /* How many of the values [n] are above each; `values` and `ranks` have room up to a whole 16. */
 static void rank(float *values, int32_t n, int32_t *ranks) {
-    int32_t end = (n + 15) / 16 * 16; /* no rest, which would take longer than the whole */
-    for (int32_t i = n; i < end; i++) values[i] = -INFINITY;
-    for (int32_t i = 0; i < end; i++) ranks[i] = 0;
-    for (int32_t j = 0; j < n; j++) {
-        float other = values[j];
+    for (int32_t i = n; i % 16; i++) values[i] = -INFINITY; /* no rest, which would take longer than the whole */
+    for (int32_t first = 0; first < n; first += 16) {
+        int32_t above[16] = {0}; /* stays in a register */
+        for (int32_t j = 0; j < n; j++) {
+            float other = values[j];
 #pragma omp simd
-        for (int32_t i = 0; i < end; i++) ranks[i] += other > values[i];
+            for (int32_t i = 0; i < 16; i++) above[i] += other > values[first + i];
+        }
+        memcpy(ranks + first, above, sizeof above);
     }
 }
 
@@ -69,19 +75,19 @@ static double log_of_rest(const TEACHER *logits, int64_t classes, float last, in
  * Returns whether it could. */
 static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, int64_t k, int64_t most, float temperature,
                      int64_t *ids, float *log_probs, float *log_tail, float *room) {
-    float *maxima = room, *found = room + columns, *sorted = found + most, low = INFINITY, high = -INFINITY, strange = 0;
-    int32_t *places = (int32_t *)(sorted + most), *ranks = places + most, *in_order = ranks + most, n = 0, chosen = 0;
+    float *maxima = room, *found = room + columns, *sorted = found + most, low = INFINITY, high = -INFINITY;
+    int32_t *places = (int32_t *)(sorted + most), *ranks = places + most, *in_order = ranks + most, *reaches = places, n = 0, chosen = 0, largest = 0;
     for (int64_t c = 0; c < columns; c++) maxima[c] = -INFINITY;
     for (int64_t first = 0; first < classes; first += columns) {
         int64_t last = first + columns < classes ? columns : classes - first;
-#pragma omp simd reduction(+ : strange)
+#pragma omp simd reduction(max : largest)
         for (int64_t c = 0; c < last; c++) {
             float z = READ(logits + first + c);
-            strange += z - z; /* NaN where z is not finite */
+            largest = largest > size_of(z) ? largest : size_of(z);
             maxima[c] = maxima[c] > z ? maxima[c] : z;
         }
     }
-    if (strange != 0) return 0;
+    if (largest >= INFINITE) return 0;
 #pragma omp simd reduction(max : high) reduction(min : low)
     for (int64_t c = 0; c < columns; c++) {
         high = high > maxima[c] ? high : maxima[c];
@@ -90,9 +96,11 @@ static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, in
 
     /* The maxima of k columns reach `least`, and so the k largest logits do. */
     float least = reached_by(maxima, columns, k, low, high);
+#pragma omp simd
+    for (int64_t c = 0; c < columns; c++) reaches[c] = maxima[c] >= least;
     for (int64_t c = 0; c < columns; c++) { /* without a branch, which could not be foreseen */
         ranks[chosen] = (int32_t)c;
-        chosen += maxima[c] >= least;
+        chosen += reaches[c];
     }
     if (chosen > 2 * k + 32) return 0;
     for (int32_t i = 0; i < chosen; i++)
@@ -136,19 +144,30 @@ int top_k(const TEACHER *logits, int64_t rows, int64_t classes, int64_t stride, 
     return all;
 }
 
-/* One row; room: columns + classes / 2 + 1. Returns whether it could. */
+/* The i-th of n evenly spaced points from 0 to `total`, which is at least 1. What has no probability (`exponential` says
+ * 1e-38) lies below or above every point. */
+static inline double point_of(int64_t i, int64_t n, double uniform, double total) {
+    double point = (i + uniform) / n * total, nearly = (1 - 8 * DBL_EPSILON) * total;
+    point = point > 1e-30 ? point : 1e-30;
+    return point < nearly ? point : nearly;
+}
+
+/* One row; room: rows * columns and 3 n floats, columns doubles, with rows = classes / columns, rounded up. Returns
+ * whether it could. */
 static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int64_t n, float temperature,
                     double uniform, int64_t *ids, int64_t *top, float *entropy, double *room) {
+    const int64_t rows = (classes + columns - 1) / columns, rest = classes - (rows - 1) * columns;
     double *sums = room, weighted = 0, total = 0;
-    float *es = (float *)(room + columns), peak = -INFINITY, strange = 0, by_temperature = 1 / temperature;
-#pragma omp simd reduction(+ : strange) reduction(max : peak)
+    float *es = (float *)(room + columns), *shares = es + rows * columns, peak = -INFINITY;
+    float by_temperature = 1 / temperature;
+    int32_t *chosen = (int32_t *)(shares + n), *members = chosen + n, best = -1, largest = 0;
+#pragma omp simd reduction(max : peak, largest)
     for (int64_t j = 0; j < classes; j++) {
         float z = READ(logits + j);
-        strange += z - z;
+        largest = largest > size_of(z) ? largest : size_of(z);
         peak = peak > z ? peak : z;
     }
-    if (strange != 0) return 0;
-    int32_t best = -1;
+    if (largest >= INFINITE) return 0;
     for (int64_t first = 0; first < classes; first += BLOCK) {
         int64_t end = first + BLOCK < classes ? first + BLOCK : classes;
         float dot = 0;
@@ -161,47 +180,59 @@ static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int
         }
         weighted += dot;
     }
-    for (int64_t c = 0; c < columns; c++) sums[c] = 0;
-    for (int64_t first = 0; first < classes; first += columns) {
-        int64_t last = first + columns < classes ? columns : classes - first;
-        for (int64_t c = 0; c < last; c++) sums[c] += es[first + c];
+    for (int64_t j = classes; j < rows * columns; j++) es[j] = INFINITY; /* under no point */
+
+    /* What the members of a column sum up to, one after the other; and the columns. */
+    for (int64_t j = columns; j < rows * columns; j += columns)
+#pragma omp simd
+        for (int64_t c = 0; c < columns; c++) es[j + c] += es[j + c - columns];
+    for (int64_t c = 0; c < columns; c++) {
+        int64_t last = (c < rest ? rows - 1 : rows - 2) * columns + c;
+        sums[c] = total += es[last];
     }
-    for (int64_t c = 0; c < columns; c++) total += sums[c];
     *entropy = (float)(log(total) - weighted / total);
     *top = best;
 
-    /* The points rise, and so do the column and the id in it that they are under. */
-    const double nearly = 1 - 8 * DBL_EPSILON; /* what has no probability lies beyond every point */
-    double below = 0, inner_below = 0;
-    int64_t column = 0, id = 0;
-    for (int64_t i = 0; i < n; i++) {
-        double point = (i + uniform) / n;
-        point = (point < nearly ? point : nearly) * total;
-        while (column < columns - 1 && below + sums[column] <= point)
-            below += sums[column], id = ++column, inner_below = 0;
-        double share = point - below, most = nearly * sums[column];
-        share = share < most ? share : most;
-        while (id + columns < classes && inner_below + es[id] <= share) inner_below += es[id], id += columns;
-        ids[i] = id;
+    /* Where each point lies: the column under it, then the member. All points at once, half by half. */
+    for (int64_t i = 0; i < n; i++) chosen[i] = members[i] = 0;
+    for (int64_t left = columns, half; left > 1; left -= half) {
+        half = left / 2;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++)
+            chosen[i] += sums[chosen[i] + half - 1] <= point_of(i, n, uniform, total) ? (int32_t)half : 0;
     }
+    for (int64_t i = 0; i < n; i++) {
+        float share = (float)(point_of(i, n, uniform, total) - (chosen[i] ? sums[chosen[i] - 1] : 0));
+        float most = (1 - FLT_EPSILON) * es[(chosen[i] < rest ? rows - 1 : rows - 2) * columns + chosen[i]];
+        share = share > 1e-30f ? share : 1e-30f;
+        shares[i] = share < most ? share : most;
+    }
+    for (int64_t left = rows, half; left > 1; left -= half) {
+        half = left / 2;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++)
+            members[i] += es[chosen[i] + (members[i] + half - 1) * columns] <= shares[i] ? (int32_t)half : 0;
+    }
+    for (int64_t i = 0; i < n; i++) ids[i] = chosen[i] + members[i] * columns;
     return 1;
 }
 
-/* logits [rows, classes] -> ids [rows, n], top and entropy [rows]; room [threads, columns + classes / 2 + 1]. */
+/* logits [rows, classes] -> ids [rows, n], top and entropy [rows]; room [threads, size] as `draw_row` wants it. */
 int draw(const TEACHER *logits, int64_t rows, int64_t classes, int64_t stride, int64_t columns, int64_t n,
          float temperature, const double *uniform, int64_t *ids, int64_t *top, float *entropy, double *room,
-         int64_t threads) {
+         int64_t size, int64_t threads) {
     int all = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : all)
     for (int64_t part = 0; part < threads; part++)
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads && all; i++)
             all = all && draw_row(logits + i * stride, classes, columns, n, temperature, uniform[i], ids + i * n,
-                                  top + i, entropy + i, room + part * (columns + classes / 2 + 1));
+                                  top + i, entropy + i, room + part * size);
     return all;
 }
 
 /* ids [rows, k] -> packed [rows, bytes], little endian, `bits` each, at most 32. */
-int pack(const int64_t *ids, int64_t rows, int64_t k, int64_t bits, int64_t bytes, uint8_t *packed) {
+int pack(const int64_t *ids, int64_t rows, int64_t k, int64_t bits, int64_t bytes, uint8_t *packed, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < rows; i++) {
         uint8_t *out = packed + i * bytes;
         uint64_t held = 0; /* bits that fill no byte yet */

@@ -58,11 +58,12 @@ def draw_on_cpu(
         return None
     rows, uniform = rows if rows.stride(1) == 1 else rows.contiguous(), uniform.contiguous()
     columns, threads = -(-classes // column), torch.get_num_threads()
+    size = columns + (-(-classes // columns) * columns + 3 * n + 1) // 2  # as the C code says
     ids, top = torch.empty(count, n, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
-    entropy, room = torch.empty(count), torch.empty(threads, columns + classes // 2 + 1, dtype=torch.float64)
+    entropy, room = torch.empty(count), torch.empty(threads, size, dtype=torch.float64)
     done = call(
         code.draw, rows, count, classes, rows.stride(0), columns, n, float(temperature), uniform, ids, top, entropy,
-        room, threads,
+        room, size, threads,
     )  # fmt: skip
     return (ids, top, entropy) if done else None
 
@@ -78,7 +79,7 @@ def pack_on_cpu(ids: Tensor, bits: int, like: Tensor) -> Tensor | None:
         return None
     count, k = ids.shape
     packed = torch.empty(count, -(-k * bits // 8), dtype=torch.uint8)
-    call(code.pack, ids.contiguous(), count, k, bits, packed.shape[1], packed)
+    call(code.pack, ids.contiguous(), count, k, bits, packed.shape[1], packed, torch.get_num_threads())
     return packed
 
 

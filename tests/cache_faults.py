@@ -141,11 +141,11 @@ _EDITS: dict[str, Any] = {
 def manifest_edited(cache: Path, other: Path, draw: random.Random) -> Damage:
     path = cache / draw.choice(("train", "eval")) / MANIFEST
     kept = json.loads(path.read_text())
-    edit = draw.choice((*_EDITS, "shards.rows", "shards.sha256", "shards.name", "shards"))
+    edit = draw.choice((*_EDITS, "shards.rows", "shards.xxh3", "shards.name", "shards"))
     if edit == "shards":
         kept["shards"].pop()
     elif edit.startswith("shards."):
-        value = {"rows": 7, "sha256": "0" * 64, "name": "data-00001.arrow"}[edit.removeprefix("shards.")]
+        value = {"rows": 7, "xxh3": "0" * 32, "name": "data-00001.arrow"}[edit.removeprefix("shards.")]
         kept["shards"][0][edit.removeprefix("shards.")] = value
     else:
         kept[edit] = _EDITS[edit]
