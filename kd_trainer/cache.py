@@ -106,36 +106,42 @@ def signatures(batch: Mapping[str, Any], mask: Tensor, names: Sequence[str], shi
     Args:
         mask: `kept_positions`, on CPU; names: the columns of the batch that the teacher reads.
     """
-    found = np.zeros(len(mask), dtype=np.uint64)
-    attended = {name: batch.get(name) for name in ("attention_mask", f"{TEACHER_PREFIX}attention_mask")}
-    columns = {name: _as_bytes(batch[name]) for name in sorted(names) if isinstance(batch.get(name), Tensor)}
     kept = mask.numpy()
+    own, teachers = (_attended(batch.get(f"{prefix}attention_mask")) for prefix in ("", TEACHER_PREFIX))
+    tensors = {name: batch[name] for name in sorted(names) if isinstance(batch.get(name), Tensor) and batch[name].dim()}
+    columns = []
+    for name, tensor in tensors.items():
+        if len(tensor) == len(mask) and not name.endswith("attention_mask"):
+            values = _as_bytes(tensor)
+            places = _places(name, values, kept, teachers if name.startswith(TEACHER_PREFIX) else own, shifted)
+            columns.append((name.encode(), values, places))
+    within = own if own is not None and own.shape == kept.shape else None
+    found = np.zeros(len(mask), dtype=np.uint64)
     for row in range(len(mask)):
-        hashed = xxhash.xxh3_64()
-        own = attended["attention_mask"]
-        places = None if own is None or own.shape != mask.shape else own[row].numpy() != 0
-        hashed.update(np.packbits(kept[row] if places is None else kept[row][places]).tobytes().rstrip(b"\0"))
-        for name, values in columns.items():
-            if len(values) != len(mask) or name.endswith("attention_mask"):
-                continue
-            hashed.update(name.encode())
-            hashed.update(_unpadded(name, values[row], attended, row, kept[row], shifted).tobytes())
-        found[row] = hashed.intdigest()
+        bits = kept[row] if within is None else kept[row][within[row]]
+        parts = [np.packbits(bits).tobytes().rstrip(b"\0")]
+        for told, values, places in columns:
+            parts += [told, (values[row] if places is None else values[row][places[row]]).tobytes()]
+        found[row] = xxhash.xxh3_64_intdigest(b"".join(parts))
     return found
 
 
-def _unpadded(
-    name: str, values: np.ndarray, attended: Mapping[str, Any], row: int, kept: np.ndarray, shifted: bool
-) -> np.ndarray:
-    of_teacher = name.startswith(TEACHER_PREFIX)
-    mask = attended[f"{TEACHER_PREFIX}attention_mask" if of_teacher else "attention_mask"]
+def _attended(mask: Any) -> np.ndarray | None:
+    return mask.numpy() != 0 if isinstance(mask, Tensor) else None
+
+
+def _places(
+    name: str, values: np.ndarray, kept: np.ndarray, attended: np.ndarray | None, shifted: bool
+) -> np.ndarray | None:
+    """Boolean [B, S]: the entries of a column [B, ...] that are no padding; None where it has none for each token."""
     if name == "labels" or name.startswith("decoder_"):  # padded where labels are
-        return values[kept] if values.shape[:1] == kept.shape else values
-    if mask is not None and mask.dim() == 2 and values.shape[:1] == mask.shape[1:]:
-        return values[mask[row].numpy() != 0]
-    if mask is None and values.shape == kept.shape and kept.any():
-        return values[: int(np.flatnonzero(kept)[-1]) + 1 + shifted]
-    return values
+        return kept if values.shape[:2] == kept.shape else None
+    if attended is not None:
+        return attended if attended.ndim == 2 and values.shape[:2] == attended.shape else None
+    if values.shape != kept.shape:
+        return None
+    last = kept.shape[1] - 1 - kept[:, ::-1].argmax(1)  # of a row without any kept one: all of it
+    return np.arange(kept.shape[1]) <= last[:, None] + shifted
 
 
 def _as_bytes(values: Tensor) -> np.ndarray:

@@ -212,18 +212,18 @@ def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, set
 def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read) -> Rows:
     """What the teacher says of a batch, encoded."""
     kept, (_, row_ids, mask, counts, seen) = format_of(settings), read
-    inputs, on_device = _on_device(trainer, speaker, read)
+    inputs, positions = on_device(trainer, speaker, read)
     uniform = _uniform(settings, row_ids[0], int(mask.sum())) if kept.name == "sampled" else torch.empty(0)
     said: Iterator[Tensor]
     parts: list[dict[str, np.ndarray]] = []
     done = 0
     if kept.name == "hidden":
-        hidden = speaker.hidden(inputs, on_device)
+        hidden = speaker.hidden(inputs, positions)
         if hidden is None:
             fail_no_product(speaker)
         said = iter([hidden])
     else:
-        said = speaker.logits(inputs, on_device)
+        said = speaker.logits(inputs, positions)
     for values in said:
         if kept.name in SPARSE:
             values = values[..., : kept.classes]
@@ -235,7 +235,8 @@ def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read)
     return Rows(np.asarray(row_ids, np.int64), seen, counts, columns)
 
 
-def _on_device(trainer: Any, speaker: Speaker, read: Read) -> tuple[dict[str, Any], Tensor]:
+def on_device(trainer: Any, speaker: Speaker, read: Read) -> tuple[dict[str, Any], Tensor]:
+    """A batch and its kept positions where the teacher reads them."""
     inputs = trainer._prepare_inputs(read.batch)
     return trainer._with_decoder_inputs(trainer._fit.student, speaker.head, inputs), read.mask.to(trainer.args.device)
 
@@ -244,7 +245,7 @@ def check_rows_unseen(trainer: Any, speaker: Speaker, reading: Reading, rows: Ta
     """Raises ValueError where the teacher says of the last of some rows, joined to one long row, something else than of
     it alone: a cache would keep what came of that company."""
     reads = reading(rows), reading(Taken(rows.row_ids[-1:], rows.features[-1:]))
-    behind, alone = (torch.cat([x.clone() for x in speaker.logits(*_on_device(trainer, speaker, r))]) for r in reads)
+    behind, alone = (torch.cat([x.clone() for x in speaker.logits(*on_device(trainer, speaker, r))]) for r in reads)
     room = 5e-2 if alone.dtype.itemsize < 4 else 1e-3
     behind = behind[len(behind) - len(alone) :]
     if len(alone) and float((behind - alone).abs().max()) > room * float(alone.abs().max()):
@@ -366,6 +367,8 @@ class _Progress:
         self._begun, self._tokens, self._bytes = time.perf_counter(), 0, 0
 
     def add(self, rows: Rows) -> None:
+        if self._bar.disable:
+            return
         self._tokens += int(rows.counts.sum())
         self._bytes += sum(column.nbytes for column in rows.columns.values()) + 16 * len(rows.row_ids)
         seconds = max(time.perf_counter() - self._begun, 1e-9)

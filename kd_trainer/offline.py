@@ -35,7 +35,6 @@ from .cache import (
     Reading,
     check_objective,
     have_ids,
-    kept_positions,
     numbered,
     reading_of,
 )
@@ -45,6 +44,7 @@ from .cache_build import (
     build_shards,
     check_rows_unseen,
     fail_no_product,
+    on_device,
     what_the_disk_refuses,
 )
 from .cache_formats import DEFAULT_K, DTYPES, Format, card, check_format, format_of
@@ -275,7 +275,7 @@ class OfflineTeacher(FirstLook):
                 mend,
                 because=because,
             )
-        kept, extra = self._format(speaker, prepared, kept_positions(head, sample, kd.kd_positions))
+        kept, extra = self._format(speaker, reading(_features(used, 1)))
         if len(read.mask) < len(read.row_ids):
             check_rows_unseen(self, speaker, reading, numbered(_features(used, 2)))
         row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(read.counts.mean()) + 24
@@ -310,10 +310,10 @@ class OfflineTeacher(FirstLook):
         names = getattr(getattr(student, "config", None), "id2label", None)
         return {str(i): str(name) for i, name in names.items()} if names else None
 
-    def _format(self, speaker: Speaker, inputs: dict[str, Any], mask: torch.Tensor) -> tuple[Format, dict[str, Any]]:
-        """The format that is asked for, completed by what the teacher gives for a batch."""
+    def _format(self, speaker: Speaker, read: Read) -> tuple[Format, dict[str, Any]]:
+        """The format that is asked for, completed by what the teacher gives for some rows."""
         kd, head, fit = self.kd_args, speaker.head, cast(Fit, self._fit)
-        given = speaker.dimensions(inputs, mask.to(self.args.device))
+        given = speaker.dimensions(*on_device(self, speaker, read))
         classes, product = given.shape[-1], speaker.output_head
         name, k, asked = self._format_asked()
         if name == "auto":
