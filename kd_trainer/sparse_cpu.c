@@ -11,7 +11,7 @@
 
 /* The bits of |z|; those of what is not finite are not less than those of infinity. */
 static inline int32_t size_of(float z) { return (int32_t)(float_as_bits(z) & 0x7fffffff); }
-#define INFINITE 0x7f800000
+#define BITS_OF_INFINITY 0x7f800000
 
 /* What at least k of n values [n] reach, and not many more: `low` is reached by all. */
 static float reached_by(const float *values, int64_t n, int64_t k, float low, float high) {
@@ -76,7 +76,8 @@ static double log_of_rest(const TEACHER *logits, int64_t classes, float last, in
 static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, int64_t k, int64_t most, float temperature,
                      int64_t *ids, float *log_probs, float *log_tail, float *room) {
     float *maxima = room, *found = room + columns, *sorted = found + most, low = INFINITY, high = -INFINITY;
-    int32_t *places = (int32_t *)(sorted + most), *ranks = places + most, *in_order = ranks + most, *reaches = places, n = 0, chosen = 0, largest = 0;
+    int32_t *places = (int32_t *)(sorted + most), *ranks = places + most, *in_order = ranks + most;
+    int32_t *reaches = places /* until these are known */, n = 0, chosen = 0, largest = 0;
     for (int64_t c = 0; c < columns; c++) maxima[c] = -INFINITY;
     for (int64_t first = 0; first < classes; first += columns) {
         int64_t last = first + columns < classes ? columns : classes - first;
@@ -87,7 +88,7 @@ static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, in
             maxima[c] = maxima[c] > z ? maxima[c] : z;
         }
     }
-    if (largest >= INFINITE) return 0;
+    if (largest >= BITS_OF_INFINITY) return 0;
 #pragma omp simd reduction(max : high) reduction(min : low)
     for (int64_t c = 0; c < columns; c++) {
         high = high > maxima[c] ? high : maxima[c];
@@ -144,8 +145,8 @@ int top_k(const TEACHER *logits, int64_t rows, int64_t classes, int64_t stride, 
     return all;
 }
 
-/* The i-th of n evenly spaced points from 0 to `total`, which is at least 1. What has no probability (`exponential` says
- * 1e-38) lies below or above every point. */
+/* The i-th of n evenly spaced points from 0 to `total`, which is at least 1. What has no probability (`exponential`
+ * says 1e-38) lies below or above every point. */
 static inline double point_of(int64_t i, int64_t n, double uniform, double total) {
     double point = (i + uniform) / n * total, nearly = (1 - 8 * DBL_EPSILON) * total;
     point = point > 1e-30 ? point : 1e-30;
@@ -156,7 +157,7 @@ static inline double point_of(int64_t i, int64_t n, double uniform, double total
  * whether it could. */
 static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int64_t n, float temperature,
                     double uniform, int64_t *ids, int64_t *top, float *entropy, double *room) {
-    const int64_t rows = (classes + columns - 1) / columns, rest = classes - (rows - 1) * columns;
+    const int64_t rows = (classes + columns - 1) / columns, last = (rows - 1) * columns;
     double *sums = room, weighted = 0, total = 0;
     float *es = (float *)(room + columns), *shares = es + rows * columns, peak = -INFINITY;
     float by_temperature = 1 / temperature;
@@ -167,7 +168,7 @@ static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int
         largest = largest > size_of(z) ? largest : size_of(z);
         peak = peak > z ? peak : z;
     }
-    if (largest >= INFINITE) return 0;
+    if (largest >= BITS_OF_INFINITY) return 0;
     for (int64_t first = 0; first < classes; first += BLOCK) {
         int64_t end = first + BLOCK < classes ? first + BLOCK : classes;
         float dot = 0;
@@ -180,16 +181,13 @@ static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int
         }
         weighted += dot;
     }
-    for (int64_t j = classes; j < rows * columns; j++) es[j] = INFINITY; /* under no point */
+    for (int64_t j = classes; j < rows * columns; j++) es[j] = 0; /* under no point */
 
     /* What the members of a column sum up to, one after the other; and the columns. */
     for (int64_t j = columns; j < rows * columns; j += columns)
 #pragma omp simd
         for (int64_t c = 0; c < columns; c++) es[j + c] += es[j + c - columns];
-    for (int64_t c = 0; c < columns; c++) {
-        int64_t last = (c < rest ? rows - 1 : rows - 2) * columns + c;
-        sums[c] = total += es[last];
-    }
+    for (int64_t c = 0; c < columns; c++) sums[c] = total += es[last + c];
     *entropy = (float)(log(total) - weighted / total);
     *top = best;
 
@@ -203,7 +201,7 @@ static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int
     }
     for (int64_t i = 0; i < n; i++) {
         float share = (float)(point_of(i, n, uniform, total) - (chosen[i] ? sums[chosen[i] - 1] : 0));
-        float most = (1 - FLT_EPSILON) * es[(chosen[i] < rest ? rows - 1 : rows - 2) * columns + chosen[i]];
+        float most = (1 - FLT_EPSILON) * es[last + chosen[i]];
         share = share > 1e-30f ? share : 1e-30f;
         shares[i] = share < most ? share : most;
     }

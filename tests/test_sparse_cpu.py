@@ -130,6 +130,9 @@ def test_what_has_no_probability_is_never_drawn():
     rows = rows.flip(1)
     for uniform in (torch.rand(100), torch.zeros(100)):
         assert draw_samples(rows, 10, uniform=uniform).ids.min() >= 90
+    rows = logits(100, 64)
+    rows[:, ::2] = -1e30  # all of the first column
+    assert (draw_samples(rows, 10, uniform=torch.zeros(100)).ids % 2 == 1).all()
 
 
 def test_slices_and_threads_change_nothing(monkeypatch):

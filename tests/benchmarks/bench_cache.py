@@ -64,7 +64,7 @@ class Pair(NamedTuple):
     student: tuple[int, int]
     vocabulary: int
     batch: int
-    batches: int  # some ten seconds of the teacher: building has a start of 0.2 s
+    batches: int  # some ten seconds of the teacher: building has a start of 0.1 s
 
 
 PAIRS = {"50k": Pair((12, 768), (4, 256), 50_257, 4, 24), "small": Pair((4, 96), (2, 96), 1024, 32, 200)}
