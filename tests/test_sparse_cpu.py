@@ -133,6 +133,9 @@ def test_what_has_no_probability_is_never_drawn():
     rows = logits(100, 64)
     rows[:, ::2] = -1e30  # all of the first column
     assert (draw_samples(rows, 10, uniform=torch.zeros(100)).ids % 2 == 1).all()
+    rows = torch.zeros(100, 64)
+    rows[:, :2] = -1e30  # the first of both columns: the second point lies where the second column begins
+    assert (draw_samples(rows, 2, uniform=torch.zeros(100)).ids == torch.tensor([2, 3])).all()
 
 
 def test_slices_and_threads_change_nothing(monkeypatch):
