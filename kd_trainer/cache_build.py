@@ -106,8 +106,9 @@ class Speaker:
             plain = side.scale == 1 and side.softcap is None
             at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
             at_once = min(at_once, _MOST_ROWS) if side.weight.is_cpu else at_once
-            tile = kept_memory("student", min(at_once, max(1, len(rows))), len(side.weight), side.weight)
-            for part in rows.split(at_once):
+            parts = rows.chunk(max(1, -(-len(rows) // at_once)))  # no small rest, which would be encoded more slowly
+            tile = kept_memory("student", max(1, len(parts[0])), len(side.weight), side.weight)
+            for part in parts:
                 with torch.no_grad():
                     product = side.product(part, 1.0, tile[: len(part)])
                 yield product if plain else side.capped(product.float())

@@ -23,7 +23,7 @@ from torch import Tensor
 from .checks import check_choice, fail
 from .outputs import TeacherOutput
 from .sparse import Samples, TopK, draw_samples, top_k
-from .sparse_cpu import pack_on_cpu
+from .sparse_cpu import draw_on_cpu, top_k_on_cpu
 
 FORMATS = ("logits", "hidden", "topk", "sampled")
 SPARSE = ("topk", "sampled")
@@ -98,21 +98,33 @@ def encode(kept: Format, said: Tensor, uniform: Tensor) -> dict[str, Tensor]:
     assert kept.k is not None
     assert kept.temperature is not None
     if kept.name == "sampled":
-        drawn = draw_samples(said, kept.k, temperature=kept.temperature, uniform=uniform)
-        ids, top = (_pack(x, kept.bits, said) for x in (drawn.ids, drawn.top.unsqueeze(-1)))
-        return {"ids": ids, "top": top, "entropy": drawn.entropy.float().unsqueeze(-1)}
-    found = top_k(said, kept.k, temperature=kept.temperature)
-    columns = {"ids": _pack(found.ids, kept.bits, said), "log_tail": found.log_tail.half().unsqueeze(-1)}
-    if kept.dtype != "uint8":
-        return columns | {"log_probs": found.log_probs.half()}
-    ends = found.log_probs[:, [0, -1]].half()
+        done = draw_on_cpu(said, kept.k, kept.temperature, uniform, bits=kept.bits)
+        if done is None:
+            drawn = draw_samples(said, kept.k, temperature=kept.temperature, uniform=uniform)
+            ids, top = (_pack(x, kept.bits) for x in (drawn.ids, drawn.top.unsqueeze(-1)))
+            done = ids, top, drawn.entropy.float().unsqueeze(-1)
+        return dict(zip(("ids", "top", "entropy"), done, strict=True))
+    in_8_bits = kept.dtype == "uint8"
+    dtype = torch.float32 if in_8_bits else torch.float16
+    done = top_k_on_cpu(said, kept.k, kept.temperature, bits=kept.bits, dtype=dtype)
+    if done is None:
+        found = top_k(said, kept.k, temperature=kept.temperature)
+        done = _pack(found.ids, kept.bits), found.log_probs.to(dtype), found.log_tail.unsqueeze(-1)
+    ids, log_probs, log_tail = done
+    columns = {"ids": ids, "log_tail": log_tail.half()}
+    return columns | (_in_8_bits(log_probs) if in_8_bits else {"log_probs": log_probs})
+
+
+def _in_8_bits(log_probs: Tensor) -> dict[str, Tensor]:
+    """Log-probabilities [N, k], largest first, as 0 to 255 between the last and the first."""
+    ends = log_probs[:, [0, -1]].half()
     high, low = ends.float().unbind(-1)
     if bool(low.isinf().any()):
         because = "a class among the k has no probability at all, and 8 bits are spread between the first and the last"
-        fail("teacher_cache_dtype", kept.dtype, "'float16' for this teacher", "Leave it out.", because=because)
+        fail("teacher_cache_dtype", "uint8", "'float16' for this teacher", "Leave it out.", because=because)
     step = ((high - low) / 255).clamp(min=1e-12).unsqueeze(-1)
-    codes = ((found.log_probs - low.unsqueeze(-1)) / step).round().clamp(0, 255)
-    return columns | {"log_probs": codes.to(torch.uint8), "range": ends}
+    codes = ((log_probs - low.unsqueeze(-1)) / step).round().clamp(0, 255)
+    return {"log_probs": codes.to(torch.uint8), "range": ends}
 
 
 def decode(kept: Format, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -163,12 +175,10 @@ def to_numpy(column: Tensor) -> np.ndarray:
     return column.cpu().contiguous().numpy()
 
 
-def _pack(ids: Tensor, bits: int, like: Tensor) -> Tensor:
-    """Ids [N, k] of logits `like`, as uint8 [N, bytes]: little endian, `bits` each; 8, 16, 32 bits as such integers."""
+def _pack(ids: Tensor, bits: int) -> Tensor:
+    """Ids [N, k] as uint8 [N, bytes]: little endian, `bits` each; 8, 16, 32 bits as such integers."""
     if bits in _NATIVE:
         return torch.from_numpy(to_numpy(ids).astype(_NATIVE[bits]))
-    if (done := pack_on_cpu(ids, bits, like)) is not None:
-        return done
     numbers = to_numpy(ids)
     k = numbers.shape[1]
     groups = np.zeros((len(numbers), -(-k // 8) * 8), np.uint64)

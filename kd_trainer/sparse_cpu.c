@@ -2,8 +2,8 @@
  * cache; and their ids in the fewest bits. In capitals stands what is given when this is compiled (native.py): TEACHER,
  * the logits' type.
  *
- * The first two return 0 and leave the work to sparse.py where a row is unusual: logits that are not finite, so many
- * equal ones that the k largest are none in particular.
+ * They return 0 and leave the work to sparse.py where a row is unusual: logits that are not finite, so many equal ones
+ * that the k largest are none in particular.
  */
 #include <float.h>
 
@@ -12,6 +12,55 @@
 /* The bits of |z|; those of what is not finite are not less than those of infinity. */
 static inline int32_t size_of(float z) { return (int32_t)(float_as_bits(z) & 0x7fffffff); }
 #define BITS_OF_INFINITY 0x7f800000
+
+/* What x is multiplied with and how low it may be in `power`, for a temperature. */
+typedef struct { float factor, lowest; } scale;
+static inline scale scale_of(float temperature) {
+    float factor = 1.44269504f / temperature;
+    return (scale){factor, -125 / factor};
+}
+
+/* exp(x / T) for x <= 0, to 3e-7 down to 2^-125; there it stays. Half the work of `exponential`, and for what is finite
+ * alone: 2^f on [-1/2, 1/2] by a polynomial of least relative error; a sum with 1.5 * 2^23 ends in the whole number. */
+static inline float power(float x, scale by) {
+    x = x > by.lowest ? x : by.lowest;
+    float shifted = x * by.factor + 12582912.0f, f = x * by.factor - (shifted - 12582912.0f), p = 1.326472731e-3f;
+    p = p * f + 9.671512991e-3f;
+    p = p * f + 5.550733581e-2f;
+    p = p * f + 2.402224243e-1f;
+    p = p * f + 6.931470037e-1f;
+    p = p * f + 1.0f;
+    return bits_as_float(float_as_bits(p) + (float_as_bits(shifted) << 23));
+}
+
+/* ids [k] -> out, little endian, `bits` each; 8, 16, 32 and 64 bits as such integers. */
+static void write_ids(const int64_t *ids, int64_t k, int64_t bits, void *out) {
+    if (bits == 64) memcpy(out, ids, k * sizeof *ids);
+    else if (bits == 32)
+        for (int64_t j = 0; j < k; j++) ((uint32_t *)out)[j] = (uint32_t)ids[j];
+    else if (bits == 16)
+        for (int64_t j = 0; j < k; j++) ((uint16_t *)out)[j] = (uint16_t)ids[j];
+    else {
+        uint8_t *next = out;
+        uint64_t held = 0; /* bits that fill no byte yet */
+        int64_t filled = 0;
+        for (int64_t j = 0; j < k; j++) {
+            held |= (uint64_t)ids[j] << filled;
+            if ((filled += bits) < 32) continue;
+            next[0] = (uint8_t)held, next[1] = (uint8_t)(held >> 8), next[2] = (uint8_t)(held >> 16);
+            next[3] = (uint8_t)(held >> 24), next += 4, held >>= 32, filled -= 32;
+        }
+        for (; filled > 0; filled -= 8, held >>= 8) *next++ = (uint8_t)held;
+    }
+}
+
+/* values [n] -> out + at, as float16 or as they are. */
+static void write_values(const float *values, int64_t n, int64_t half, void *out, int64_t at) {
+    if (!half) memcpy((float *)out + at, values, n * sizeof *values);
+    else
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) write_float16((float16 *)out + at + j, values[j]);
+}
 
 /* What at least k of n values [n] reach, and not many more: `low` is reached by all. */
 static float reached_by(const float *values, int64_t n, int64_t k, float low, float high) {
@@ -42,14 +91,14 @@ static void rank(float *values, int32_t n, int32_t *ranks) {
 }
 
 /* The sum of exp((z - reference) / T) over all z below `last`, none of which exceeds `reference`. */
-static double sum_below(const TEACHER *logits, int64_t classes, float last, float reference, float by_t) {
+static double sum_below(const TEACHER *logits, int64_t classes, float last, float reference, scale by) {
     double total = 0;
     for (int64_t first = 0; first < classes; first += BLOCK) {
         int64_t end = first + BLOCK < classes ? first + BLOCK : classes;
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = first; j < end; j++) {
-            float z = READ(logits + j), e = exponential(((z < last ? z : reference) - reference) * by_t);
+            float z = READ(logits + j), e = power((z < last ? z : reference) - reference, by);
             sum += z < last ? e : 0.0f;
         }
         total += sum;
@@ -58,8 +107,9 @@ static double sum_below(const TEACHER *logits, int64_t classes, float last, floa
 }
 
 /* The log of the sum of exp((z - peak) / T) over all z below `last`, and over `equal` ones that are equal to it. */
-static double log_of_rest(const TEACHER *logits, int64_t classes, float last, int64_t equal, float peak, float by_t) {
-    double below = sum_below(logits, classes, last, last, by_t), of_last = ((double)last - peak) * by_t;
+static double log_of_rest(const TEACHER *logits, int64_t classes, float last, int64_t equal, float peak, float by_t,
+                          scale by) {
+    double below = sum_below(logits, classes, last, last, by), of_last = ((double)last - peak) * by_t;
     if (below > 1e-20 || equal) return of_last + log(equal + below);
     float top = -INFINITY; /* too small beside the last one, but not beside its own maximum */
 #pragma omp simd reduction(max : top)
@@ -68,7 +118,7 @@ static double log_of_rest(const TEACHER *logits, int64_t classes, float last, in
         top = z < last && z > top ? z : top;
     }
     if (top == -INFINITY) return -INFINITY;
-    return log(sum_below(logits, classes, last, top, by_t)) + ((double)top - peak) * by_t;
+    return log(sum_below(logits, classes, last, top, by)) + ((double)top - peak) * by_t;
 }
 
 /* One row; room: columns + 5 * most floats, most: all members of 2 k + 32 columns and 16, and not less than columns.
@@ -118,6 +168,7 @@ static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, in
         while (in_order[at] >= 0) at++; /* of equals the first comes first */
         in_order[at] = places[i], sorted[at] = found[i];
     }
+    const scale by = scale_of(temperature);
     float peak = high, by_t = 1 / temperature, last = sorted[k - 1], total = 0;
     int64_t equal = -k; /* of those that are not below the last one all but k are not kept */
 #pragma omp simd reduction(+ : equal)
@@ -125,28 +176,37 @@ static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, in
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < k; i++) {
         ids[i] = in_order[i], log_probs[i] = (sorted[i] - peak) * by_t;
-        total += exponential(log_probs[i]);
+        total += power(sorted[i] - peak, by);
     }
-    double log_rest = log_of_rest(logits, classes, last, equal, peak, by_t), log_total = log(total + exp(log_rest));
+    double log_rest = log_of_rest(logits, classes, last, equal, peak, by_t, by), log_total = log(total + exp(log_rest));
     for (int64_t i = 0; i < k; i++) log_probs[i] = (float)(log_probs[i] - log_total);
     *log_tail = (float)(log_rest - log_total);
     return 1;
 }
 
-/* logits [rows, classes] -> ids and log_probs [rows, k], log_tail [rows]; room [threads, columns + 5 * most]. */
+/* logits [rows, classes] -> ids [rows, bytes] of `bits` each, log_probs [rows, k] and log_tail [rows], floats or, where
+ * `half`, float16; room [threads, size]: of each a row of ids and of log_probs comes first. */
 int top_k(const TEACHER *logits, int64_t rows, int64_t classes, int64_t stride, int64_t columns, int64_t k, int64_t most,
-          float temperature, int64_t *ids, float *log_probs, float *log_tail, float *room, int64_t threads) {
+          float temperature, int64_t bits, int64_t bytes, uint8_t *ids, int64_t half, void *log_probs, void *log_tail,
+          double *room, int64_t size, int64_t threads) {
     int all = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : all)
-    for (int64_t part = 0; part < threads; part++)
-        for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads && all; i++)
-            all = all && top_k_row(logits + i * stride, classes, columns, k, most, temperature, ids + i * k,
-                                   log_probs + i * k, log_tail + i, room + part * (columns + 5 * most));
+    for (int64_t part = 0; part < threads; part++) {
+        int64_t *found = (int64_t *)(room + part * size);
+        float *values = (float *)(found + k), *rest = values + k, tail;
+        for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++) {
+            all = all && top_k_row(logits + i * stride, classes, columns, k, most, temperature, found, values, &tail, rest);
+            if (!all) break;
+            write_ids(found, k, bits, ids + i * bytes);
+            write_values(values, k, half, log_probs, i * k);
+            write_values(&tail, 1, half, log_tail, i);
+        }
+    }
     return all;
 }
 
-/* The i-th of n evenly spaced points from 0 to `total`, which is at least 1. What has no probability (`exponential`
- * says 1e-38) lies below or above every point. */
+/* The i-th of n evenly spaced points from 0 to `total`, which is at least 1. What has no probability (`power` says
+ * 2e-38) lies below or above every point. */
 static inline double point_of(int64_t i, int64_t n, double uniform, double total) {
     double point = (i + uniform) / n * total, nearly = (1 - 8 * DBL_EPSILON) * total;
     point = point > 1e-30 ? point : 1e-30;
@@ -160,7 +220,7 @@ static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int
     const int64_t rows = (classes + columns - 1) / columns, last = (rows - 1) * columns;
     double *sums = room, weighted = 0, total = 0;
     float *es = (float *)(room + columns), *shares = es + rows * columns, peak = -INFINITY;
-    float by_temperature = 1 / temperature;
+    const scale by = scale_of(temperature);
     int32_t *chosen = (int32_t *)(shares + n), *members = chosen + n, best = -1, largest = 0;
 #pragma omp simd reduction(max : peak, largest)
     for (int64_t j = 0; j < classes; j++) {
@@ -174,7 +234,7 @@ static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int
         float dot = 0;
 #pragma omp simd reduction(+ : dot) reduction(max : best)
         for (int64_t j = first; j < end; j++) {
-            float z = READ(logits + j), x = (z - peak) * by_temperature, e = exponential(x);
+            float z = READ(logits + j), x = z - peak > by.lowest ? z - peak : by.lowest, e = power(x, by);
             es[j] = e;
             dot += x * e;
             best = z == peak ? (int32_t)j : best;
@@ -188,7 +248,7 @@ static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int
 #pragma omp simd
         for (int64_t c = 0; c < columns; c++) es[j + c] += es[j + c - columns];
     for (int64_t c = 0; c < columns; c++) sums[c] = total += es[last + c];
-    *entropy = (float)(log(total) - weighted / total);
+    *entropy = (float)(log(total) - weighted / total / temperature);
     *top = best;
 
     /* Where each point lies: the column under it, then the member. All points at once, half by half. */
@@ -215,33 +275,22 @@ static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int
     return 1;
 }
 
-/* logits [rows, classes] -> ids [rows, n], top and entropy [rows]; room [threads, size] as `draw_row` wants it. */
+/* logits [rows, classes] -> ids [rows, bytes] and top [rows, top_bytes] of `bits` each, entropy [rows]; room
+ * [threads, size]: of each a row of ids comes first. */
 int draw(const TEACHER *logits, int64_t rows, int64_t classes, int64_t stride, int64_t columns, int64_t n,
-         float temperature, const double *uniform, int64_t *ids, int64_t *top, float *entropy, double *room,
-         int64_t size, int64_t threads) {
+         float temperature, const double *uniform, int64_t bits, int64_t bytes, uint8_t *ids, int64_t top_bytes,
+         uint8_t *top, float *entropy, double *room, int64_t size, int64_t threads) {
     int all = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : all)
-    for (int64_t part = 0; part < threads; part++)
-        for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads && all; i++)
-            all = all && draw_row(logits + i * stride, classes, columns, n, temperature, uniform[i], ids + i * n,
-                                  top + i, entropy + i, room + part * size);
-    return all;
-}
-
-/* ids [rows, k] -> packed [rows, bytes], little endian, `bits` each, at most 32. */
-int pack(const int64_t *ids, int64_t rows, int64_t k, int64_t bits, int64_t bytes, uint8_t *packed, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < rows; i++) {
-        uint8_t *out = packed + i * bytes;
-        uint64_t held = 0; /* bits that fill no byte yet */
-        int64_t filled = 0;
-        for (int64_t j = 0; j < k; j++) {
-            held |= (uint64_t)ids[i * k + j] << filled;
-            if ((filled += bits) < 32) continue;
-            out[0] = (uint8_t)held, out[1] = (uint8_t)(held >> 8), out[2] = (uint8_t)(held >> 16);
-            out[3] = (uint8_t)(held >> 24), out += 4, held >>= 32, filled -= 32;
+    for (int64_t part = 0; part < threads; part++) {
+        int64_t *found = (int64_t *)(room + part * size), best;
+        for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++) {
+            all = all && draw_row(logits + i * stride, classes, columns, n, temperature, uniform[i], found, &best,
+                                  entropy + i, (double *)(found + n));
+            if (!all) break;
+            write_ids(found, n, bits, ids + i * bytes);
+            write_ids(&best, 1, bits, top + i * top_bytes);
         }
-        for (; filled > 0; filled -= 8, held >>= 8) *out++ = (uint8_t)held;
     }
-    return 1;
+    return all;
 }

@@ -16,71 +16,71 @@ from .native import PAYS_FROM, TYPES, call, can_compile, compiled
 
 logger = logging.getLogger(__name__)
 
+COLUMN = 32  # ids of a column, at most
+INTEGERS = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32, 64: torch.int64}  # by their bits
 _MOST = 1024  # ids of a row to be put in order: each is compared with each
 
 
-def top_k_on_cpu(rows: Tensor, k: int, temperature: float, column: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """ids int64 and log_probs [R, k], log_tail [R], float32, of logits [R, V]; None: it is to be done in torch.
+def top_k_on_cpu(
+    rows: Tensor, k: int, temperature: float, *, bits: int = 64, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """ids [R, k], log_probs [R, k] and log_tail [R, 1] of logits [R, V]; None: it is to be done in torch.
 
     Args:
-        column: ids of a column at most, as in `sparse.py`.
+        bits: of an id; ids that are no integers of torch are packed: uint8 [R, bytes], little endian.
+        dtype: of log_probs and log_tail, float32 or float16.
     """
-    count, classes = rows.shape
-    code = _code_for(rows) if k <= _MOST else None
+    code = _code_for(rows) if k <= min(_MOST, rows.shape[1]) else None
     if code is None:
         return None
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows, threads = rows if rows.stride(1) == 1 else rows.contiguous(), torch.get_num_threads()
+    count, classes = rows.shape
     # Of more columns than ids are kept, so that the ones with the largest maxima hold few other ids.
-    columns = min(classes, max(-(-classes // column), 4 * k))
+    columns = min(classes, max(-(-classes // COLUMN), 4 * k))
     most = max((2 * k + 32) * -(-classes // columns) + 16, columns)  # as the C code says
-    threads = torch.get_num_threads()
-    ids, log_probs = torch.empty(count, k, dtype=torch.int64), torch.empty(count, k)
-    log_tail, room = torch.empty(count), torch.empty(threads, columns + 5 * most)
+    ids, width = _room_for_ids(count, k, bits)
+    log_probs, log_tail = torch.empty(count, k, dtype=dtype), torch.empty(count, 1, dtype=dtype)
+    room = torch.empty(threads, k + (k + columns + 5 * most + 1) // 2, dtype=torch.float64)
     done = call(
-        code.top_k, rows, count, classes, rows.stride(0), columns, k, most, float(temperature), ids, log_probs,
-        log_tail, room, threads,
+        code.top_k, rows, count, classes, rows.stride(0), columns, k, most, float(temperature), bits, width, ids,
+        dtype == torch.float16, log_probs, log_tail, room, room.shape[1], threads,
     )  # fmt: skip
     return (ids, log_probs, log_tail) if done else None
 
 
 def draw_on_cpu(
-    rows: Tensor, n: int, temperature: float, uniform: Tensor, column: int
+    rows: Tensor, n: int, temperature: float, uniform: Tensor, *, bits: int = 64
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """ids int64 [R, n], top int64 and entropy float32 [R], of logits [R, V]; None: it is to be done in torch.
+    """ids [R, n], top [R, 1] and entropy float32 [R, 1] of logits [R, V]; None: it is to be done in torch.
 
     Args:
-        uniform: [R], float64.
-        column: ids of a column at most, as in `sparse.py`: the same draws come out.
+        uniform: [R] in [0, 1).
+        bits: of an id, as in `top_k_on_cpu`.
     """
-    count, classes = rows.shape
     code = _code_for(rows)
     if code is None:
         return None
-    rows, uniform = rows if rows.stride(1) == 1 else rows.contiguous(), uniform.contiguous()
-    columns, threads = -(-classes // column), torch.get_num_threads()
-    size = columns + (-(-classes // columns) * columns + 3 * n + 1) // 2  # as the C code says
-    ids, top = torch.empty(count, n, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
-    entropy, room = torch.empty(count), torch.empty(threads, size, dtype=torch.float64)
+    rows, uniform = rows if rows.stride(1) == 1 else rows.contiguous(), uniform.double().contiguous()
+    count, classes = rows.shape
+    columns, threads = -(-classes // COLUMN), torch.get_num_threads()
+    ids, width = _room_for_ids(count, n, bits)
+    top, top_width = _room_for_ids(count, 1, bits)
+    entropy = torch.empty(count, 1)
+    size = n + columns + (-(-classes // columns) * columns + 3 * n + 1) // 2  # as the C code says
+    room = torch.empty(threads, size, dtype=torch.float64)
     done = call(
-        code.draw, rows, count, classes, rows.stride(0), columns, n, float(temperature), uniform, ids, top, entropy,
-        room, size, threads,
+        code.draw, rows, count, classes, rows.stride(0), columns, n, float(temperature), uniform, bits, width, ids,
+        top_width, top, entropy, room, size, threads,
     )  # fmt: skip
     return (ids, top, entropy) if done else None
 
 
-def pack_on_cpu(ids: Tensor, bits: int, like: Tensor) -> Tensor | None:
-    """uint8 [R, bytes] of ids int64 [R, k], little endian, `bits` each; None: it is to be done in numpy.
-
-    Args:
-        like: the logits that they are of: their top-k or draws had the code compiled.
-    """
-    code = _code_for(like)
-    if code is None:
-        return None
-    count, k = ids.shape
-    packed = torch.empty(count, -(-k * bits // 8), dtype=torch.uint8)
-    call(code.pack, ids.contiguous(), count, k, bits, packed.shape[1], packed, torch.get_num_threads())
-    return packed
+def _room_for_ids(count: int, k: int, bits: int) -> tuple[Tensor, int]:
+    """A tensor for ids [count, k] of so many bits each, and the bytes of a row."""
+    width = -(-k * bits // 8)
+    dtype = INTEGERS.get(bits)
+    room = torch.empty(count, k, dtype=dtype) if dtype else torch.empty(count, width, dtype=torch.uint8)
+    return room, width
 
 
 def _code_for(rows: Tensor) -> Any:

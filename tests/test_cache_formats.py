@@ -50,7 +50,7 @@ def test_ids_of_any_vocabulary_are_packed_into_its_bits(classes):
     ids = torch.from_numpy(draw.integers(0, classes, (17, 13)))
     ids[0, 0], ids[0, 1], ids[-1, -1] = 0, classes - 1, classes - 1
     bits = Format("topk", classes, 13, 1.0).bits
-    packed = to_numpy(_pack(ids, bits, torch.zeros(1)))
+    packed = to_numpy(_pack(ids, bits))
     assert bits == len(bin(classes - 1)) - 2
     assert packed.nbytes == 17 * -(-13 * bits // 8)
     assert torch.equal(_unpack(packed, bits, 13), ids.int())

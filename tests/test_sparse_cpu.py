@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from kd_trainer import cache_formats, native, sparse, sparse_cpu
+from kd_trainer import cache_formats, native, sparse_cpu
 from kd_trainer.sparse import draw_samples, top_k
 from tests.test_visit import compiler
 
@@ -37,14 +37,14 @@ SIZES = [(v, k) for v in (1, 2, 31, 33, 64, 65, 500, 1024, 9973) for k in {1, 3,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_top_k_is_that_of_float64(classes, k, temperature, dtype):
     rows = logits(7, classes, dtype)
-    found = sparse_cpu.top_k_on_cpu(rows, k, temperature, sparse._COLUMN)
+    found = sparse_cpu.top_k_on_cpu(rows, k, temperature)
     assert found is not None
     ids, log_probs, log_tail = found
     exact = top_k(rows.double(), k, temperature=temperature)
     assert torch.equal(rows.gather(1, ids), rows.gather(1, exact.ids))  # of equal ones any
     assert all(len(set(row)) == k for row in ids.tolist())
     torch.testing.assert_close(log_probs.double(), exact.log_probs, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(log_tail.double(), exact.log_tail, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(log_tail.squeeze(1).double(), exact.log_tail, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shift", [14.0, 60.0, 200.0])  # a tail of 1e-6, 1e-26, 1e-87
@@ -70,9 +70,18 @@ def test_equal_ones_beyond_the_last_that_is_kept_are_of_the_tail():
 def test_masked_ids_are_nothing_unusual():
     rows = logits(4, 5000)
     rows[:, 4000:] = torch.finfo(torch.float32).min
-    found, exact = sparse_cpu.top_k_on_cpu(rows, 9, 1.0, sparse._COLUMN), top_k(rows.double(), 9)
+    found, exact = sparse_cpu.top_k_on_cpu(rows, 9, 1.0), top_k(rows.double(), 9)
     assert torch.equal(found[0], exact.ids)
-    torch.testing.assert_close(found[2].double(), exact.log_tail, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[2].squeeze(1).double(), exact.log_tail, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_masked_ids_add_nothing_to_the_entropy(temperature):
+    rows, uniform = logits(4, 5000), torch.rand(4)
+    rows[:, 4000:] = torch.finfo(torch.float32).min
+    found = sparse_cpu.draw_on_cpu(rows, 9, temperature, uniform)
+    exact = draw_samples(rows.double(), 9, temperature=temperature, uniform=uniform)
+    torch.testing.assert_close(found[2].squeeze(1).double(), exact.entropy, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("strange", [float("inf"), float("-inf"), float("nan"), "equal"])
@@ -82,12 +91,12 @@ def test_unusual_rows_are_left_to_torch(strange, monkeypatch):
         rows[2] = 1.0
     else:
         rows[2, 77] = strange
-    assert sparse_cpu.top_k_on_cpu(rows, 3, 1.0, sparse._COLUMN) is None
+    assert sparse_cpu.top_k_on_cpu(rows, 3, 1.0) is None
     found, other = top_k(rows, 3), in_torch(monkeypatch, top_k, rows, 3)
     torch.testing.assert_close(found.log_probs, other.log_probs, equal_nan=True)
     if strange != "equal":
         uniform = torch.rand(4, dtype=torch.float64)
-        assert sparse_cpu.draw_on_cpu(rows, 3, 1.0, uniform, sparse._COLUMN) is None
+        assert sparse_cpu.draw_on_cpu(rows, 3, 1.0, uniform) is None
 
 
 @pytest.mark.parametrize("classes", [1, 5, 33, 1024, 9973])
@@ -96,7 +105,7 @@ def test_unusual_rows_are_left_to_torch(strange, monkeypatch):
 def test_draws_are_those_of_torch(classes, temperature, dtype, monkeypatch):
     rows = logits(64, classes, dtype)
     uniform = torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert sparse_cpu.draw_on_cpu(rows, 50, temperature, uniform, sparse._COLUMN) is not None
+    assert sparse_cpu.draw_on_cpu(rows, 50, temperature, uniform) is not None
     found = draw_samples(rows, 50, temperature=temperature, uniform=uniform)
     other = in_torch(monkeypatch, draw_samples, rows, 50, temperature=temperature, uniform=uniform)
     assert (found.ids != other.ids).float().mean() < 2e-3  # a point may lie on the border of two
@@ -104,14 +113,39 @@ def test_draws_are_those_of_torch(classes, temperature, dtype, monkeypatch):
     torch.testing.assert_close(found.entropy, other.entropy, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [1, 3, 9, 10, 15, 17, 18, 31])
-@pytest.mark.parametrize("k", [1, 8, 50])
-def test_ids_are_packed_as_numpy_packs_them(bits, k, monkeypatch):
-    ids = torch.randint(2**bits, (33, k), generator=torch.Generator().manual_seed(bits))
-    ids[0], ids[-1, -1] = 2**bits - 1, 2**bits - 1
-    packed = sparse_cpu.pack_on_cpu(ids, bits, torch.zeros(1))
-    assert packed is not None
-    assert torch.equal(packed, in_torch(monkeypatch, cache_formats._pack, ids, bits, torch.zeros(1)))
+@pytest.mark.parametrize("bits", [7, 8, 9, 10, 15, 16, 17, 18, 31, 32])
+@pytest.mark.parametrize("k", [1, 8, 50, 128])
+def test_ids_are_packed_as_numpy_packs_them(bits, k):
+    rows, uniform = logits(33, 128), torch.rand(33, dtype=torch.float64)
+    for take in (sparse_cpu.top_k_on_cpu, sparse_cpu.draw_on_cpu):
+        given = (rows, k, 1.0) if take is sparse_cpu.top_k_on_cpu else (rows, k, 1.0, uniform)
+        plain, packed = take(*given), take(*given, bits=bits)
+        assert torch.equal(packed[0], cache_formats._pack(plain[0], bits))
+        assert torch.equal(packed[2], plain[2])
+        if take is sparse_cpu.draw_on_cpu:
+            assert torch.equal(packed[1], cache_formats._pack(plain[1], bits))
+        else:
+            assert torch.equal(packed[1], plain[1])
+
+
+def test_ids_at_both_ends_of_their_bits_are_packed():
+    rows = torch.zeros(2, 2**15)
+    rows[0, [0, 2**15 - 1]], rows[1, [2**15 - 1, 2**14]] = torch.tensor([2.0, 1.0]), torch.tensor([2.0, 1.0])
+    packed = sparse_cpu.top_k_on_cpu(rows, 2, 1.0, bits=15)[0]
+    ids = torch.tensor([[0, 2**15 - 1], [2**15 - 1, 2**14]])
+    assert torch.equal(packed, cache_formats._pack(ids, 15))
+
+
+def test_half_precision_is_that_of_torch():
+    rows = torch.logspace(-9, 6, 4000).unsqueeze(1) * logits(4000, 60)
+    rows[:60] = -torch.arange(60) - 65_480.0  # 65,520 is the first that half precision calls infinite
+    rows[:60, 0] = 0
+    rows[60:120, 1:], rows[60:120, 0] = 0, torch.linspace(5, 22, 60)  # the first one's are near 0
+    plain, half = (sparse_cpu.top_k_on_cpu(rows, 50, 1.0, dtype=dtype) for dtype in (torch.float32, torch.float16))
+    for one, other in zip(plain[1:], half[1:], strict=True):
+        assert torch.equal(one.half(), other)
+    tiny, large = (half[1] > -(2**-14)) & (half[1] < 0), half[1].isneginf()
+    assert tiny.any() and large.any() and half[1][:60].isfinite().any()  # noqa: PT018
 
 
 @pytest.mark.parametrize("classes", [3, 33, 1024])
