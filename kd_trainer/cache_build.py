@@ -3,8 +3,8 @@
 For: `offline.py`, which calls it from the trainer. A shard holds whole batches of consecutive rows, so that it is the
 same bytes whoever builds it and however often the building was interrupted.
 Letters: B rows, S positions, N kept positions, V classes, H hidden size.
-Imports: cache, cache_formats, cache_store, checks, files, finite, fused_arguments, fused_forward, fused_linear, heads;
-tqdm.
+Imports: cache, cache_formats, cache_store, checks, files, finite, fused_arguments, fused_forward, fused_linear, heads,
+native; tqdm.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .fused_arguments import Side, cast_as_autocast, chunk_rows
 from .fused_forward import NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
 from .fused_linear import kept_memory
 from .heads import Head
+from .native import PAYS_FROM
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,9 @@ class Speaker:
             side = Side(weight, bias, self.output_head.scale, self.output_head.softcap)
             plain = side.scale == 1 and side.softcap is None
             at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
-            at_once = min(at_once, _MOST_ROWS) if side.weight.is_cpu else at_once
-            parts = rows.chunk(max(1, -(-len(rows) // at_once)))  # no small rest, which would be encoded more slowly
+            if side.weight.is_cpu:  # no part, nor the rest, is too small for the C code
+                at_once = max(min(at_once, _MOST_ROWS), 2 * -(-PAYS_FROM // len(side.weight)))
+            parts = rows.chunk(max(1, -(-len(rows) // at_once)))
             tile = kept_memory("student", max(1, len(parts[0])), len(side.weight), side.weight)
             for part in parts:
                 with torch.no_grad():
@@ -229,10 +231,13 @@ def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read)
         if kept.name in SPARSE:
             values = values[..., : kept.classes]
         encoded = encode(kept, values, uniform[done : done + len(values)].to(values.device))
-        _check_finite(encoded, row_ids)
+        if kept.name not in SPARSE:
+            _check_finite(encoded, row_ids)
         parts.append({name: to_numpy(column) for name, column in encoded.items()})
         done += len(values)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if kept.name in SPARSE:
+        _check_finite({name: torch.from_numpy(column) for name, column in columns.items()}, row_ids)
     return Rows(np.asarray(row_ids, np.int64), seen, counts, columns)
 
 

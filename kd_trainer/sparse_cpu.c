@@ -6,6 +6,9 @@
  * that the k largest are none in particular.
  */
 #include <float.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include "native.h"
 
@@ -121,13 +124,42 @@ static double log_of_rest(const TEACHER *logits, int64_t classes, float last, in
     return log(sum_below(logits, classes, last, top, by)) + ((double)top - peak) * by_t;
 }
 
-/* One row; room: columns + 5 * most floats, most: all members of 2 k + 32 columns and 16, and not less than columns.
+/* The logits that reach `least`, with their places, in order: all are looked at, until they are more than `most`; room:
+ * most + 32 each. Returns how many. Worth it where columns have no more than FEW members. */
+static int32_t reaching(const TEACHER *logits, int64_t classes, float least, int64_t most, float *found,
+                        int32_t *places) {
+    int32_t n = 0;
+    int64_t first = 0;
+#ifdef __AVX512F__
+#define FEW 8
+    const __m512i ahead = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; first + 16 <= classes && n <= most; first += 16) {
+        float z[16];
+        for (int i = 0; i < 16; i++) z[i] = READ(logits + first + i);
+        __m512 values = _mm512_loadu_ps(z);
+        __m512i own = _mm512_add_epi32(ahead, _mm512_set1_epi32((int32_t)first));
+        __mmask16 reach = _mm512_cmp_ps_mask(values, _mm512_set1_ps(least), _CMP_GE_OQ);
+        _mm512_storeu_ps(found + n, _mm512_maskz_compress_ps(reach, values));
+        _mm512_storeu_si512(places + n, _mm512_maskz_compress_epi32(reach, own));
+        n += __builtin_popcount(reach);
+    }
+#else
+#define FEW 1
+#endif
+    for (; first < classes && n <= most; first++) {
+        found[n] = READ(logits + first), places[n] = (int32_t)first;
+        n += found[n] >= least;
+    }
+    return n;
+}
+
+/* One row; room: columns + 5 * most floats, most: all members of 2 k + 32 columns and 4 k + 96, and not less than columns.
  * Returns whether it could. */
 static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, int64_t k, int64_t most, float temperature,
                      int64_t *ids, float *log_probs, float *log_tail, float *room) {
     float *maxima = room, *found = room + columns, *sorted = found + most, low = INFINITY, high = -INFINITY;
     int32_t *places = (int32_t *)(sorted + most), *ranks = places + most, *in_order = ranks + most;
-    int32_t *reaches = places /* until these are known */, n = 0, chosen = 0, largest = 0;
+    int32_t n = 0, chosen = 0, largest = 0;
     for (int64_t c = 0; c < columns; c++) maxima[c] = -INFINITY;
     for (int64_t first = 0; first < classes; first += columns) {
         int64_t last = first + columns < classes ? columns : classes - first;
@@ -147,19 +179,20 @@ static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, in
 
     /* The maxima of k columns reach `least`, and so the k largest logits do. */
     float least = reached_by(maxima, columns, k, low, high);
-#pragma omp simd
-    for (int64_t c = 0; c < columns; c++) reaches[c] = maxima[c] >= least;
-    for (int64_t c = 0; c < columns; c++) { /* without a branch, which could not be foreseen */
-        ranks[chosen] = (int32_t)c;
-        chosen += reaches[c];
-    }
-    if (chosen > 2 * k + 32) return 0;
-    for (int32_t i = 0; i < chosen; i++)
-        for (int64_t j = ranks[i]; j < classes; j += columns) {
-            float z = READ(logits + j);
-            found[n] = z, places[n] = (int32_t)j;
-            n += z >= least;
+    if (classes <= FEW * columns) n = reaching(logits, classes, least, 4 * k + 64, found, places);
+    else {
+        for (int64_t c = 0; c < columns; c++) { /* without a branch, which could not be foreseen */
+            ranks[chosen] = (int32_t)c;
+            chosen += maxima[c] >= least;
         }
+        if (chosen > 2 * k + 32) return 0;
+        for (int32_t i = 0; i < chosen; i++)
+            for (int64_t j = ranks[i]; j < classes; j += columns) {
+                float z = READ(logits + j);
+                found[n] = z, places[n] = (int32_t)j;
+                n += z >= least;
+            }
+    }
     if (n > 4 * k + 64) return 0; /* each will be compared with each */
     rank(found, n, ranks);
     for (int32_t i = 0; i < n; i++) in_order[i] = -1;

@@ -37,7 +37,7 @@ def top_k_on_cpu(
     count, classes = rows.shape
     # Of more columns than ids are kept, so that the ones with the largest maxima hold few other ids.
     columns = min(classes, max(-(-classes // COLUMN), 4 * k))
-    most = max((2 * k + 32) * -(-classes // columns) + 16, columns)  # as the C code says
+    most = max((2 * k + 32) * -(-classes // columns), 4 * k + 80, columns) + 16  # as the C code says
     ids, width = _room_for_ids(count, k, bits)
     log_probs, log_tail = torch.empty(count, k, dtype=dtype), torch.empty(count, 1, dtype=dtype)
     room = torch.empty(threads, k + (k + columns + 5 * most + 1) // 2, dtype=torch.float64)
