@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import platform
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -27,6 +29,17 @@ def in_torch(monkeypatch, function, *given, **settings):
     with monkeypatch.context() as patch:
         patch.setattr(sparse_cpu, "PAYS_FROM", 10**12)
         return function(*given, **settings)
+
+
+@contextmanager
+def compiled_otherwise(monkeypatch, flags):
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_FLAGS", flags)
+        native.compiled.cache_clear()
+        sparse_cpu._code.cache_clear()
+        yield
+    native.compiled.cache_clear()
+    sparse_cpu._code.cache_clear()
 
 
 SIZES = [(v, k) for v in (1, 2, 31, 33, 64, 65, 500, 1024, 9973) for k in {1, 3, 64, v - 1, v} if 0 < k <= min(v, 1024)]
@@ -183,15 +196,25 @@ def test_slices_and_threads_change_nothing(monkeypatch):
             assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="no x86 processor")
+@pytest.mark.parametrize("classes", [16, 300, 1024, 1031, 9973])
+def test_a_processor_without_avx_512_finds_the_same(classes, monkeypatch):
+    rows = logits(50, classes)
+    first = sparse_cpu.top_k_on_cpu(rows, 16, 2.0)
+    with compiled_otherwise(monkeypatch, (*native._FLAGS, "-mno-avx512f")):
+        again = sparse_cpu.top_k_on_cpu(rows, 16, 2.0)
+    assert torch.equal(first[0], again[0])
+    for one, other in zip(first[1:], again[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
 def test_a_compiler_that_fails_is_said_once_and_done_without(monkeypatch, caplog):
     rows = logits(5, 300)
     expected = top_k(rows, 4)
-    monkeypatch.setattr(native, "_FLAGS", ("--no-such-option",))
-    native.compiled.cache_clear()
-    sparse_cpu._code.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="kd_trainer"):
+    with (
+        compiled_otherwise(monkeypatch, ("--no-such-option",)),
+        caplog.at_level(logging.WARNING, logger="kd_trainer"),
+    ):
         for _ in range(2):
             torch.testing.assert_close(top_k(rows, 4), expected)
     assert caplog.text.count("no-such-option") == 1
-    native.compiled.cache_clear()
-    sparse_cpu._code.cache_clear()
