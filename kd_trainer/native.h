@@ -31,17 +31,18 @@ static inline void write_float16(float16 *out, float x) { /* to the nearest, tie
 #define READ(x) _Generic(*(x), float: read_float, bfloat16: read_bfloat16)((const void *)(x))
 #define WRITE(out, x) _Generic(*(out), float: write_float, bfloat16: write_bfloat16)((void *)(out), x)
 
-/* exp(x) for x <= 0, to one unit in the last place down to 1e-38; there it stays. Cephes' polynomial. */
+/* exp(x) for x <= 0, to one unit in the last place down to 1e-38, then 0: as large as x may be, 0 times x is 0. Cephes'
+ * polynomial. */
 static inline float exponential(float x) {
-    x = -87.0f > x ? -87.0f : x; /* written so, NaN stays NaN */
-    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f - n * -2.12194440e-4f, p = 1.9875691500e-4f;
+    float above = -87.0f > x ? -87.0f : x; /* written so, NaN stays NaN */
+    float n = rintf(above * 1.44269504f), r = above - n * 0.693359375f - n * -2.12194440e-4f, p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    return bits_as_float(float_as_bits(p) + ((uint32_t)(int32_t)n << 23)); /* p * 2^n */
+    return x < -87.0f ? 0.0f : bits_as_float(float_as_bits(p) + ((uint32_t)(int32_t)n << 23)); /* p * 2^n */
 }
 
 /* log(x) for x >= 1e-38; NaN stays NaN. Cephes' polynomial. */

@@ -107,6 +107,19 @@ def test_far_apart_logits_stay_finite_when_compiled(divergence):
 
 
 @compiler
+@pytest.mark.parametrize("who", ["teacher", "both"])
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name not in ("reverse_kl", "symmetric_kl")])
+def test_masked_ids_add_nothing_when_compiled(divergence, who):
+    """As models mask them, with the least number: 0 times that is 0, and 1e-38 times that is 4."""
+    given = tile(classes=3000)
+    for name in ("teacher", "student")[: 1 + (who == "both")]:
+        given[name][:, 2000:] = torch.finfo(torch.float32).min
+    setting = Setting(divergence, 0.3, 2.0, True)
+    room = 1e-6 if divergence in KLS else MIXED
+    assert_one([results_of(setting, given, compiled=way)[:3] for way in (False, True)], torch.float32, room)
+
+
+@compiler
 def test_temperatures_of_a_schedule_share_one_code():
     native.compiled.cache_clear()
     for i in range(1, 30):
