@@ -231,13 +231,10 @@ def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read)
         if kept.name in SPARSE:
             values = values[..., : kept.classes]
         encoded = encode(kept, values, uniform[done : done + len(values)].to(values.device))
-        if kept.name not in SPARSE:
-            _check_finite(encoded, row_ids)
+        _check_finite(encoded, row_ids)
         parts.append({name: to_numpy(column) for name, column in encoded.items()})
         done += len(values)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    if kept.name in SPARSE:
-        _check_finite({name: torch.from_numpy(column) for name, column in columns.items()}, row_ids)
     return Rows(np.asarray(row_ids, np.int64), seen, counts, columns)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from .checks import check_choice, fail
 from .outputs import TeacherOutput
 from .sparse import Samples, TopK, draw_samples, top_k
-from .sparse_cpu import draw_on_cpu, top_k_on_cpu
+from .sparse_cpu import INTEGERS, draw_on_cpu, top_k_on_cpu
 
 FORMATS = ("logits", "hidden", "topk", "sampled")
 SPARSE = ("topk", "sampled")
@@ -177,8 +177,8 @@ def to_numpy(column: Tensor) -> np.ndarray:
 
 def _pack(ids: Tensor, bits: int) -> Tensor:
     """Ids [N, k] as uint8 [N, bytes]: little endian, `bits` each; 8, 16, 32 bits as such integers."""
-    if bits in _NATIVE:
-        return torch.from_numpy(to_numpy(ids).astype(_NATIVE[bits]))
+    if bits in INTEGERS:
+        return ids.cpu().to(INTEGERS[bits])
     numbers = to_numpy(ids)
     k = numbers.shape[1]
     groups = np.zeros((len(numbers), -(-k // 8) * 8), np.uint64)
@@ -195,12 +195,9 @@ def _pack(ids: Tensor, bits: int) -> Tensor:
     )
 
 
-_NATIVE = {8: np.uint8, 16: np.uint16, 32: np.uint32}
-
-
 def _unpack(packed: np.ndarray, bits: int, k: int) -> Tensor:
     """int32 [N, k]."""
-    if bits in _NATIVE:
+    if bits in INTEGERS:
         return torch.from_numpy(packed.astype(np.int32))
     rows, size, groups = *packed.shape, -(-k // 8)
     room = np.zeros(packed.size + groups * bits + 8, np.uint8)

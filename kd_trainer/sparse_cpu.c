@@ -8,6 +8,9 @@
 #include <float.h>
 #ifdef __AVX512F__
 #include <immintrin.h>
+#define FEW 8 /* members of a column, up to which it is faster to look at all logits */
+#else
+#define FEW 1
 #endif
 
 #include "native.h"
@@ -16,11 +19,11 @@
 static inline int32_t size_of(float z) { return (int32_t)(float_as_bits(z) & 0x7fffffff); }
 #define BITS_OF_INFINITY 0x7f800000
 
-/* What x is multiplied with and how low it may be in `power`, for a temperature. */
-typedef struct { float factor, lowest; } scale;
+/* A temperature: 1 / T, and for `power` log2(e) / T and the least x. */
+typedef struct { float by_t, factor, lowest; } scale;
 static inline scale scale_of(float temperature) {
     float factor = 1.44269504f / temperature;
-    return (scale){factor, -125 / factor};
+    return (scale){1 / temperature, factor, -125 / factor};
 }
 
 /* exp(x / T) for x <= 0, to 3e-7 down to 2^-125; there it stays. Half the work of `exponential`, and for what is finite
@@ -110,9 +113,8 @@ static double sum_below(const TEACHER *logits, int64_t classes, float last, floa
 }
 
 /* The log of the sum of exp((z - peak) / T) over all z below `last`, and over `equal` ones that are equal to it. */
-static double log_of_rest(const TEACHER *logits, int64_t classes, float last, int64_t equal, float peak, float by_t,
-                          scale by) {
-    double below = sum_below(logits, classes, last, last, by), of_last = ((double)last - peak) * by_t;
+static double log_of_rest(const TEACHER *logits, int64_t classes, float last, int64_t equal, float peak, scale by) {
+    double below = sum_below(logits, classes, last, last, by), of_last = ((double)last - peak) * by.by_t;
     if (below > 1e-20 || equal) return of_last + log(equal + below);
     float top = -INFINITY; /* too small beside the last one, but not beside its own maximum */
 #pragma omp simd reduction(max : top)
@@ -121,17 +123,16 @@ static double log_of_rest(const TEACHER *logits, int64_t classes, float last, in
         top = z < last && z > top ? z : top;
     }
     if (top == -INFINITY) return -INFINITY;
-    return log(sum_below(logits, classes, last, top, by)) + ((double)top - peak) * by_t;
+    return log(sum_below(logits, classes, last, top, by)) + ((double)top - peak) * by.by_t;
 }
 
 /* The logits that reach `least`, with their places, in order: all are looked at, until they are more than `most`; room:
- * most + 32 each. Returns how many. Worth it where columns have no more than FEW members. */
+ * most + 32 each. Returns how many. */
 static int32_t reaching(const TEACHER *logits, int64_t classes, float least, int64_t most, float *found,
                         int32_t *places) {
     int32_t n = 0;
     int64_t first = 0;
 #ifdef __AVX512F__
-#define FEW 8
     const __m512i ahead = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (; first + 16 <= classes && n <= most; first += 16) {
         float z[16];
@@ -143,8 +144,6 @@ static int32_t reaching(const TEACHER *logits, int64_t classes, float least, int
         _mm512_storeu_si512(places + n, _mm512_maskz_compress_epi32(reach, own));
         n += __builtin_popcount(reach);
     }
-#else
-#define FEW 1
 #endif
     for (; first < classes && n <= most; first++) {
         found[n] = READ(logits + first), places[n] = (int32_t)first;
@@ -202,16 +201,16 @@ static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, in
         in_order[at] = places[i], sorted[at] = found[i];
     }
     const scale by = scale_of(temperature);
-    float peak = high, by_t = 1 / temperature, last = sorted[k - 1], total = 0;
+    float peak = high, last = sorted[k - 1], total = 0;
     int64_t equal = -k; /* of those that are not below the last one all but k are not kept */
 #pragma omp simd reduction(+ : equal)
     for (int32_t i = 0; i < n; i++) equal += found[i] >= last;
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < k; i++) {
-        ids[i] = in_order[i], log_probs[i] = (sorted[i] - peak) * by_t;
+        ids[i] = in_order[i], log_probs[i] = (sorted[i] - peak) * by.by_t;
         total += power(sorted[i] - peak, by);
     }
-    double log_rest = log_of_rest(logits, classes, last, equal, peak, by_t, by), log_total = log(total + exp(log_rest));
+    double log_rest = log_of_rest(logits, classes, last, equal, peak, by), log_total = log(total + exp(log_rest));
     for (int64_t i = 0; i < k; i++) log_probs[i] = (float)(log_probs[i] - log_total);
     *log_tail = (float)(log_rest - log_total);
     return 1;
