@@ -214,12 +214,12 @@ def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, set
 
 def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read) -> Rows:
     """What the teacher says of a batch, encoded."""
-    kept, (_, row_ids, mask, counts, seen) = format_of(settings), read
+    kept, (_, row_ids, _, counts, seen) = format_of(settings), read
     inputs, positions = on_device(trainer, speaker, read)
-    uniform = _uniform(settings, row_ids[0], int(mask.sum())) if kept.name == "sampled" else torch.empty(0)
+    total, done = int(counts.sum()), 0
+    uniform = _uniform(settings, row_ids[0], total) if kept.name == "sampled" else torch.empty(0)
     said: Iterator[Tensor]
-    parts: list[dict[str, np.ndarray]] = []
-    done = 0
+    columns: dict[str, Tensor] = {}
     if kept.name == "hidden":
         hidden = speaker.hidden(inputs, positions)
         if hidden is None:
@@ -230,12 +230,19 @@ def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read)
     for values in said:
         if kept.name in SPARSE:
             values = values[..., : kept.classes]
-        encoded = encode(kept, values, uniform[done : done + len(values)].to(values.device))
-        _check_finite(encoded, row_ids)
-        parts.append({name: to_numpy(column) for name, column in encoded.items()})
-        done += len(values)
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Rows(np.asarray(row_ids, np.int64), seen, counts, columns)
+        own = slice(done, done + len(values))
+        encoded = encode(kept, values, uniform[own].to(values.device))
+        if len(values) == total:
+            columns = encoded
+        else:  # put in its place while it is in the cache
+            for name, part in encoded.items():
+                if name not in columns:
+                    columns[name] = torch.empty(total, part.shape[1], dtype=part.dtype)
+                columns[name][own] = part
+        done = own.stop
+    _check_finite(columns, row_ids)
+    kept_columns = {name: to_numpy(column) for name, column in columns.items()}
+    return Rows(np.asarray(row_ids, np.int64), seen, counts, kept_columns)
 
 
 def on_device(trainer: Any, speaker: Speaker, read: Read) -> tuple[dict[str, Any], Tensor]:

@@ -37,6 +37,7 @@ from .files import digest, write_atomically
 LAYOUT = 2  # of the folder; another number is another program's
 MANIFEST, BUILDING, HEAD, DATA = "manifest.json", "building.json", "head.safetensors", "data"
 _OPEN_FILES = 64
+_UNSYNCED = 2**23  # bytes of a shard that may wait for the disk: its end need not wait for all of it
 _AT_ONCE = 2**18  # bytes of the columns of a record batch, at least: smaller ones would be known by more than they hold
 
 
@@ -125,6 +126,7 @@ class _Hashed(io.RawIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size, self.xxh3 = file, 0, xxhash.xxh3_128()  # ten times as fast as SHA-256
+        self._next_sync = _UNSYNCED
 
     def writable(self) -> bool:
         return True
@@ -133,7 +135,12 @@ class _Hashed(io.RawIOBase):
         content = memoryview(content)
         self.xxh3.update(content)
         self.size += content.nbytes
-        return self.file.write(content)
+        written = self.file.write(content)
+        if self.size >= self._next_sync:
+            self._next_sync = self.size + _UNSYNCED
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return written
 
 
 def _record_batch(rows: Rows) -> pa.RecordBatch:

@@ -75,6 +75,7 @@ from .teacher import LiveTeacher
 
 logger = logging.getLogger(__name__)
 
+_TRIED_ROWS = 8  # read to the teacher before it is asked about all, to see what it gives
 _SAMPLE_ROWS = 32  # looked at before a cache is built or read: evenly spread over the data
 
 
@@ -203,7 +204,8 @@ class OfflineTeacher(FirstLook):
                 return store
         live = self._live_teacher()
         used, collator = self._as_read(dataset)
-        sample = dict(collator(numbered(_features(used, self.args.per_device_eval_batch_size)).features))
+        tried = min(_TRIED_ROWS, self.args.per_device_eval_batch_size)
+        sample = dict(collator(numbered(_features(used, tried)).features))
         fit = self._look_at(sample)
         speaker = Speaker(live, self.accelerator, fit.head, None if fit.heads is None else fit.heads[1])
         settings = self._settings(part, dataset, speaker, sample)
