@@ -112,6 +112,30 @@ def test_a_shard_may_come_in_parts(at, at_once, batches, tmp_path, monkeypatch):
         assert len(list(pa.ipc.open_stream(file))) == batches
 
 
+def test_a_shard_goes_to_the_disk_while_it_grows(tmp_path, monkeypatch):
+    """At most so many bytes wait for the disk, whatever the size of a shard; the bytes are the same."""
+    parts, sizes = [one(row) for row in range(8)], []
+    real = os.fsync
+
+    def noted(handle: int) -> None:
+        sizes.append(os.fstat(handle).st_size)
+        real(handle)
+
+    monkeypatch.setattr(cache_store, "_AT_ONCE", 1)
+    monkeypatch.setattr(os, "fsync", noted)
+    for name, unsynced in (("at the end", 2**23), ("while it grows", 2000)):
+        monkeypatch.setattr(cache_store, "_UNSYNCED", unsynced)
+        begin(tmp_path / name, SETTINGS)
+        sizes.clear()
+        write_shard(tmp_path / name, 0, parts)
+        synced = sorted(size for size in sizes if size > 1000)  # the note beside it is smaller
+        assert len(synced) == 1 if unsynced == 2**23 else len(synced) > 2
+        assert all(after - before < unsynced + 2000 for before, after in zip([0, *synced], synced, strict=False))
+    whole, growing = (tmp_path / name / "data" / "data-00000.arrow" for name in ("at the end", "while it grows"))
+    assert whole.read_bytes() == growing.read_bytes()
+    assert synced[-1] == whole.stat().st_size
+
+
 def test_a_shard_that_is_given_up_leaves_nothing(tmp_path):
     begin(tmp_path, SETTINGS)
 
