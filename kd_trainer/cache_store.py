@@ -122,11 +122,10 @@ def _grouped(parts: Iterable[Rows]) -> Iterator[Rows]:
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is written on, and the digest of what was written."""
+    """A file that is written on and synced as it grows, and the digest of what was written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size, self.xxh3 = file, 0, xxhash.xxh3_128()  # ten times as fast as SHA-256
-        self._next_sync = _UNSYNCED
 
     def writable(self) -> bool:
         return True
@@ -134,10 +133,9 @@ class _Hashed(io.RawIOBase):
     def write(self, content: Any) -> int:
         content = memoryview(content)
         self.xxh3.update(content)
-        self.size += content.nbytes
+        before, self.size = self.size, self.size + content.nbytes
         written = self.file.write(content)
-        if self.size >= self._next_sync:
-            self._next_sync = self.size + _UNSYNCED
+        if before // _UNSYNCED < self.size // _UNSYNCED:
             self.file.flush()
             os.fsync(self.file.fileno())
         return written
