@@ -15,7 +15,7 @@ memory   peak resident memory of a training from a small cache and from one of 1
 
 The pairs of `speed` are Llamas with random weights, the teacher's head such that its logits have a standard deviation
 of 4: "50k" has GPT-2's 50,257 ids, a teacher of its shape (12 layers x 768) and a student of 4 x 256, 4 rows of 128
-tokens a batch, 24 batches; "small" is the pair of examples/distill_causal_lm.py, 32 rows a batch, 200 batches.
+tokens a batch, 24 batches; "small" is the pair of examples/distill_causal_lm.py, 32 rows a batch, 320 batches.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Pair(NamedTuple):
     batches: int  # some ten seconds of the teacher: building has a start of 0.1 s
 
 
-PAIRS = {"50k": Pair((12, 768), (4, 256), 50_257, 4, 24), "small": Pair((4, 96), (2, 96), 1024, 32, 200)}
+PAIRS = {"50k": Pair((12, 768), (4, 256), 50_257, 4, 24), "small": Pair((4, 96), (2, 96), 1024, 32, 320)}
 # Name in the table: format, k, dtype.
 FORMS: dict[str, tuple[str, int | None, str | None]] = {
     "logits": ("logits", None, None),
@@ -414,7 +414,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("all", "speed", "quality", "memory"), default="all")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, help="of the data; by default 24 of the pair 50k, 200 of the small one")
+    parser.add_argument("--batches", type=int, help="of the data; by default 24 of the pair 50k, 320 of the small one")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--gigabytes", type=float, default=10.0)
