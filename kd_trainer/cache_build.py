@@ -15,11 +15,11 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Full, Queue
 from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from .cache import NumberedRows, Read, Reading, Taken
 from .cache_formats import SPARSE, encode, format_of, to_numpy
-from .cache_store import Rows, write_shard, written_shards
+from .cache_store import Rows, ShardWriter, written_shards
 from .checks import Shown, fail, message
 from .finite import bad_rows
 from .fused_arguments import Side, cast_as_autocast, chunk_rows
@@ -41,7 +41,7 @@ from .native import PAYS_FROM
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20
-_WAITING = 4  # batches that may wait to be written
+_WAITING = 16  # parts of shards that may wait for the disk
 _MOST_ROWS = 1024  # positions whose logits are made and encoded at once on CPU: more leave its cache
 
 
@@ -63,6 +63,7 @@ class Speaker:
 
     def __init__(self, teacher: Any, accelerator: Any, head: Head, output_head: OutputHead | None = None) -> None:
         self.teacher, self.accelerator, self.head, self.output_head = teacher, accelerator, head, output_head
+        self._kept_side: tuple[torch.dtype, Side] | None = None
         if output_head is None and head.over_tokens and not teacher.compiled:
             try:
                 self.output_head = OutputHead(teacher.model)
@@ -100,10 +101,8 @@ class Speaker:
             return
         assert self.output_head is not None
         with whole_weight(self.output_head) as whole:
-            with self.accelerator.autocast():
-                weight, bias = self._multiplied(whole, hidden.dtype)
-                rows, weight, bias = (cast_as_autocast(x) for x in (hidden, weight, bias))
-            side = Side(weight, bias, self.output_head.scale, self.output_head.softcap)
+            side = self._side(whole, hidden.dtype)
+            rows = hidden.detach().to(side.weight.dtype)
             plain = side.scale == 1 and side.softcap is None
             at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
             if side.weight.is_cpu:  # no part, nor the rest, is too small for the C code
@@ -111,9 +110,21 @@ class Speaker:
             parts = rows.chunk(max(1, -(-len(rows) // at_once)))
             tile = kept_memory("student", max(1, len(parts[0])), len(side.weight), side.weight)
             for part in parts:
-                with torch.no_grad():
-                    product = side.product(part, 1.0, tile[: len(part)])
+                product = side.product(part, 1.0, tile[: len(part)])
                 yield product if plain else side.capped(product.float())
+
+    def _side(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> Side:
+        """The head as it multiplies hidden states of this dtype; made once where the weight is always whole."""
+        assert self.output_head is not None
+        if self._kept_side is not None and self._kept_side[0] == dtype:
+            return self._kept_side[1]
+        with self.accelerator.autocast():
+            weight, bias = (cast_as_autocast(x) for x in self._multiplied(whole, dtype))
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        side = Side(weight, bias, self.output_head.scale, self.output_head.softcap)
+        if whole[0] is self.output_head.module.weight and not hasattr(whole[0], "ds_id"):
+            self._kept_side = dtype, side
+        return side
 
     def head_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Weight and bias of the teacher's output head as they multiply; every process must call."""
@@ -206,6 +217,7 @@ def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, set
             if index >= 0:
                 writer.add(index, rows)
                 bar.add(rows)
+            del rows, read  # nothing is held while the teacher is asked for the next
         writer.end()
     finally:
         bar.close()
@@ -311,60 +323,52 @@ def what_the_disk_refuses(folder: Path) -> Iterator[None]:
 
 
 class _Writer:
-    """Writes shards in threads, while the next batches are asked for: one is synced while the next comes in."""
+    """Writes shards as their rows come; a thread waits for the disk meanwhile."""
 
     def __init__(self, folder: Path, writes: bool) -> None:
         self.folder, self.writes = folder, writes
-        self._pool = ThreadPoolExecutor(2)
+        self._thread = ThreadPoolExecutor(1)
+        self._waits: deque[Future] = deque()  # what the thread does, in order
         self._index = -1
-        self._batches: Queue[Rows | bool] = Queue()  # of the shard that is written; True ends it, False gives it up
-        self._shards: list[Future] = []
+        self._shard: ShardWriter | None = None
 
     def add(self, index: int, rows: Rows) -> None:
         """Takes the next rows of a shard; those of another shard end the last one."""
         if not self.writes:
             return
         if index != self._index:
-            self._raise_for(self._shards[:-1])
-            del self._shards[:-1]
-            self._put(True)
-            self._index, self._batches = index, Queue(_WAITING)
-            self._shards.append(self._pool.submit(write_shard, self.folder, index, _coming(self._batches)))
-        if not self._put(rows):
-            self._raise_for(self._shards)
-
-    def _put(self, item: Rows | bool) -> bool:
-        """Waits for room in the queue; False where nobody takes from it any more."""
-        while self._shards and not self._shards[-1].done():
-            try:
-                self._batches.put(item, timeout=0.1)
-                return True
-            except Full:
-                continue
-        return False
-
-    def _raise_for(self, shards: Iterable[Future]) -> None:
+            self._end_shard()
+            self._index = index
         with what_the_disk_refuses(self.folder):
-            for shard in shards:
-                shard.result()
+            self._shard = self._shard or ShardWriter(self.folder, index)
+            if self._shard.add(rows):
+                self._later(self._shard.sync)
+
+    def _end_shard(self) -> None:
+        shard, self._shard = self._shard, None
+        if shard is not None:
+            self._later(shard.end)
+
+    def _later(self, do: Callable[[], None]) -> None:
+        self._waits.append(self._thread.submit(do))
+        self._raise_errors(_WAITING)
+
+    def _raise_errors(self, left: int) -> None:
+        """Waits until no more than so many are left to do."""
+        with what_the_disk_refuses(self.folder):
+            while self._waits and (len(self._waits) > left or self._waits[0].done()):
+                self._waits.popleft().result()
 
     def end(self) -> None:
         """Waits until all is on disk."""
-        self._put(True)
-        self._raise_for(self._shards)
+        self._end_shard()
+        self._raise_errors(0)
 
     def close(self) -> None:
         """Gives up a shard that was not ended."""
-        self._put(False)
-        self._pool.shutdown(wait=True)
-
-
-def _coming(batches: Queue[Rows | bool]) -> Iterator[Rows]:
-    """The batches of a shard until it ends; raises CancelledError where it is given up, so that it leaves no file."""
-    while not isinstance(rows := batches.get(), bool):
-        yield rows
-    if not rows:
-        raise CancelledError
+        self._thread.shutdown(wait=True)
+        if self._shard is not None:
+            self._shard.give_up()
 
 
 class _Progress:

@@ -17,13 +17,14 @@ fixed width for each of the row's positions.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import io
 import json
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -32,13 +33,13 @@ import pyarrow as pa
 import xxhash
 
 from .checks import Shown, message
-from .files import digest, write_atomically
+from .files import atomic_file, digest, write_atomically
 
 LAYOUT = 2  # of the folder; another number is another program's
 MANIFEST, BUILDING, HEAD, DATA = "manifest.json", "building.json", "head.safetensors", "data"
 _OPEN_FILES = 64
 _UNSYNCED = 2**23  # bytes of a shard that may wait for the disk: its end need not wait for all of it
-_AT_ONCE = 2**18  # bytes of the columns of a record batch, at least: smaller ones would be known by more than they hold
+_AT_ONCE = 2**21  # bytes of the columns of a record batch, at least: each costs a third of a millisecond
 
 
 class CacheError(ValueError):
@@ -87,42 +88,60 @@ def begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return _of_this_layout(_read_sealed(path))
 
 
-def write_shard(folder: Path, index: int, parts: Iterable[Rows]) -> None:
-    """Writes a shard, with its digest beside it, while its parts come: to a temporary name, synced, renamed; first the
-    digest. The same rows in the same parts make the same bytes; an exception of `parts` leaves nothing."""
-    path = folder / DATA / shard_name(index)
+class ShardWriter:
+    """Writes a shard while its rows come, with its digest beside it: to a temporary name, synced, renamed; first the
+    digest. The same rows in the same parts make the same bytes. It may be ended by another thread."""
 
-    def write(file: BinaryIO) -> None:
-        sink, writer, rows, positions = _Hashed(file), None, 0, 0
-        for together in _grouped(parts):
-            batch = _record_batch(together)
-            writer = writer or pa.ipc.new_stream(pa.PythonFile(sink, "w"), batch.schema)
-            writer.write_batch(batch)
-            rows, positions = rows + len(together.row_ids), positions + int(together.counts.sum())
-        assert writer is not None
-        writer.close()
-        entry = {"name": path.name, "rows": rows, "positions": positions, "bytes": sink.size}
-        write_atomically(path.with_suffix(".json"), _sealed(entry | {"xxh3": sink.xxh3.hexdigest()}))
+    def __init__(self, folder: Path, index: int) -> None:
+        self.path = folder / DATA / shard_name(index)
+        self._whole = atomic_file(self.path)
+        self._file = self._whole.__enter__()
+        self._sink = _Hashed(self._file)
+        self._writer: Any = None
+        self._waiting: list[Rows] = []
+        self._rows = self._positions = 0
 
-    write_atomically(path, write)
+    def add(self, rows: Rows) -> bool:
+        """Writes the next rows. Returns whether it is time to `sync`."""
+        self._waiting.append(rows)
+        before = self._sink.size
+        if sum(column.nbytes for part in self._waiting for column in part.columns.values()) >= _AT_ONCE:
+            self._write_waiting()
+        return before // _UNSYNCED < self._sink.size // _UNSYNCED
 
+    def _write_waiting(self) -> None:
+        together, self._waiting = joined(self._waiting), []
+        batch = _record_batch(together)
+        self._writer = self._writer or pa.ipc.new_stream(pa.PythonFile(self._sink, "w"), batch.schema)
+        self._writer.write_batch(batch)
+        self._rows, self._positions = self._rows + len(together.row_ids), self._positions + int(together.counts.sum())
 
-def _grouped(parts: Iterable[Rows]) -> Iterator[Rows]:
-    """The parts joined until they are large enough for a record batch of their own."""
-    waiting: list[Rows] = []
-    size = 0
-    for part in parts:
-        waiting.append(part)
-        size += sum(column.nbytes for column in part.columns.values())
-        if size >= _AT_ONCE:
-            yield joined(waiting)
-            waiting, size = [], 0
-    if waiting:
-        yield joined(waiting)
+    def sync(self) -> None:
+        """Waits until what was written is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def end(self) -> None:
+        """Writes what is left; afterwards all is on the disk, or an exception leaves nothing."""
+        try:
+            if self._waiting:
+                self._write_waiting()
+            self._writer.close()
+            entry = {"name": self.path.name, "rows": self._rows, "positions": self._positions, "bytes": self._sink.size}
+            write_atomically(self.path.with_suffix(".json"), _sealed(entry | {"xxh3": self._sink.xxh3.hexdigest()}))
+        except BaseException:
+            self.give_up()
+            raise
+        self._whole.__exit__(None, None, None)
+
+    def give_up(self) -> None:
+        """Leaves no file."""
+        with contextlib.suppress(OSError):  # a full disk refuses what waits in the file's buffer
+            self._whole.__exit__(GeneratorExit, GeneratorExit(), None)
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is written on and synced as it grows, and the digest of what was written."""
+    """A file that is written on, and the size and digest of what was written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size, self.xxh3 = file, 0, xxhash.xxh3_128()  # ten times as fast as SHA-256
@@ -133,12 +152,8 @@ class _Hashed(io.RawIOBase):
     def write(self, content: Any) -> int:
         content = memoryview(content)
         self.xxh3.update(content)
-        before, self.size = self.size, self.size + content.nbytes
-        written = self.file.write(content)
-        if before // _UNSYNCED < self.size // _UNSYNCED:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        return written
+        self.size += content.nbytes
+        return self.file.write(content)
 
 
 def _record_batch(rows: Rows) -> pa.RecordBatch:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,20 +22,24 @@ def digest(path: Path, *, sync: bool = False, by: Callable[[], Any] = hashlib.sh
     return found.hexdigest()
 
 
-def write_atomically(path: str | os.PathLike[str], content: str | bytes | Callable[[BinaryIO], None]) -> Path:
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Writes to a temporary name in the same folder, syncs, renames: a reader sees the old file or the new one.
 
-    The folder is made where it does not exist; text is UTF-8; a function writes to the file that it is given.
+    The folder is made where it does not exist; text is UTF-8.
     """
-    path = Path(path)
+    with atomic_file(Path(path)) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """The same for what is written bit by bit: at the end it is synced and renamed; an exception leaves nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's own mode would hide the file from others
@@ -42,4 +47,3 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes | Callab
     except BaseException:
         os.unlink(temporary)
         raise
-    return path

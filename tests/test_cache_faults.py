@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from transformers import TrainerCallback
 
-from kd_trainer import CachedTeacher, cache_store, offline
-from kd_trainer.cache_store import CacheError
+from kd_trainer import CachedTeacher, cache_build, cache_store, offline
+from kd_trainer.cache_store import CacheError, Rows
 from tests import cache_faults, cache_kill_run, cache_kills, tiny
 from tests.cache_kill_run import PLACES, trainer
 from tests.script_process import SERVER
@@ -192,16 +193,42 @@ def test_a_finished_cache_may_lie_where_nothing_can_be_written(kept, caches, mon
         trainer(out / "elsewhere", kept, cache_faults.ROWS).build_teacher_cache()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which refuses all that is written")
+@pytest.mark.parametrize("more", [10_000, 1])  # what is written at once, and what waits for the end of its shard
+def test_a_disk_that_refuses_to_be_written_is_told_once(more, tmp_path):
+    def rows(count: int) -> Rows:
+        column = {"hidden": np.ones((count, 256), np.float32)}
+        return Rows(np.arange(count), np.arange(count, dtype=np.uint64), np.ones(count, int), column)
+
+    writer = cache_build._Writer(tmp_path, writes=True)
+    writer.add(0, rows(1))
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), writer._shard._file.fileno())
+    with pytest.raises(RuntimeError, match=r"`teacher_cache_dir` is .*No space left on device"):
+        [writer.add(0, rows(more)), writer.end()]
+    writer.close()
+    left = {file.name for file in (tmp_path / "data").iterdir()}
+    assert left <= {"data-00000.json"}  # a digest without its shard, which counts for nothing
+
+
 def _no_room(monkeypatch, name: str) -> None:
     """The disk is full when the file of that name is written."""
-    write = cache_store.write_atomically
+    write, begin = cache_store.write_atomically, cache_store.atomic_file
 
     def full(path: Any, content: Any) -> Any:
         if Path(path).name == name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(path, content)
 
+    @contextmanager
+    def fills_up(path: Path) -> Any:
+        with begin(path) as file:
+            yield file
+            if path.name == name:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(cache_store, "write_atomically", full)
+    monkeypatch.setattr(cache_store, "atomic_file", fills_up)
     monkeypatch.setattr(offline, "write_atomically", full)
 
 
@@ -216,7 +243,12 @@ def test_a_full_disk_keeps_what_is_built(name, built, caches, tmp_path, monkeypa
         with pytest.raises(RuntimeError, match=r"`teacher_cache_dir` is .* No space left.*make room and run again"):
             trainer(tmp_path, "hidden", cache_faults.ROWS).build_teacher_cache()
     kept = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "cache/train/data").glob("data-*.arrow")}
-    assert len(kept) == built
+    before = {f"data-0000{i}.arrow" for i in range(built)}
+    if name.startswith("data-"):
+        assert before <= set(kept)
+        assert "data-00002.arrow" not in kept
+    else:
+        assert before == set(kept)
     trainer(tmp_path, "hidden", cache_faults.ROWS).build_teacher_cache()
     assert {
         f.name: f.stat().st_mtime_ns for f in (tmp_path / "cache/train/data").glob("*.arrow") if f.name in kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -16,13 +17,13 @@ from kd_trainer import cache_store
 from kd_trainer.cache_store import (
     CacheError,
     Rows,
+    ShardWriter,
     Store,
     begin,
     finish,
     is_finished,
     read_manifest,
     reopen,
-    write_shard,
     written_shards,
 )
 
@@ -39,6 +40,18 @@ def rows(ids: tuple[int, ...], seed: int = 0) -> Rows:
         "entropy": draw.normal(size=(counts.sum(), 1)).astype(np.float32),
     }
     return Rows(np.array(ids, np.int64), draw.integers(0, 2**64, len(ids), dtype=np.uint64), counts, columns)
+
+
+def write_shard(folder: Path, index: int, parts: Iterable[Rows]) -> None:
+    shard = ShardWriter(folder, index)
+    try:
+        for part in parts:
+            if shard.add(part):
+                shard.sync()
+    except BaseException:
+        shard.give_up()
+        raise
+    shard.end()
 
 
 def build(folder: Path, settings: dict | None = None, shards=SHARDS) -> Path:
