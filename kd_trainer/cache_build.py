@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .cache import NumberedRows, Read, Reading, Taken
-from .cache_formats import SPARSE, encode, format_of, to_numpy
+from .cache_formats import SPARSE, encode, format_of, room_for, to_numpy
 from .cache_store import Rows, ShardWriter, written_shards
 from .checks import Shown, fail, message
 from .finite import bad_rows
@@ -242,15 +242,9 @@ def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read)
     for values in said:
         if kept.name in SPARSE:
             values = values[..., : kept.classes]
+        columns = columns or room_for(kept, total, values)
         own = slice(done, done + len(values))
-        encoded = encode(kept, values, uniform[own].to(values.device))
-        if len(values) == total:
-            columns = encoded
-        else:  # put in its place while it is in the cache
-            for name, part in encoded.items():
-                if name not in columns:
-                    columns[name] = torch.empty(total, part.shape[1], dtype=part.dtype)
-                columns[name][own] = part
+        encode(kept, values, uniform[own], {name: column[own] for name, column in columns.items()})
         done = own.stop
     _check_finite(columns, row_ids)
     kept_columns = {name: to_numpy(column) for name, column in columns.items()}

@@ -23,7 +23,7 @@ from torch import Tensor
 from .checks import check_choice, fail
 from .outputs import TeacherOutput
 from .sparse import Samples, TopK, draw_samples, top_k
-from .sparse_cpu import INTEGERS, draw_on_cpu, top_k_on_cpu
+from .sparse_cpu import INTEGERS, draw_on_cpu, draw_room, top_k_on_cpu, top_k_room
 
 FORMATS = ("logits", "hidden", "topk", "sampled")
 SPARSE = ("topk", "sampled")
@@ -91,40 +91,58 @@ def check_format(name: str, k: int | None, dtype: str | None, *, softmax: bool, 
         fail("teacher_cache_dtype", dtype, "'uint8' with teacher_cache_format 'topk' alone", "Leave it out.")
 
 
-def encode(kept: Format, said: Tensor, uniform: Tensor) -> dict[str, Tensor]:
-    """Columns [N, width] of logits (or hidden states) [N, ...]; `uniform` [N] in [0, 1) draws samples."""
+def room_for(kept: Format, count: int, said: Tensor) -> dict[str, Tensor]:
+    """Columns [count, width] for what `encode` makes of logits (or hidden states) [N, ...] such as these."""
     if kept.name not in SPARSE:
-        return {kept.name: said.flatten(1).to(DTYPES[kept.dtype], copy=True)}  # its memory may be lent
+        return {kept.name: torch.empty(count, said[:0].flatten(1).shape[1], dtype=DTYPES[kept.dtype])}
+    assert kept.k is not None
+    if kept.name == "sampled":
+        return draw_room(count, kept.k, bits=kept.bits)
+    return top_k_room(count, kept.k, bits=kept.bits, dtype=torch.uint8 if kept.dtype == "uint8" else torch.float16)
+
+
+def encode(kept: Format, said: Tensor, uniform: Tensor, out: Mapping[str, Tensor]) -> None:
+    """Logits (or hidden states) [N, ...] into columns of `room_for`; `uniform` [N] in [0, 1) draws samples."""
+    if kept.name not in SPARSE:
+        out[kept.name].copy_(said.flatten(1))
+        return
     assert kept.k is not None
     assert kept.temperature is not None
+    columns: dict[str, Tensor]
     if kept.name == "sampled":
-        done = draw_on_cpu(said, kept.k, kept.temperature, uniform, bits=kept.bits)
-        if done is None:
-            drawn = draw_samples(said, kept.k, temperature=kept.temperature, uniform=uniform)
-            ids, top = (_pack(x, kept.bits) for x in (drawn.ids, drawn.top.unsqueeze(-1)))
-            done = ids, top, drawn.entropy.float().unsqueeze(-1)
-        return dict(zip(("ids", "top", "entropy"), done, strict=True))
-    in_8_bits = kept.dtype == "uint8"
-    dtype = torch.float32 if in_8_bits else torch.float16
-    done = top_k_on_cpu(said, kept.k, kept.temperature, bits=kept.bits, dtype=dtype)
-    if done is None:
+        if draw_on_cpu(said, kept.k, kept.temperature, uniform, out, bits=kept.bits):
+            return
+        drawn = draw_samples(said, kept.k, temperature=kept.temperature, uniform=uniform.to(said.device))
+        ids, top = (_pack(x, kept.bits) for x in (drawn.ids, drawn.top.unsqueeze(-1)))
+        columns = {"ids": ids, "top": top, "entropy": drawn.entropy.unsqueeze(-1)}
+    else:
+        if top_k_on_cpu(said, kept.k, kept.temperature, out, bits=kept.bits):
+            _check_range(out)
+            return
         found = top_k(said, kept.k, temperature=kept.temperature)
-        done = _pack(found.ids, kept.bits), found.log_probs.to(dtype), found.log_tail.unsqueeze(-1)
-    ids, log_probs, log_tail = done
-    columns = {"ids": ids, "log_tail": log_tail.half()}
-    return columns | (_in_8_bits(log_probs) if in_8_bits else {"log_probs": log_probs})
+        columns = {"ids": _pack(found.ids, kept.bits), "log_tail": found.log_tail.unsqueeze(-1)}
+        if "range" in out:
+            columns["range"] = found.log_probs[:, [0, -1]].half()
+            _check_range(columns)
+            columns["log_probs"] = _in_8_bits(found.log_probs, columns["range"])
+        else:
+            columns["log_probs"] = found.log_probs
+    for name, column in columns.items():
+        out[name].copy_(column)
 
 
-def _in_8_bits(log_probs: Tensor) -> dict[str, Tensor]:
-    """Log-probabilities [N, k], largest first, as 0 to 255 between the last and the first."""
-    ends = log_probs[:, [0, -1]].half()
-    high, low = ends.float().unbind(-1)
-    if bool(low.isinf().any()):
+def _check_range(columns: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where 8 bits would be spread over an infinite range."""
+    if "range" in columns and bool(columns["range"].isinf().any()):
         because = "a class among the k has no probability at all, and 8 bits are spread between the first and the last"
         fail("teacher_cache_dtype", "uint8", "'float16' for this teacher", "Leave it out.", because=because)
+
+
+def _in_8_bits(log_probs: Tensor, ends: Tensor) -> Tensor:
+    """Log-probabilities [N, k] as 0 to 255 between the last and the first of them."""
+    high, low = ends.float().unbind(-1)
     step = ((high - low) / 255).clamp(min=1e-12).unsqueeze(-1)
-    codes = ((log_probs - low.unsqueeze(-1)) / step).round().clamp(0, 255)
-    return {"log_probs": codes.to(torch.uint8), "range": ends}
+    return ((log_probs - low.unsqueeze(-1)) / step).round().clamp(0, 255).to(torch.uint8)
 
 
 def decode(kept: Format, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:

@@ -28,6 +28,10 @@ static inline void write_float16(float16 *out, float x) { /* to the nearest, tie
     kept = size < 0x47800000 ? kept : 0x7c00;
     out->bits = (uint16_t)((size > 0x7f800000 ? 0x7e00 : kept) | ((bits >> 16) & 0x8000));
 }
+static inline float read_float16(const float16 *x) { /* of what is finite */
+    float size = bits_as_float((uint32_t)(x->bits & 0x7fff) << 13) * 0x1p112f;
+    return x->bits & 0x8000 ? -size : size;
+}
 #define READ(x) _Generic(*(x), float: read_float, bfloat16: read_bfloat16)((const void *)(x))
 #define WRITE(out, x) _Generic(*(out), float: write_float, bfloat16: write_bfloat16)((void *)(out), x)
 

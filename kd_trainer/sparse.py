@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checks import Shown, check_number, fail
 from .divergences import BLOCK_ACCELERATOR, check_divergence, log_prob_terms
-from .sparse_cpu import COLUMN, draw_on_cpu, top_k_on_cpu
+from .sparse_cpu import columns_of, draw_on_cpu, draw_room, top_k_on_cpu, top_k_room
 
 _BLOCK = 2**18  # elements that a thread reads at once: two such buffers stay in its cache
 _GROUP = 2**22  # elements of the rows whose columns are looked at again together
@@ -76,8 +76,10 @@ def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= classes:
         fail("k", k, f"a whole number from 1 to {classes}, the vocabulary", "Keep fewer ids, or all of them.")
     rows = logits.detach().reshape(-1, classes)
-    found = top_k_on_cpu(rows, k, temperature)
-    if found is None:
+    room = top_k_room(len(rows), k)
+    if top_k_on_cpu(rows, k, temperature, room):
+        found = room["ids"], room["log_probs"], room["log_tail"]
+    else:
         kept = _read(rows, temperature, weighted=False)
         parts = [_top_k(rows[some], _Columns(*(x[some] for x in kept)), k, temperature) for some in _groups(rows)]
         found = _joined(parts)
@@ -127,8 +129,10 @@ def draw_samples(logits: Tensor, n: int, *, temperature: float = 1.0, uniform: T
         fail("uniform", Shown(shown), "numbers in [0, 1)", "Use `torch.rand`.")
     offsets = uniform.reshape(-1).to(logits.device, _double(logits))
     rows = logits.detach().reshape(-1, classes)
-    found = draw_on_cpu(rows, n, temperature, offsets)
-    if found is None:
+    room = draw_room(len(rows), n)
+    if draw_on_cpu(rows, n, temperature, offsets, room):
+        found = room["ids"], room["top"], room["entropy"]
+    else:
         kept = _read(rows, temperature, weighted=True)
         of_rows = [(rows[some], _Columns(*(x[some] for x in kept)), offsets[some]) for some in _groups(rows)]
         found = _joined([_draw(some, columns, n, temperature, own) for some, columns, own in of_rows])
@@ -154,7 +158,7 @@ class _Columns(NamedTuple):
 def _read(rows: Tensor, temperature: float, *, weighted: bool) -> _Columns:
     count, classes = rows.shape
     wide = _wide(rows)
-    columns = -(-classes // COLUMN)
+    columns = columns_of(classes)
     kept = torch.empty(2, count, columns, dtype=wide, device=rows.device)
     dots = torch.zeros(count, 1, dtype=wide, device=rows.device)
     size = _block_rows(rows)

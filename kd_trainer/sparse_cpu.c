@@ -19,6 +19,13 @@
 static inline int32_t size_of(float z) { return (int32_t)(float_as_bits(z) & 0x7fffffff); }
 #define BITS_OF_INFINITY 0x7f800000
 
+/* An integer that is larger where z is, and back: a maximum of integers takes one cycle, of floats four. */
+static inline int32_t level_of(float z) {
+    int32_t bits = (int32_t)float_as_bits(z);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+static inline float of_level(int32_t level) { return bits_as_float((uint32_t)(level ^ ((level >> 31) & 0x7fffffff))); }
+
 /* A temperature: 1 / T, and for `power` log2(e) / T and the least x. */
 typedef struct { float by_t, factor, lowest; } scale;
 static inline scale scale_of(float temperature) {
@@ -60,12 +67,23 @@ static void write_ids(const int64_t *ids, int64_t k, int64_t bits, void *out) {
     }
 }
 
-/* values [n] -> out + at, as float16 or as they are. */
-static void write_values(const float *values, int64_t n, int64_t half, void *out, int64_t at) {
-    if (!half) memcpy((float *)out + at, values, n * sizeof *values);
-    else
+/* values [n], the largest first -> out + at, of 32, 16 or 8 bits; in 8 they are steps from the last, 0, to the first,
+ * 255, both of which go as float16 to `ends`. */
+static void write_values(const float *values, int64_t n, int64_t bits, void *out, int64_t at, float16 *ends) {
+    if (bits == 32) memcpy((float *)out + at, values, n * sizeof *values);
+    else if (bits == 16) {
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) write_float16((float16 *)out + at + j, values[j]);
+    } else {
+        write_float16(ends, values[0]), write_float16(ends + 1, values[n - 1]);
+        float low = read_float16(ends + 1), step = (read_float16(ends) - low) / 255;
+        step = step > 1e-12f ? step : 1e-12f;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) {
+            float code = rintf((values[j] - low) / step);
+            ((uint8_t *)out)[at + j] = (uint8_t)(int32_t)(code < 0 ? 0 : code > 255 ? 255 : code);
+        }
+    }
 }
 
 /* What at least k of n values [n] reach, and not many more: `low` is reached by all. */
@@ -82,17 +100,40 @@ static float reached_by(const float *values, int64_t n, int64_t k, float low, fl
     return low;
 }
 
-/* How many of the values [n] are above each; `values` and `ranks` have room up to a whole 16. */
-static void rank(float *values, int32_t n, int32_t *ranks) {
-    for (int32_t i = n; i % 16; i++) values[i] = -INFINITY; /* no rest, which would take longer than the whole */
-    for (int32_t first = 0; first < n; first += 16) {
-        int32_t above[16] = {0}; /* stays in a register */
-        for (int32_t j = 0; j < n; j++) {
-            float other = values[j];
+/* The values [n] and their places in order, the largest first, of equals the first; none is below `least` or above
+ * `high`. Each is compared with each, as one of 65,535 steps: whatever shares a step is put in order afterwards. Room:
+ * n + 95 of keys and ranks each, n of the rest. */
+static void in_order(const float *values, const int32_t *places, int32_t n, float least, float high, float *sorted,
+                     int32_t *sorted_places, int16_t *keys, int16_t *ranks) {
+    const float half = 0.5f * high - 0.5f * least, steps = half > 1e-30f ? 65534 / half : 0;
+    int32_t mixed = 0;
 #pragma omp simd
-            for (int32_t i = 0; i < 16; i++) above[i] += other > values[first + i];
+    for (int32_t i = 0; i < n; i++) {
+        keys[i] = (int16_t)((int32_t)((0.5f * values[i] - 0.5f * least) * steps) - 32767);
+        sorted_places[i] = -1;
+    }
+    for (int32_t first = 0; first < n; first += 96) { /* no rest, which would take longer than the whole */
+        int16_t above[96] = {0}; /* stays in a register */
+        for (int32_t j = 0; j < n; j++) {
+            int16_t other = keys[j];
+#pragma omp simd
+            for (int32_t i = 0; i < 96; i++) above[i] = other > keys[first + i] ? above[i] + 1 : above[i];
         }
         memcpy(ranks + first, above, sizeof above);
+    }
+    for (int32_t i = 0; i < n; i++) {
+        int32_t at = ranks[i];
+        while (sorted_places[at] >= 0) at++;
+        sorted_places[at] = places[i], sorted[at] = values[i];
+    }
+#pragma omp simd reduction(| : mixed)
+    for (int32_t i = 1; i < n; i++) mixed |= sorted[i] > sorted[i - 1];
+    for (int32_t i = 1; mixed && i < n; i++) {
+        float value = sorted[i];
+        int32_t place = sorted_places[i], at = i;
+        for (; at > 0 && value > sorted[at - 1]; at--)
+            sorted[at] = sorted[at - 1], sorted_places[at] = sorted_places[at - 1];
+        sorted[at] = value, sorted_places[at] = place;
     }
 }
 
@@ -112,13 +153,21 @@ static double sum_below(const TEACHER *logits, int64_t classes, float last, floa
     return total;
 }
 
-/* The log of the sum of exp((z - peak) / T) over all z below `last`, and over `equal` ones that are equal to it. */
-static double log_of_rest(const TEACHER *logits, int64_t classes, float last, int64_t equal, float peak, scale by) {
-    double below = sum_below(logits, classes, last, last, by), of_last = ((double)last - peak) * by.by_t;
-    if (below > 1e-20 || equal) return of_last + log(equal + below);
-    float top = -INFINITY; /* too small beside the last one, but not beside its own maximum */
+/* The log of the sum of exp((z - peak) / T) over all z below `last`, and over `equal` ones that are equal to it; found
+ * [n]: the ones that reach `least`; below: the sum of exp((z - least) / T) over the others. */
+static double log_of_rest(const TEACHER *logits, int64_t classes, const float *found, int32_t n, float least,
+                          double below, float last, int64_t equal, float peak, scale by) {
+    double of_last = ((double)last - peak) * by.by_t, rest;
+    float between = 0, top = -INFINITY;
+#pragma omp simd reduction(+ : between)
+    for (int32_t i = 0; i < n; i++) {
+        float x = (found[i] < last ? found[i] : last) - last, e = power(x, by);
+        between += found[i] < last ? e : 0.0f;
+    }
+    rest = below * power(least - last, by) + between;
+    if (rest > 1e-20 || equal) return of_last + log(equal + rest);
 #pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < classes; j++) {
+    for (int64_t j = 0; j < classes; j++) { /* too small beside the last one, but not beside its own maximum */
         float z = READ(logits + j);
         top = z < last && z > top ? z : top;
     }
@@ -127,24 +176,32 @@ static double log_of_rest(const TEACHER *logits, int64_t classes, float last, in
 }
 
 /* The logits that reach `least`, with their places, in order: all are looked at, until they are more than `most`; room:
- * most + 32 each. Returns how many. */
-static int32_t reaching(const TEACHER *logits, int64_t classes, float least, int64_t most, float *found,
-                        int32_t *places) {
+ * most + 32 each. Returns how many; below: the sum of exp((z - least) / T) over the others. `next`: the next row. */
+static int32_t reaching(const TEACHER *logits, const TEACHER *next, int64_t classes, float least, int64_t most,
+                        float *found, int32_t *places, scale by, double *below) {
     int32_t n = 0;
     int64_t first = 0;
+    *below = 0;
 #ifdef __AVX512F__
     const __m512i ahead = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (; first + 16 <= classes && n <= most; first += 16) {
-        float z[16];
-        for (int i = 0; i < 16; i++) z[i] = READ(logits + first + i);
-        __m512 values = _mm512_loadu_ps(z);
-        __m512i own = _mm512_add_epi32(ahead, _mm512_set1_epi32((int32_t)first));
-        __mmask16 reach = _mm512_cmp_ps_mask(values, _mm512_set1_ps(least), _CMP_GE_OQ);
-        _mm512_storeu_ps(found + n, _mm512_maskz_compress_ps(reach, values));
-        _mm512_storeu_si512(places + n, _mm512_maskz_compress_epi32(reach, own));
-        n += __builtin_popcount(reach);
+    while (first + 16 <= classes && n <= most) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t end = first + BLOCK; first < end && first + 16 <= classes && n <= most; first += 16) {
+            __builtin_prefetch(next + first);
+            float z[16], e[16];
+            for (int i = 0; i < 16; i++) z[i] = READ(logits + first + i), e[i] = power(z[i] - least, by);
+            __m512 values = _mm512_loadu_ps(z);
+            __m512i own = _mm512_add_epi32(ahead, _mm512_set1_epi32((int32_t)first));
+            __mmask16 reach = _mm512_cmp_ps_mask(values, _mm512_set1_ps(least), _CMP_GE_OQ);
+            _mm512_storeu_ps(found + n, _mm512_maskz_compress_ps(reach, values));
+            _mm512_storeu_si512(places + n, _mm512_maskz_compress_epi32(reach, own));
+            n += __builtin_popcount(reach);
+            sum = _mm512_mask_add_ps(sum, ~reach, sum, _mm512_loadu_ps(e));
+        }
+        *below += _mm512_reduce_add_ps(sum);
     }
 #endif
+    *below += sum_below(logits + first, classes - first, least, least, by);
     for (; first < classes && n <= most; first++) {
         found[n] = READ(logits + first), places[n] = (int32_t)first;
         n += found[n] >= least;
@@ -152,13 +209,15 @@ static int32_t reaching(const TEACHER *logits, int64_t classes, float least, int
     return n;
 }
 
-/* One row; room: columns + 5 * most floats, most: all members of 2 k + 32 columns and 4 k + 96, and not less than columns.
- * Returns whether it could. */
-static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, int64_t k, int64_t most, float temperature,
-                     int64_t *ids, float *log_probs, float *log_tail, float *room) {
+/* One row; room: columns + 5 * most floats, most: all members of 2 k + 32 columns and 4 k + 160, and not less than
+ * columns. Returns whether it could. `next`: the next row, which is on its way into the cache meanwhile. */
+static int top_k_row(const TEACHER *logits, const TEACHER *next, int64_t classes, int64_t columns, int64_t k,
+                     int64_t most, float temperature, int64_t *ids, float *log_probs, float *log_tail, float *room) {
     float *maxima = room, *found = room + columns, *sorted = found + most, low = INFINITY, high = -INFINITY;
-    int32_t *places = (int32_t *)(sorted + most), *ranks = places + most, *in_order = ranks + most;
+    int32_t *places = (int32_t *)(sorted + most), *ranks = places + most, *sorted_places = ranks + most;
     int32_t n = 0, chosen = 0, largest = 0;
+    const scale by = scale_of(temperature);
+    double below;
     for (int64_t c = 0; c < columns; c++) maxima[c] = -INFINITY;
     for (int64_t first = 0; first < classes; first += columns) {
         int64_t last = first + columns < classes ? columns : classes - first;
@@ -178,7 +237,7 @@ static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, in
 
     /* The maxima of k columns reach `least`, and so the k largest logits do. */
     float least = reached_by(maxima, columns, k, low, high);
-    if (classes <= FEW * columns) n = reaching(logits, classes, least, 4 * k + 64, found, places);
+    if (classes <= FEW * columns) n = reaching(logits, next, classes, least, 4 * k + 64, found, places, by, &below);
     else {
         for (int64_t c = 0; c < columns; c++) { /* without a branch, which could not be foreseen */
             ranks[chosen] = (int32_t)c;
@@ -191,108 +250,109 @@ static int top_k_row(const TEACHER *logits, int64_t classes, int64_t columns, in
                 found[n] = z, places[n] = (int32_t)j;
                 n += z >= least;
             }
+        below = sum_below(logits, classes, least, least, by);
     }
     if (n > 4 * k + 64) return 0; /* each will be compared with each */
-    rank(found, n, ranks);
-    for (int32_t i = 0; i < n; i++) in_order[i] = -1;
-    for (int32_t i = 0; i < n; i++) {
-        int32_t at = ranks[i];
-        while (in_order[at] >= 0) at++; /* of equals the first comes first */
-        in_order[at] = places[i], sorted[at] = found[i];
-    }
-    const scale by = scale_of(temperature);
+    in_order(found, places, n, least, high, sorted, sorted_places, (int16_t *)ranks, (int16_t *)ranks + most);
     float peak = high, last = sorted[k - 1], total = 0;
     int64_t equal = -k; /* of those that are not below the last one all but k are not kept */
 #pragma omp simd reduction(+ : equal)
     for (int32_t i = 0; i < n; i++) equal += found[i] >= last;
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < k; i++) {
-        ids[i] = in_order[i], log_probs[i] = (sorted[i] - peak) * by.by_t;
+        ids[i] = sorted_places[i], log_probs[i] = (sorted[i] - peak) * by.by_t;
         total += power(sorted[i] - peak, by);
     }
-    double log_rest = log_of_rest(logits, classes, last, equal, peak, by), log_total = log(total + exp(log_rest));
+    double log_rest = log_of_rest(logits, classes, found, n, least, below, last, equal, peak, by);
+    double log_total = log(total + exp(log_rest));
     for (int64_t i = 0; i < k; i++) log_probs[i] = (float)(log_probs[i] - log_total);
     *log_tail = (float)(log_rest - log_total);
     return 1;
 }
 
-/* logits [rows, classes] -> ids [rows, bytes] of `bits` each, log_probs [rows, k] and log_tail [rows], floats or, where
- * `half`, float16; room [threads, size]: of each a row of ids and of log_probs comes first. */
-int top_k(const TEACHER *logits, int64_t rows, int64_t classes, int64_t stride, int64_t columns, int64_t k, int64_t most,
-          float temperature, int64_t bits, int64_t bytes, uint8_t *ids, int64_t half, void *log_probs, void *log_tail,
-          double *room, int64_t size, int64_t threads) {
+/* logits [rows, classes] -> ids [rows, bytes] of `bits` each, log_probs [rows, k] of `value_bits` (8: with their ends
+ * [rows, 2]) and log_tail [rows], float or float16; room [threads, size]: of each a row of ids and of log_probs comes
+ * first. */
+int top_k(const TEACHER *logits, int64_t rows, int64_t classes, int64_t stride, int64_t columns, int64_t k,
+          int64_t most, float temperature, int64_t bits, int64_t bytes, uint8_t *ids, int64_t value_bits,
+          void *log_probs, float16 *ends, void *log_tail, double *room, int64_t size, int64_t threads) {
     int all = 1;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(&& : all)
     for (int64_t part = 0; part < threads; part++) {
         int64_t *found = (int64_t *)(room + part * size);
         float *values = (float *)(found + k), *rest = values + k, tail;
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++) {
-            all = all && top_k_row(logits + i * stride, classes, columns, k, most, temperature, found, values, &tail, rest);
+            const TEACHER *row = logits + i * stride, *next = i + 1 < rows ? row + stride : row;
+            all = all && top_k_row(row, next, classes, columns, k, most, temperature, found, values, &tail, rest);
             if (!all) break;
             write_ids(found, k, bits, ids + i * bytes);
-            write_values(values, k, half, log_probs, i * k);
-            write_values(&tail, 1, half, log_tail, i);
+            write_values(values, k, value_bits, log_probs, i * k, ends + 2 * i);
+            write_values(&tail, 1, value_bits == 32 ? 32 : 16, log_tail, i, NULL);
         }
     }
     return all;
 }
 
-/* The i-th of n evenly spaced points from 0 to `total`, which is at least 1. What has no probability (`power` says
- * 2e-38) lies below or above every point. */
-static inline double point_of(int64_t i, int64_t n, double uniform, double total) {
-    double point = (i + uniform) / n * total, nearly = (1 - 8 * DBL_EPSILON) * total;
-    point = point > 1e-30 ? point : 1e-30;
-    return point < nearly ? point : nearly;
-}
-
-/* One row; room: rows * columns and 3 n floats, columns doubles, with rows = classes / columns, rounded up. Returns
- * whether it could. */
-static int draw_row(const TEACHER *logits, int64_t classes, int64_t columns, int64_t n, float temperature,
-                    double uniform, int64_t *ids, int64_t *top, float *entropy, double *room) {
+/* One row; room: (rows + 1) * columns and 3 n floats, columns + 1 and n doubles, with rows = classes / columns, rounded
+ * up, and at least 16 columns. Returns whether it could. */
+static int draw_row(const TEACHER *logits, const TEACHER *next, int64_t classes, int64_t columns, int64_t n,
+                    float temperature, double uniform, int64_t *ids, int64_t *top, float *entropy, double *room) {
     const int64_t rows = (classes + columns - 1) / columns, last = (rows - 1) * columns;
-    double *sums = room, weighted = 0, total = 0;
-    float *es = (float *)(room + columns), *shares = es + rows * columns, peak = -INFINITY;
+    double *sums = room, *points = sums + columns + 1, weighted = 0, total = 0;
+    float *es = (float *)(points + n), *shares = es + (rows + 1) * columns, peak;
     const scale by = scale_of(temperature);
-    int32_t *chosen = (int32_t *)(shares + n), *members = chosen + n, best = -1, largest = 0;
-#pragma omp simd reduction(max : peak, largest)
+    int32_t *chosen = (int32_t *)(shares + n), *members = chosen + n, best = -1, largest = 0, highest = INT32_MIN;
+#pragma omp simd reduction(max : highest, largest)
     for (int64_t j = 0; j < classes; j++) {
         float z = READ(logits + j);
         largest = largest > size_of(z) ? largest : size_of(z);
-        peak = peak > z ? peak : z;
+        highest = highest > level_of(z) ? highest : level_of(z);
     }
     if (largest >= BITS_OF_INFINITY) return 0;
+    peak = of_level(highest);
+
+    /* es: what the members of a column sum up to, one after the other, after a row of zeros; and then the columns. */
+    for (int64_t c = 0; c < columns; c++) es[c] = 0;
     for (int64_t first = 0; first < classes; first += BLOCK) {
         int64_t end = first + BLOCK < classes ? first + BLOCK : classes;
         float dot = 0;
-#pragma omp simd reduction(+ : dot) reduction(max : best)
+#pragma omp simd safelen(16) reduction(+ : dot) reduction(max : best)
         for (int64_t j = first; j < end; j++) {
             float z = READ(logits + j), x = z - peak > by.lowest ? z - peak : by.lowest, e = power(x, by);
-            es[j] = e;
+            es[j + columns] = es[j] + e;
             dot += x * e;
             best = z == peak ? (int32_t)j : best;
         }
         weighted += dot;
     }
-    for (int64_t j = classes; j < rows * columns; j++) es[j] = 0; /* under no point */
-
-    /* What the members of a column sum up to, one after the other; and the columns. */
-    for (int64_t j = columns; j < rows * columns; j += columns)
-#pragma omp simd
-        for (int64_t c = 0; c < columns; c++) es[j + c] += es[j + c - columns];
-    for (int64_t c = 0; c < columns; c++) sums[c] = total += es[last + c];
+    es += columns;
+    for (int64_t j = classes; j < rows * columns; j++) es[j] = es[j - columns]; /* under no point */
+    sums[0] = 0;
+    for (int64_t c = 0; c < columns; c++) {
+        sums[c + 1] = total += es[last + c];
+        for (int64_t j = 0; j < rows; j += 16) __builtin_prefetch(next + c * rows + j);
+    }
     *entropy = (float)(log(total) - weighted / total / temperature);
     *top = best;
 
-    /* Where each point lies: the column under it, then the member. All points at once, half by half. */
-    for (int64_t i = 0; i < n; i++) chosen[i] = members[i] = 0;
+    /* Evenly spaced points. What has no probability (`power` says 2e-38) lies below or above all of them. */
+    const double step = total / n, nearly = (1 - 8 * DBL_EPSILON) * total;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        double point = (i + uniform) * step;
+        point = point > 1e-30 ? point : 1e-30;
+        points[i] = point < nearly ? point : nearly;
+        chosen[i] = members[i] = 0;
+    }
+    /* Where each lies: the column under it, then the member. All at once, half by half. */
     for (int64_t left = columns, half; left > 1; left -= half) {
         half = left / 2;
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++)
-            chosen[i] += sums[chosen[i] + half - 1] <= point_of(i, n, uniform, total) ? (int32_t)half : 0;
+        for (int64_t i = 0; i < n; i++) chosen[i] += sums[chosen[i] + half] <= points[i] ? (int32_t)half : 0;
     }
+#pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        float share = (float)(point_of(i, n, uniform, total) - (chosen[i] ? sums[chosen[i] - 1] : 0));
+        float share = (float)(points[i] - sums[chosen[i]]);
         float most = (1 - FLT_EPSILON) * es[last + chosen[i]];
         share = share > 1e-30f ? share : 1e-30f;
         shares[i] = share < most ? share : most;
@@ -317,8 +377,9 @@ int draw(const TEACHER *logits, int64_t rows, int64_t classes, int64_t stride, i
     for (int64_t part = 0; part < threads; part++) {
         int64_t *found = (int64_t *)(room + part * size), best;
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++) {
-            all = all && draw_row(logits + i * stride, classes, columns, n, temperature, uniform[i], found, &best,
-                                  entropy + i, (double *)(found + n));
+            const TEACHER *row = logits + i * stride, *next = i + 1 < rows ? row + stride : row;
+            all = all && draw_row(row, next, classes, columns, n, temperature, uniform[i], found, &best, entropy + i,
+                                  (double *)(found + n));
             if (!all) break;
             write_ids(found, n, bits, ids + i * bytes);
             write_ids(&best, 1, bits, top + i * top_bytes);

@@ -17,11 +17,12 @@ from torch import nn
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
 from kd_trainer import CachedTeacher, DistillationTrainer, cache_build, offline
-from kd_trainer.cache_formats import Format, encode
+from kd_trainer.cache_formats import Format
 from kd_trainer.cache_store import CacheError
 from kd_trainer.data import as_tensors, collate_tensors
 from kd_trainer.interrupt import ResumableInterrupt
 from tests import config_run, tiny
+from tests.test_cache_formats import encoded
 
 TASKS = ("classification", "multi_label_classification", "regression", "question_answering", "token_classification",
          "causal_lm", "masked_lm", "seq2seq_lm", "plain")  # fmt: skip
@@ -631,10 +632,10 @@ def test_a_teacher_that_says_nan_is_not_kept(tmp_path):
 )
 def test_a_single_number_that_is_not_finite_is_seen_in_every_format(kept, strange):
     said = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
-    cache_build._check_finite(encode(kept, said, torch.full((20,), 0.5, dtype=torch.float64)), [3, 4])
+    cache_build._check_finite(encoded(kept, said, torch.full((20,), 0.5, dtype=torch.float64)), [3, 4])
     said[7, 11] = strange
     with pytest.raises(ValueError, match="`teacher_model` is giving NaN or inf on rows 3 to 4 of the data"):
-        cache_build._check_finite(encode(kept, said, torch.full((20,), 0.5, dtype=torch.float64)), [3, 4])
+        cache_build._check_finite(encoded(kept, said, torch.full((20,), 0.5, dtype=torch.float64)), [3, 4])
 
 
 def test_no_room_on_the_disk(tmp_path, monkeypatch):

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from kd_trainer.cache_formats import SPARSE, Format, _pack, _unpack, check_format, decode, encode, output, to_numpy
+from kd_trainer.cache_formats import (
+    SPARSE,
+    Format,
+    _pack,
+    _unpack,
+    check_format,
+    decode,
+    encode,
+    output,
+    room_for,
+    to_numpy,
+)
 from kd_trainer.sparse import Samples, TopK, draw_samples, top_k
 
 N, V = 40, 1000
@@ -16,8 +27,14 @@ def said(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (3 * torch.randn(N, V, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
+def encoded(kept: Format, values: torch.Tensor, uniform: torch.Tensor) -> dict[str, torch.Tensor]:
+    columns = room_for(kept, len(values), values)
+    encode(kept, values, uniform, columns)
+    return columns
+
+
 def there_and_back(kept: Format, values: torch.Tensor, head: dict | None = None):
-    columns = {name: to_numpy(c) for name, c in encode(kept, values, torch.linspace(0, 0.99, len(values))).items()}
+    columns = {name: to_numpy(c) for name, c in encoded(kept, values, torch.linspace(0, 0.99, len(values))).items()}
     assert all(column.shape[0] == len(values) and column.ndim == 2 for column in columns.values())
     tensors = decode(kept, columns)
     assert not any(tensor.is_floating_point() for tensor in tensors.values()), "a backend would cast it"
@@ -87,7 +104,7 @@ def test_8_bits_refuse_classes_without_any_probability():
     values = said()
     values[3, 5:] = -torch.inf
     with pytest.raises(ValueError, match=r"`teacher_cache_dtype` is 'uint8'; expected 'float16' for this teacher"):
-        encode(Format("topk", V, 64, 1.0, "uint8"), values, torch.empty(0))
+        encoded(Format("topk", V, 64, 1.0, "uint8"), values, torch.empty(0))
     found, _ = there_and_back(Format("topk", V, 64, 1.0, "float16"), values)
     torch.testing.assert_close(found.sparse.log_probs[3].exp().sum(), torch.tensor(1.0))
 
@@ -124,7 +141,7 @@ def test_no_positions_at_all(name):
 
 
 def there_and_back_empty(kept: Format):
-    columns = {name: to_numpy(column) for name, column in encode(kept, torch.empty(0, V), torch.empty(0)).items()}
+    columns = {name: to_numpy(column) for name, column in encoded(kept, torch.empty(0, V), torch.empty(0)).items()}
     return output(kept, decode(kept, columns), {}), 0
 
 

@@ -25,6 +25,19 @@ def logits(rows: int, classes: int, dtype: torch.dtype = torch.float32) -> torch
     return (3 * torch.randn(rows, classes, generator=torch.Generator().manual_seed(classes))).to(dtype)
 
 
+def c_top_k(rows, k, temperature, *, bits=64, dtype=torch.float32):
+    """(ids, log_probs, log_tail) and, with uint8, range; None where the C code leaves it to torch."""
+    room = sparse_cpu.top_k_room(len(rows), k, bits=bits, dtype=dtype)
+    done = sparse_cpu.top_k_on_cpu(rows, k, temperature, room, bits=bits)
+    return [room[name] for name in ("ids", "log_probs", "log_tail", "range") if name in room] if done else None
+
+
+def c_draws(rows, n, temperature, uniform, *, bits=64):
+    room = sparse_cpu.draw_room(len(rows), n, bits=bits)
+    done = sparse_cpu.draw_on_cpu(rows, n, temperature, uniform, room, bits=bits)
+    return [room[name] for name in ("ids", "top", "entropy")] if done else None
+
+
 def in_torch(monkeypatch, function, *given, **settings):
     with monkeypatch.context() as patch:
         patch.setattr(sparse_cpu, "PAYS_FROM", 10**12)
@@ -52,7 +65,7 @@ SIZES = [(v, k) for v in (1, 2, 31, 33, 64, 65, 500, 1024, 9973) for k in {1, 3,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_top_k_is_that_of_float64(classes, k, temperature, dtype):
     rows = logits(7, classes, dtype)
-    found = sparse_cpu.top_k_on_cpu(rows, k, temperature)
+    found = c_top_k(rows, k, temperature)
     assert found is not None
     ids, log_probs, log_tail = found
     exact = top_k(rows.double(), k, temperature=temperature)
@@ -85,7 +98,7 @@ def test_equal_ones_beyond_the_last_that_is_kept_are_of_the_tail():
 def test_masked_ids_are_nothing_unusual():
     rows = logits(4, 5000)
     rows[:, 4000:] = torch.finfo(torch.float32).min
-    found, exact = sparse_cpu.top_k_on_cpu(rows, 9, 1.0), top_k(rows.double(), 9)
+    found, exact = c_top_k(rows, 9, 1.0), top_k(rows.double(), 9)
     assert torch.equal(found[0], exact.ids)
     torch.testing.assert_close(found[2].squeeze(1).double(), exact.log_tail, rtol=1e-6, atol=1e-6)
 
@@ -94,7 +107,7 @@ def test_masked_ids_are_nothing_unusual():
 def test_masked_ids_add_nothing_to_the_entropy(temperature):
     rows, uniform = logits(4, 5000), torch.rand(4)
     rows[:, 4000:] = torch.finfo(torch.float32).min
-    found = sparse_cpu.draw_on_cpu(rows, 9, temperature, uniform)
+    found = c_draws(rows, 9, temperature, uniform)
     exact = draw_samples(rows.double(), 9, temperature=temperature, uniform=uniform)
     torch.testing.assert_close(found[2].squeeze(1).double(), exact.entropy, rtol=1e-6, atol=1e-6)
 
@@ -106,12 +119,12 @@ def test_unusual_rows_are_left_to_torch(strange, monkeypatch):
         rows[2] = 1.0
     else:
         rows[2, 77] = strange
-    assert sparse_cpu.top_k_on_cpu(rows, 3, 1.0) is None
+    assert c_top_k(rows, 3, 1.0) is None
     found, other = top_k(rows, 3), in_torch(monkeypatch, top_k, rows, 3)
     torch.testing.assert_close(found.log_probs, other.log_probs, equal_nan=True)
     if strange != "equal":
         uniform = torch.rand(4, dtype=torch.float64)
-        assert sparse_cpu.draw_on_cpu(rows, 3, 1.0, uniform) is None
+        assert c_draws(rows, 3, 1.0, uniform) is None
 
 
 @pytest.mark.parametrize("classes", [1, 5, 33, 1024, 9973])
@@ -120,7 +133,7 @@ def test_unusual_rows_are_left_to_torch(strange, monkeypatch):
 def test_draws_are_those_of_torch(classes, temperature, dtype, monkeypatch):
     rows = logits(64, classes, dtype)
     uniform = torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert sparse_cpu.draw_on_cpu(rows, 50, temperature, uniform) is not None
+    assert c_draws(rows, 50, temperature, uniform) is not None
     found = draw_samples(rows, 50, temperature=temperature, uniform=uniform)
     other = in_torch(monkeypatch, draw_samples, rows, 50, temperature=temperature, uniform=uniform)
     assert (found.ids != other.ids).float().mean() < 2e-3  # a point may lie on the border of two
@@ -132,7 +145,7 @@ def test_draws_are_those_of_torch(classes, temperature, dtype, monkeypatch):
 @pytest.mark.parametrize("k", [1, 8, 50, 128])
 def test_ids_are_packed_as_numpy_packs_them(bits, k):
     rows, uniform = logits(33, 128), torch.rand(33, dtype=torch.float64)
-    for take, further in ((sparse_cpu.top_k_on_cpu, ()), (sparse_cpu.draw_on_cpu, (uniform,))):
+    for take, further in ((c_top_k, ()), (c_draws, (uniform,))):
         plain, packed = take(rows, k, 1.0, *further), take(rows, k, 1.0, *further, bits=bits)
         expected = [cache_formats._pack(x, bits) if x.dtype == torch.int64 else x for x in plain]
         assert all(torch.equal(one, other) for one, other in zip(packed, expected, strict=True))
@@ -141,7 +154,7 @@ def test_ids_are_packed_as_numpy_packs_them(bits, k):
 def test_ids_at_both_ends_of_their_bits_are_packed():
     rows = torch.zeros(2, 2**15)
     rows[0, [0, 2**15 - 1]], rows[1, [2**15 - 1, 2**14]] = torch.tensor([2.0, 1.0]), torch.tensor([2.0, 1.0])
-    packed = sparse_cpu.top_k_on_cpu(rows, 2, 1.0, bits=15)[0]
+    packed = c_top_k(rows, 2, 1.0, bits=15)[0]
     ids = torch.tensor([[0, 2**15 - 1], [2**15 - 1, 2**14]])
     assert torch.equal(packed, cache_formats._pack(ids, 15))
 
@@ -151,13 +164,47 @@ def test_half_precision_is_that_of_torch():
     rows[:60] = -torch.arange(60) - 65_480.0  # 65,520 is the first that half precision calls infinite
     rows[:60, 0] = 0
     rows[60:120, 1:], rows[60:120, 0] = 0, torch.linspace(5, 22, 60)  # the first one's are near 0
-    plain, half = (sparse_cpu.top_k_on_cpu(rows, 50, 1.0, dtype=dtype) for dtype in (torch.float32, torch.float16))
+    plain, half = (c_top_k(rows, 50, 1.0, dtype=dtype) for dtype in (torch.float32, torch.float16))
     for one, other in zip(plain[1:], half[1:], strict=True):
         assert torch.equal(one.half(), other)
     tiny, large = (half[1] > -(2**-14)) & (half[1] < 0), half[1].isneginf()
     assert tiny.any()
     assert large.any()
     assert half[1][:60].isfinite().any()
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 9, 16, 17, 40, 64])
+@pytest.mark.parametrize("classes", [65, 300, 1024, 9973])
+def test_many_equals_fit_into_the_room(k, classes):
+    rows = (2 * logits(500, classes)).round() / 2  # up to 4 k + 64 reach the last one that is kept
+    taken = [c_top_k(row.unsqueeze(0), k, 1.0) for row in rows]
+    done = [i for i, one in enumerate(taken) if one is not None]
+    assert len(done) > 100
+    for i in done:
+        ids = taken[i][0][0]
+        assert torch.equal(rows[i][ids], rows[i].sort(descending=True).values[:k])
+        assert len(set(ids.tolist())) == k
+
+
+@pytest.mark.parametrize(("classes", "k"), [(60, 1), (60, 50), (1024, 64), (9973, 64)])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e3])
+def test_8_bits_are_those_of_torch(classes, k, scale):
+    rows = scale * logits(300, classes)
+    plain, coded = c_top_k(rows, k, 1.0), c_top_k(rows, k, 1.0, dtype=torch.uint8)
+    assert torch.equal(coded[0], plain[0])
+    assert torch.equal(coded[2], plain[2].half())
+    assert torch.equal(coded[3], plain[1][:, [0, -1]].half())
+    assert torch.equal(coded[1], cache_formats._in_8_bits(plain[1], coded[3]))
+
+
+@pytest.mark.parametrize("classes", [300, 1024, 9973])
+def test_logits_that_are_close_beside_the_largest_are_put_in_order(classes):
+    rows = logits(30, classes)
+    rows[:20, 5] = torch.logspace(1, 5, 20)  # beside it the others differ by less than a step
+    rows[20:, :90] = 9 + 1e-4 * torch.randn(10, 90, generator=torch.Generator().manual_seed(0))
+    ids, _, _ = c_top_k(rows, 64, 1.0)
+    exact = rows.sort(dim=-1, descending=True)
+    assert torch.equal(rows.gather(1, ids), exact.values[:, :64])
 
 
 @pytest.mark.parametrize("classes", [3, 33, 1024])
@@ -177,11 +224,11 @@ def test_what_has_no_probability_is_never_drawn():
     for uniform in (torch.rand(100), torch.zeros(100)):
         assert draw_samples(rows, 10, uniform=uniform).ids.min() >= 90
     rows = logits(100, 64)
-    rows[:, ::2] = -1e30  # all of the first column
-    assert (draw_samples(rows, 10, uniform=torch.zeros(100)).ids % 2 == 1).all()
+    rows[:, ::16] = -1e30  # all of the first column
+    assert (draw_samples(rows, 10, uniform=torch.zeros(100)).ids % 16 > 0).all()
     rows = torch.zeros(100, 64)
-    rows[:, :2] = -1e30  # the first of both columns: the second point lies where the second column begins
-    assert (draw_samples(rows, 2, uniform=torch.zeros(100)).ids == torch.tensor([2, 3])).all()
+    rows[:, :16] = -1e30  # the first of all columns: each point lies where a column begins
+    assert (draw_samples(rows, 16, uniform=torch.zeros(100)).ids == torch.arange(16, 32)).all()
 
 
 def test_slices_and_threads_change_nothing(monkeypatch):
@@ -199,9 +246,9 @@ def test_slices_and_threads_change_nothing(monkeypatch):
 @pytest.mark.parametrize("classes", [16, 300, 1024, 1031, 9973])
 def test_a_processor_without_avx_512_finds_the_same(classes, monkeypatch):
     rows = logits(50, classes)
-    first = sparse_cpu.top_k_on_cpu(rows, 16, 2.0)
+    first = c_top_k(rows, 16, 2.0)
     with compiled_otherwise(monkeypatch, (*native._FLAGS, "-mno-avx512f")):
-        again = sparse_cpu.top_k_on_cpu(rows, 16, 2.0)
+        again = c_top_k(rows, 16, 2.0)
     assert torch.equal(first[0], again[0])
     for one, other in zip(first[1:], again[1:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
