@@ -34,7 +34,6 @@ from .checks import Shown, fail, message
 from .finite import bad_rows
 from .fused_arguments import Side, cast_as_autocast, chunk_rows
 from .fused_forward import NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
-from .fused_linear import kept_memory
 from .heads import Head
 from .native import PAYS_FROM
 
@@ -108,7 +107,7 @@ class Speaker:
             if side.weight.is_cpu:  # no part, nor the rest, is too small for the C code
                 at_once = max(min(at_once, _MOST_ROWS), 2 * -(-PAYS_FROM // len(side.weight)))
             parts = rows.chunk(max(1, -(-len(rows) // at_once)))
-            tile = kept_memory("student", max(1, len(parts[0])), len(side.weight), side.weight)
+            tile = side.weight.new_empty(len(parts[0]), len(side.weight))  # the teacher's own memory, just freed
             for part in parts:
                 product = side.product(part, 1.0, tile[: len(part)])
                 yield product if plain else side.capped(product.float())
