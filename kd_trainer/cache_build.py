@@ -70,12 +70,19 @@ class Speaker:
                 logger.info("The teacher's logits are made in full: %s.", reason)
 
     def hidden(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
-        """Final hidden states [N, H]; None where the teacher's head turns out to be more than a product."""
+        """Final hidden states [N, H] of the kept positions; None where the teacher's head turns out to be more than a
+        product."""
+        states = self._states(inputs)
+        return None if states is None else states.index_select(0, _places_of(mask))  # faster than states[mask]
+
+    def _states(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Those [B * S, H] of all positions."""
         if self.output_head is None:
             return None
         try:
-            states = teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head)
-            return states.flatten(0, 1).index_select(0, mask.flatten().nonzero().squeeze(1))  # faster than states[mask]
+            return teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head).flatten(
+                0, 1
+            )
         except NotPlain as reason:
             logger.info("The teacher's logits are made in full: %s.", reason)
             self.output_head = None
@@ -93,23 +100,24 @@ class Speaker:
 
     def logits(self, inputs: Mapping[str, Any], mask: Tensor) -> Iterator[Tensor]:
         """Logits [n, ...] of the kept positions, some at a time; the next ones may take the memory of the last."""
-        hidden = self.hidden(inputs, mask)
-        if hidden is None:
+        states = self._states(inputs)
+        if states is None:
             whole = self.teacher(inputs, self.accelerator, read=self.head.logits)
             yield _rows(self.head, whole, mask)
             return
         assert self.output_head is not None
         with whole_weight(self.output_head) as whole:
-            side = self._side(whole, hidden.dtype)
-            rows = hidden.detach().to(side.weight.dtype)
+            side = self._side(whole, states.dtype)
             plain = side.scale == 1 and side.softcap is None
             at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
             if side.weight.is_cpu:  # no part, nor the rest, is too small for the C code
                 at_once = max(min(at_once, _MOST_ROWS), 2 * -(-PAYS_FROM // len(side.weight)))
-            parts = rows.chunk(max(1, -(-len(rows) // at_once)))
+            places = _places_of(mask)
+            parts = places.chunk(max(1, -(-len(places) // at_once)))
             tile = side.weight.new_empty(len(parts[0]), len(side.weight))  # the teacher's own memory, just freed
             for part in parts:
-                product = side.product(part, 1.0, tile[: len(part)])
+                rows = states.index_select(0, part).to(side.weight.dtype)
+                product = side.product(rows, 1.0, tile[: len(part)])
                 yield product if plain else side.capped(product.float())
 
     def _side(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> Side:
@@ -137,6 +145,10 @@ class Speaker:
         assert self.output_head is not None
         side = teacher_side(self.output_head, *whole, torch.empty(0, dtype=dtype, device=whole[0].device))
         return side["teacher_weight"], side["teacher_bias"]
+
+
+def _places_of(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def _rows(head: Head, logits: Tensor, mask: Tensor) -> Tensor:
