@@ -7,8 +7,9 @@
 
 speed    bytes on disk a token; the whole of `build_teacher_cache` over a bare loop of teacher forwards (with logits) on
          the same batches; a training step (batch from the dataloader included) over the student's step with
-         cross-entropy alone in the stock Trainer, and over live distillation; soft loss and its gradient at the
-         student's weights against the live teacher's. Medians over rounds in random order.
+         cross-entropy alone in the stock Trainer, and over live distillation; what it saves of a live step over the
+         teacher's bare forward, taken in the same rounds; soft loss and its gradient at the student's weights against
+         the live teacher's. Medians over rounds in random order.
 quality  held-out perplexity and KL to the teacher after equal steps, mean and standard deviation over the seeds.
 memory   peak resident memory of a training from a small cache and from one of 10 GB: the shards of the small one copied
          under new names, and the rows of the dataset repeated alike, so that every shard is read.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -144,15 +146,24 @@ class StepClock(TrainerCallback):
         self._last = now
 
 
+def bare_forwards(pair: Pair, teacher: Any, data: Any, batches: int | None = None) -> list[float]:
+    """Seconds of each batch: loaded, and through the teacher."""
+    seconds = []
+    start = time.perf_counter()
+    with torch.no_grad():
+        for batch in itertools.islice(
+            DataLoader(data, batch_size=pair.batch, collate_fn=default_data_collator), batches
+        ):
+            teacher(input_ids=batch["input_ids"], use_cache=False)
+            seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+    return seconds
+
+
 def time_building(
     pair: Pair, teacher: Any, student: Any, data: Any, folder: Path, rounds: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """(seconds of the bare forward and of each building, manifest of each)."""
-
-    def bare() -> None:
-        with torch.no_grad():
-            for batch in DataLoader(data, batch_size=pair.batch, collate_fn=default_data_collator):
-                teacher(input_ids=batch["input_ids"], use_cache=False)
 
     def build(name: str) -> dict[str, Any]:
         options = cache_options(folder, name)
@@ -172,9 +183,7 @@ def time_building(
         for name in random.sample(["bare", "bare", *FORMS], len(FORMS) + 2):
             os.sync()  # what the last one left for the disk is not this one's
             if name == "bare":
-                start = time.perf_counter()
-                bare()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(sum(bare_forwards(pair, teacher, data)))
             else:
                 manifests[name] = build(name)
     return {name: statistics.median(times) for name, times in seconds.items()}, manifests
@@ -183,11 +192,14 @@ def time_building(
 def time_steps(
     pair: Pair, teacher: Any, student: Any, data: Any, folder: Path, rounds: int, steps: int
 ) -> dict[str, float]:
-    """Median seconds of a training step of each variant; the first round warms up."""
+    """Median seconds of a training step of each variant, and of the teacher's forward; the first round warms up."""
     seconds: dict[str, list[float]] = defaultdict(list)
-    names = ["cross-entropy", "live", *FORMS]
+    names = ["bare", "cross-entropy", "live", *FORMS]
     for round_ in range(rounds + 1):
         for name in random.sample(names, len(names)):
+            if name == "bare":
+                seconds[name] += bare_forwards(pair, teacher, data, steps)[2:] if round_ else []
+                continue
             clock = StepClock()
             common = {"train_dataset": data, "data_collator": default_data_collator, "callbacks": [clock]}
             own = copy.deepcopy(student)
@@ -252,14 +264,17 @@ def _speed(name_of_pair: str, options: argparse.Namespace, folder: Path) -> None
         f"{options.rounds} rounds"
     )
     print(
-        f"teacher's forward {building['bare']:.1f} s, {asked:.0f} ms a batch; step: "
+        f"teacher's forward {building['bare']:.1f} s, {asked:.0f} ms a batch (beside the steps: "
+        f"{1e3 * stepping['bare']:.0f} ms); step: "
         f"cross-entropy {1e3 * plain:.0f} ms, live {1e3 * live:.0f} ms = {live / plain:.2f} x cross-entropy"
     )
-    columns = ["Format", "bytes a token", "build / bare forward", "step / cross-entropy", "step / live", "loss error"]
-    print("| " + " | ".join([*columns, "gradient error", "cosine"]) + " |\n" + "|---" * 8 + "|")
+    columns = ["Format", "bytes a token", "build / bare forward", "step / cross-entropy", "step / live"]
+    columns += ["saved / bare forward", "loss error", "gradient error", "cosine"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for name in FORMS:
         size = manifests[name]["total_bytes"] / manifests[name]["total_positions"]
-        ratios = (building[name] / building["bare"], stepping[name] / plain, stepping[name] / live)
+        step, saved = stepping[name], (live - stepping[name]) / stepping["bare"]
+        ratios = (building[name] / building["bare"], step / plain, step / live, saved)
         loss, grad, cosine = wrong[name]
         times = " | ".join(f"{ratio:.2f}" for ratio in ratios)
         print(f"| {name} | {size:,.1f} | {times} | {loss:.1e} | {grad:.1e} | {cosine:.5f} |")
