@@ -32,10 +32,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc, whose memory this is about")
 def test_freed_memory_is_kept_for_the_next_step():
-    faults = [
-        int(subprocess.run([sys.executable, "-c", FAULTS.format(keep=keep)], check=True, capture_output=True).stdout)
-        for keep in (False, True)
-    ]
+    def faults(keep: bool) -> int:
+        run = [sys.executable, "-c", FAULTS.format(keep=keep)]
+        return int(subprocess.run(run, check=True, capture_output=True).stdout)
+
     pages = 20 * 4 * 1024  # of 4 KiB
-    assert faults[0] > pages / 2, "nothing to be won: this test says nothing any more"
-    assert faults[1] < pages / 20
+    # What lies above the freed tensors may by chance keep their memory in the process: in every second one.
+    lost = any(faults(keep=False) > pages / 2 for _ in range(20))
+    assert lost, "nothing to be won: this test says nothing any more"
+    assert max(faults(keep=True) for _ in range(3)) < pages / 20
