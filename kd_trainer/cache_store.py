@@ -99,18 +99,20 @@ class ShardWriter:
         self._sink = _Hashed(self._file)
         self._writer: Any = None
         self._waiting: list[Rows] = []
+        self._waiting_bytes = 0  # of a small batch thousands may wait
         self._rows = self._positions = 0
 
     def add(self, rows: Rows) -> bool:
         """Writes the next rows. Returns whether it is time to `sync`."""
         self._waiting.append(rows)
+        self._waiting_bytes += sum(column.nbytes for column in rows.columns.values())
         before = self._sink.size
-        if sum(column.nbytes for part in self._waiting for column in part.columns.values()) >= _AT_ONCE:
+        if self._waiting_bytes >= _AT_ONCE:
             self._write_waiting()
         return before // _UNSYNCED < self._sink.size // _UNSYNCED
 
     def _write_waiting(self) -> None:
-        together, self._waiting = joined(self._waiting), []
+        together, self._waiting, self._waiting_bytes = joined(self._waiting), [], 0
         batch = _record_batch(together)
         self._writer = self._writer or pa.ipc.new_stream(pa.PythonFile(self._sink, "w"), batch.schema)
         self._writer.write_batch(batch)
