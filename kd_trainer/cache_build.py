@@ -80,9 +80,8 @@ class Speaker:
         if self.output_head is None:
             return None
         try:
-            return teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head).flatten(
-                0, 1
-            )
+            states = teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head)
+            return states.flatten(0, 1)
         except NotPlain as reason:
             logger.info("The teacher's logits are made in full: %s.", reason)
             self.output_head = None
@@ -346,8 +345,9 @@ class _Writer:
             self._index = index
         with what_the_disk_refuses(self.folder):
             self._shard = self._shard or ShardWriter(self.folder, index)
-            if self._shard.add(rows):
-                self._later(self._shard.sync)
+            due = self._shard.add(rows)
+        if due:
+            self._later(self._shard.sync)
 
     def _end_shard(self) -> None:
         shard, self._shard = self._shard, None
