@@ -213,6 +213,8 @@ class CompleteCheckpoints(_InFrontOf):
                 resumable = not self.args.save_only_model
                 finish(folder, step=self.state.global_step, processes=self.args.world_size, resumable=resumable)
         except Exception as error:  # each library that writes raises another kind
+            if (folder / MANIFEST).exists():  # written last: it is whole, the error is another's, as of a data worker
+                raise
             self._tell_unwritten(folder, error)
         finally:
             self.args.save_total_limit = limit

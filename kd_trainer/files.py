@@ -45,5 +45,5 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         os.chmod(temporary, 0o644)  # mkstemp's own mode would hide the file from others
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)  # a signal may raise after the renaming too
         raise

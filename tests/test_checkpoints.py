@@ -352,6 +352,17 @@ def test_a_dataloader_worker_that_dies_leaves_the_last_checkpoint(tmp_path, orig
     assert torch.equal(tiny.weights(resumed.model), original[1])
 
 
+def test_what_fails_after_the_end_of_a_checkpoint_leaves_it(tmp_path, monkeypatch):
+    def die(*args, **kwargs):
+        finish(*args, **kwargs)
+        raise RuntimeError("a data worker died")  # as from a signal, at any line
+
+    monkeypatch.setattr("kd_trainer.checkpoints.finish", die)
+    with pytest.raises(RuntimeError, match="a data worker died"):
+        tiny.trainer("plain", tmp_path, **STEPS).train()
+    assert newest_resumable(tmp_path)[0] is not None
+
+
 # ---- kills ----
 
 
