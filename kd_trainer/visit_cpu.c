@@ -1,8 +1,8 @@
 /* The visit of visit.py to a tile, on a processor: row by row, two exponentials a pair of logits.
  *
  * Plain loops that a compiler turns into vectors: with the exponential written out nothing is called in them, and sums
- * go on in all lanes at once. A row and its exponentials stay in the processor's cache. What is in capitals is given when this is compiled (native.py); the letters are those
- * of visit.py, whose numbers the tests hold these to.
+ * go on in all lanes at once. A row and its exponentials stay in the processor's cache. What is in capitals is given
+ * when this is compiled (native.py); the letters are those of visit.py, whose numbers the tests hold these to.
  */
 #include "native.h"
 
@@ -123,30 +123,69 @@ void visit(STUDENT *student, const TEACHER *teacher, int64_t rows, int64_t colum
                       gradient, stats + 8 * i, room + 2 * part * columns);
 }
 
-/* For a teacher of few ids: of each row [3] the maximum, the sum of es and that of exp(T s). */
-void sum_tile(const STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature, double *stats,
-              int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
-        const STUDENT *row = student + i * stride;
-        float top = -INFINITY;
+/* log(exp(a) + exp(b)); one of them may be -INFINITY. */
+static inline double log_of_both(double a, double b) { return a > b ? a + log1p(exp(b - a)) : b + log1p(exp(a - b)); }
+
+/* Of a row the maximum and the sums of es and exp(T s), block by block; `room` keeps each block's es, relative to the
+ * maximum so far, which goes to `tops`. */
+static void sum_sparse(const STUDENT *row, int64_t columns, float temperature, double *stats, float *room,
+                       float *tops) {
+    float top = -INFINITY;
+    double total = 0, total_hard = 0;
+    for (int64_t first = 0, block = 0; first < columns; first += BLOCK, block++) {
+        int64_t last = first + BLOCK < columns ? first + BLOCK : columns;
+        float before = top, sum = 0, hard = 0;
 #pragma omp simd reduction(max : top)
-        for (int64_t j = 0; j < columns; j++) top = top > READ(row + j) ? top : READ(row + j);
-        double total = 0, total_hard = 0;
-        for (int64_t first = 0; first < columns; first += BLOCK) {
-            int64_t last = first + BLOCK < columns ? first + BLOCK : columns;
-            float sum = 0, hard = 0;
+        for (int64_t j = first; j < last; j++) top = top > READ(row + j) ? top : READ(row + j);
+        if (top > before) total *= exp((double)before - top), total_hard *= exp(temperature * ((double)before - top));
 #pragma omp simd reduction(+ : sum, hard)
-            for (int64_t j = first; j < last; j++) {
-                float s = READ(row + j) - top, es = exponential(s);
-                sum += es;
-                if (HARD) hard += power_of(es, s, temperature);
-            }
-            total += sum, total_hard += hard;
+        for (int64_t j = first; j < last; j++) {
+            float s = READ(row + j) - top, es = exponential(s);
+            sum += es;
+            if (HARD) hard += power_of(es, s, temperature);
+            room[j] = es;
         }
-        double of_row[] = {top, total, HARD ? total_hard : total};
-        memcpy(stats + 3 * i, of_row, sizeof of_row);
+        total += sum, total_hard += hard, tops[block] = top;
     }
+    double of_row[] = {top, total, HARD ? total_hard : total};
+    memcpy(stats, of_row, sizeof of_row);
+}
+
+/* The row becomes soft * es + hard * exp(T s), where `top` is its maximum, of what `sum_sparse` left. */
+static void overwrite_sparse(STUDENT *row, int64_t columns, float temperature, float top, double soft, double hard,
+                             const float *room, const float *tops) {
+    for (int64_t first = 0, block = 0; first < columns; first += BLOCK, block++) {
+        int64_t last = first + BLOCK < columns ? first + BLOCK : columns;
+        double below = (double)tops[block] - top;
+        float of_soft = (float)(soft * exp(below)), of_hard = (float)(HALVES ? hard * exp(temperature * below) : hard);
+#pragma omp simd
+        for (int64_t j = first; j < last; j++) {
+            float g = of_soft * room[j];
+            if (HARD) g += of_hard * power_of(room[j], HALVES ? 0 : READ(row + j) - top, temperature);
+            WRITE(row + j, g);
+        }
+    }
+}
+
+/* For a teacher of few ids: of each row [3] the maximum, the sum of es and that of exp(T s). With `known` [rows, 5] the
+ * row is overwritten while it is in the cache: by of_soft * es + of_hard * exp(T s) as visit_sparse.py has them for
+ * forward KL. room: 2 * columns floats of each thread. */
+void sum_tile(STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature, const double *known,
+              double *stats, float *room, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < threads; part++)
+        for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++) {
+            STUDENT *row = student + i * stride;
+            float *es = room + 2 * part * columns, *tops = es + columns;
+            double *of_row = stats + 3 * i, top, total, hard;
+            sum_sparse(row, columns, temperature, of_row, es, tops);
+            if (!known) continue;
+            top = of_row[0], total = of_row[1], hard = temperature * top;
+            const double *of = known + 5 * i;
+            double of_soft = of[0] * exp(top - log_of_both(top + log(total), of[3])) - of[2] / total;
+            double of_hard = HARD ? of[1] * exp(hard - log_of_both(hard + log(of_row[2]), of[4])) : 0;
+            overwrite_sparse(row, columns, temperature, (float)top, of_soft, of_hard, es, tops);
+        }
 }
 
 /* Every row becomes of_row[1] * es + of_row[2] * exp(T s), where of_row[0] is its maximum. */

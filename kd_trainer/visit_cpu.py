@@ -44,12 +44,20 @@ def visit_on_cpu(
     return stats.split(1, dim=1)
 
 
-def sums_on_cpu(setting: Any, halves: int, student: Tensor) -> tuple[Tensor, ...]:
-    """Of each row of s [R, V] its maximum and the sums of es and exp(T s), relative to it: columns [R, 1], float64."""
+def sums_on_cpu(setting: Any, halves: int, student: Tensor, known: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Of each row of s [R, V] its maximum and the sums of es and exp(T s), relative to it: columns [R, 1], float64.
+
+    Args:
+        known: [R, 5] float64, of forward KL: the tile becomes the gradient at once. Weight of the soft loss times the
+            teacher's mass, weight of the hard loss, the first times the mass that is in the tile, and the logs of the
+            sums of exp(s) and exp(T s) over what is not in it.
+    """
     assert student.stride(1) == 1
     stats = torch.empty(len(student), 3, dtype=torch.float64)
+    known = torch.empty(0) if known is None else known.contiguous()  # an empty one lies at NULL
     function, threads = _code(setting, halves, student).sum_tile, torch.get_num_threads()
-    call(function, student, *student.shape, student.stride(0), float(setting.temperature), stats, threads)
+    room = torch.empty(threads, 2, student.shape[1])
+    call(function, student, *student.shape, student.stride(0), float(setting.temperature), known, stats, room, threads)
     return stats.split(1, dim=1)
 
 

@@ -1,7 +1,8 @@
 """One visit to a tile of the student's logits where the teacher is given sparsely: losses, and the gradient over it.
 
 As `visit.py`, for a teacher of few ids a row. Most of a row has one gradient: a number times its probability. So the
-tile is read twice, for its sums and to be overwritten, and between lies work on the few ids alone.
+tile is read twice, for its sums and to be overwritten, and between lies work on the few ids alone; of forward KL the C
+code needs so little of it that it does both while a row is in the cache.
 Letters: R rows, V vocabulary, k ids of a row, kept or drawn; s logits of the student over T [R, V]; q = softmax(s).
 Imports: divergences, native, sparse, visit, visit_cpu.
 """
@@ -59,9 +60,11 @@ def visit_sparse(
         student[rows, ids] = _lowest(student.dtype)
     else:
         of_top = student[rows, taught.top.unsqueeze(1)].to(double)
-    top, total, total_hard = (x.to(double) for x in _sums(setting, student, compiled))
-    rest, rest_hard = top + total.log(), temperature * top + total_hard.log()
     soft_weight, hard_weight = weights.to(double).split(1, 1)
+    at_once = gradient and compiled and can_compile(student) and setting.divergence == "forward_kl"
+    known = _known(setting, taught, chosen, soft_weight, hard_weight) if at_once else None
+    top, total, total_hard = (x.to(double) for x in _sums(setting, student, compiled, known))
+    rest, rest_hard = top + total.log(), temperature * top + total_hard.log()
 
     if isinstance(taught, TopK):
         if ids.shape[1] == student.shape[1]:
@@ -88,7 +91,8 @@ def visit_sparse(
             at_ids = log_q.exp() - _counts(ids).to(double) / ids.shape[1]
         of_rest, at_ids = of_rest * soft_weight, at_ids * soft_weight
         of_hard = hard_weight * (temperature * top - all_hard).exp()
-        _overwrite(setting, student, top, of_rest, of_hard, compiled)
+        if known is None:
+            _overwrite(setting, student, top, of_rest, of_hard, compiled)
         if label is not None and at_label is not None:
             at_ids = at_ids + hard_weight * ((temperature * chosen - all_hard).exp() - (ids == label).to(double))
             at = of_rest * (at_label - top).exp()
@@ -96,6 +100,20 @@ def visit_sparse(
             student[rows, label.clamp(min=0)] = at.to(student.dtype)
         student[rows, ids] = at_ids.to(student.dtype)  # the label may be one of them
     return Rows(soft.squeeze(1).to(wide), hard.squeeze(1).to(wide), same.squeeze(1))
+
+
+def _known(
+    setting: Setting, taught: TopK | Samples, chosen: Tensor, soft_weight: Tensor, hard_weight: Tensor
+) -> Tensor:
+    """What the gradient of forward KL at the rest of a row depends on beside its sums: see `sums_on_cpu`."""
+    if isinstance(taught, TopK):
+        tail = taught.log_tail.unsqueeze(1).to(chosen.dtype).exp()
+        mass = tail + taught.log_probs.to(chosen.dtype).exp().sum(-1, True)
+        kept = chosen.logsumexp(-1, True), (setting.temperature * chosen).logsumexp(-1, True)
+    else:  # the tile is whole
+        tail, mass = torch.zeros_like(soft_weight), torch.ones_like(soft_weight)
+        kept = (torch.full_like(soft_weight, -torch.inf),) * 2
+    return torch.cat((soft_weight * mass, hard_weight, soft_weight * tail, *kept), 1)
 
 
 def _bucket_slopes(setting: Setting, taught: TopK, log_q: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -161,9 +179,9 @@ def _exponentials(
     return torch.exp(x, out=one), hard
 
 
-def _sums(setting: Setting, student: Tensor, compiled: bool) -> tuple[Tensor, ...]:
+def _sums(setting: Setting, student: Tensor, compiled: bool, known: Tensor | None) -> tuple[Tensor, ...]:
     if compiled and can_compile(student):
-        return sums_on_cpu(setting, halves_of(setting.temperature), student)
+        return sums_on_cpu(setting, halves_of(setting.temperature), student, known)
     temperature = _scalar(setting, student)
     if compiled and len(student) > 1:
         torch._dynamo.mark_dynamic(student, 0)
@@ -227,7 +245,9 @@ def _run_compiled(function: Callable[..., Any], setting: Setting, *tensors: Tens
 
 def compile_pays_sparse(setting: Setting, rows: int, columns: int, like: Tensor, asked: bool | None) -> bool:
     """As `visit.compile_pays`, for `visit_sparse`."""
-    setting = Setting("forward_kl", 0.0, setting.temperature, setting.hard)  # all that the two readings depend on
+    # All that the two readings depend on; of draws, with which they are tried, any divergence is forward KL.
+    divergence = "forward_kl" if setting.divergence == "forward_kl" else "reverse_kl"
+    setting = Setting(divergence, 0.0, setting.temperature, setting.hard)
     return compile_pays(setting, rows, columns, like, asked, agrees=_agrees)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -41,11 +42,12 @@ by_torch = pytest.param("torch", marks=[cxx, pytest.mark.slow])
 @pytest.mark.parametrize("hard", [True, False])
 def test_compiled_is_eager(form, dtype, hard, by, monkeypatch):
     monkeypatch.setattr(module, "can_compile", lambda tile: by == "C")
-    for temperature in (2.0, 2.1, 2.3):
-        setting = Setting("forward_kl", 0.0, temperature, hard)
+    cases = itertools.product((2.0, 2.1, 2.3), ("forward_kl", "reverse_kl"), (301, 4500))  # the C code's blocks: 2,048
+    for temperature, divergence, classes in cases:
+        setting = Setting(divergence, 0.0, temperature, hard)
         results = []
         for compiled in (False, True):
-            given = tile(form, temperature, dtype=dtype)
+            given = tile(form, temperature, classes=classes, dtype=dtype)
             given["labels"] = given["labels"] if hard else None
             rows = visit_sparse(setting, **given, gradient=True, compiled=compiled)
             results.append((given["student"].float(), rows.soft, rows.hard, rows.same.float()))
