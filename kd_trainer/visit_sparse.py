@@ -58,19 +58,21 @@ def visit_sparse(
         of_top = chosen.gather(1, taught.log_probs.argmax(-1, True))
         # What remains is the rest, summed without the kept ids: taken from the sum of all, a small one would be lost.
         student[rows, ids] = _lowest(student.dtype)
+        kept, kept_hard = (x.logsumexp(-1, True) for x in (chosen, temperature * chosen))
     else:
         of_top = student[rows, taught.top.unsqueeze(1)].to(double)
+        kept = kept_hard = torch.full_like(of_top, -torch.inf)  # the tile is whole
     soft_weight, hard_weight = weights.to(double).split(1, 1)
     at_once = gradient and compiled and can_compile(student) and setting.divergence == "forward_kl"
-    known = _known(setting, taught, chosen, soft_weight, hard_weight) if at_once else None
+    known = _known(taught, soft_weight, hard_weight, kept, kept_hard) if at_once else None
     top, total, total_hard = (x.to(double) for x in _sums(setting, student, compiled, known))
     rest, rest_hard = top + total.log(), temperature * top + total_hard.log()
 
     if isinstance(taught, TopK):
         if ids.shape[1] == student.shape[1]:
             rest, rest_hard = (x.new_full(x.shape, -torch.inf) for x in (rest, rest_hard))
-        log_all = torch.logaddexp(rest, chosen.logsumexp(-1, True))
-        all_hard = torch.logaddexp(rest_hard, (temperature * chosen).logsumexp(-1, True))
+        log_all = torch.logaddexp(rest, kept)
+        all_hard = torch.logaddexp(rest_hard, kept_hard)
         log_q = torch.cat((chosen, rest), 1) - log_all
         soft, slopes = _bucket_slopes(setting, taught, log_q, gradient)
         same = of_top >= torch.maximum(top, chosen.amax(-1, True))
@@ -102,18 +104,14 @@ def visit_sparse(
     return Rows(soft.squeeze(1).to(wide), hard.squeeze(1).to(wide), same.squeeze(1))
 
 
-def _known(
-    setting: Setting, taught: TopK | Samples, chosen: Tensor, soft_weight: Tensor, hard_weight: Tensor
-) -> Tensor:
+def _known(taught: TopK | Samples, soft_weight: Tensor, hard_weight: Tensor, kept: Tensor, kept_hard: Tensor) -> Tensor:
     """What the gradient of forward KL at the rest of a row depends on beside its sums: see `sums_on_cpu`."""
     if isinstance(taught, TopK):
-        tail = taught.log_tail.unsqueeze(1).to(chosen.dtype).exp()
-        mass = tail + taught.log_probs.to(chosen.dtype).exp().sum(-1, True)
-        kept = chosen.logsumexp(-1, True), (setting.temperature * chosen).logsumexp(-1, True)
-    else:  # the tile is whole
+        tail = taught.log_tail.unsqueeze(1).to(kept.dtype).exp()
+        mass = tail + taught.log_probs.to(kept.dtype).exp().sum(-1, True)
+    else:
         tail, mass = torch.zeros_like(soft_weight), torch.ones_like(soft_weight)
-        kept = (torch.full_like(soft_weight, -torch.inf),) * 2
-    return torch.cat((soft_weight * mass, hard_weight, soft_weight * tail, *kept), 1)
+    return torch.cat((soft_weight * mass, hard_weight, soft_weight * tail, kept, kept_hard), 1)
 
 
 def _bucket_slopes(setting: Setting, taught: TopK, log_q: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
