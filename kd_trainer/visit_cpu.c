@@ -167,25 +167,74 @@ static void overwrite_sparse(STUDENT *row, int64_t columns, float temperature, f
     }
 }
 
-/* For a teacher of few ids: of each row [3] the maximum, the sum of es and that of exp(T s). With `known` [rows, 5] the
- * row is overwritten while it is in the cache: by of_soft * es + of_hard * exp(T s) as visit_sparse.py has them for
- * forward KL. room: 2 * columns floats of each thread. */
-void sum_tile(STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature, const double *known,
-              double *stats, float *room, int64_t threads) {
+/* Of each row [3] the maximum, the sum of es and that of exp(T s). room: 2 * columns floats of each thread. */
+void sum_tile(const STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature, double *stats,
+              float *room, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; part++)
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++) {
-            STUDENT *row = student + i * stride;
-            float *es = room + 2 * part * columns, *tops = es + columns;
-            double *of_row = stats + 3 * i, top, total, hard;
-            sum_sparse(row, columns, temperature, of_row, es, tops);
-            if (!known) continue;
-            top = of_row[0], total = of_row[1], hard = temperature * top;
-            const double *of = known + 5 * i;
-            double of_soft = of[0] * exp(top - log_of_both(top + log(total), of[3])) - of[2] / total;
-            double of_hard = HARD ? of[1] * exp(hard - log_of_both(hard + log(of_row[2]), of[4])) : 0;
-            overwrite_sparse(row, columns, temperature, (float)top, of_soft, of_hard, es, tops);
+            float *es = room + 2 * part * columns;
+            sum_sparse(student + i * stride, columns, temperature, stats + 3 * i, es, es + columns);
         }
+}
+
+/* A row's forward KL, for draws the cross-entropy to them, its hard loss and whether `leader` is on top, and with
+ * `gradient` the row's gradient: what visit_sparse.py says in torch. log_p: log-probabilities of the ids [k] and `tail`,
+ * of all others; NULL for draws. A label below 0 is none. */
+static void visit_few(STUDENT *row, int64_t columns, double temperature, const int64_t *ids, int64_t k,
+                      const double *log_p, double tail, int64_t leader, int64_t label, const double *weights,
+                      int64_t gradient, double *stats, float *room) {
+    double s[k], p[k], es[k], hard[k], sums[3], of_kept = 0, hard_of_kept = 0, peak = -INFINITY;
+    double at_label = label < 0 ? 0 : READ(row + label), at_leader = READ(row + leader);
+    for (int64_t j = 0; j < k; j++) s[j] = READ(row + ids[j]), peak = peak > s[j] ? peak : s[j];
+    if (log_p) /* the rest is summed without them: taken from the sum of all, a small one would be lost */
+        for (int64_t j = 0; j < k; j++) WRITE(row + ids[j], -0x1p126f);
+    sum_sparse(row, columns, (float)temperature, sums, room, room + columns);
+    double top = sums[0], total = log_p && k == columns ? 0 : sums[1], first = top > peak ? top : peak;
+    for (int64_t j = 0; j < k; j++) {
+        es[j] = exp(s[j] - first), hard[j] = temperature == 1 ? es[j] : exp(temperature * (s[j] - first));
+        if (log_p) of_kept += es[j], hard_of_kept += hard[j];
+    }
+    double below = exp(top - first), all = total * below + of_kept, log_all = first + log(all);
+    double all_hard = sums[2] * exp(temperature * (top - first)) + hard_of_kept;
+    double of_rest = log_p ? exp(tail) : 0, mass = log_p ? of_rest : 1, soft = 0;
+    if (of_rest > 0) soft = of_rest * (tail - (top + log(total) - log_all));
+    for (int64_t j = 0; j < k; j++) {
+        p[j] = log_p ? exp(log_p[j]) : 1.0 / k;
+        if (p[j] > 0) soft += p[j] * ((log_p ? log_p[j] : 0) - (s[j] - log_all));
+        if (log_p) mass += p[j];
+    }
+    stats[0] = soft, stats[1] = label < 0 ? 0 : log(all_hard) - temperature * (at_label - first);
+    stats[2] = at_leader >= first;
+    if (!gradient) return;
+    double of_soft = weights[0] * mass / all, of_hard = HARD ? weights[1] / all_hard : 0;
+    double soft_of_row = of_soft * below - weights[0] * of_rest / total;
+    overwrite_sparse(row, columns, (float)temperature, (float)top, soft_of_row,
+                     of_hard * exp(temperature * (top - first)), room, room + columns);
+    if (HARD && label >= 0) {
+        double g = soft_of_row * exp(at_label - top) + of_hard * exp(temperature * (at_label - first)) - weights[1];
+        WRITE(row + label, (float)g);
+    }
+    for (int64_t j = 0; j < k; j++) room[ids[j]] = 0;
+    for (int64_t j = 0; j < k; j++) room[ids[j]] += 1; /* an id that was drawn n times has n shares */
+    for (int64_t j = 0; j < k; j++) {
+        double g = of_soft * es[j] - weights[0] * p[j] * room[ids[j]] + of_hard * hard[j];
+        WRITE(row + ids[j], (float)(ids[j] == label ? g - weights[1] : g));
+    }
+}
+
+/* ids [rows, k]; log_p [rows, k] and tails [rows], or NULL; leaders and labels [rows]; weights [rows, 2]; stats [rows, 3];
+ * room [threads, 2, columns]. */
+void visit_few_tile(STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature,
+                    const int64_t *ids, int64_t k, const double *log_p, const double *tails, const int64_t *leaders,
+                    const int64_t *labels, const double *weights, int64_t gradient, double *stats, float *room,
+                    int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t part = 0; part < threads; part++)
+        for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++)
+            visit_few(student + i * stride, columns, temperature, ids + k * i, k,
+                      log_p ? log_p + k * i : NULL, log_p ? tails[i] : 0, leaders[i], labels[i], weights + 2 * i,
+                      gradient, stats + 3 * i, room + 2 * part * columns);
 }
 
 /* Every row becomes of_row[1] * es + of_row[2] * exp(T s), where of_row[0] is its maximum. */

@@ -44,21 +44,40 @@ def visit_on_cpu(
     return stats.split(1, dim=1)
 
 
-def sums_on_cpu(setting: Any, halves: int, student: Tensor, known: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Of each row of s [R, V] its maximum and the sums of es and exp(T s), relative to it: columns [R, 1], float64.
+def sums_on_cpu(setting: Any, halves: int, student: Tensor) -> tuple[Tensor, ...]:
+    """Of each row of s [R, V] its maximum and the sums of es and exp(T s), relative to it: columns [R, 1], float64."""
+    assert student.stride(1) == 1
+    (rows, columns), threads = student.shape, torch.get_num_threads()
+    stats, room = torch.empty(rows, 3, dtype=torch.float64), torch.empty(threads, 2, columns)
+    function = _code(setting, halves, student).sum_tile
+    call(function, student, rows, columns, student.stride(0), float(setting.temperature), stats, room, threads)
+    return stats.split(1, dim=1)
+
+
+def few_on_cpu(
+    setting: Any, halves: int, student: Tensor, ids: Tensor, kept: tuple[Tensor, Tensor] | None, leaders: Tensor,
+    labels: Tensor | None, weights: Tensor, gradient: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Forward KL to a teacher of few ids, whole: columns [R], float64, of `visit_sparse.Rows`.
 
     Args:
-        known: [R, 5] float64, of forward KL: the tile becomes the gradient at once. Weight of the soft loss times the
-            teacher's mass, weight of the hard loss, the first times the mass that is in the tile, and the logs of the
-            sums of exp(s) and exp(T s) over what is not in it.
+        kept: log-probabilities [R, k] of the ids and [R] of all others; None where the ids were drawn: the soft loss is
+            then the cross-entropy to them.
+        leaders: [R] or [R, 1], the teacher's top; labels: [R], below 0 none; weights: [R, 2], as in `visit.visit`.
+        gradient: whether the tile s [R, V] is overwritten by dL/ds, else by nothing of use.
     """
     assert student.stride(1) == 1
-    stats = torch.empty(len(student), 3, dtype=torch.float64)
-    known = torch.empty(0) if known is None else known.contiguous()  # an empty one lies at NULL
-    function, threads = _code(setting, halves, student).sum_tile, torch.get_num_threads()
-    room = torch.empty(threads, 2, student.shape[1])
-    call(function, student, *student.shape, student.stride(0), float(setting.temperature), known, stats, room, threads)
-    return stats.split(1, dim=1)
+    (rows, columns), threads = student.shape, torch.get_num_threads()
+    stats, room = torch.empty(rows, 3, dtype=torch.float64), torch.empty(threads, 2, columns)
+    labels = torch.full_like(leaders, -1) if labels is None else labels
+    nothing = torch.empty(0, dtype=torch.float64)  # lies at NULL
+    log_probs, log_tail = (nothing, nothing) if kept is None else (x.to(torch.float64).contiguous() for x in kept)
+    call(
+        _code(setting, halves, student).visit_few_tile, student, rows, columns, student.stride(0),
+        float(setting.temperature), ids.contiguous(), ids.shape[1], log_probs, log_tail, leaders.contiguous(),
+        labels.contiguous(), weights.to(torch.float64).contiguous(), gradient, stats, room, threads,
+    )  # fmt: skip
+    return stats.unbind(1)
 
 
 def overwrite_on_cpu(setting: Any, halves: int, student: Tensor, of_rows: Tensor) -> None:

@@ -1,8 +1,8 @@
 """One visit to a tile of the student's logits where the teacher is given sparsely: losses, and the gradient over it.
 
 As `visit.py`, for a teacher of few ids a row. Most of a row has one gradient: a number times its probability. So the
-tile is read twice, for its sums and to be overwritten, and between lies work on the few ids alone; of forward KL the C
-code needs so little of it that it does both while a row is in the cache.
+tile is read twice, for its sums and to be overwritten, and between lies work on the few ids alone. Of forward KL, the C
+code does all of it row by row, while a row is in the cache.
 Letters: R rows, V vocabulary, k ids of a row, kept or drawn; s logits of the student over T [R, V]; q = softmax(s).
 Imports: divergences, native, sparse, visit, visit_cpu.
 """
@@ -20,7 +20,7 @@ from .divergences import log_prob_terms
 from .native import can_compile
 from .sparse import Samples, TopK
 from .visit import Rows, Setting, block_rows, compile_pays, halves_of, power_of, same_compiled, widened
-from .visit_cpu import overwrite_on_cpu, sums_on_cpu
+from .visit_cpu import few_on_cpu, overwrite_on_cpu, sums_on_cpu
 
 MOST_IDS = 1024  # of a row; the work on more of them, in double precision, would rival that on the tile
 
@@ -50,6 +50,8 @@ def visit_sparse(
     wide = torch.promote_types(student.dtype, torch.float32)
     double = torch.float64 if student.device.type != "mps" else wide
     temperature, ids = setting.temperature, taught.ids
+    if compiled and setting.divergence == "forward_kl" and can_compile(student):
+        return _visit_in_c(setting, student, taught, weights, labels, gradient)
     rows = torch.arange(len(student), device=student.device).unsqueeze(1)
     chosen = student[rows, ids].to(double)
     label = None if labels is None else labels.unsqueeze(1)
@@ -63,9 +65,7 @@ def visit_sparse(
         of_top = student[rows, taught.top.unsqueeze(1)].to(double)
         kept = kept_hard = torch.full_like(of_top, -torch.inf)  # the tile is whole
     soft_weight, hard_weight = weights.to(double).split(1, 1)
-    at_once = gradient and compiled and can_compile(student) and setting.divergence == "forward_kl"
-    known = _known(taught, soft_weight, hard_weight, kept, kept_hard) if at_once else None
-    top, total, total_hard = (x.to(double) for x in _sums(setting, student, compiled, known))
+    top, total, total_hard = (x.to(double) for x in _sums(setting, student, compiled))
     rest, rest_hard = top + total.log(), temperature * top + total_hard.log()
 
     if isinstance(taught, TopK):
@@ -93,8 +93,7 @@ def visit_sparse(
             at_ids = log_q.exp() - _counts(ids).to(double) / ids.shape[1]
         of_rest, at_ids = of_rest * soft_weight, at_ids * soft_weight
         of_hard = hard_weight * (temperature * top - all_hard).exp()
-        if known is None:
-            _overwrite(setting, student, top, of_rest, of_hard, compiled)
+        _overwrite(setting, student, top, of_rest, of_hard, compiled)
         if label is not None and at_label is not None:
             at_ids = at_ids + hard_weight * ((temperature * chosen - all_hard).exp() - (ids == label).to(double))
             at = of_rest * (at_label - top).exp()
@@ -104,14 +103,17 @@ def visit_sparse(
     return Rows(soft.squeeze(1).to(wide), hard.squeeze(1).to(wide), same.squeeze(1))
 
 
-def _known(taught: TopK | Samples, soft_weight: Tensor, hard_weight: Tensor, kept: Tensor, kept_hard: Tensor) -> Tensor:
-    """What the gradient of forward KL at the rest of a row depends on beside its sums: see `sums_on_cpu`."""
+def _visit_in_c(
+    setting: Setting, student: Tensor, taught: TopK | Samples, weights: Tensor, labels: Tensor | None, gradient: bool
+) -> Rows:
     if isinstance(taught, TopK):
-        tail = taught.log_tail.unsqueeze(1).to(kept.dtype).exp()
-        mass = tail + taught.log_probs.to(kept.dtype).exp().sum(-1, True)
+        kept, leaders = (taught.log_probs, taught.log_tail), taught.ids.gather(1, taught.log_probs.argmax(-1, True))
     else:
-        tail, mass = torch.zeros_like(soft_weight), torch.ones_like(soft_weight)
-    return torch.cat((soft_weight * mass, hard_weight, soft_weight * tail, kept, kept_hard), 1)
+        kept, leaders = None, taught.top
+    halves = halves_of(setting.temperature)
+    soft, hard, same = few_on_cpu(setting, halves, student, taught.ids, kept, leaders, labels, weights, gradient)
+    soft = soft - taught.entropy if isinstance(taught, Samples) else soft
+    return Rows(soft.float(), hard.float(), same != 0)
 
 
 def _bucket_slopes(setting: Setting, taught: TopK, log_q: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -177,9 +179,9 @@ def _exponentials(
     return torch.exp(x, out=one), hard
 
 
-def _sums(setting: Setting, student: Tensor, compiled: bool, known: Tensor | None) -> tuple[Tensor, ...]:
+def _sums(setting: Setting, student: Tensor, compiled: bool) -> tuple[Tensor, ...]:
     if compiled and can_compile(student):
-        return sums_on_cpu(setting, halves_of(setting.temperature), student, known)
+        return sums_on_cpu(setting, halves_of(setting.temperature), student)
     temperature = _scalar(setting, student)
     if compiled and len(student) > 1:
         torch._dynamo.mark_dynamic(student, 0)
@@ -254,13 +256,19 @@ def _agrees(setting: Setting, columns: int, dtype: torch.dtype, device: torch.de
     generator = torch.Generator().manual_seed(0)
     tile = (4 * torch.randn(6, columns, generator=generator)).to(device, dtype)
     ids = torch.randint(columns, (6, 3), generator=generator).to(device)
-    taught = Samples(ids, ids[:, 0], torch.ones(6, device=device))
+    drawn = Samples(ids, ids[:, 0], torch.ones(6, device=device))
+    ids = torch.rand(6, columns, generator=generator).topk(min(3, columns)).indices.to(device)
+    kept = TopK(ids, torch.full(ids.shape, 0.25, device=device).log(), torch.full((6,), 0.25, device=device).log())
     labels = torch.tensor([0, -100, columns - 1, 0, 0, 0], device=device) if setting.hard else None
     weights = torch.tensor([[0.5, 0.25]], device=device).repeat(6, 1)
+    weights[1, 1] = 0
 
     def run(compiled: bool) -> tuple[Tensor, ...]:
-        student = tile.clone()
-        rows = visit_sparse(setting, student, taught, weights, labels, gradient=True, compiled=compiled)
-        return student.float(), rows.soft, rows.hard
+        found: list[Tensor] = []
+        for taught in (drawn, kept):
+            student = tile.clone()
+            rows = visit_sparse(setting, student, taught, weights, labels, gradient=True, compiled=compiled)
+            found += student.float(), rows.soft, rows.hard
+        return tuple(found)
 
     return same_compiled(run, dtype)

@@ -54,23 +54,72 @@ def test_compiled_is_eager(form, dtype, hard, by, monkeypatch):
         assert_one(results, dtype)
 
 
+EXTREMES = {  # what is added to the student's logits at the ids, at all others, and at the first id
+    "alike": (0, 0, 0), "ids far above": (900, 0, 0), "ids far below": (-900, 0, 0), "one id alone": (0, -300, 2000),
+    "a rest of 1e-9": (20, 0, 0), "all masked but ids": (0, -1e30, 0), "ids masked": (-3e38, 0, 0),
+}  # fmt: skip
+
+
+@compiler
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("form", ["top k", "samples"])
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_forward_kl_in_c_is_that_in_float64(extreme, form, gradient):
+    """With labels among the ids, beside them and none, and for each temperature's way to the hard loss."""
+    of_ids, of_rest, of_first = EXTREMES[extreme]
+    for temperature, hard, classes in itertools.product((1.0, 1.5, 2.0, 2.3), (True, False), (301, 4500)):
+        setting, given = Setting("forward_kl", 0.0, temperature, hard), tile(form, temperature, classes=classes)
+        ids, student = given["taught"].ids, given["student"]
+        shift = torch.full_like(student, of_rest).scatter(1, ids, of_ids)
+        student += shift.scatter_add(1, ids[:, :1], torch.full((len(ids), 1), float(of_first)))
+        given["labels"] = torch.where(torch.arange(len(ids)) % 2 == 0, given["labels"], ids[:, 1]) if hard else None
+        results = []
+        for one, compiled in ((student.double(), False), (student, True)):
+            rows = visit_sparse(setting, **given | {"student": one}, gradient=gradient, compiled=compiled)
+            results.append((rows.soft, rows.hard, rows.same.float(), *([one] if gradient else [])))
+        results = [tuple(x.float() for x in found) for found in results]
+        if not hard:
+            results = [(soft, *others) for soft, _, *others in results]
+        assert_one(results, torch.float32, 2e-6)
+
+
+@compiler
+@pytest.mark.parametrize("tail", [-torch.inf, -20.0])
+def test_forward_kl_in_c_of_all_classes_kept_is_that_in_float64(tail):
+    """Of which one is impossible; a tail that no class is left for makes the loss infinite."""
+    given = test_visit.tile(classes=40)
+    teacher = given.pop("teacher")
+    teacher[:, 3] = -torch.inf
+    given["taught"] = top_k(teacher, 40)._replace(log_tail=torch.full((len(teacher),), tail))
+    setting, results = Setting("forward_kl", 0.0, 1.0, True), []
+    for one, compiled in ((given["student"].double(), False), (given["student"], True)):
+        rows = visit_sparse(setting, **given | {"student": one}, gradient=True, compiled=compiled)
+        results.append((rows.hard.float(), rows.same.float(), rows.soft.float(), one.float()))
+    if tail == -20:
+        assert all(soft.isposinf().all() for _, _, soft, _ in results)
+        results = [found[:2] for found in results]
+    assert_one(results, torch.float32)
+
+
 @compiler
 def test_the_check_before_the_first_compiled_visit_passes():
-    for temperature, hard in ((2.0, True), (2.1, True), (1.0, False)):
-        assert compile_pays_sparse(Setting("jsd", 0.3, temperature, hard), 7, 301, torch.empty(1), True)
+    for temperature, hard in ((2.0, True), (2.1, True), (1.0, False), (1.0, True)):
+        for divergence in ("jsd", "forward_kl"):
+            assert compile_pays_sparse(Setting(divergence, 0.3, temperature, hard), 7, 301, torch.empty(1), True)
 
 
 @compiler
-def test_a_compiled_visit_that_differs_is_not_used(monkeypatch, caplog):
-    right = module.sums_on_cpu
+@pytest.mark.parametrize(("function", "divergence"), [("sums_on_cpu", "jsd"), ("few_on_cpu", "forward_kl")])
+def test_a_compiled_visit_that_differs_is_not_used(function, divergence, monkeypatch, caplog):
+    right = getattr(module, function)
 
     def wrong(*given):
-        top, total, total_hard = right(*given)
-        return top, total * 1.01, total_hard
+        first, second, third = right(*given)
+        return first, second * 1.01, third
 
-    monkeypatch.setattr(module, "sums_on_cpu", wrong)
+    monkeypatch.setattr(module, function, wrong)
     with caplog.at_level(logging.WARNING):
-        assert not compile_pays_sparse(Setting("forward_kl", 0.0, 2.0, True), 7, 307, torch.empty(1), True)
+        assert not compile_pays_sparse(Setting(divergence, 0.0, 2.0, True), 7, 307, torch.empty(1), True)
     assert "differs from the plain computation" in caplog.text
 
 
