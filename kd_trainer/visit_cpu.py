@@ -63,19 +63,21 @@ def few_on_cpu(
     Args:
         kept: log-probabilities [R, k] of the ids and [R] of all others; None where the ids were drawn: the soft loss is
             then the cross-entropy to them.
-        leaders: [R] or [R, 1], the teacher's top; labels: [R], below 0 none; weights: [R, 2], as in `visit.visit`.
+        ids, leaders, labels: integers in range; leaders [R] or [R, 1]: the teacher's top; labels [R]: below 0 none.
+        weights: [R, 2], as in `visit.visit`.
         gradient: whether the tile s [R, V] is overwritten by dL/ds, else by nothing of use.
     """
     assert student.stride(1) == 1
     (rows, columns), threads = student.shape, torch.get_num_threads()
     stats, room = torch.empty(rows, 3, dtype=torch.float64), torch.empty(threads, 2, columns)
     labels = torch.full_like(leaders, -1) if labels is None else labels
+    ids, leaders, labels = (x.to(torch.int64).contiguous() for x in (ids, leaders, labels))
     nothing = torch.empty(0, dtype=torch.float64)  # lies at NULL
     log_probs, log_tail = (nothing, nothing) if kept is None else (x.to(torch.float64).contiguous() for x in kept)
     call(
         _code(setting, halves, student).visit_few_tile, student, rows, columns, student.stride(0),
-        float(setting.temperature), ids.contiguous(), ids.shape[1], log_probs, log_tail, leaders.contiguous(),
-        labels.contiguous(), weights.to(torch.float64).contiguous(), gradient, stats, room, threads,
+        float(setting.temperature), ids, ids.shape[1], log_probs, log_tail, leaders, labels,
+        weights.to(torch.float64).contiguous(), gradient, stats, room, threads,
     )  # fmt: skip
     return stats.unbind(1)
 

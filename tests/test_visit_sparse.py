@@ -84,6 +84,17 @@ def test_forward_kl_in_c_is_that_in_float64(extreme, form, gradient):
 
 
 @compiler
+def test_labels_may_be_integers_of_any_size():
+    results = []
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        given = tile("top k", 2.0)
+        given["labels"] = given["labels"].to(dtype)
+        rows = visit_sparse(Setting("forward_kl", 0.0, 2.0, True), **given, gradient=True, compiled=True)
+        results.append((given["student"], rows.hard))
+    assert all(torch.equal(one, other) for found in results[1:] for one, other in zip(results[0], found, strict=True))
+
+
+@compiler
 @pytest.mark.parametrize("tail", [-torch.inf, -20.0])
 def test_forward_kl_in_c_of_all_classes_kept_is_that_in_float64(tail):
     """Of which one is impossible; a tail that no class is left for makes the loss infinite."""
