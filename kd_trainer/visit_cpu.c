@@ -123,9 +123,6 @@ void visit(STUDENT *student, const TEACHER *teacher, int64_t rows, int64_t colum
                       gradient, stats + 8 * i, room + 2 * part * columns);
 }
 
-/* log(exp(a) + exp(b)); one of them may be -INFINITY. */
-static inline double log_of_both(double a, double b) { return a > b ? a + log1p(exp(b - a)) : b + log1p(exp(a - b)); }
-
 /* Of a row the maximum and the sums of es and exp(T s), block by block; `room` keeps each block's es, relative to the
  * maximum so far, which goes to `tops`. */
 static void sum_sparse(const STUDENT *row, int64_t columns, float temperature, double *stats, float *room,
@@ -179,8 +176,8 @@ void sum_tile(const STUDENT *student, int64_t rows, int64_t columns, int64_t str
 }
 
 /* A row's forward KL, for draws the cross-entropy to them, its hard loss and whether `leader` is on top, and with
- * `gradient` the row's gradient: what visit_sparse.py says in torch. log_p: log-probabilities of the ids [k] and `tail`,
- * of all others; NULL for draws. A label below 0 is none. */
+ * `gradient` the row's gradient: what visit_sparse.py says in torch. log_p: log-probabilities of the ids [k] and, in
+ * `tail`, of all others; NULL for draws. A label below 0 is none. */
 static void visit_few(STUDENT *row, int64_t columns, double temperature, const int64_t *ids, int64_t k,
                       const double *log_p, double tail, int64_t leader, int64_t label, const double *weights,
                       int64_t gradient, double *stats, float *room) {
@@ -192,11 +189,11 @@ static void visit_few(STUDENT *row, int64_t columns, double temperature, const i
     sum_sparse(row, columns, (float)temperature, sums, room, room + columns);
     double top = sums[0], total = log_p && k == columns ? 0 : sums[1], first = top > peak ? top : peak;
     for (int64_t j = 0; j < k; j++) {
-        es[j] = exp(s[j] - first), hard[j] = temperature == 1 ? es[j] : exp(temperature * (s[j] - first));
+        es[j] = exp(s[j] - first), hard[j] = !HARD || temperature == 1 ? es[j] : exp(temperature * (s[j] - first));
         if (log_p) of_kept += es[j], hard_of_kept += hard[j];
     }
     double below = exp(top - first), all = total * below + of_kept, log_all = first + log(all);
-    double all_hard = sums[2] * exp(temperature * (top - first)) + hard_of_kept;
+    double hard_below = exp(temperature * (top - first)), all_hard = sums[2] * hard_below + hard_of_kept;
     double of_rest = log_p ? exp(tail) : 0, mass = log_p ? of_rest : 1, soft = 0;
     if (of_rest > 0) soft = of_rest * (tail - (top + log(total) - log_all));
     for (int64_t j = 0; j < k; j++) {
@@ -209,8 +206,8 @@ static void visit_few(STUDENT *row, int64_t columns, double temperature, const i
     if (!gradient) return;
     double of_soft = weights[0] * mass / all, of_hard = HARD ? weights[1] / all_hard : 0;
     double soft_of_row = of_soft * below - weights[0] * of_rest / total;
-    overwrite_sparse(row, columns, (float)temperature, (float)top, soft_of_row,
-                     of_hard * exp(temperature * (top - first)), room, room + columns);
+    overwrite_sparse(row, columns, (float)temperature, (float)top, soft_of_row, of_hard * hard_below, room,
+                     room + columns);
     if (HARD && label >= 0) {
         double g = soft_of_row * exp(at_label - top) + of_hard * exp(temperature * (at_label - first)) - weights[1];
         WRITE(row + label, (float)g);
@@ -223,8 +220,8 @@ static void visit_few(STUDENT *row, int64_t columns, double temperature, const i
     }
 }
 
-/* ids [rows, k]; log_p [rows, k] and tails [rows], or NULL; leaders and labels [rows]; weights [rows, 2]; stats [rows, 3];
- * room [threads, 2, columns]. */
+/* ids [rows, k]; log_p [rows, k] and tails [rows], or NULL; leaders and labels [rows]; weights [rows, 2]; stats
+ * [rows, 3]; room [threads, 2, columns]. */
 void visit_few_tile(STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature,
                     const int64_t *ids, int64_t k, const double *log_p, const double *tails, const int64_t *leaders,
                     const int64_t *labels, const double *weights, int64_t gradient, double *stats, float *room,

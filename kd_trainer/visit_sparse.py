@@ -47,11 +47,11 @@ def visit_sparse(
     Returns:
         `Rows` as of `visit`; `same`: whether the teacher's top is on top in the student.
     """
+    if compiled and setting.divergence == "forward_kl" and can_compile(student):
+        return _visit_in_c(setting, student, taught, weights, labels, gradient)
     wide = torch.promote_types(student.dtype, torch.float32)
     double = torch.float64 if student.device.type != "mps" else wide
     temperature, ids = setting.temperature, taught.ids
-    if compiled and setting.divergence == "forward_kl" and can_compile(student):
-        return _visit_in_c(setting, student, taught, weights, labels, gradient)
     rows = torch.arange(len(student), device=student.device).unsqueeze(1)
     chosen = student[rows, ids].to(double)
     label = None if labels is None else labels.unsqueeze(1)
@@ -245,7 +245,7 @@ def _run_compiled(function: Callable[..., Any], setting: Setting, *tensors: Tens
 
 def compile_pays_sparse(setting: Setting, rows: int, columns: int, like: Tensor, asked: bool | None) -> bool:
     """As `visit.compile_pays`, for `visit_sparse`."""
-    # All that the two readings depend on; of draws, with which they are tried, any divergence is forward KL.
+    # Forward KL has C code of its own; the two readings do not depend on which of the others it is.
     divergence = "forward_kl" if setting.divergence == "forward_kl" else "reverse_kl"
     setting = Setting(divergence, 0.0, setting.temperature, setting.hard)
     return compile_pays(setting, rows, columns, like, asked, agrees=_agrees)
