@@ -11,7 +11,8 @@ speed    bytes on disk a token; the whole of `build_teacher_cache` over a bare l
          teacher's bare forward, taken in the same rounds; soft loss and its gradient at the student's weights against
          the live teacher's. Medians over rounds in random order. glibc keeps what is freed (`KEPT`), as the allocators
          do that PyTorch's tuning guide recommends for CPUs: else it gives blocks above 32 MB back to the system, and
-         which run pays for their page faults, always the bare forward's 103 MB of logits, is chance.
+         which run pays for their page faults, always the bare forward's 103 MB of logits, is chance. With
+         --default_allocator glibc is left as it is.
 quality  held-out perplexity and KL to the teacher after equal steps, mean and standard deviation over the seeds.
 memory   peak resident memory of a training from a small cache and from one of 10 GB: the shards of the small one copied
          under new names, and the rows of the dataset repeated alike, so that every shard is read.
@@ -438,12 +439,13 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=10.0)
     parser.add_argument("--memory_steps", type=int, default=300)
     parser.add_argument("--max_load", type=float, default=0.5)
+    parser.add_argument("--default_allocator", action="store_true")
     options = parser.parse_args()
     if options.part == "all":  # each in a process of its own: memory is measured as it is by default
         for part in ("speed", "quality", "memory"):
             subprocess.run([sys.executable, *sys.argv, "--part", part], check=True)
         return
-    if options.part == "speed" and not KEPT.items() <= os.environ.items():
+    if options.part == "speed" and not options.default_allocator and not KEPT.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT)
     with tempfile.TemporaryDirectory() as folder:
         {"speed": speed, "quality": quality, "memory": memory}[options.part](options, Path(folder))
