@@ -22,19 +22,6 @@ from .inputs import vocabulary_rows
 logger = logging.getLogger(__name__)
 
 
-def check_separate(student: nn.Module, teacher: nn.Module) -> None:
-    """Raises ValueError where the teacher is the student, or both share a parameter: the target would move along."""
-    mend = "Load the teacher as a model of its own, e.g. copy.deepcopy(model) of the trained one."
-    if student is teacher:
-        fail("teacher_model", Shown("the student itself"), "a second model", mend, because="it would teach itself")
-    shared = {id(p) for p in teacher.parameters()}
-    names = [name for name, p in student.named_parameters() if id(p) in shared]
-    if names:
-        because = "training the student would change its teacher"
-        shown = Shown(f"a model that shares {len(names)} parameters with the student ({names[0]})")
-        fail("teacher_model", shown, "a model with its own parameters", mend, because=because)
-
-
 def class_order(student: nn.Module, teacher: nn.Module, *, remap: bool) -> Tensor | None:
     """Compares the class names of both configs; the order that makes the teacher's classes the student's, or None.
 

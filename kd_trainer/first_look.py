@@ -1,8 +1,8 @@
 """What is settled before the first step: the teacher, and on the first batch how it, the student and the task fit.
 
 For: `trainer.py`, whose mixin stands on the one here. Formulas and their counts are not its business.
-Imports: checks, compatibility, finite, fused_forward, head_choice, heads, inputs, router, teacher, training_args,
-transformers.
+Imports: checks, compatibility, finite, fused_forward, head_choice, heads, inputs, router, shared_memory, teacher,
+training_args, transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from .cache_identity import tokenizer_identity
 from .checks import Shown, fail
 from .compatibility import (
     check_same_tokens,
-    check_separate,
     check_teacher_columns,
     class_order,
     common_ids,
@@ -36,6 +35,7 @@ from .head_choice import CLASSIFICATIONS, by_problem_type, head_for, head_from_l
 from .heads import HEADS, Head, check_label_range, logits_of
 from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, decoder_input_ids, vocabulary_rows
 from .router import check_router, notes_on_own_losses
+from .shared_memory import check_separate, watch_shared_buffers
 from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, check_ids, load_teacher
 from .training_args import DistillationArguments
 
@@ -102,6 +102,7 @@ class FirstLook(_InFrontOf):
     _finite: FiniteWatch
     _fit: Fit | None
     _refused: list[Exception]
+    _watch: Any = None  # the hook that compares buffers shared with the teacher
 
     @contextmanager
     def _refusals_wait(self) -> Iterator[None]:
@@ -174,6 +175,7 @@ class FirstLook(_InFrontOf):
         if isinstance(self.teacher, AdapterOffTeacher) and self.teacher.model is not student:  # from model_init
             self.teacher = AdapterOffTeacher(student, over_tokens=head is not None and head.over_tokens)
         if isinstance(self.teacher, LiveTeacher):
+            self._check_memory(student, self.teacher)
             self.teacher.prepare(self.args.device, self.accelerator)
             known_by = self._check_tokens(student, self.teacher, head, batch)
         theirs: int | None = None
@@ -213,6 +215,15 @@ class FirstLook(_InFrontOf):
             for note in heads_notes:
                 logger.warning("[kd_trainer] %s", note)
         return self._fit
+
+    def _check_memory(self, student: nn.Module, teacher: LiveTeacher) -> None:
+        """The student may have been loaded, or made by model_init, since the teacher was compared with it."""
+        if self._watch is not None:
+            self._watch.remove()
+        if teacher.model is not student:
+            self._watch = watch_shared_buffers(student, check_separate(student, teacher.model))
+            own = set(student.modules())
+            teacher.shared = [module for module in teacher.model.modules() if module in own]
 
     def _output_heads(
         self, student: nn.Module, head: Head | None

@@ -58,6 +58,7 @@ class LiveTeacher:
         costly = ("use_cache", "output_router_logits") if routed else ("use_cache",)
         self._off = {name: False for name in costly if name in (self.accepted or ())}
         self._modules: list[nn.Module] = []
+        self.shared: list[nn.Module] = []  # frozen modules that are the student's too, which keep its mode
 
     def prepare(self, device: torch.device, accelerator: Any = None) -> None:
         """Places the teacher, once: whole on `device`, or sharded by the accelerator's backend (see `backends`).
@@ -124,6 +125,7 @@ class LiveTeacher:
         if self._home is not None:
             inputs = {k: v.to(self._home) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         # Someone may have called teacher.train(), or trained a part of it, since the last step.
+        in_training = [module for module in self.shared if module.training]
         if any(module.training for module in self._modules):
             self.model.eval()
         autocast = nullcontext() if accelerator.mixed_precision == "no" else accelerator.autocast()
@@ -142,6 +144,9 @@ class LiveTeacher:
             except RuntimeError as error:
                 tell_out_of_memory(inputs, error)
                 raise
+            finally:
+                for module in in_training:
+                    module.training = True
 
     def _ask(self, inputs: dict[str, Any], student: nn.Module | None) -> Any:
         if not self.compiled:

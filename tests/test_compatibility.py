@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from kd_trainer import DIVERGENCES, DistillationTrainer, SoftTargetLoss
-from kd_trainer.compatibility import check_same_tokens, check_separate, class_order, common_ids, vocabulary_line
+from kd_trainer.compatibility import check_same_tokens, class_order, common_ids, vocabulary_line
 from kd_trainer.heads import HEADS
 from kd_trainer.inputs import vocabulary_rows
 from kd_trainer.objective import Objective
@@ -38,27 +38,6 @@ def model(names: list[str] | None = None, hidden: int = 16, **kwargs) -> BertFor
         ids = dict(enumerate(names))
         config = tiny.bert_config(hidden, id2label=ids, label2id={v: k for k, v in ids.items()}, **kwargs)
     return BertForSequenceClassification(config)
-
-
-# ---- the same weights ----
-
-
-def test_the_student_cannot_teach_itself():
-    student = model(NAMES)
-    with pytest.raises(
-        ValueError, match=r"`teacher_model` is the student itself; expected a second model.*copy\.deepcopy"
-    ):
-        check_separate(student, student)
-    check_separate(student, copy.deepcopy(student))
-
-
-def test_a_shared_parameter_is_refused():
-    student, teacher = model(NAMES), model(NAMES)
-    teacher.bert.embeddings.word_embeddings = student.bert.embeddings.word_embeddings
-    with pytest.raises(
-        ValueError, match=r"shares 1 parameters with the student \(bert\.embeddings\.word_embeddings\.weight\)"
-    ):
-        check_separate(student, teacher)
 
 
 # ---- class names ----

@@ -39,6 +39,7 @@ ORDER = [
     "backends",
     "teacher",
     "compatibility",
+    "shared_memory",
     "cache_formats",
     "training_args",
     "describe",

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from kd_trainer import MLPConfig, MLPForImageClassification, student_from_teacher, students
-from kd_trainer.compatibility import check_separate
+from kd_trainer.shared_memory import check_separate
 from tests import tiny
 
 LAYERS = 6
