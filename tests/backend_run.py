@@ -1,11 +1,13 @@
 """Cases of `test_backends.py`: each runs in that process alone, and here by `accelerate launch` in two processes.
 
-Usage: backend_run.py OUT fsdp2|zero3|zero2 CASE... with the teachers' checkpoints in OUT. Results go into OUT.
+Usage: backend_run.py OUT BACKEND,... CASE... with the teachers' checkpoints in OUT; a backend is ddp, fsdp2, zero2 or
+zero3. Results go into OUT, or OUT/BACKEND for several.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,7 +155,7 @@ def facts(run: Any, name: str, backend: str) -> dict[str, Any]:
         "teacher_gradients": [n for n, p in model.named_parameters() if p.requires_grad or p.grad is not None],
         "teacher_dtype": str(run.teacher(batch, run.accelerator).dtype),
     }
-    more = {"fsdp2": fsdp2_facts, "zero3": zero3_facts, "zero2": zero2_facts}[backend]
+    more = {"fsdp2": fsdp2_facts, "zero3": zero3_facts}.get(backend, whole_facts)
     return {**found, **more(run, model, dict(fresh.named_parameters()))}
 
 
@@ -195,15 +197,25 @@ def zero3_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, 
     }
 
 
-def zero2_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, Any]:
+def whole_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, Any]:
     return {
         "share": sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in fresh.values()),
         "unchanged": all(torch.equal(p, fresh[n].to(p.dtype)) for n, p in model.named_parameters()),
     }
 
 
-def main(out: Path, backend: str, names: list[str]) -> None:
-    (run_fsdp2_on_cpu if backend == "fsdp2" else run_deepspeed_on_cpu)()
+def main(out: Path, backends: list[str], names: list[str]) -> None:
+    for backend in backends:
+        for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # set by the arguments of the one before
+            os.environ.pop(variable, None)
+        if backend == "fsdp2":
+            run_fsdp2_on_cpu()
+        elif backend.startswith("zero"):
+            run_deepspeed_on_cpu()
+        run_cases(out if len(backends) == 1 else out / backend, backend, names)
+
+
+def run_cases(out: Path, backend: str, names: list[str]) -> None:
     small = first_look.SMALL_VOCABULARY
     for name in names:
         first_look.SMALL_VOCABULARY = 0 if name == "unknown_head" else small
@@ -216,7 +228,7 @@ def main(out: Path, backend: str, names: list[str]) -> None:
                 "cpu_ram_efficient_loading": name == "by_path",
             }
             arguments |= {"fsdp": True, "fsdp_config": config}
-        else:
+        elif backend != "ddp":
             arguments["deepspeed"] = zero_config(int(backend[-1]), has_config=CASES[name].teacher != "plain")
         if name == "resumed":
             build(name, out, folder, **arguments, save_strategy="steps", save_steps=3).train()
@@ -233,5 +245,5 @@ def main(out: Path, backend: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:])
     leave()

@@ -93,7 +93,7 @@ def test_every_file_is_tested():
         assert file is None or (ROOT / file).is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("name", "task"), cases())
 def test_a_config_starts_what_it_says_and_trains_as_one_process(name, task, results, tmp_path_factory):
     weights, logs = in_one_process(task, tmp_path_factory.getbasetemp())

@@ -81,7 +81,7 @@ def facts_of(folder: Path) -> list[dict]:
     return [json.loads((folder / f"process_{i}.json").read_text()) for i in range(2)]
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("backend", "case"), EXACT)
 def test_two_processes_give_what_one_gives(backend, case, results, alone):
     weights, logs, _ = alone(case)
@@ -97,7 +97,7 @@ def test_two_processes_give_what_one_gives(backend, case, results, alone):
     assert max((saved[name] - start[name]).abs().max() for name in saved) > 1e-3  # it did learn something
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("backend", "case"), [row for row in EXACT if "fused" in row.values[1]])
 def test_the_fused_loss_in_two_processes_is_full_logits_in_one(backend, case, results, alone):
     weights, logs, run = alone({"fused": "same_layers", "fused_other_layers": "other_layers"}[case])
@@ -110,7 +110,7 @@ def test_the_fused_loss_in_two_processes_is_full_logits_in_one(backend, case, re
             assert found["logs"][key] == pytest.approx(logs[key], rel=1e-5, abs=1e-5), key
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("backend", "case"), [*cases("fsdp2", ["adapter_off"]), *cases("zero3", ["adapter_off"])])
 def test_the_students_own_base_teaches_in_two_processes_as_in_one(backend, case, results, alone):
     weights, logs, _ = alone(case)
@@ -127,13 +127,13 @@ def test_the_students_own_base_teaches_in_two_processes_as_in_one(backend, case,
     assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-3  # it did learn something
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("backend", "case"), [*cases("fsdp2", ["unknown_head"]), *cases("zero3", ["unknown_head"])])
 def test_an_unknown_head_falls_back_in_every_process(backend, case, results):
     assert not any(found["fused"] for found in facts_of(results(backend, case)))
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("backend", "case"), [row for row in ALL if "bf16" in row.values[1]])
 def test_mixed_precision_reaches_the_teacher(backend, case, results, alone):  # traps 18, 32
     _, logs, _ = alone(case)
@@ -142,7 +142,7 @@ def test_mixed_precision_reaches_the_teacher(backend, case, results, alone):  # 
         assert found["logs"]["loss"] == pytest.approx(logs["loss"], rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("backend", "case"), ALL)
 def test_the_teacher_is_wrapped_and_left_alone(backend, case, results):  # traps 16, 17, 30
     for found in facts_of(results(backend, case)):
@@ -156,7 +156,7 @@ def test_the_teacher_is_wrapped_and_left_alone(backend, case, results):  # traps
         assert found["teacher_gradients"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("backend", "case"), SHARDED)
 def test_every_parameter_of_the_teacher_is_sharded(backend, case, results):  # trap 31
     both = facts_of(results(backend, case))
@@ -169,7 +169,7 @@ def test_every_parameter_of_the_teacher_is_sharded(backend, case, results):  # t
             assert found["only_student_optimized"]
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("case", "layer", "count"), [("same_layers", "LlamaDecoderLayer", 3), ("by_path", "GPT2Block", 2)]
 )
@@ -179,7 +179,7 @@ def test_fsdp2_shards_the_teacher_by_its_own_layers(case, layer, count, results)
         assert found["policy"] == [["LlamaDecoderLayer"], ["LlamaDecoderLayer"]]  # the student's is back
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @needs_deepspeed
 def test_zero3_trains_nothing_of_the_teacher(results):
     for found in facts_of(results("zero3", "other_layers")):
@@ -188,7 +188,7 @@ def test_zero3_trains_nothing_of_the_teacher(results):
             *backends.TEACHER_KEYS, "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("backend", "case"), [*cases("fsdp2", ["same_layers"]), *cases("zero3", ["same_layers"])])
 def test_two_processes_evaluate_as_one(backend, case, results, alone):
     metrics = alone(case)[2].evaluate(tiny.rows("causal_lm", 24, seed=2))
@@ -197,7 +197,7 @@ def test_two_processes_evaluate_as_one(backend, case, results, alone):
             assert found["evaluation"][name] == pytest.approx(metrics[name], rel=1e-4), name
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @needs_deepspeed
 def test_zero3_evaluates_before_any_training(results, tmp_path):
     metrics = backend_run.build("evaluated", tmp_path, tmp_path).evaluate(tiny.rows("causal_lm", 24, seed=2))

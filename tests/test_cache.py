@@ -98,7 +98,7 @@ def test_sparse_forms_of_classes(tmp_path):
     assert cached.evaluate()["eval_teacher_agreement"] == pytest.approx(live.evaluate()["eval_teacher_agreement"])
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 @pytest.mark.parametrize("form", ["logits", "hidden"])
 def test_fifty_steps_with_dropout_accumulation_and_a_resume(form, tmp_path):
     """Building draws no random number of the training's: dropout is the same."""

@@ -25,7 +25,7 @@ from tests.script_process import SERVER
 # ---- kills ----
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_building_ends_in_the_files_of_one_that_was_not(processes, tmp_path):
     """Three kills or more; `python tests/cache_kills.py --kills 20 --processes 2` does more of the same."""
@@ -147,7 +147,7 @@ def test_a_shard_damaged_while_its_file_was_closed(caches, monkeypatch):
 # ---- two runs, and disks ----
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_of_two_runs_at_once_one_builds_and_the_other_waits_and_reads(tmp_path):
     """Both are made to wait first: else it were chance whether they meet."""
     (tmp_path / "cache").mkdir()

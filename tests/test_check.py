@@ -1094,7 +1094,7 @@ print("trained")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("classes", "code"), [(5, 0), (7, 1)])
 def test_a_script_ends_with_0_or_1(classes, code, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -1118,7 +1118,7 @@ def test_a_script_ends_with_0_or_1(classes, code, tmp_path):
 # ---- several processes ----
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_two_processes_tell_of_what_one_has_found(tmp_path):
     launch.two_processes("check_run.py", str(tmp_path), "ddp")
     ours, theirs = (json.loads((tmp_path / f"ddp_{i}.json").read_text()) for i in range(2))
@@ -1137,7 +1137,7 @@ def test_two_processes_tell_of_what_one_has_found(tmp_path):
     assert "Found" not in theirs["printed"]
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_a_sharded_student_is_checked_by_kd_run(tmp_path):
     launch.two_processes("check_run.py", str(tmp_path), "fsdp2")
     for process in range(2):

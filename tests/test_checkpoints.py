@@ -338,7 +338,7 @@ tiny.trainer("plain", sys.argv[1], data=Rows(tiny.rows("plain")), dataloader_num
 """
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_a_dataloader_worker_that_dies_leaves_the_last_checkpoint(tmp_path, original):
     run = subprocess.run(
         [sys.executable, "-c", DEADLY, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parent.parent,
@@ -366,7 +366,7 @@ def test_what_fails_after_the_end_of_a_checkpoint_leaves_it(tmp_path, monkeypatc
 # ---- kills ----
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("processes", "kills"), [(1, 3), (2, 3)])
 def test_a_killed_training_ends_in_the_weights_of_one_that_was_not(processes, kills, tmp_path, tmp_path_factory):
     """`python tests/kills.py --kills 20 --processes 2` does more of the same."""

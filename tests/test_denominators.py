@@ -61,7 +61,7 @@ def two_processes(tmp_path_factory):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_change_nothing(case, two_processes, tmp_path):
     from safetensors.torch import load_file
@@ -76,7 +76,7 @@ def test_two_processes_change_nothing(case, two_processes, tmp_path):
         assert result["logs"].get(key, []) == pytest.approx(tiny.logged(whole, key), rel=1e-4), key
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_two_processes_with_local_counts(two_processes, tmp_path):  # trap 4
     """Each process divides by its own labels, and the gradients are averaged: of the first step's loss, the mean."""
     result = json.loads((two_processes / "local.json").read_text())
@@ -89,7 +89,7 @@ def test_two_processes_with_local_counts(two_processes, tmp_path):  # trap 4
     assert result["logs"]["loss"][0] != pytest.approx(whole[0], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_two_processes_evaluate_as_one(two_processes, tmp_path):
     result = json.loads((two_processes / "evaluation.json").read_text())
     one = tiny.trainer("classification", tmp_path, per_device_eval_batch_size=8)

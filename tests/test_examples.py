@@ -64,7 +64,7 @@ def test_minimal_gains_from_the_swap(tmp_path):
     assert before + 15 < after < teacher
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("name", "margin"),
     [
@@ -89,7 +89,7 @@ def test_a_task_gains_from_the_swap(name, margin, tmp_path):
     assert before + margin < after < teacher
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 def test_a_masked_language_model_gains_from_the_swap(tmp_path):
     assert len((EXAMPLES / "masked_lm.py").read_text(encoding="utf-8").splitlines()) < 80
     printed = output_of("masked_lm.py", tmp_path)

@@ -388,7 +388,7 @@ def test_an_infinite_head_is_not_blamed_on_the_hidden_states(tmp_path):
 # ---- several processes ----
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize("case", ["plain", "accumulated", "second way", "not plain"])
 def test_two_processes_give_what_one_gives(case, tmp_path_factory, tmp_path, monkeypatch):
     """DDP: fused in two processes = fused in one = full logits in one."""

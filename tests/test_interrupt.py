@@ -74,7 +74,7 @@ def processes(tmp_path_factory):
         training.process.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 def test_the_first_interrupt_leaves_a_resumable_checkpoint(processes, tmp_path, capsys):
     training, folder = processes[0]
     training.wait_for("waiting")

@@ -66,7 +66,7 @@ def text_file(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 def test_causal_lm_on_a_file_of_text(tmp_path):
     options = {"train_file": text_file(tmp_path), "block_size": 16, "max_validation_blocks": 8}
     printed = run("distill_causal_lm.py", "distill_causal_lm.json", tmp_path, **options)
@@ -104,7 +104,7 @@ def test_causal_lm_on_a_file_of_text(tmp_path):
     assert (tmp_path / "cache" / "seed-42" / "train" / "manifest.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 def test_causal_lm_on_its_own_text(tmp_path):
     options = {"block_size": 16, "max_validation_blocks": 8, "student_layers": "every_4"}
     run("distill_causal_lm.py", "distill_causal_lm.json", tmp_path, **options)
@@ -113,7 +113,7 @@ def test_causal_lm_on_its_own_text(tmp_path):
     assert "def" in AutoTokenizer.from_pretrained(folder).decode(range(300))
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 def test_causal_lm_over_seeds(tmp_path):
     options = {"train_file": text_file(tmp_path), "block_size": 16, "max_validation_blocks": 8, "seeds": 2}
     printed = run("distill_causal_lm.py", "distill_causal_lm.json", tmp_path, **options)
@@ -123,7 +123,7 @@ def test_causal_lm_over_seeds(tmp_path):
     assert (tmp_path / "out" / "seed-43" / "baseline" / "model.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 def test_a_stopped_run_goes_on(tmp_path):
     options = {"train_file": text_file(tmp_path), "block_size": 16, "max_validation_blocks": 8, "save_steps": 3}
     options["save_strategy"] = "steps"
@@ -140,7 +140,7 @@ def test_a_stopped_run_goes_on(tmp_path):
         assert row[-1] == "–"  # the time of the last session is not that of the whole training
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 def test_seq2seq_on_its_own_pairs(tmp_path):
     printed = run("distill_seq2seq.py", "distill_seq2seq.json", tmp_path, num_validation=8, generation_max_length=8)
     rows = table(printed)
@@ -150,7 +150,7 @@ def test_seq2seq_on_its_own_pairs(tmp_path):
     assert (student.config.encoder_layers, student.config.decoder_layers) == (2, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 def test_seq2seq_on_a_file_of_pairs_without_generation(tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{"from": f"{i} and {i + 1}", "to": str(2 * i + 1)} for i in range(100)]

@@ -80,7 +80,7 @@ def two(tmp_path_factory):
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize("name", memory_run.CASES)
 def test_one_process_takes_what_is_estimated(name, single):
     measured = json.loads((single / f"single_{name}_0.json").read_text())
@@ -98,7 +98,7 @@ def test_one_process_takes_what_is_estimated(name, single):
 
 
 @linux
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(
     "backend",
     [
@@ -331,7 +331,7 @@ def test_the_page_has_a_table_for_each_pair():
     assert len(COMMANDS) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.launch
 @pytest.mark.parametrize(("command", "table"), COMMANDS, ids=lambda text: re.sub(r"\W+", "_", text[:60]))
 def test_the_tables_of_the_page_are_what_the_command_prints(command, table, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -259,7 +259,7 @@ def started(path: Path, options: dict[str, Any], *, as_json: bool = True) -> tup
 # ---- and what comes of it ----
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 @pytest.mark.parametrize("name", SCRIPT_NAMES)
 def test_a_patched_script_distils(name, given, tmp_path):
     kd = {**settings_of(name), "teacher_model_name_or_path": str(given / "models" / name)}
@@ -286,7 +286,7 @@ def test_a_patched_script_distils(name, given, tmp_path):
     assert ("no logits are held" in printed) == (name == "run_clm.py")  # the only vocabulary that is large enough
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 @pytest.mark.parametrize("name", ["run_glue.py", "run_clm.py", "run_mlm.py", "run_summarization.py", "run_qa.py"])
 def test_alpha_zero_is_the_stock_script(name, given, tmp_path):
     """Loss for loss, with dropout and random masks: the teacher that is loaded beside it draws no random number."""

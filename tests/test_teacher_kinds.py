@@ -386,7 +386,7 @@ def test_a_compiled_teacher_gives_the_same_run(tmp_path, eager_backend):
     assert len(eager_backend) <= graphs + 2  # not one for every shape
 
 
-@pytest.mark.slow
+@pytest.mark.trains
 def test_a_teacher_compiled_by_inductor(tmp_path, caplog):
     """With a compiler the numbers agree; without one the run goes on and says so once: either is right."""
     data = [{"input_ids": list(range(1, 8)), "labels": list(range(1, 8))}] * 16  # one shape: compiling takes seconds

@@ -33,7 +33,7 @@ def test_temperatures_of_a_schedule_share_one_compiled_visit():
     assert len({_compiled_for(Setting(d, 0.5, t, True)) for t in (1.0, 2.0, 2.5) for d in ("jsd", "reverse_kl")}) == 3
 
 
-by_torch = pytest.param("torch", marks=[cxx, pytest.mark.slow])
+by_torch = pytest.param("torch", marks=[cxx, pytest.mark.trains])
 
 
 @pytest.mark.parametrize("by", [pytest.param("C", marks=compiler), by_torch])
