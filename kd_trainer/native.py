@@ -1,4 +1,4 @@
-"""C code on a processor with a C compiler: compiled for the types and settings at hand, on its first use; its memory.
+"""C code on a processor with a C compiler: compiled for the types and settings at hand, on its first use.
 
 That takes a quarter of a second in each process, and nothing is kept on disk. Without a compiler, or where it fails,
 what calls this has another way in torch.
@@ -35,17 +35,6 @@ def can_compile(*tensors: Tensor) -> bool:
 def _compiler() -> str | None:
     names = (os.environ["CC"],) if os.environ.get("CC") else ("cc", "gcc", "clang")
     return next((path for name in names if (path := shutil.which(name))), None)
-
-
-@functools.lru_cache(maxsize=1)
-def keep_freed_memory() -> None:
-    """Has the process keep memory that tensors free for the next ones, up to twice the 32 MiB of a block freed here.
-
-    glibc keeps as much as the largest block that was ever freed, and gives the rest back to the system. Without logits
-    in full no tensor may be large enough, and the memory of every step comes anew, page by page: a teacher cache of a
-    small model took twice as long to build.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def call(function: Any, *arguments: Tensor | float) -> int:

@@ -36,7 +36,6 @@ from .fused_linear import FusedLoss
 from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, model_inputs
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
-from .native import keep_freed_memory
 from .objective import Counts, Objective, Parts, scheduled
 from .offline import OfflineTeacher
 from .outputs import TeacherOutput
@@ -175,8 +174,6 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         if self.kd_args.teacher_cache_dir is not None and self._given_teacher is not None:
             self._identity_of_teacher()
         self._fit: Fit | None = None
-        if self.args.device.type == "cpu":
-            keep_freed_memory()
         self._started = False
         self._told_uncached = False
         self._loss_only = False  # whether the outputs of the current evaluation step are thrown away
