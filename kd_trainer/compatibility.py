@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,89 +23,149 @@ from .inputs import vocabulary_rows
 logger = logging.getLogger(__name__)
 
 
-def class_order(student: nn.Module, teacher: nn.Module, *, remap: bool) -> Tensor | None:
-    """Compares the class names of both configs; the order that makes the teacher's classes the student's, or None.
+class Classes(NamedTuple):
+    """What the class names of two models tell."""
 
-    Raises:
-        ValueError: the numbers of classes differ; or names that both know stand at different ids, and `remap`
-            (`kd_remap_labels`) is False or the names are no permutation of each other.
-    """
-    ours, theirs = _class_names(student), _class_names(teacher)
-    if ours is None or theirs is None:
-        return None
-    moved = _moved(ours, theirs)
-    if not _comparable(ours, theirs):
+    order: Tensor | None  # the teacher's class of each of the student's; None where they stand in the same places
+    known: bool | None  # whether class i is known to mean the same; None where a model has no names
+
+
+def class_order(student: nn.Module, teacher: nn.Module, *, remap: bool) -> Tensor | None:
+    """`match_classes` of two models; where their names cannot be compared it warns and returns None."""
+    return warned(class_names(student), class_names(teacher), remap=remap).order
+
+
+def warned(ours: Mapping[int, str] | None, theirs: Mapping[int, str] | None, **options: Any) -> Classes:
+    """`match_classes`, with a warning where the names cannot be compared."""
+    found = match_classes(ours, theirs, **options)
+    if found.known is False and ours is not None and theirs is not None:
         logger.warning(
             "The classes of teacher (%s) and student (%s) cannot be compared by name: training goes on as if class i "
             "meant the same in both. Set the same id2label in both configs to have it checked.",
-            _some(theirs),
-            _some(ours),
+            listed(theirs),
+            listed(ours),
         )
-        return None
-    if not moved:
-        return None
-    if set(ours.values()) == set(theirs.values()) and len(set(ours.values())) == len(ours):
-        order = torch.tensor([_id(theirs, ours[i]) for i in range(len(ours))])
-        if remap:
-            return order
-        mend = "Set kd_remap_labels to true to reorder the teacher's classes by name."
-    else:
-        mend = "Give both configs the same id2label."
-    name = moved[0]
-    fail(
-        "teacher_model",
-        Shown(f"a model in which class {name!r} has id {_id(theirs, name)}"),
-        f"id {_id(ours, name)} as in the student",
-        mend,
-        because="the student would learn one class as another",
-    )
+    return found
 
 
-def _class_names(model: nn.Module) -> dict[int, str] | None:
-    """id -> name, for a model whose config counts classes; language models' default id2label says nothing."""
-    config = getattr(model, "config", None)
-    names = getattr(config, "id2label", None)
-    return {int(i): str(name) for i, name in names.items()} if names else None
+def match_classes(
+    ours: Mapping[int, str] | None,
+    theirs: Mapping[int, str] | None,
+    *,
+    remap: bool,
+    argument: str = "teacher_model",
+    what: str = "a model",
+) -> Classes:
+    """Compares the class names of student and teacher, up to case and separators (`normalised`).
 
-
-def classes_compared(student: nn.Module, teacher: nn.Module) -> bool | None:
-    """Whether names tell what class i means in both models; None where a model has no names at all.
+    Args:
+        ours, theirs: id -> name of student and teacher; None: a model without names.
+        remap: `kd_remap_labels`.
+        argument, what: the teacher, as an error names it.
 
     Raises:
-        ValueError: the numbers of classes differ.
+        ValueError: the numbers of classes differ; a name that both know stands at different ids, and `remap` is False
+            or the names are no permutation of each other; or `remap` is True and the names do not tell the order.
     """
-    ours, theirs = _class_names(student), _class_names(teacher)
-    return None if ours is None or theirs is None else _comparable(ours, theirs)
-
-
-def _comparable(ours: Mapping[int, str], theirs: Mapping[int, str]) -> bool:
+    if ours is None or theirs is None:
+        if remap:
+            side = "student" if ours is None else "teacher"
+            _fail_remap(Shown(f"names of the classes in both models (the {side} is a model without id2label)"))
+        return Classes(None, None)
     if len(ours) != len(theirs):
         fail(
-            "teacher_model",
-            Shown(f"a model with {len(theirs)} classes ({_some(theirs)})"),
-            f"{len(ours)} classes as the student has ({_some(ours)})",
+            argument,
+            Shown(f"{what} with {len(theirs)} classes ({listed(theirs)})"),
+            f"{len(ours)} classes as the student has ({listed(ours)})",
             "Give both models the same num_labels and id2label.",
         )
-    named = not _unnamed(ours) and not _unnamed(theirs)
-    return named and (ours == theirs or bool(_moved(ours, theirs)))
+    a, b = _alike(ours, theirs)
+    telling = not _unnamed(a) and not _unnamed(b) and sorted(a) == sorted(b) == list(range(len(a)))
+    if telling and a == b:
+        return Classes(None, True)
+    moved = [i for i in sorted(a) if a[i] in b.values() and b.get(i) != a[i]] if telling else []
+    permuted = len(set(a.values())) == len(a) and set(a.values()) == set(b.values())
+    if moved and permuted and remap:
+        return Classes(torch.tensor([_id(b, a[i]) for i in range(len(a))]), True)
+    if moved:
+        place = _id(b, a[moved[0]])
+        mend = "Set kd_remap_labels to true to reorder the teacher's classes by name."
+        fail(
+            argument,
+            Shown(f"{what} in which class {theirs[place]!r} has id {place}"),
+            f"id {moved[0]} as in the student ({listed(ours)}; the teacher has {listed(theirs)})",
+            mend if permuted else "Give both configs the same id2label.",
+            because="the student would learn one class as another",
+        )
+    if remap:
+        _fail_remap(f"the same names in both (the student has {listed(ours)}; the teacher has {listed(theirs)})")
+    return Classes(None, False)
 
 
-def _moved(ours: Mapping[int, str], theirs: Mapping[int, str]) -> list[str]:
-    """Names that both know, at different ids."""
-    return [name for name in ours.values() if name in theirs.values() and _id(ours, name) != _id(theirs, name)]
+def _fail_remap(expected: str) -> NoReturn:
+    mend = "Give both configs the same id2label, or set kd_remap_labels to false."
+    fail("kd_remap_labels", True, expected, mend, because="the teacher's classes are reordered by name")
+
+
+_SEPARATORS = re.compile(r"[\s_/.:\u00ad\u058a\u05be\u2010-\u2015\u2043\u2212-]+")
+_NUMBER = re.compile(r"[-+\u2212]?\d+([.,]\d+)?")
+
+
+def normalised(name: str) -> str:
+    """A class name without what people vary: case, form of the same Unicode letters, separators.
+
+    A separator between two digits stays as a space, and a name that is a number keeps its sign: 2-3 is not 23, -1 is
+    not 1.
+    """
+    folded = _folded(name)
+    if _NUMBER.fullmatch(folded):
+        return folded.replace("\u2212", "-").replace(",", ".")
+
+    def between(match: re.Match) -> str:
+        around = folded[match.start() - 1 : match.start()] + folded[match.end() : match.end() + 1]
+        return " " if len(around) == 2 and around.isdigit() else ""
+
+    return _SEPARATORS.sub(between, folded) or folded  # a name may be nothing but separators
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
+
+
+def _alike(ours: Mapping[int, str], theirs: Mapping[int, str]) -> tuple[dict[int, str], dict[int, str]]:
+    """Both with their names normalised as far as all names of a model stay different."""
+    for change in (normalised, _folded, str):
+        a, b = ({i: change(name) for i, name in names.items()} for names in (ours, theirs))
+        if all(len(set(names.values())) == len(names) for names in (a, b)):
+            break
+    return a, b
+
+
+def class_names(model: Any) -> dict[int, str] | None:
+    """id -> name, for a model whose config counts classes; language models' default id2label says nothing."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names:
+        return None
+    items = names.items() if isinstance(names, Mapping) else enumerate(names)
+    try:
+        return {int(i): str(name) for i, name in items}
+    except (TypeError, ValueError):
+        fail("id2label", names, "whole numbers as its keys", "Write it as {0: name, 1: name, ...}.")
 
 
 def _unnamed(names: Mapping[int, str]) -> bool:
-    return all(re.fullmatch(r"LABEL_\d+", name) for name in names.values())
+    """Whether they are upstream's default, LABEL_0 and so on."""
+    return all(re.fullmatch(r"label_?\d+", name.lower()) for name in names.values())
 
 
 def _id(names: Mapping[int, str], name: str) -> int:
     return next(i for i, other in names.items() if other == name)
 
 
-def _some(names: Mapping[int, str]) -> str:
-    shown = [names[i] for i in sorted(names)[:3]]
-    return ", ".join(shown) + (", ..." if len(names) > 3 else "")
+def listed(names: Mapping[int, str]) -> str:
+    """The names in the order of their ids, the first dozen of many."""
+    shown = [names[i] for i in sorted(names)[:12]]
+    return ", ".join(shown) + (f", ... ({len(names)} in all)" if len(names) > len(shown) else "")
 
 
 _SAME_TOKENS = "Take a teacher with the student's tokenizer, or give the teacher its own inputs in teacher_* columns."

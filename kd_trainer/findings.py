@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .cache import CachedTeacher
 from .checks import Message, Shown, fail
-from .compatibility import class_order, classes_compared
+from .compatibility import Classes, listed
 from .describe import count_parameters, describe
 from .first_look import SMALL_VOCABULARY, Fit, classes_of
 from .heads import Head, check_label_range
@@ -181,23 +181,17 @@ def newly_initialised(model: nn.Module) -> list[str]:
     return fresh if len(fresh) < len(list(model.parameters())) else []
 
 
-def about_classes(student: nn.Module, teacher: LiveTeacher) -> list[Finding]:
-    """Whether class i is known to mean the same in both.
-
-    Raises:
-        ValueError: it is known to mean something else, see `compatibility.class_order`.
-    """
-    if teacher.class_order is not None:
+def about_classes(ours: Mapping[int, str] | None, theirs: Mapping[int, str] | None, found: Classes) -> list[Finding]:
+    """Whether class i is known to mean the same in both: see `compatibility.match_classes`."""
+    if found.order is not None:
         return [ok("classes", "the teacher's are reordered by name (kd_remap_labels)")]
-    compared = classes_compared(student, teacher.model)
-    if compared is None:
+    if ours is None or theirs is None:
         return [ok("classes", "a model without id2label: class i has to mean the same in both")]
-    if not compared:
+    if not found.known:
         mend = "Set the same id2label in both configs to have them compared."
-        found = "not comparable by name (LABEL_0, or other names): class i has to mean the same in both"
-        return [warning("classes", found, mend)]
-    class_order(student, teacher.model, remap=False)
-    return [ok("classes", f"the same {student.config.num_labels} names in the same order")]  # type: ignore[union-attr]
+        lists = f"teacher: {listed(theirs)}; student: {listed(ours)}"
+        return [warning("classes", f"not comparable by name ({lists}): class i has to mean the same in both", mend)]
+    return [ok("classes", f"the same {len(ours)} names in the same order")]
 
 
 def about_tokens(batch: Mapping[str, Any], known_by: str | None) -> list[Finding]:

@@ -23,11 +23,15 @@ from .cache import CachedTeacher
 from .cache_identity import tokenizer_identity
 from .checks import Shown, fail
 from .compatibility import (
+    Classes,
     check_same_tokens,
     check_teacher_columns,
+    class_names,
     class_order,
     common_ids,
+    match_classes,
     vocabulary_line,
+    warned,
 )
 from .finite import FiniteWatch, bad_rows
 from .fused_forward import NotPlain, OutputHead, few_products
@@ -90,6 +94,7 @@ class Fit(NamedTuple):
     heads: tuple[OutputHead, OutputHead | None] | None = None
     notes: tuple[str, ...] = ()  # lines for the start block
     known_by: str | None = None  # by what the tokens of both are known to be the same: see `compatibility`
+    class_order: Tensor | None = None  # of a cache's classes, as `LiveTeacher.class_order`
 
 
 class FirstLook(_InFrontOf):
@@ -179,8 +184,10 @@ class FirstLook(_InFrontOf):
             self.teacher.prepare(self.args.device, self.accelerator)
             known_by = self._check_tokens(student, self.teacher, head, batch)
         theirs: int | None = None
+        order: Tensor | None = None
         if isinstance(self.teacher, CachedTeacher):
             head, theirs, known_by = self._check_cached(student, self.teacher, head)
+            order = self._classes_of_cache(student, self.teacher, warned).order
         heads, heads_notes = self._output_heads(student, head)
         if isinstance(self.teacher, LiveTeacher) or (head is None and self.teacher is None):
             batch = self._with_decoder_inputs(student, head, self._prepare_inputs(dict(batch)))
@@ -210,7 +217,7 @@ class FirstLook(_InFrontOf):
             check_label_range(targets, classes)
         model = cast(nn.Module, self.model)
         notes = (*notes, *heads_notes, *notes_on_own_losses(student))
-        self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, notes, known_by)
+        self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, notes, known_by, order)
         if heads is None and not self.is_in_train:  # training prints all notes in its start block
             for note in heads_notes:
                 logger.warning("[kd_trainer] %s", note)
@@ -295,11 +302,6 @@ class FirstLook(_InFrontOf):
             fail("kd_positions", self.kd_args.kd_positions, expected, f"Set it to {manifest['positions']}.")
         ends = (self.kd_args.kd_temperature, self.kd_args.kd_temperature_end)
         teacher.check_objective(self.kd_args.kd_divergence, [end for end in ends if end is not None])
-        names = getattr(getattr(student, "config", None), "id2label", None)
-        if manifest["labels"] and names and manifest["labels"] != {str(i): str(n) for i, n in names.items()}:
-            mend = "Give the student's config the id2label with which the cache was built, or build one for it."
-            because = "class i of one must mean class i of the other"
-            fail("id2label", dict(names), f"{manifest['labels']} as in the teacher cache", mend, because=because)
         known_by, ours = manifest["known_by"], tokenizer_identity(self.processing_class)
         if kept.over_tokens and ours is not None and manifest["tokenizer"] is not None:
             if ours != manifest["tokenizer"]:
@@ -309,6 +311,15 @@ class FirstLook(_InFrontOf):
                 fail("processing_class", Shown("a tokenizer of other tokens"), expected, mend, because=because)
             known_by = "tokenizers"
         return kept, manifest["vocabulary"], known_by
+
+    def _classes_of_cache(self, student: nn.Module, teacher: CachedTeacher, compare: Any = match_classes) -> Classes:
+        """Its class names beside the student's; it has none for tasks whose classes are tokens or numbers."""
+        kept = teacher.manifest["labels"]
+        if not kept:
+            return Classes(None, None)
+        names = {int(i): str(name) for i, name in kept.items()}
+        remap = self.kd_args.kd_remap_labels
+        return compare(class_names(student), names, remap=remap, argument="teacher_cache", what="one")
 
     def _probe(self, batch: Mapping[str, Any], output_head: OutputHead | None, head: Head | None) -> Tensor | None:
         """The teacher's logits on the first batch: their shape tells the head, their values whether it is alive.
@@ -339,6 +350,9 @@ class FirstLook(_InFrontOf):
         if not head.tempered and kd.kd_divergence != "forward_kl":
             expected = "'forward_kl' (the default) in a regression, whose soft loss is the squared error"
             fail("kd_divergence", kd.kd_divergence, expected, "Leave it out.")
+        if kd.kd_remap_labels and head.name not in CLASSIFICATIONS:
+            because = "its outputs are no classes with names of their own"
+            fail("kd_remap_labels", True, f"False for the task {head.name!r}", "Leave it out.", because=because)
         if smoothing > 0 and not head.softmax:
             fail("label_smoothing_factor", smoothing, f"0 for the task {head.name!r}", "Leave it out.")
 

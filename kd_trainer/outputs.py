@@ -40,6 +40,17 @@ class TeacherOutput:
         logits, hidden = (None if x is None else change(x) for x in (self.logits, self.hidden))
         return TeacherOutput(logits, hidden, sparse, self.head)
 
+    def reordered(self, order: Tensor) -> TeacherOutput:
+        """The same with class order[i] in place i; not of hidden states."""
+        order = order.to((self.sparse.ids if self.sparse is not None else self.logits).device)  # type: ignore[union-attr]
+        place = order.argsort()  # of each class, where it goes
+        sparse = self.sparse
+        if isinstance(sparse, TopK):
+            sparse = sparse._replace(ids=place[sparse.ids.long()])
+        elif isinstance(sparse, Samples):
+            sparse = sparse._replace(ids=place[sparse.ids.long()], top=place[sparse.top.long()])
+        return TeacherOutput(None if self.logits is None else self.logits[..., order], self.hidden, sparse, self.head)
+
     @property
     def positions(self) -> tuple[int, ...]:
         """The shape of the batch's positions, or of its rows."""

@@ -3,8 +3,8 @@
 For: `trainer.py`. Gathers the rows of `findings.py` and those that need a forward pass: the loss and its gradient, the
 same loss of the batch in halves and padded further, what soft and hard loss weigh at the logits, the teacher beside the
 untrained student on the evaluation data. Nothing is trained; afterwards everything is as it was.
-Imports: checks, finite, findings, first_look, head_choice, heads, inputs, memory, objective, reductions, router,
-teacher, window; accelerate (on use).
+Imports: cache, checks, compatibility, finite, findings, first_look, head_choice, heads, inputs, memory, objective,
+reductions, router, teacher, window; accelerate (on use).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from .cache import CachedTeacher
 from .checks import Shown, fail
+from .compatibility import class_names, match_classes
 from .findings import (
     Finding,
     about_classes,
@@ -181,7 +183,13 @@ def _look_at_models(trainer: Any, findings: _Findings) -> None:
     asked = isinstance(teacher, LiveTeacher) and not isinstance(teacher, AdapterOffTeacher)
     if asked and classes_have_names(student, head):
         with findings.attempt("classes"):
-            findings.rows += about_classes(student, teacher)
+            ours, theirs = class_names(student), class_names(teacher.model)
+            matched = match_classes(ours, theirs, remap=trainer.kd_args.kd_remap_labels)
+            findings.rows += about_classes(ours, theirs, matched)
+    if isinstance(teacher, CachedTeacher) and teacher.manifest["labels"]:
+        with findings.attempt("classes"):
+            matched, theirs = trainer._classes_of_cache(student, teacher), teacher.manifest["labels"]
+            findings.rows += about_classes(class_names(student), {int(i): n for i, n in theirs.items()}, matched)
 
 
 def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) -> Fit | None:

@@ -426,7 +426,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                 "[kd_trainer] there is no teacher cache of this evaluation data: its loss is the hard loss alone. Give "
                 "it as eval_dataset when the cache is built."
             )
-        return said
+        order = None if self._fit is None else self._fit.class_order
+        return said if said is None or order is None else said.reordered(order)
 
     def _fused_loss(
         self, fit: Fit, objective: Objective, model: nn.Module, inputs: dict[str, Any], counts: Counts
