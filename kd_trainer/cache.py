@@ -22,7 +22,7 @@ from .cache_formats import Format, decode, format_of, output
 from .cache_store import BUILDING, HEAD, MANIFEST, CacheError, Rows, Store, damaged, is_finished
 from .checks import Shown, fail, message
 from .heads import HEADS, Head
-from .inputs import ROW_ID, TEACHER_PREFIX, begins_next
+from .inputs import ROW_ID, TEACHER_PREFIX, begins_next, main_input, real_tokens, token_mask
 from .outputs import TeacherOutput
 
 COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that the collator adds to a batch
@@ -83,8 +83,8 @@ def have_ids(rows: list[Any]) -> bool:
 def kept_positions(head: Head, inputs: Mapping[str, Any], positions: str) -> Tensor:
     """Boolean [B, S]: the positions of which a cache keeps what the teacher said; [B, 1] where rows have one each."""
     if head.name == "question_answering":  # a distribution over the positions: each has a start and an end logit
-        mask = inputs.get("attention_mask")
-        return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+        mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape)
+        return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask
     targets = head.targets(inputs)
     if not head.token_level:
         return torch.ones(_rows_of(inputs, targets), 1, dtype=torch.bool)
@@ -93,8 +93,7 @@ def kept_positions(head: Head, inputs: Mapping[str, Any], positions: str) -> Ten
 
 
 def _rows_of(inputs: Mapping[str, Any], targets: Tensor | None) -> int:
-    values = [targets] if targets is not None else [v for v in inputs.values() if isinstance(v, Tensor) and v.dim()]
-    return len(values[0])
+    return len(main_input(inputs) if targets is None else targets)
 
 
 def signatures(batch: Mapping[str, Any], mask: Tensor, names: Sequence[str], shifted: bool) -> np.ndarray:
@@ -127,7 +126,8 @@ def signatures(batch: Mapping[str, Any], mask: Tensor, names: Sequence[str], shi
 
 
 def _attended(mask: Any) -> np.ndarray | None:
-    return mask.numpy() != 0 if isinstance(mask, Tensor) else None
+    tokens = token_mask(mask)
+    return None if tokens is None else tokens.numpy()
 
 
 def _places(

@@ -246,6 +246,10 @@ def about_labels(
     if not head.token_level:
         return _row_labels(head, objective, targets, classes, rows, hard)
     found = f"{hard:.0f} of {targets.numel()} positions have one"
+    made_at = head.made_at(batch, targets) if head.shifted else None
+    at_padding = 0 if made_at is None else int(((targets != IGNORE_INDEX) & ~made_at).sum())
+    if at_padding:
+        found += f"; {at_padding} first ones of a text are predicted before it: as upstream, the hard loss counts them"
     none = int((targets == IGNORE_INDEX).all(-1).sum())
     findings = []
     if none and objective.positions == "labels":

@@ -106,7 +106,9 @@ def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         counted = soft = labelled
     else:
         soft = mask if mask.dtype == torch.bool else mask != 0
-        counted = soft if labelled is None else soft | labelled
+        if labelled is not None and mask.device.type == "cpu" and torch.equal(soft, labelled):
+            soft = labelled
+        counted = soft if labelled is None or soft is labelled else soft | labelled
     soft_weight = g["factor"] * _one_over(g["soft_count"], soft, g["student_hidden"])
     hard_weight = g["factor"] * _one_over(g["hard_count"], labelled, g["student_hidden"])
 

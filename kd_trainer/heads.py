@@ -9,7 +9,7 @@ A new task is a new entry of `HEADS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import Shown, fail, message
-from .inputs import begins_next, main_input
+from .inputs import begins_next, main_input, real_tokens, tells_sequences, token_mask
 from .losses import SoftTargetLoss
 from .reductions import IGNORE_INDEX, divide
 
@@ -92,17 +92,33 @@ class Head:
         """
         if not self.token_level:
             return None
-        seq2seq = self.name == "seq2seq_lm"
-        mask = inputs.get("decoder_attention_mask" if seq2seq else "attention_mask")
-        if mask is None and seq2seq and (targets := self.targets(inputs)) is not None:
-            return targets != IGNORE_INDEX
-        if mask is None and not self.shifted:
-            return None
-        mask = torch.ones_like(self.sequences(inputs), dtype=torch.bool) if mask is None else mask.bool()
+        if self.name == "seq2seq_lm":
+            mask, targets = token_mask(inputs.get("decoder_attention_mask")), self.targets(inputs)
+            return targets != IGNORE_INDEX if mask is None and targets is not None else mask
+        tokens = self.sequences(inputs)
+        mask = self._real(inputs, tokens.shape)
         if not self.shifted:
             return mask
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         counted = mask[..., 1:] & mask[..., :-1]
         return F.pad(counted & ~begins_next(inputs, mask), (0, 1), value=False)
+
+    def _real(self, inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
+        """Boolean [B, S]: positions that are no padding; None where no mask says."""
+        name = "decoder_attention_mask" if self.name == "seq2seq_lm" else "attention_mask"
+        return real_tokens(inputs.get(name), shape)
+
+    def made_at(self, inputs: Mapping[str, Any], targets: Tensor) -> Tensor | None:
+        """Boolean [B, S]: positions whose prediction is made at a real token, of the sequence that it is about.
+
+        None where nothing in the batch tells padding or sequences: then all are. `shift_labels` name what follows
+        themselves, at the end of a sequence too.
+        """
+        mask = self._real(inputs, targets.shape)
+        if not self.shifted or inputs.get("shift_labels") is not None or not tells_sequences(inputs):
+            return mask
+        within = F.pad(~begins_next(inputs, targets), (0, 1), value=True)
+        return within if mask is None else mask & within
 
     def sequences(self, inputs: Mapping[str, Any]) -> Tensor:
         """A [B, S] tensor with one entry for each position of the logits of a token-level task."""
@@ -117,13 +133,15 @@ class Head:
     def soft_mask(self, inputs: Mapping[str, Any], targets: Tensor | None, positions: str) -> Tensor | None:
         """Boolean mask of the positions counted for the soft loss, or None when all are.
 
-        `positions` is "labels" (where there is a label) or "attended"; without labels it is always "attended".
+        `positions` is "labels" (where there is a label, predicted at a real token: the hard loss counts those that are
+        predicted at padding too, as upstream does) or "attended"; without labels it is always "attended".
         Rows of a classification task all count: an unlabelled row has a soft loss.
         """
         if not self.token_level:
             return None
         if positions == "labels" and targets is not None:
-            return targets != IGNORE_INDEX
+            made_at = self.made_at(inputs, targets)
+            return targets != IGNORE_INDEX if made_at is None else made_at & (targets != IGNORE_INDEX)
         return self.attended(inputs)
 
     def labelled(self, targets: Tensor) -> Tensor:

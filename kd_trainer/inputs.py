@@ -7,7 +7,7 @@ Shapes: B rows, S positions. Imports: checks, reductions, transformers (on use).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,30 +51,160 @@ def check_batch(batch: Any) -> None:
         )
 
 
+# Inputs with an entry for each row, the likeliest first; a vision-language batch has tokens for each row, and images
+# or patches of images as they come.
+_OF_ROWS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "features")
+# Inputs whose first dimension may be another: broadcast, or of sequences, patches, heads or layers.
+_NOT_OF_ROWS = frozenset(
+    {"position_ids", "rope_deltas", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+    | {"seq_idx", "attention_mask", "head_mask", "image_grid_thw", "video_grid_thw", "image_sizes"}
+)
+
+
 def main_input(inputs: Mapping[str, Any]) -> Tensor:
-    """The first tensor of a batch that is an input of the student, [B, ...]."""
-    for name, value in inputs.items():
-        if isinstance(value, Tensor) and name not in NOT_INPUTS and value.dim() and not name.startswith(TEACHER_PREFIX):
-            return value
-    fail("inputs", Shown(f"a batch with the keys {', '.join(inputs)}"), "at least one tensor", "Check the collator.")
+    """The tensor of a batch that is an input of the student with an entry for each row, [B, ...].
+
+    By its name, wherever it stands in the batch; of other names the first that is no mask, no place in a sequence and
+    not broadcast. A batch that holds mappings or lists is looked through.
+    """
+    own = {name: value for name, value in _tensors(inputs) if value.dim()}
+    tokens = next((own[name] for name in _OF_ROWS if name in own), None)
+    if tokens is not None and tokens is own.get("pixel_values") and tokens.dim() == 2:  # flattened patches
+        tokens = own.get("image_grid_thw", tokens)
+    if tokens is not None:
+        return tokens
+    others = [value for name, value in own.items() if name not in _NOT_OF_ROWS] or list(own.values())
+    # A vector beside tensors of more dimensions, or one row beside several, is more likely something else.
+    found = min(others, key=lambda value: (value.dim() == 1, len(value) == 1), default=None)
+    if found is None:
+        keys = ", ".join(inputs)
+        fail("inputs", Shown(f"a batch with the keys {keys}"), "at least one tensor", "Check the collator.")
+    return found
+
+
+def _tensors(inputs: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor that is an input of the student; inside mappings and lists too."""
+    if isinstance(inputs, Tensor):
+        yield name, inputs
+    elif isinstance(inputs, Mapping):
+        for key, value in inputs.items():
+            if key not in NOT_INPUTS and not str(key).startswith(TEACHER_PREFIX):
+                yield from _tensors(value, str(key))
+    elif isinstance(inputs, (list, tuple)):
+        for value in inputs:
+            yield from _tensors(value, name)
+
+
+def real_tokens(mask: Any, shape: Sequence[int]) -> Tensor | None:
+    """`token_mask` for positions of this shape (B, S); None where it has others."""
+    mask = token_mask(mask)
+    if mask is None:
+        return None
+    rows = mask.expand(shape[0], -1) if len(mask) == 1 else mask
+    return rows if tuple(rows.shape) == tuple(shape) else None
+
+
+def token_mask(mask: Any) -> Tensor | None:
+    """Boolean [B, S] of an attention mask: True at tokens, False at padding; None where there is none.
+
+    Args:
+        mask: [B, S]; or who reads whom, [B, S, S] or [B, heads, S, S], as booleans or as what is added to the scores;
+            or a mapping of such, one for each kind of layer.
+    """
+    mask = _one_mask(mask)
+    if mask is None:
+        return None
+    if mask.dim() > 2:  # a token reads itself
+        mask = mask.diagonal(dim1=-2, dim2=-1)
+        return mask >= 0 if mask.is_floating_point() else mask != 0
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _one_mask(mask: Any) -> Tensor | None:
+    """[B, S] or [B, S, S]."""
+    if isinstance(mask, Mapping):
+        masks = [value for value in (mask.get("full_attention"), *mask.values()) if isinstance(value, Tensor)]
+        mask = masks[0] if masks else None
+    if not isinstance(mask, Tensor) or not 2 <= mask.dim() <= 4:
+        return None
+    mask = mask[:, 0] if mask.dim() == 4 else mask
+    return mask if mask.dim() == 2 or mask.shape[-1] == mask.shape[-2] else None
 
 
 def begins_next(inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
     """Boolean [B, S - 1]: whether the position behind begins another sequence of a packed row, by whatever of
-    position_ids, seq_idx and cu_seq_lens_q tells it.
+    position_ids, seq_idx, cu_seq_lens_q and an attention mask of who reads whom tells it.
 
     Args:
         mask: [B, S], one entry for each position.
     """
-    positions, sequence, starts = (inputs.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q"))
+    sequence, starts = inputs.get("seq_idx"), inputs.get("cu_seq_lens_q")
     found = torch.zeros_like(mask[..., 1:], dtype=torch.bool)
-    if isinstance(positions, Tensor) and positions.shape == mask.shape:  # they start again with every sequence
+    positions = _positions(inputs, mask.shape)
+    if positions is not None:  # they start again with every sequence
         found = found | (positions[..., 1:] <= positions[..., :-1])
     if isinstance(sequence, Tensor) and sequence.shape == mask.shape:
         found = found | (sequence[..., 1:] != sequence[..., :-1])
     if isinstance(starts, Tensor) and mask.shape[0] == 1:  # where each sequence of the one long row begins, and the end
         found[:, starts[1:-1].long() - 1] = True
+    reads = _one_mask(inputs.get("attention_mask"))
+    if reads is not None and reads.shape[1:] == (mask.shape[1],) * 2:
+        before = reads.diagonal(offset=-1, dim1=-2, dim2=-1)
+        found = found | (before < 0 if before.is_floating_point() else before == 0)
     return found
+
+
+def tells_sequences(inputs: Mapping[str, Any]) -> bool:
+    """Whether a batch has something by which `begins_next` can tell sequences apart."""
+    reads = _one_mask(inputs.get("attention_mask"))
+    names = ("position_ids", "seq_idx", "cu_seq_lens_q")
+    return (reads is not None and reads.dim() > 2) or any(isinstance(inputs.get(name), Tensor) for name in names)
+
+
+def _positions(inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
+    """position_ids [B, S], broadcast ones too; of multimodal ones [4, B, S] those of the text."""
+    positions = inputs.get("position_ids")
+    if not isinstance(positions, Tensor):
+        return None
+    if positions.dim() == 3 and len(positions) == 4:
+        positions = positions[0]
+    positions = positions.unsqueeze(0) if positions.dim() == 1 else positions
+    if positions.dim() != 2 or positions.shape[1] != shape[1] or len(positions) not in (1, shape[0]):
+        return None
+    return positions.expand(*shape)
+
+
+def is_packed(inputs: Mapping[str, Any], shape: Sequence[int]) -> bool | Tensor:
+    """Whether a row of the batch holds several sequences: a number where that is known, else a 0-dim tensor.
+
+    Padding is none: with an attention mask real tokens alone count; without one, a sequence has two tokens or more,
+    so that the equal positions which are usual at padding make none.
+
+    Args:
+        shape: (B, S) of the positions.
+    """
+    starts = inputs.get("cu_seq_lens_q")
+    if isinstance(starts, Tensor) and shape[0] == 1 and starts.numel() > 2:
+        return True
+    mask = real_tokens(inputs.get("attention_mask"), shape)
+    found: list[Tensor] = []
+    positions, sequence = _positions(inputs, shape), inputs.get("seq_idx")
+    if positions is not None and mask is not None:
+        highest = torch.where(mask, positions, -1).cummax(-1).values
+        found.append((mask[:, 1:] & (positions[:, 1:] <= highest[:, :-1])).any())
+    elif positions is not None:
+        grows = positions[:, 1:] > positions[:, :-1]
+        begins = torch.cat([grows[:, :1], grows[:, 1:] & ~grows[:, :-1]], 1)
+        found.append((begins.sum(-1) > 1).any())
+    if isinstance(sequence, Tensor) and tuple(sequence.shape) == tuple(shape):
+        counted, ends = sequence >= 0 if mask is None else mask, torch.iinfo(sequence.dtype)
+        first = torch.where(counted, sequence, ends.max).amin(-1)
+        found.append((torch.where(counted, sequence, ends.min).amax(-1) > first).any())
+    reads = _one_mask(inputs.get("attention_mask"))
+    if mask is not None and reads is not None and reads.dim() == 3:
+        apart = begins_next({"attention_mask": reads}, mask)
+        found.append((apart & mask[:, 1:] & mask[:, :-1]).any())
+    return torch.stack(found).any() if found else False
 
 
 def vocabulary_rows(model: Any, *, written: bool = False) -> int | None:

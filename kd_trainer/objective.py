@@ -78,9 +78,9 @@ class Objective:
         hard: Tensor | int = 0 if targets is None else head.labelled(targets)
         if not head.token_level:
             return Counts(hard, rows, rows)
-        if self.positions == "labels" and targets is not None:
+        if self.positions == "labels" and targets is not None and head.made_at(inputs, targets) is None:
             return Counts(hard, hard, rows)
-        mask = head.attended(inputs)
+        mask = head.soft_mask(inputs, targets, self.positions)
         soft = head.sequences(inputs).numel() if mask is None else mask.sum()
         return Counts(hard, soft, rows)
 
@@ -111,20 +111,22 @@ class Objective:
         taught = teacher if isinstance(teacher, Tensor) else None
         head.check_shapes(student_logits, taught, targets, common_ids)
         mask = head.soft_mask(inputs, targets, self.positions)
-        chosen = student_logits
+        chosen, logits, labels = student_logits, student_logits, targets
+        if head.token_level and targets is not None:  # padding's NaN would reach the gradient: 0 * NaN
+            labelled = targets != IGNORE_INDEX
+            logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
         if head.token_level:
-            chosen = select_positions(student_logits, mask)
+            if mask is not None and targets is not None and self.positions == "labels":
+                within = select_positions(mask, labelled)  # usually all: then the same rows serve both losses
+                same_rows = within.device.type == "cpu" and bool(within.all())
+                chosen = logits if same_rows else select_positions(logits, within)
+            else:
+                chosen = select_positions(student_logits, mask)
             taught = None if taught is None else select_positions(taught, mask)
             if sparse is not None and mask is not None:
                 sparse = type(sparse)(*(select_positions(x, mask) for x in sparse))
             elif sparse is not None:
                 chosen = student_logits
-        logits, labels = student_logits, targets
-        if targets is not None and mask is not None and self.positions == "labels":
-            logits, labels = chosen, select_positions(targets, mask)  # hard and soft count the same positions
-        elif targets is not None and head.token_level:  # padding's NaN would reach the gradient: 0 * NaN
-            labelled = targets != IGNORE_INDEX
-            logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
         if common_ids is not None and teacher is not None:
             chosen, taught = chosen[..., :common_ids], None if taught is None else taught[..., :common_ids]
         soft_count, hard_count = self._denominators(counts)
@@ -188,7 +190,7 @@ class Objective:
                 "Check the label column and the data collator.",
             )
         mask = None  # both losses count the positions with a label, or all of them
-        if targets is None or self.positions != "labels":
+        if targets is None or self.positions != "labels" or head.made_at(inputs, targets) is not None:
             mask = head.soft_mask(inputs, targets, self.positions)
             if mask is None and targets is not None:
                 mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)

@@ -48,7 +48,7 @@ from .finite import FiniteWatch
 from .first_look import Fit, classes_have_names, same_random_numbers
 from .head_choice import by_problem_type, head_for
 from .heads import Head
-from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, main_input, model_inputs, vocabulary_rows
+from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, main_input, model_inputs, token_mask, vocabulary_rows
 from .memory import estimate_memory
 from .objective import Counts
 from .reductions import IGNORE_INDEX, divide
@@ -409,7 +409,7 @@ def _halves(trial: Trial, findings: _Findings) -> list[Finding]:
 
 
 def _more_padding(trial: Trial, findings: _Findings) -> list[Finding]:
-    """The batch as it is and with more padding."""
+    """The batch as it is and with more padding on either side, each divided by its own counts."""
     head, student = trial.fit.head, trial.fit.student
     taught = trial.trainer._teacher_module()
     if taught is None and trial.trainer.teacher is not None:
@@ -419,19 +419,34 @@ def _more_padding(trial: Trial, findings: _Findings) -> list[Finding]:
     limits = [positions_of(model)[0] for model in (student, taught) if model is not None]
     more = min([_MORE, *(limit - width for limit in limits if limit is not None)])
     tokenizer = trial.trainer.processing_class
-    left = getattr(tokenizer, "padding_side", "right") == "left"
-    padded = _padded(trial.batch, head, more, _pad_id(tokenizer, student) or 0, left=left) if more > 0 else None
-    if not findings.everywhere(padded is not None):
-        return []
-    with _as_in_training_without_dropout(student):
-        plain, wider = (_losses(trial, [batch], trial.batch) for batch in (trial.batch, cast(dict, padded)))
-    found = f"as it is {plain:.6f}, with {more} more positions on the {'left' if left else 'right'} {wider:.6f}"
-    if head.name == "question_answering":
-        return [ok("padding", f"{found}; the hard loss of question answering runs over the padding, as upstream's")]
-    causes = (
-        "A model sees the padding: check the attention_mask, its padding side and convolutions or pooling over rows."
-    )
-    return _compared(trial, "padding", found, plain, wider, causes)
+    pad_id = _pad_id(tokenizer, student) or 0
+    usual = "left" if getattr(tokenizer, "padding_side", "right") == "left" or _starts_padded(trial.batch) else "right"
+    rows: list[Finding] = []
+    for side in (usual, "right" if usual == "left" else "left"):
+        padded = _padded(trial.batch, head, more, pad_id, left=side == "left") if more > 0 else None
+        if not findings.everywhere(padded is not None):
+            return rows
+        with _as_in_training_without_dropout(student):
+            plain, wider = (_losses(trial, [batch], batch) for batch in (trial.batch, cast(dict, padded)))
+        found = f"as it is {plain:.6f}, with {more} more positions on the {side} {wider:.6f}"
+        if head.name == "question_answering":
+            note = "the hard loss of question answering runs over the padding, as upstream's"
+            rows.append(ok("padding", f"{found}; {note}"))
+            continue
+        causes = (
+            "A model sees the padding: check the attention_mask, its padding side and convolutions or pooling over "
+            "rows."
+        )
+        row = _compared(trial, "padding", found, plain, wider, causes)[0]
+        if side != usual and row.status == "warning":
+            row = ok("padding", f"{row.found} (no row of this batch is padded there)")
+        rows.append(row)
+    return rows
+
+
+def _starts_padded(batch: Mapping[str, Any]) -> bool:
+    mask = token_mask(batch.get("attention_mask"))
+    return mask is not None and not bool(mask[:, 0].all())
 
 
 def _losses(trial: Trial, batches: list[dict[str, Any]], whole: Mapping[str, Any]) -> float:
@@ -504,6 +519,8 @@ def _padded(batch: Mapping[str, Any], head: Head, more: int, pad_id: int, *, lef
             continue
         before = left and not (decoded and head.name == "seq2seq_lm")
         made[name] = nn.functional.pad(value, (more, 0) if before else (0, more), value=fills.get(name, 0))
+    if left and head.shifted and "labels" in made:
+        made["labels"][:, more] = IGNORE_INDEX  # the first label of a row is predicted nowhere
     return made
 
 

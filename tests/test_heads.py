@@ -187,7 +187,9 @@ def test_attended_positions_of_an_encoder_decoder_are_the_decoders():
 def test_soft_positions():
     head, batch = HEADS["token_classification"], {"attention_mask": MASK, "labels": LABELS}
     targets = head.targets(batch)
-    assert head.soft_mask(batch, targets, "labels").tolist() == (LABELS != IGNORED).tolist()
+    # a label at padding is predicted at no real token
+    assert head.soft_mask(batch, targets, "labels").tolist() == ((LABELS != IGNORED) & MASK.bool()).tolist()
+    assert head.soft_mask({"labels": LABELS}, targets, "labels").tolist() == (LABELS != IGNORED).tolist()
     assert head.soft_mask(batch, targets, "attended").int().tolist() == MASK.tolist()
     assert head.soft_mask({"attention_mask": MASK}, None, "labels").int().tolist() == MASK.tolist()
     assert HEADS["classification"].soft_mask({"labels": torch.tensor([1])}, torch.tensor([1]), "labels") is None
