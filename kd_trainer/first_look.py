@@ -58,6 +58,8 @@ def classes_of(student: nn.Module, head: Head) -> int | None:
     """How many classes the student's logits have, as far as its layers or its config tell."""
     if head.over_tokens:
         return vocabulary_rows(student, written=True)
+    if head.name not in CLASSIFICATIONS:  # num_labels says nothing of choices or of positions
+        return None
     classes = getattr(getattr(student, "config", None), "num_labels", None)
     return classes if isinstance(classes, int) else None
 

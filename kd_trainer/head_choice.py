@@ -6,6 +6,10 @@ Imports: checks, heads, transformers (the Auto classes, on use).
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import sys
+import typing
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +21,58 @@ from .heads import HEADS, Head
 CLASSIFICATIONS = ("classification", "multi_label_classification", "token_classification")
 
 
+# What transformers' other models do, by the mapping that lists them: none has the logits of one of the tasks. The more
+# special mappings come first, since several list the same models.
+OTHER_PURPOSES = {
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING": "object detection",
+    "MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING": "object detection by text",
+    "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING": "semantic segmentation (one class a pixel)",
+    "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING": "segmentation",
+    "MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING": "instance segmentation",
+    "MODEL_FOR_IMAGE_SEGMENTATION_MAPPING": "image segmentation",
+    "MODEL_FOR_MASK_GENERATION_MAPPING": "mask generation",
+    "MODEL_FOR_IMAGE_MATTING_MAPPING": "image matting",
+    "MODEL_FOR_DEPTH_ESTIMATION_MAPPING": "depth estimation",
+    "MODEL_FOR_NORMAL_ESTIMATION_MAPPING": "estimating surface normals",
+    "MODEL_FOR_POINTMAP_ESTIMATION_MAPPING": "pointmap estimation",
+    "MODEL_FOR_POSE_ESTIMATION_MAPPING": "pose estimation",
+    "MODEL_FOR_KEYPOINT_DETECTION_MAPPING": "keypoint detection",
+    "MODEL_FOR_KEYPOINT_MATCHING_MAPPING": "keypoint matching",
+    "MODEL_FOR_IMAGE_TO_IMAGE_MAPPING": "image to image",
+    "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING": "masked image modelling",
+    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING": "comparing images with texts (contrastive)",
+    "MODEL_FOR_RETRIEVAL_MAPPING": "retrieval",
+    "MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING": "table question answering",
+    "MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING": "visual question answering",
+    "MODEL_FOR_TABLE_RECOGNITION_MAPPING": "table recognition",
+    "MODEL_FOR_TEXT_RECOGNITION_MAPPING": "text recognition",
+    "MODEL_FOR_RNNT_MAPPING": "transducer speech recognition",
+    "MODEL_FOR_TDT_MAPPING": "transducer speech recognition",
+    "MODEL_FOR_TEXT_TO_SPECTROGRAM_MAPPING": "text to speech",
+    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING": "text to speech",
+    "MODEL_FOR_AUDIO_TOKENIZATION_MAPPING": "audio tokenization",
+    "MODEL_FOR_TIME_SERIES_CLASSIFICATION_MAPPING": "time series classification",
+    "MODEL_FOR_TIME_SERIES_REGRESSION_MAPPING": "time series regression",
+    "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING": "time series prediction",
+    "MODEL_FOR_DECISION_MAPPING": "decisions",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": "generation without labels",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING": "generation without labels",
+    "MODEL_FOR_PRETRAINING_MAPPING": "pretraining",
+    "MODEL_FOR_BACKBONE_MAPPING": "features (a backbone)",
+    "MODEL_FOR_TEXT_ENCODING_MAPPING": "hidden states (a model without an output head)",
+    "MODEL_FOR_IMAGE_MAPPING": "hidden states (a model without an output head)",
+    "MODEL_MAPPING": "hidden states (a model without an output head)",
+}
+
+
+def auto_classes(head: Head) -> list[Any]:
+    """The Auto classes of a head that the installed transformers has."""
+    import transformers
+
+    found = (getattr(transformers, name, None) for name in head.auto_classes)
+    return [auto_class for auto_class in found if auto_class is not None]
+
+
 def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
     """The head and the Auto class of transformers that `model` belongs to; None where no Auto class knows it."""
     import transformers
@@ -26,27 +82,86 @@ def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
         return None
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for head in HEADS.values():
-        for name in head.auto_classes:
-            auto_class = getattr(transformers, name)
+        for auto_class in auto_classes(head):
             classes = auto_class._model_mapping.get(type(config), ())
-            if isinstance(model, classes):
-                # Speech models that are decoders alone are listed there too; they shift their labels.
-                decoder = head.name == "seq2seq_lm" and not getattr(config, "is_encoder_decoder", True)
-                return (HEADS["causal_lm"] if decoder else head), auto_class
+            if isinstance(model, classes) and _has_logits(model, auto_class.__name__):
+                if head.name != "seq2seq_lm" or _is_encoder_decoder(config):
+                    return head, auto_class
+                return HEADS["causal_lm"], auto_class  # a decoder that reads speech or images: it shifts its labels
     return None
+
+
+def _is_encoder_decoder(config: Any) -> bool:
+    """By the config, or by its language model's where that is a part (BLIP-2 with a T5)."""
+    return any(getattr(c, "is_encoder_decoder", False) for c in (config, config.get_text_config()))
+
+
+def _has_logits(model: nn.Module, auto_class: str) -> bool:
+    """Whether a model of one of the Auto classes that list models of other kinds too is a supervised one."""
+    if auto_class == "AutoModelForVisualQuestionAnswering":  # ViLT has classes, BLIP writes the answer
+        return "logits" in (outputs_declared(model) or ())
+    if auto_class in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):  # PI0 moves robots
+        return "labels" in inspect.signature(model.forward).parameters
+    return True
+
+
+def outputs_declared(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the outputs that a forward's annotation declares, its loss aside; None where it declares none."""
+    forward = inspect.unwrap(type(model).forward)
+    declared = inspect.signature(forward).return_annotation
+    if isinstance(declared, str):
+        try:
+            declared = eval(declared, dict(vars(sys.modules[forward.__module__])))
+        except Exception:  # a name that is imported for type checkers alone
+            return None
+    for kind in typing.get_args(declared) or (declared,):
+        if dataclasses.is_dataclass(kind):
+            return tuple(field.name for field in dataclasses.fields(kind) if field.name != "loss")
+    return None
+
+
+def refuse_other_purposes(model: nn.Module) -> None:
+    """Raises ValueError for a model of transformers that has no logits of classes, naming what it has instead.
+
+    A subclass with a forward of the user's own is let through: it may have what its base has not.
+    """
+    from transformers.models.auto import modeling_auto
+
+    config: Any = getattr(model, "config", None)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    if config is None or not inspect.unwrap(type(model).forward).__module__.startswith("transformers."):
+        return
+    for name, purpose in OTHER_PURPOSES.items():
+        listed = getattr(modeling_auto, name, {}).get(type(config), ())
+        if isinstance(model, listed):
+            outputs = outputs_declared(model)
+            offers = "" if outputs is None else f", with the outputs {', '.join(outputs)}"
+            fail(
+                "model",
+                Shown(f"a {type(model).__name__} for {purpose}{offers}"),
+                f"a model with class logits for one of the tasks {', '.join(HEADS)}",
+                "Take a model with such an output head. Or let a module of your own return such logits as 'logits', "
+                "and set kd_task.",
+            )
 
 
 def head_for(model: nn.Module, kd_task: str | None, shifts_labels: bool) -> Head | None:
     """The head of `model`: named by `kd_task`, known from its Auto class, or causal where upstream shifts its labels.
 
     None means that only the logits can tell (a plain module): see `head_from_logits`.
+
+    Raises:
+        ValueError: a model of transformers for another purpose: see `refuse_other_purposes`.
     """
     if kd_task is not None:
         return HEADS[kd_task]
     known = auto_class_of(model)
     if known is not None:
         return known[0]
-    return HEADS["causal_lm"] if shifts_labels else None
+    if shifts_labels:
+        return HEADS["causal_lm"]
+    refuse_other_purposes(model)
+    return None
 
 
 # What upstream's classifiers call their kinds of labels, and the head of each.

@@ -402,16 +402,36 @@ HEADS = {
                 "AutoModelForImageClassification",
                 "AutoModelForAudioClassification",
                 "AutoModelForVideoClassification",
+                "AutoModelForNextSentencePrediction",
+                "AutoModelForAudioXVector",
             ),
         ),
+        # A classification over the choices of a row: inputs are [B, choices, S].
+        Head("multiple_choice", False, False, ("AutoModelForMultipleChoice",)),
         Head("token_classification", True, False, ("AutoModelForTokenClassification",)),
         Head("causal_lm", True, True, ("AutoModelForCausalLM",)),
         # Before masked_lm: upstream lists BART, mBART and MVP under both, and they are trained as encoder-decoders.
-        Head("seq2seq_lm", True, False, ("AutoModelForSeq2SeqLM",)),
+        # Its Auto classes list decoders too, whose labels are shifted: see `head_choice.auto_class_of`.
+        Head(
+            "seq2seq_lm",
+            True,
+            False,
+            (
+                "AutoModelForSeq2SeqLM",
+                "AutoModelForSpeechSeq2Seq",
+                "AutoModelForImageTextToText",
+                "AutoModelForMultimodalLM",
+            ),
+        ),
         Head("masked_lm", True, False, ("AutoModelForMaskedLM",)),
-        QuestionAnsweringHead("question_answering", False, False, ("AutoModelForQuestionAnswering",)),
-        # Of the same Auto classes as "classification": see `by_problem_type`.
-        MultiLabelHead("multi_label_classification", False, False, ()),
+        QuestionAnsweringHead(
+            "question_answering",
+            False,
+            False,
+            ("AutoModelForQuestionAnswering", "AutoModelForDocumentQuestionAnswering"),
+        ),
+        # Most models of these two have the Auto classes of "classification": see `by_problem_type`.
+        MultiLabelHead("multi_label_classification", False, False, ("AutoModelForVisualQuestionAnswering",)),
         RegressionHead("regression", False, False, ()),
     )
 }

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from .backends import HALVES
 from .checks import Shown, check_choice, check_number, fail, message
 from .fake_step import FakeStep, without_contents
-from .head_choice import PROBLEM_TYPES, auto_class_of
+from .head_choice import PROBLEM_TYPES, auto_class_of, auto_classes
 from .heads import HEADS, Head
 from .teacher import ADAPTER_OFF
 
@@ -218,8 +218,8 @@ def _model(argument: str, given: Any, kd_task: str | None) -> nn.Module:
     task = "classification" if kd_task in PROBLEM_TYPES.values() else kd_task
     named = (getattr(config, "architectures", None) or [None])[0]
     for head in HEADS.values():
-        for name in head.auto_classes:
-            known = getattr(transformers, name)._model_mapping.get(type(config), ())
+        for auto_class in auto_classes(head):
+            known = auto_class._model_mapping.get(type(config), ())
             for model_class in known if isinstance(known, (tuple, list)) else (known,):
                 if head.name == task or (task is None and model_class.__name__ == named):
                     with torch.device("meta"):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from .backends import prepare_teacher
 from .checks import Shown, fail, message
-from .head_choice import auto_class_of
-from .heads import logits_of
+from .head_choice import auto_class_of, auto_classes
+from .heads import HEADS, Head, logits_of
 from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, model_inputs, vocabulary_rows
 
 logger = logging.getLogger(__name__)
@@ -292,6 +292,23 @@ def tell_out_of_memory(inputs: Mapping[str, Any], error: RuntimeError) -> None:
     raise type(error)(f"{told} ({error})") from error
 
 
+def _from_pretrained(head: Head, auto_class: Any, path: str, kwargs: dict[str, Any]) -> tuple[Any, dict]:
+    """(model, loading info) by the student's Auto class, or by another one of its task, where that one knows the path.
+
+    A causal teacher that reads images or speech too has another Auto class than a student of text alone.
+    """
+    others = [*auto_classes(head), *(auto_classes(HEADS["seq2seq_lm"]) if head.name == "causal_lm" else ())]
+    refusal = None
+    for candidate in dict.fromkeys([auto_class, *others]):
+        try:
+            return candidate.from_pretrained(path, output_loading_info=True, **kwargs)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            refusal = refusal or error
+    raise refusal or AssertionError("there is at least the student's own Auto class")
+
+
 # Nothing is unpickled and no code of the checkpoint's runs; left open, upstream asks at the terminal and waits.
 _UNLESS_ASKED = {"use_safetensors": True, "trust_remote_code": False}
 
@@ -322,9 +339,9 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
             "a module, because no Auto class of transformers has a student of type " + type(student).__name__,
             "Load the teacher yourself and give the module.",
         )
-    _, auto_class = known
+    head, auto_class = known
     try:
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, **{**_UNLESS_ASKED, **init_kwargs})
+        model, info = _from_pretrained(head, auto_class, path, {**_UNLESS_ASKED, **init_kwargs})
     except Exception as error:  # upstream and safetensors raise many kinds
         said = f"{auto_class.__name__} can load ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         if init_kwargs and isinstance(error, (TypeError, RuntimeError, ImportError)):

@@ -83,6 +83,11 @@ MODELS = {
         "question_answering",
         "AutoModelForQuestionAnswering",
     ),
+    "bert choices": (
+        lambda: BertForMultipleChoice(tiny.bert_config()),
+        "multiple_choice",
+        "AutoModelForMultipleChoice",
+    ),
     "bert masked": (lambda: BertForMaskedLM(tiny.bert_config()), "masked_lm", "AutoModelForMaskedLM"),
     "t5": (t5, "seq2seq_lm", "AutoModelForSeq2SeqLM"),
     "bart": (bart, "seq2seq_lm", "AutoModelForSeq2SeqLM"),  # upstream lists it as a masked language model too
@@ -107,9 +112,14 @@ def test_every_head_has_a_model_above():
     assert {head for _, head, _ in MODELS.values()} == set(HEADS) - by_labels
 
 
-@pytest.mark.parametrize(
-    "model", [BertModel(tiny.bert_config()), BertForMultipleChoice(tiny.bert_config()), tiny.Plain()]
-)
+class OwnHead(BertModel):
+    """A classifier of the user's own on a class of transformers that has no output head."""
+
+    def forward(self, input_ids):
+        return super().forward(input_ids).last_hidden_state[:, 0]
+
+
+@pytest.mark.parametrize("model", [OwnHead(tiny.bert_config()), tiny.Plain()])
 def test_models_that_no_head_fits_have_none(model):
     assert auto_class_of(model) is None
     assert head_for(model, None, False) is None
