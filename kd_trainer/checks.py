@@ -55,7 +55,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`; the message lists them and names the nearest."""
     choices = choices if isinstance(choices, (dict, tuple)) else list(choices)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         near = nearest(value, choices) if isinstance(value, str) else ""
         fail(argument, value, "one of " + ", ".join(map(repr, choices)), near or f"Set `{argument}` to one of these.")
 
@@ -73,7 +73,7 @@ def check_number(
 
     TypeError for what is no number (bool and str are none), ValueError for NaN, infinities and what lies outside.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value):
         above = low is None or (value > low if open_low else value >= low)
         below = high is None or (value < high if open_high else value <= high)
         if above and below:  # first, since a loss checks its temperature at every step
@@ -86,7 +86,25 @@ def check_number(
         expected = f"a finite number {'<' if open_high else '<='} {high:g}"
     else:
         expected = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, int) and not _is_finite(value):
+        value = Shown(f"a whole number of {value.bit_length()} bits")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
         wrong_type = f"Give `{argument}` as a number, not as {type(value).__name__}."
         fail(argument, value, expected, wrong_type, error=TypeError)
     fail(argument, value, expected, f"Set `{argument}` to a value in that range.")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def check_temperature(argument: str, value: Any) -> None:
+    """Raises unless `value` is a temperature: > 0, and its square a normal number of float32."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-18 <= value <= 1e18:
+        return
+    check_number(argument, value, low=0, open_low=True)
+    because = "its square, the factor of the soft loss, is no number of float32"
+    fail(argument, Shown(f"{value:g}"), "a number from 1e-18 to 1e+18", "Usual are 1 to 10.", because=because)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import Shown, check_choice, check_number, fail
+from .checks import Shown, check_choice, check_number, check_temperature, fail
 
 # Elements in one block of rows. One thread wants its buffers in the nearest cache; several threads wait for each other
 # at the end of every operation (for long, where other processes use the cores), so they get fewer and larger blocks;
@@ -132,7 +132,7 @@ def check_divergence(divergence: str, beta: float | None) -> float:
 
 
 def _check_temperature(temperature: float) -> None:
-    check_number("temperature", temperature, low=0.0, open_low=True)
+    check_temperature("temperature", temperature)
 
 
 # ---- from logits to nats --------------------------------------------------------------------------------------------

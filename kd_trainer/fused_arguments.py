@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import Shown, check_number, fail
+from .checks import Shown, check_number, check_temperature, fail
 from .divergences import check_divergence
 from .reductions import IGNORE_INDEX, divide, select_positions
 from .sparse import Samples, TopK
@@ -224,7 +224,7 @@ def group_rows(positions: int, chunk: int, vocabulary: int, width: int, itemsize
 
 def _check_numbers(g: dict[str, Any]) -> None:
     check_number("alpha", g["alpha"], low=0, high=1)
-    check_number("temperature", g["temperature"], low=0, open_low=True)
+    check_temperature("temperature", g["temperature"])
     check_number("factor", g["factor"], low=0, open_low=True)
     check_number("label_smoothing", g["label_smoothing"], low=0, high=1)
     for name in ("student_softcap", "teacher_softcap"):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import Shown, check_choice, check_number, fail
+from .checks import Shown, check_choice, check_number, check_temperature, fail
 from .distributions import kl_categorical
 from .divergences import DIVERGENCES, check_divergence, check_logits, divergence_terms
 from .reductions import REDUCTIONS, as_mask, divide, masked_sum, reduce_terms, reduce_total, select_positions
@@ -73,7 +73,7 @@ class SoftTargetLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        check_number("temperature", temperature, low=0.0, open_low=True)
+        check_temperature("temperature", temperature)
         check_divergence(divergence, beta)
         check_choice("reduction", reduction, REDUCTIONS)
         self.temperature, self.divergence, self.beta = temperature, divergence, beta

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Shown, check_number, fail
+from .checks import Shown, check_temperature, fail
 from .divergences import BLOCK_ACCELERATOR, check_divergence, log_prob_terms
 from .sparse_cpu import columns_of, draw_on_cpu, draw_room, top_k_on_cpu, top_k_room
 
@@ -344,7 +344,7 @@ def sampled_forward_kl(student_logits: Tensor, taught: Samples, *, temperature: 
 
 def _check_logits(logits: Tensor, temperature: float, name: str = "logits") -> int:
     """Returns V."""
-    check_number("temperature", temperature, low=0.0, open_low=True)
+    check_temperature("temperature", temperature)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         shown = Shown(f"of dtype {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__)
         mend = "Pass the scores before the softmax, not class ids."

@@ -7,15 +7,20 @@ teacher to `teacher.py`. Imports: cache_formats, checks, divergences, heads, tra
 import argparse
 import dataclasses
 import json
+import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
+from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
+import numpy as np
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from .cache_formats import DTYPES, FORMATS
-from .checks import check_choice, check_number, fail, nearest
+from .checks import check_choice, check_number, check_temperature, fail, nearest
 from .divergences import DIVERGENCES
 from .heads import HEADS
 
@@ -133,9 +138,11 @@ class DistillationArguments:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        for entry in dataclasses.fields(DistillationArguments):
+            setattr(self, entry.name, _as_declared(entry, getattr(self, entry.name)))
         self._read_teacher_kwargs()
         check_number("kd_alpha", self.kd_alpha, low=0, high=1)
-        check_number("kd_temperature", self.kd_temperature, low=0, open_low=True)
+        check_temperature("kd_temperature", self.kd_temperature)
         check_choice("kd_divergence", self.kd_divergence, DIVERGENCES)
         check_choice("kd_reduction", self.kd_reduction, REDUCTIONS)
         check_choice("kd_positions", self.kd_positions, POSITIONS)
@@ -168,7 +175,7 @@ class DistillationArguments:
         if self.teacher_cache_dtype is not None:
             check_choice("teacher_cache_dtype", self.teacher_cache_dtype, (*DTYPES, "uint8"))
         k = self.teacher_cache_k
-        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+        if k is not None and k < 1:
             fail(
                 "teacher_cache_k", k, "a whole number, at least 1", "Leave it out for 64 (topk) or 50 draws (sampled)."
             )
@@ -190,7 +197,7 @@ class DistillationArguments:
         if "kd_alpha_end" in given:
             check_number("kd_alpha_end", self.kd_alpha_end, low=0, high=1)
         if "kd_temperature_end" in given:
-            check_number("kd_temperature_end", self.kd_temperature_end, low=0, open_low=True)
+            check_temperature("kd_temperature_end", self.kd_temperature_end)
         if given and self.kd_schedule == "constant":
             name, value = next(iter(given.items()))
             fail(name, value, "no value with kd_schedule 'constant'", "Set kd_schedule to linear or cosine.")
@@ -207,10 +214,18 @@ class DistillationArguments:
             except json.JSONDecodeError as error:
                 mend = 'Write it as \'{"dtype": "bfloat16"}\'.'
                 fail("teacher_model_init_kwargs", given, f"a JSON object ({error})", mend)
-        if given is not None and not isinstance(given, dict):
+        if given is not None and not (isinstance(given, dict) and all(isinstance(name, str) for name in given)):
             mend = 'Write it as {"dtype": "bfloat16"}.'
-            fail("teacher_model_init_kwargs", given, "a JSON object", mend, error=TypeError)
+            fail("teacher_model_init_kwargs", given, "a JSON object: names and values", mend, error=TypeError)
         self.teacher_model_init_kwargs = given
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, as upstream's arguments have it: what is no JSON value (a `BitsAndBytesConfig`, a
+        torch.dtype) is written as one."""
+        above: Any = super()
+        own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        made: dict[str, Any] = above.to_dict() if hasattr(above, "to_dict") else own
+        return {**made, "teacher_model_init_kwargs": as_json(self.teacher_model_init_kwargs)}
 
     @property
     def teacher_kwargs(self) -> dict[str, Any]:
@@ -222,6 +237,63 @@ class DistillationArguments:
         """The distillation settings inside `args`; a plain `TrainingArguments` has none and gets the defaults."""
         names = [f.name for f in dataclasses.fields(DistillationArguments)]
         return DistillationArguments(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+# By the class, since upstream's parser writes other types into the fields.
+_KINDS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(DistillationArguments).items()}
+_FOLDERS = ("teacher_model_name_or_path", "teacher_cache_dir")
+
+
+def _as_declared(entry: Any, value: Any) -> Any:
+    """The value of a field where it has the type that the field declares; raises TypeError or ValueError.
+
+    numpy's scalars become Python's own, and a path becomes text where a folder is meant.
+    """
+    name, kinds = entry.name, _KINDS[entry.name]
+    value = value.item() if isinstance(value, np.generic) else value.value if isinstance(value, Enum) else value
+    if value is None and entry.default is None:
+        return None
+    if bool in kinds:
+        if not isinstance(value, bool):
+            how = "without quotes" if isinstance(value, str) else "true or false (in Python True or False)"
+            fail(name, value, "true or false", f"Write {'it ' * isinstance(value, str)}{how}.", error=TypeError)
+    elif float in kinds:
+        if isinstance(value, Real) and not isinstance(value, (bool, int)):
+            return float(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            check_number(name, value)
+    elif int in kinds:
+        if isinstance(value, bool) or not isinstance(value, int):
+            mend = f"Give `{name}` as a whole number, not as {type(value).__name__}."
+            fail(name, value, "a whole number, at least 1", mend, error=TypeError)
+    elif dict not in kinds:
+        folder = name in _FOLDERS
+        if folder and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        kind = "a folder" if name == "teacher_cache_dir" else "a folder or a hub name" if folder else "text"
+        if not isinstance(value, str):
+            mend = f"Give `{name}` as text, not as {type(value).__name__}."
+            fail(name, value, kind, mend, error=TypeError)
+        if folder and not value.strip():
+            fail(name, value, kind, "Leave it out (null in JSON) for none.")
+    return value
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON has it: objects by their own `to_dict`, or by their name."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): as_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [as_json(each) for each in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Enum):
+        return as_json(value.value)
+    if hasattr(value, "to_dict") and not isinstance(value, type):
+        return as_json(value.to_dict())
+    return str(value).removeprefix("torch.")
 
 
 @dataclass
