@@ -3,12 +3,13 @@
 For: the trainer. A dataset whose rows are numbered, a collator that adds to each batch what the teacher said of its
 rows, and `CachedTeacher`, which stands where the live teacher stood. Building is `cache_build.py`'s business.
 Letters: B rows, S positions, N kept positions of a batch.
-Imports: cache_formats, cache_store, checks, heads, inputs, outputs; xxhash.
+Imports: cache_formats, cache_manifest, cache_store, checks, heads, inputs, outputs; xxhash.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .cache_formats import Format, decode, format_of, output
-from .cache_store import BUILDING, HEAD, MANIFEST, CacheError, Rows, Store, damaged, is_finished
+from .cache_formats import Format, check_columns, decode, format_of, output
+from .cache_manifest import check_links, check_settings
+from .cache_store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Rows, Store, damaged, foreign, is_finished
 from .checks import Shown, fail, message
 from .heads import HEADS, Head
 from .inputs import ROW_ID, TEACHER_PREFIX, begins_next, main_input, real_tokens, token_mask
@@ -178,6 +180,20 @@ class Reading:
         return Read(batch, taken.row_ids, mask, counts, seen)
 
 
+def open_part(folder: Path, root: Path | None = None) -> Store:
+    """A finished part of a cache, all settings of which were checked.
+
+    Args:
+        root: the folder above it that the user named: no link in the part may lead out of the part.
+
+    Raises:
+        CacheError: see `Store` and `check_settings`.
+    """
+    store = Store(folder, root)
+    check_settings(folder / MANIFEST, store.manifest, complete=True)
+    return store
+
+
 def reading_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> Reading:
     """As the cache of this manifest was read when it was built."""
     return Reading(collator, HEADS[manifest["task"]], manifest["positions"], manifest["columns_read"])
@@ -207,7 +223,16 @@ class CachedCollator:
         batch, row_ids, mask, counts, seen = reading(features)
         rows = self.store.take(row_ids)
         self._check_rows(rows, seen, counts)
-        for name, values in decode(format_of(manifest), rows.columns).items():
+        kept = format_of(manifest)
+        width = manifest["hidden_size"] if kept.name == "hidden" else math.prod(manifest["shape"])
+        if reason := check_columns(kept, rows.columns, width):
+            raise CacheError(foreign(str(self.store.folder / DATA), reason))
+        decoded = decode(kept, rows.columns)
+        for name in ("ids", "top"):
+            if name in decoded and decoded[name].numel() and int(decoded[name].max()) >= kept.classes:
+                reason = f"{name} are beyond the {kept.classes:,} classes of its manifest"
+                raise CacheError(foreign(str(self.store.folder / DATA), reason))
+        for name, values in decoded.items():
             batch[COLUMN_PREFIX + name] = _aligned(
                 values, mask, reading.head, manifest["shape"] if name == "logits" else None
             )
@@ -306,7 +331,8 @@ class CachedTeacher:
             mend = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
             shown = Shown(f"{str(path)!r}, {'which is unfinished' if begun else 'which holds none'}")
             raise CacheError(message("teacher_cache", shown, "the folder of a finished teacher cache", mend))
-        self.parts = {name: Store(folder) for name, folder in folders.items()}
+        root = None if self.path in folders.values() else self.path
+        self.parts = {name: open_part(folder, root) for name, folder in folders.items()}
         self._check_alike()
         self._head: dict[str, Any] | None = None
         self._head_device: torch.device | None = None
@@ -365,6 +391,7 @@ class CachedTeacher:
         return self._head
 
     def _read_head(self, device: torch.device) -> dict[str, Any]:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         store = next(iter(self.parts.values()))
@@ -372,7 +399,16 @@ class CachedTeacher:
         if not store.head_is_whole():
             reason = "its content has changed since it was written" if path.is_file() else "the file is missing"
             raise CacheError(damaged(str(path), reason))
-        tensors = load_file(path, device=str(device))
+        try:
+            tensors = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise CacheError(foreign(str(path), f"it is no safetensors file ({error})")) from error
+        rows, bias = [manifest["vocabulary"]], tensors.get("bias")
+        weight = tensors["weight"] if "weight" in tensors else torch.empty(0)
+        if list(weight.shape) != [*rows, manifest["hidden_size"]] or (bias is not None and list(bias.shape) != rows):
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+            expected = f"{[*rows, manifest['hidden_size']]}, the weight of the manifest's vocabulary and hidden size"
+            raise CacheError(foreign(str(path), f"it has {shapes or 'no tensors'} instead of {expected}"))
         return {
             "teacher_weight": tensors["weight"],
             "teacher_bias": tensors.get("bias"),
@@ -381,9 +417,14 @@ class CachedTeacher:
         }
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Uploads the folder as a dataset of the hub; `options` as huggingface_hub's `upload_folder`."""
+        """Uploads the folder as a dataset of the hub; `options` as huggingface_hub's `upload_folder`.
+
+        Raises:
+            CacheError: a symbolic link in the folder leads out of it: the file there would be uploaded.
+        """
         from huggingface_hub import HfApi
 
+        check_links(self.path)
         api = HfApi(token=options.pop("token", None))
         api.create_repo(repo_id, repo_type="dataset", private=options.pop("private", None), exist_ok=True)
         hidden = ["**/.*", ".*", "*.lock"]

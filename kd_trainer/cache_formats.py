@@ -145,6 +145,23 @@ def _in_8_bits(log_probs: Tensor, ends: Tensor) -> Tensor:
     return ((log_probs - low.unsqueeze(-1)) / step).round().clamp(0, 255).to(torch.uint8)
 
 
+def check_columns(kept: Format, columns: Mapping[str, np.ndarray], width: int) -> str | None:
+    """Why columns that were read are not such as `encode` makes, None where they are; before `decode`.
+
+    Args:
+        width: numbers of a position in the formats logits and hidden.
+    """
+    room = room_for(kept, 0, torch.empty(0, width))
+    if set(columns) != set(room):
+        return f"it has the columns {', '.join(columns)} where {', '.join(room)} belong to the format {kept.name!r}"
+    for name, tensor in room.items():
+        expected, found = to_numpy(tensor), columns[name]
+        if (found.dtype, found.shape[1:]) != (expected.dtype, expected.shape[1:]):
+            shapes = f"{found.dtype} x {found.shape[1]} where {expected.dtype} x {expected.shape[1]}"
+            return f"its column {name} has {shapes} belongs to the format {kept.name!r}"
+    return None
+
+
 def decode(kept: Format, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """Tensors [N, width] for a batch, all of integers: a backend that casts what is floating leaves them alone."""
     if kept.name not in SPARSE:

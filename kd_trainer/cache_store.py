@@ -1,7 +1,7 @@
 """Teacher outputs on disk: Arrow shards under a sealed manifest, written whole or not at all, checked when first read.
 
 For: `cache.py` and `cache_build.py`. Knows rows, columns and files; what the numbers mean is `cache_formats.py`'s.
-Imports: checks, files, datasets, pyarrow, xxhash.
+Imports: cache_manifest, checks, files, datasets, pyarrow, xxhash.
 
 A folder holds:
     manifest.json      the settings, size and XXH3-128 of each shard; written last: a folder without it is unfinished
@@ -32,6 +32,16 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from .cache_manifest import (
+    BUILD_AGAIN,
+    CacheError,
+    check_links,
+    check_manifest,
+    check_settings,
+    check_shard,
+    shard_index,
+    shard_name,
+)
 from .checks import Shown, message
 from .files import atomic_file, digest, write_atomically
 
@@ -40,10 +50,6 @@ MANIFEST, BUILDING, HEAD, DATA = "manifest.json", "building.json", "head.safeten
 _OPEN_FILES = 64
 _UNSYNCED = 2**23  # bytes of a shard that may wait for the disk: its end need not wait for all of it
 _AT_ONCE = 2**21  # bytes of the columns of a record batch, at least: each costs a third of a millisecond
-
-
-class CacheError(ValueError):
-    """What is on disk is not what was written, or not what is asked of it."""
 
 
 class Rows(NamedTuple):
@@ -68,16 +74,16 @@ def joined(parts: Sequence[Rows]) -> Rows:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def shard_name(index: int) -> str:
-    return f"data-{index:05d}.arrow"
-
-
-def begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def begin(folder: Path, settings: dict[str, Any], root: Path | None = None) -> dict[str, Any]:
     """Notes the settings of an unfinished cache; returns those that were noted when it was begun, if it was.
 
+    Args:
+        root: the folder above it that the user named (see `check_links`).
+
     Raises:
-        CacheError: what was noted was changed, or is of another layout.
+        CacheError: what was noted was changed, cannot be right or is of another layout; a link leads out of the folder.
     """
+    check_links(folder, root)
     path = folder / BUILDING
     (folder / DATA).mkdir(parents=True, exist_ok=True)
     written = ((folder, (".*.json.*", f".{HEAD}.*", ".README.md.*")), (folder / DATA, (".data-*", ".state.json.*")))
@@ -85,7 +91,9 @@ def begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         left.unlink(missing_ok=True)  # of a killed process; whoever builds holds the lock
     if not path.exists():
         write_atomically(path, _sealed(settings))
-    return _of_this_layout(_read_sealed(path))
+    noted = _of_this_layout(_read_sealed(path))
+    check_settings(path, noted, complete=False)
+    return noted
 
 
 class ShardWriter:
@@ -171,12 +179,16 @@ def written_notes(folder: Path) -> dict[int, dict[str, Any]]:
     """What is noted of the shards of an unfinished cache, by index; the shards themselves are not read."""
     found = {}
     for note in sorted((folder / DATA).glob("data-*.json")):
+        index = shard_index(note.name)
+        if index is None:
+            continue
         try:
             entry = _read_sealed(note)
+            check_shard(note, index, entry)
         except CacheError:
             continue
         entry.pop("sealed")
-        found[int(note.stem.removeprefix("data-"))] = entry
+        found[index] = entry
     return found
 
 
@@ -253,19 +265,22 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 
 def _read_sealed(path: Path) -> dict[str, Any]:
-    anew = "Build the cache again in an empty folder, or fetch it again."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        whole = content["sealed"] == _seal(content)
+        whole = isinstance(content, dict) and content["sealed"] == _seal(content)
     except FileNotFoundError:
-        raise CacheError(message("teacher_cache", str(path.parent), f"a folder with {path.name}", anew)) from None
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise CacheError(
+            message("teacher_cache", str(path.parent), f"a folder with {path.name}", BUILD_AGAIN)
+        ) from None
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
         whole, content = False, {}
         cause: Exception | None = error
     else:
         cause = None
     if not whole:
-        told = message("teacher_cache", str(path), "the file as it was written", anew, because="it was changed or cut")
+        told = message(
+            "teacher_cache", str(path), "the file as it was written", BUILD_AGAIN, because="it was changed or cut"
+        )
         raise CacheError(told) from cause
     return content
 
@@ -277,24 +292,32 @@ def is_finished(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, root: Path | None = None) -> dict[str, Any]:
     """The settings and shards of a finished cache.
 
+    Args:
+        root: the folder above it that the user named (see `check_links`).
+
     Raises:
-        CacheError: there is none, it was changed, or it is of another layout.
+        CacheError: there is none, it was changed, is of another layout or holds what cannot be right; a link leads out
+            of the folder.
     """
+    check_links(folder, root)
     if not is_finished(folder):
         begun = (folder / BUILDING).exists()
         mend = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
         shown = Shown(f"{str(folder)!r}, {'which is unfinished' if begun else 'which has no ' + MANIFEST}")
         raise CacheError(message("teacher_cache", shown, "a finished cache", mend))
-    return _of_this_layout(_read_sealed(folder / MANIFEST))
+    manifest = _of_this_layout(_read_sealed(folder / MANIFEST))
+    check_manifest(folder / MANIFEST, manifest)
+    return manifest
 
 
 def _of_this_layout(manifest: dict[str, Any]) -> dict[str, Any]:
-    if manifest.get("layout") != LAYOUT:
+    layout = manifest.get("layout")
+    if layout != LAYOUT or isinstance(layout, bool):
         mend = "Read it with that version of kd_trainer, or build it again in an empty folder."
-        shown = Shown(f"of layout {manifest.get('layout')}, from kd_trainer {manifest.get('kd_trainer')}")
+        shown = Shown(f"of layout {str(layout)[:80]}, from kd_trainer {str(manifest.get('kd_trainer'))[:80]}")
         raise CacheError(message("teacher_cache", shown, f"layout {LAYOUT}", mend))
     return manifest
 
@@ -308,20 +331,19 @@ class _Column(NamedTuple):
 
 
 class _Shard(NamedTuple):
-    """An open, checked shard."""
+    """What a checked shard holds and where; its file may be closed."""
 
-    file: Any
     name: str
     row_ids: np.ndarray
     signatures: np.ndarray
     counts: np.ndarray  # [rows] positions
     columns: dict[str, _Column]
 
-    def read(self, name: str, row: int) -> np.ndarray:
+    def read(self, file: Any, name: str, row: int) -> np.ndarray:
         """A column of a row [positions, width]."""
         dtype, width, places = self.columns[name]
         size = int(self.counts[row]) * width * dtype.itemsize
-        content = _read_at(self.file, size, int(places[row]))
+        content = _read_at(file, size, int(places[row]))
         if len(content) != size:
             raise CacheError(damaged(self.name, "it was cut while it was read"))
         return np.frombuffer(content, dtype).reshape(-1, width)
@@ -335,11 +357,17 @@ def damaged(name: str, reason: str) -> str:
     return message("teacher_cache", Shown(f"damaged in {name}"), "the file as it was written", mend, because=reason)
 
 
+def foreign(name: str, reason: str) -> str:
+    """The message on a file that is as its manifest notes it, and not what this package writes."""
+    shown = Shown(f"one whose {name} this package did not write")
+    return message("teacher_cache", shown, "the file of a cache", BUILD_AGAIN, because=reason)
+
+
 class Store:
     """A finished cache, read row by row, neither loaded nor mapped; shards are checked when first read or changed.
 
     Args:
-        folder: as `finish` left it.
+        folder: as `finish` left it; root: the folder above it that the user named (see `check_links`).
 
     Attributes:
         manifest: see `read_manifest`.
@@ -348,16 +376,17 @@ class Store:
         CacheError: as `read_manifest`; when reading, a shard that is missing, cut or changed, by name.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
+    def __init__(self, folder: Path, root: Path | None = None) -> None:
+        self.folder, self.manifest = folder, read_manifest(folder, root)
         shards = self.manifest["shards"]
         self._starts = np.concatenate([[0], np.cumsum([entry["rows"] for entry in shards])]).tolist()
         self._checked: dict[int, tuple[int, int, int]] = {}  # the file that was found whole, as `_stamp` knows it
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._shards: dict[int, _Shard] = {}  # of these; small beside the files
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()  # the files used last
         self._places: dict[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}  # each process opens its own files
+        return {**self.__dict__, "_open": OrderedDict(), "_shards": {}}  # each process opens its own files
 
     def __len__(self) -> int:
         return self.manifest["total_rows"]
@@ -386,18 +415,24 @@ class Store:
         Raises:
             CacheError: a row that is not in the cache; a damaged shard.
         """
-        parts = [self._locate(int(row_id)) for row_id in row_ids]
-        names = parts[0][0].columns
-        columns = {name: np.concatenate([shard.read(name, row) for shard, row in parts]) for name in names}
-        counts = np.array([shard.counts[row] for shard, row in parts])
-        signatures = np.array([shard.signatures[row] for shard, row in parts], dtype=np.uint64)
+        places = [self._locate(int(row_id)) for row_id in row_ids]
+        counts, signatures = np.zeros(len(places), np.int64), np.zeros(len(places), np.uint64)
+        parts: dict[str, list[np.ndarray]] = {}
+        for at in sorted(range(len(places)), key=places.__getitem__):  # shard by shard: one file at a time is enough
+            index, row = places[at]
+            file, shard = self._shard(index)
+            counts[at], signatures[at] = shard.counts[row], shard.signatures[row]
+            for name in shard.columns:
+                parts.setdefault(name, [np.zeros(0)] * len(places))[at] = shard.read(file, name, row)
+        columns = {name: np.concatenate(read) for name, read in parts.items()}
         return Rows(np.asarray(row_ids), signatures, counts, columns)
 
-    def _locate(self, row_id: int) -> tuple[_Shard, int]:
+    def _locate(self, row_id: int) -> tuple[int, int]:
+        """The shard of a row and its place in it."""
         place = row_id
         if self.manifest["row_ids"] != "position":
             if self._places is None:
-                ids = np.concatenate([self._shard(i).row_ids for i in range(len(self._starts) - 1)])
+                ids = np.concatenate([self._shard(i)[1].row_ids for i in range(len(self._starts) - 1)])
                 self._places = {int(one): i for i, one in enumerate(ids)}
             place = self._places.get(row_id, -1)
         if not 0 <= place < len(self):
@@ -405,28 +440,50 @@ class Store:
             expected = f"a row of the teacher cache, which has {len(self):,}"
             raise CacheError(message("train_dataset", Shown(f"asked for row {row_id}"), expected, mend))
         index = bisect.bisect_right(self._starts, place) - 1
-        return self._shard(index), place - self._starts[index]
+        return index, place - self._starts[index]
 
-    def _shard(self, index: int) -> _Shard:
-        shard = self._open.get(index)
-        if shard is not None and _stamp(os.fstat(shard.file.fileno())) == self._checked[index]:
+    def _shard(self, index: int) -> tuple[BinaryIO, _Shard]:
+        """The open file of a shard, which is as it was checked, and what it holds."""
+        file = self._open.get(index)
+        if file is not None and _stamp(os.fstat(file.fileno())) == self._checked[index]:
             self._open.move_to_end(index)
-            return shard
-        if shard is not None:
-            self._open.pop(index).file.close()
-        path = self.folder / DATA / self.manifest["shards"][index]["name"]
+            return file, self._shards[index]
+        if file is not None:
+            self._open.pop(index).close()
+        entry = self.manifest["shards"][index]
+        path = self.folder / DATA / entry["name"]
         if not path.is_file():
             raise CacheError(damaged(str(path), "the file is missing"))
         file = path.open("rb", buffering=0)
-        stamp = _stamp(os.fstat(file.fileno()))
-        if stamp != self._checked.get(index):
-            if reason := self.check([index]).get(index):
-                file.close()
-                raise CacheError(damaged(str(path), reason))
-            self._checked[index] = stamp
-        shard = self._open[index] = _opened(file, path)
+        try:
+            stamp = _stamp(os.fstat(file.fileno()))
+            if stamp != self._checked.get(index):
+                if reason := self.check([index]).get(index):
+                    raise CacheError(damaged(str(path), reason))
+                self._checked[index] = stamp
+                self._shards.pop(index, None)
+            if index not in self._shards:
+                self._shards[index] = self._read_places(file, path, entry)
+        except BaseException:
+            file.close()
+            raise
+        self._open[index] = file
         if len(self._open) > _OPEN_FILES:
-            self._open.popitem(last=False)[1].file.close()
+            self._open.popitem(last=False)[1].close()
+        return file, self._shards[index]
+
+    def _read_places(self, file: BinaryIO, path: Path, entry: Mapping[str, Any]) -> _Shard:
+        """Raises CacheError for a file that is as it was written but no shard of this cache."""
+        try:
+            shard = _opened(file, path)
+            alike = [(name, column.dtype, column.width) for name, column in shard.columns.items()]
+            known = next(iter(self._shards.values()), shard)
+            if alike != [(name, column.dtype, column.width) for name, column in known.columns.items()]:
+                raise ValueError("its columns are not those of the other shards")
+            if (len(shard.row_ids), int(shard.counts.sum())) != (entry["rows"], entry["positions"]):
+                raise ValueError("it has other rows or positions than its manifest says")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, pa.ArrowException) as error:
+            raise CacheError(foreign(str(path), (str(error).splitlines() or [type(error).__name__])[0])) from error
         return shard
 
 
@@ -435,11 +492,12 @@ def _stamp(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _opened(file: Any, path: Path) -> _Shard:
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        content = pa.py_buffer(mapped)
-        parts = [_of_batch(batch, content.address, file, path) for batch in pa.ipc.open_stream(content)]
-        del content
+def _opened(file: BinaryIO, path: Path) -> _Shard:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    content = pa.py_buffer(mapped)
+    parts = [_of_batch(batch, content, path) for batch in pa.ipc.open_stream(content)]
+    del content
+    mapped.close()  # after an error, whose traceback holds the buffer, it is closed with that
     first = parts[0]
     columns = {}
     for name, column in first.columns.items():
@@ -452,20 +510,33 @@ def _opened(file: Any, path: Path) -> _Shard:
     )
 
 
-def _of_batch(batch: pa.RecordBatch, start: int, file: Any, path: Path) -> _Shard:
-    """What a record batch holds of the shard whose file begins at the address `start`."""
+def _of_batch(batch: pa.RecordBatch, content: pa.Buffer, path: Path) -> _Shard:
+    """What a record batch holds of the shard that is mapped; ValueError for what `ShardWriter` does not write."""
+    batch.validate(full=True)
     row_ids, signatures = (np.array(batch.column(name)) for name in ("row_id", "signature"))
-    counts, columns = np.zeros(0, np.int32), {}
+    if row_ids.dtype != np.int64 or signatures.dtype != np.uint64:
+        raise ValueError("row_id is no int64 or signature no uint64")
+    counts, columns = None, {}
     for name in batch.schema.names:
         if name in ("row_id", "signature"):
             continue
-        entries = batch.column(name).values
-        flat, offsets = entries.values, np.array(batch.column(name).offsets)
+        column = batch.column(name)
+        entries = column.values
+        flat, offsets = entries.values, np.array(column.offsets)
+        numbers = pa.types.is_integer(flat.type) or pa.types.is_floating(flat.type)
+        if not numbers or column.null_count or entries.null_count or flat.null_count:
+            raise ValueError(f"{name} has entries that are no numbers")
         dtype, width = np.dtype(flat.type.to_pandas_dtype()), entries.type.list_size
-        place = flat.buffers()[1].address - start + flat.offset * dtype.itemsize
+        place = flat.buffers()[1].address - content.address + (flat.offset + entries.offset * width) * dtype.itemsize
         columns[name] = _Column(dtype, width, place + offsets[:-1].astype(np.int64) * (width * dtype.itemsize))
+        if not 0 <= place <= place + int(offsets[-1]) * width * dtype.itemsize <= content.size:
+            raise ValueError(f"{name} lies outside of the file")
+        if counts is not None and not np.array_equal(counts, np.diff(offsets)):
+            raise ValueError(f"{name} has other positions than the columns before it")
         counts = np.diff(offsets)
-    return _Shard(file, str(path), row_ids, signatures, counts, columns)
+    if counts is None:
+        raise ValueError("it has no columns")
+    return _Shard(str(path), row_ids, signatures, counts, columns)
 
 
 def _read_at(file: Any, size: int, offset: int) -> bytes:

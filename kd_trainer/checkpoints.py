@@ -78,8 +78,12 @@ def damage(folder: Path) -> str | None:
         lacks = (what for what, names in _NEEDED.items() if not any(any(folder.glob(name)) for name in names))
         return next((f"{what} is missing" for what in lacks), None)
     try:
-        files = {folder / name: (entry["bytes"], entry["sha256"]) for name, entry in _manifest(folder)["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        manifest = _manifest(folder)
+        files = {_inside(folder, name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        wrong = [each for each in files.values() if type(each[0]) is not int or not isinstance(each[1], str)]
+        if wrong or type(manifest["processes"]) is not int or not isinstance(manifest["resumable"], bool):
+            raise TypeError("a value of another type")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} cannot be read"
     for path, (size, _) in files.items():  # first: it reads no file
         if not path.is_file():
@@ -90,6 +94,14 @@ def damage(folder: Path) -> str | None:
         digests = pool.map(digest, files)
         changed = [path.name for path, digest in zip(files, digests, strict=True) if digest != files[path][1]]
     return f"{changed[0]} is not what was written (its SHA-256 differs)" if changed else None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of a manifest; ValueError where its name leads out of the folder."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise ValueError(name)
+    return folder / name
 
 
 def not_resumable(folder: Path) -> str | None:

@@ -1,8 +1,8 @@
 """The trainer's side of a teacher cache: build what is missing, check that it fits, join it to the batches.
 
 For: `trainer.py`, whose mixin stands on the one here. Files and formats are not its business.
-Imports: cache, cache_build, cache_formats, cache_identity, cache_store, checks, describe, files, first_look, heads,
-inputs, teacher; datasets, filelock.
+Imports: cache, cache_build, cache_formats, cache_identity, cache_manifest, cache_store, checks, describe, files,
+first_look, heads, inputs, teacher; datasets, filelock.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from .cache import (
     check_objective,
     have_ids,
     numbered,
+    open_part,
     reading_of,
 )
 from .cache_build import (
@@ -49,6 +50,7 @@ from .cache_build import (
 )
 from .cache_formats import DEFAULT_K, DTYPES, Format, card, check_format, format_of
 from .cache_identity import collation, compare, teacher_identity, tokenizer_identity
+from .cache_manifest import check_links, check_settings
 from .cache_store import (
     BUILDING,
     DATA,
@@ -171,6 +173,7 @@ class OfflineTeacher(FirstLook):
         lock, said = FileLock(str(where / f".{part}.lock")), False
 
         def acquire() -> bool | None:
+            check_links(where / f".{part}.lock", where)  # it would be emptied
             with what_the_disk_refuses(where):
                 where.mkdir(parents=True, exist_ok=True)
                 try:
@@ -196,7 +199,7 @@ class OfflineTeacher(FirstLook):
         """Checks a finished part and mends its damaged shards; builds what is missing."""
         finished = self._on_main_process(lambda: is_finished(folder))
         if finished:
-            store = Store(folder)
+            store = open_part(folder, folder.parent)
             self._on_main_process(lambda: self._check_fits(store, part, dataset))
             if not self._damaged(store, may_write):
                 if may_write:
@@ -223,7 +226,7 @@ class OfflineTeacher(FirstLook):
         if failures:
             raise failures[0]
         self._on_main_process(lambda: self._finish(folder, settings, part))
-        return Store(folder)
+        return open_part(folder, folder.parent)
 
     def _damaged(self, store: Store, may_write: bool) -> bool:
         """Reads all shards, each process its share; makes an unfinished cache of one with damaged shards."""
@@ -351,7 +354,7 @@ class OfflineTeacher(FirstLook):
         others = sorted(Path(str(kd.teacher_cache_dir)).glob(f"*/{MANIFEST}"))
         if kd.teacher_cache_format != "auto" or not others:
             return kd.teacher_cache_format, kd.teacher_cache_k, kd.teacher_cache_dtype
-        kept = read_manifest(others[0].parent)
+        kept = open_part(others[0].parent, Path(str(kd.teacher_cache_dir))).manifest
         return kept["format"], kept["k"], None if kept["format"] == "sampled" else kept["dtype"]
 
     def _tell_size(self, settings: dict[str, Any], row_bytes: float) -> None:
@@ -378,8 +381,9 @@ class OfflineTeacher(FirstLook):
     def _begin(self, folder: Path, settings: dict[str, Any], part: str, dataset: Any) -> dict[str, Any]:
         begun = (folder / BUILDING).exists()
         with what_the_disk_refuses(folder):
-            noted = begin(folder, settings)
+            noted = begin(folder, settings, folder.parent)
         if begun:
+            check_settings(folder / BUILDING, noted, complete=True)
             self._compare(folder, noted, part, dataset)
         return {key: value for key, value in noted.items() if key != "sealed"}
 

@@ -57,6 +57,7 @@ ORDER = [
     "report",
     "window",
     "checkpoints",
+    "cache_manifest",
     "cache_store",
     "cache",
     "cache_identity",

@@ -1,0 +1,244 @@
+"""What a teacher cache's JSON files may hold: plain file names, known types and sizes, no links out of the folder.
+
+For: `cache_store.py` and `cache.py`. A cache may come from a stranger: what is read from its manifest names files that
+are read, written and removed, so every value is checked before it is used.
+Imports: cache_formats, checks, heads.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .cache_formats import DTYPES, FORMATS, SPARSE
+from .checks import Shown, message
+from .heads import HEADS
+
+_LARGEST = 2**53  # of a count or a number of bytes: beyond it a float no longer holds every integer
+BUILD_AGAIN = "Build the cache again in an empty folder, or fetch it again."
+
+
+class CacheError(ValueError):
+    """What is on disk is not what was written, or not what is asked of it."""
+
+
+def shard_name(index: int) -> str:
+    return f"data-{index:05d}.arrow"
+
+
+def shard_index(name: str) -> int | None:
+    """The index in the file name of a shard or of the note beside it; None where the name is no such name."""
+    found = re.fullmatch(r"data-([0-9]{5,9})\.(arrow|json)", name)
+    return int(found[1]) if found and Path(shard_name(int(found[1]))).stem == Path(name).stem else None
+
+
+# ---- links ----
+
+
+def check_links(folder: Path, root: Path | None = None) -> None:
+    """Raises CacheError for a symbolic link in a folder, or in place of it, that leads out of the folder.
+
+    Links to the blobs of the hub's own cache are allowed where the folder lies in one of its snapshots.
+
+    Args:
+        folder: a part of a cache; root: the folder above it that the user named, which itself may be a link.
+    """
+    inside = Path(os.path.realpath(folder))
+    if root is not None:
+        inside = Path(os.path.realpath(root)) / os.path.relpath(os.path.abspath(folder), os.path.abspath(root))
+    allowed = [
+        inside,
+        *(up.parent.parent / "blobs" for up in (inside, *inside.parents) if up.parent.name == "snapshots"),
+    ]
+    for path in _links(folder):
+        target = Path(os.path.realpath(path))
+        if not any(target == each or each in target.parents for each in allowed):
+            shown = Shown(f"{str(folder)!r} with the symbolic link {str(path)!r} to {str(target)!r}")
+            fix = "Copy the file into the folder, or remove the link."
+            because = "a cache must not read, overwrite or upload files elsewhere"
+            raise CacheError(message("teacher_cache", shown, "files inside the folder", fix, because=because))
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    if folder.is_symlink():
+        yield folder
+    for where, folders, files in os.walk(folder):
+        yield from (path for name in (*folders, *files) if (path := Path(where, name)).is_symlink())
+
+
+# ---- values ----
+
+
+def _whole(low: int, high: int = _LARGEST) -> tuple[Callable[[Any], bool], str]:
+    def fits(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    return fits, f"a whole number from {low:,} to {high:,}"
+
+
+def _number(*, above: float | None = None) -> tuple[Callable[[Any], bool], str]:
+    def fits(value: Any) -> bool:
+        known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+        return known and math.isfinite(value) and (above is None or value > above)
+
+    return fits, "a finite number" + ("" if above is None else f" > {above:g}")
+
+
+def _text(longest: int = 4096) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: isinstance(v, str) and len(v) <= longest and v.isprintable()), "printable text"
+
+
+def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
+    return (lambda v: isinstance(v, str) and v in choices), "one of " + ", ".join(map(repr, choices))
+
+
+def _digest(length: int) -> tuple[Callable[[Any], bool], str]:
+    pattern = re.compile(f"[0-9a-f]{{{length}}}")
+    return (lambda v: isinstance(v, str) and bool(pattern.fullmatch(v))), f"{length} hexadecimal digits"
+
+
+def _or_null(kind: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
+    fits, words = kind
+    return (lambda v: v is None or fits(v)), f"{words}, or null"
+
+
+def _list_of(kind: tuple[Callable[[Any], bool], str], shortest: int = 0) -> tuple[Callable[[Any], bool], str]:
+    fits, words = kind
+    return (lambda v: isinstance(v, list) and len(v) >= shortest and all(map(fits, v))), f"a list of {words}"
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) for v in value)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+_OBJECT: tuple[Callable[[Any], bool], str] = (lambda v: isinstance(v, dict)), "an object"
+_IDS = 2**31 - 1
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "layout": _whole(0),
+    "kd_trainer": _text(),
+    "part": _text(),
+    "format": _one_of(*FORMATS),
+    "classes": _whole(1, _IDS),
+    "k": _or_null(_whole(1, _IDS)),
+    "temperature": _or_null(_number(above=0)),
+    "dtype": _one_of(*DTYPES, "uint8"),
+    "shape": _list_of(_whole(1, _IDS), 1),
+    "vocabulary": _whole(1, _IDS),
+    "common_ids": _or_null(_whole(1, _IDS)),
+    "known_by": _or_null(_text()),
+    "hidden_size": _whole(0, _IDS),
+    "head_dtype": _or_null(_one_of(*DTYPES)),
+    "head_scale": _number(),
+    "head_softcap": _or_null(_number(above=0)),
+    "task": _one_of(*HEADS),
+    "positions": _one_of("labels", "attended"),
+    "labels": _or_null((_texts, "an object of texts")),
+    "teacher": _OBJECT,
+    "teacher.given": _text(),
+    "teacher.name": _text(),
+    "teacher.parameters": _whole(0),
+    "teacher.weights": _or_null(_digest(64)),
+    "tokenizer": _or_null(_digest(64)),
+    "collation": _OBJECT,
+    "dataset": _OBJECT,
+    "dataset.rows": _or_null(_whole(1)),
+    "dataset.sample": _list_of((_pair, "pairs of whole numbers")),
+    "columns_read": _list_of(_text()),
+    "row_ids": _one_of("position", "column"),
+    "batch_rows": _whole(1, _IDS),
+    "rows_per_shard": _whole(1),
+    "seed": _whole(-_LARGEST),
+}  # what the settings hold, by path
+_OF_A_SHARD: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rows": _whole(1), "positions": _whole(0), "bytes": _whole(1), "xxh3": _digest(32)
+}  # fmt: skip
+_OF_A_MANIFEST: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "row_ids": FIELDS["row_ids"],
+    "total_rows": _whole(1),
+    "total_positions": _whole(0),
+    "total_bytes": _whole(1),
+    "shards": _list_of(_OBJECT, 1),
+}
+_ABSENT = object()
+
+
+def _at(content: Mapping[str, Any], field: str) -> Any:
+    value: Any = content
+    for part in field.split("."):
+        value = value.get(part, _ABSENT) if isinstance(value, Mapping) else _ABSENT
+    return value
+
+
+def _refuse(path: Path, field: str, value: Any, expected: str, because: str | None = None) -> None:
+    text = "no value" if value is _ABSENT else repr(value)
+    text = text if len(text) <= 120 else f"{text[:117]}..."
+    shown = Shown(f"{str(path)!r} with {text} for {field!r}")
+    raise CacheError(message("teacher_cache", shown, expected, BUILD_AGAIN, because=because))
+
+
+def _check(
+    path: Path, content: Mapping[str, Any], fields: Mapping[str, Any], *, all_of_them: bool, of: str = ""
+) -> None:
+    for field, (fits, expected) in fields.items():
+        value = _at(content, field)
+        if (all_of_them or value is not _ABSENT) and not (value is not _ABSENT and fits(value)):
+            _refuse(path, of + field, value, expected)
+
+
+def check_settings(path: Path, settings: Mapping[str, Any], *, complete: bool) -> None:
+    """Raises CacheError for the first value of a cache's settings whose type or size cannot be right.
+
+    Args:
+        path: the file that holds them; complete: whether every field has to be there.
+    """
+    _check(path, settings, FIELDS, all_of_them=complete)
+    if not complete:
+        return
+    if settings["rows_per_shard"] % settings["batch_rows"]:
+        _refuse(
+            path, "rows_per_shard", settings["rows_per_shard"], f"a multiple of {settings['batch_rows']} (batch_rows)"
+        )
+    sparse, with_format = settings["format"] in SPARSE, f"with the format {settings['format']!r}"
+    k, classes, vocabulary = settings["k"], settings["classes"], settings["vocabulary"]
+    if sparse and (k is None or (settings["format"] == "topk" and k >= classes)):
+        _refuse(path, "k", k, f"1 to {classes - 1} {with_format}")
+    if sparse and settings["temperature"] is None:
+        _refuse(path, "temperature", None, f"a number {with_format}")
+    if settings["dtype"] == "uint8" and settings["format"] != "topk":
+        _refuse(path, "dtype", "uint8", f"one of {', '.join(map(repr, DTYPES))} {with_format}")
+    if settings["shape"][-1] != vocabulary or classes > vocabulary:
+        _refuse(path, "classes", classes, f"at most {vocabulary}, the last number of the shape {settings['shape']}")
+    if settings["format"] == "hidden" and not (settings["hidden_size"] and settings["head_dtype"]):
+        _refuse(path, "hidden_size", settings["hidden_size"], f"a width and a head_dtype {with_format}")
+
+
+def check_shard(path: Path, index: int, entry: Mapping[str, Any]) -> None:
+    """Raises CacheError unless an entry names the shard of this index, a plain file name, with numbers that can be."""
+    name = entry.get("name", _ABSENT)
+    if name != shard_name(index):
+        because = "a name in a manifest is a file in its own folder"
+        _refuse(path, f"shards.{index}.name", name, repr(shard_name(index)), because)
+    _check(path, entry, _OF_A_SHARD, all_of_them=True, of=f"shards.{index}.")
+
+
+def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises CacheError where the shards, the totals or a setting of a finished cache cannot be right."""
+    check_settings(path, manifest, complete=False)
+    _check(path, manifest, _OF_A_MANIFEST, all_of_them=True)
+    for index, entry in enumerate(manifest["shards"]):
+        check_shard(path, index, entry)
+    for what in ("rows", "positions", "bytes"):
+        total = sum(entry[what] for entry in manifest["shards"])
+        if manifest[f"total_{what}"] != total:
+            _refuse(path, f"total_{what}", manifest[f"total_{what}"], f"{total}, the sum over the shards")
+    rows, full = [entry["rows"] for entry in manifest["shards"]], manifest.get("rows_per_shard")
+    if full is not None and (set(rows[:-1]) - {full} or rows[-1] > full):
+        _refuse(path, "shards", rows, f"{full} rows in each shard but the last")
