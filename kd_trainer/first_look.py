@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from .finite import FiniteWatch, bad_rows
 from .fused_forward import NotPlain, OutputHead, few_products
 from .head_choice import CLASSIFICATIONS, by_problem_type, head_for, head_from_logits
 from .heads import HEADS, Head, check_label_range, logits_of
-from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, decoder_input_ids, vocabulary_rows
+from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, decoder_input_ids, is_packed, vocabulary_rows
 from .router import check_router, notes_on_own_losses
 from .shared_memory import check_separate, watch_shared_buffers
 from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, check_ids, load_teacher
@@ -107,6 +107,7 @@ class FirstLook(_InFrontOf):
     _given_teacher: Any  # as it was given, by whichever argument
     _always_hard: bool
     _finite: FiniteWatch
+    _packing: PackingWatch
     _fit: Fit | None
     _refused: list[Exception]
     _watch: Any = None  # the hook that compares buffers shared with the teacher
@@ -366,18 +367,37 @@ class FirstLook(_InFrontOf):
         ids = decoder_input_ids(student, inputs["labels"])
         return inputs if ids is None else {**inputs, "decoder_input_ids": ids}
 
+    def _refuse_packed(self, head: Head, batch: Mapping[str, Any], *, now: bool = False) -> None:
+        """Raises where "batchmean" would divide by rows of several sequences: see `PackingWatch`."""
+        if head.token_level and self.kd_args.kd_reduction == "batchmean":
+            self._packing.see(is_packed(batch, head.sequences(batch).shape), now=now)
+
+
+class PackingWatch:
+    """Looks at every batch for packed rows, which "batchmean" cannot count.
+
+    On CPU, and where the batch tells without a look at its tensors, at once; on accelerators the answer stays on the
+    device until `raise_noted` reads it, so that no step waits.
+    """
+
+    def __init__(self) -> None:
+        self._note: Tensor | None = None
+
+    def see(self, packed: bool | Tensor, *, now: bool = False) -> None:
+        """Takes the answer of `is_packed`; raises ValueError where it may be read and is true."""
+        if isinstance(packed, Tensor) and packed.device.type != "cpu" and not now:
+            self._note = packed if self._note is None else self._note | packed
+        elif packed:
+            self._refuse()
+
+    def raise_noted(self) -> None:
+        """Raises ValueError where a batch since the last call was packed."""
+        note, self._note = self._note, None
+        if note is not None and note:
+            self._refuse()
+
     @staticmethod
-    def _refuse_packed(batch: Mapping[str, Any]) -> None:
-        positions = batch.get("position_ids")
-        packed = any(key in batch for key in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"))
-        if not packed and isinstance(positions, Tensor) and positions.dim() == 2:
-            packed = bool((positions.diff(dim=-1) < 0).any())
-        if packed:
-            because = "rows of a packed batch are no longer sequences"
-            fail(
-                "kd_reduction",
-                "batchmean",
-                "'tokenmean' with packed batches",
-                "Set kd_reduction to tokenmean.",
-                because=because,
-            )
+    def _refuse() -> NoReturn:
+        because = "rows of a packed batch are no longer sequences"
+        expected, mend = "'tokenmean' with packed batches", "Set kd_reduction to tokenmean."
+        fail("kd_reduction", "batchmean", expected, mend, because=because)

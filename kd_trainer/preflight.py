@@ -223,9 +223,9 @@ def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) 
     if fit is not None and head is None:  # known from the logits alone
         head = fit.head
         _look_at_task(trainer, findings, head, batch)
-    if head is not None and head.token_level and kd.kd_reduction == "batchmean":
+    if head is not None:
         with findings.attempt("reduction"):
-            trainer._refuse_packed(batch)
+            trainer._refuse_packed(head, batch, now=True)
     return fit
 
 
@@ -285,12 +285,13 @@ def _step(trial: Trial) -> list[Finding]:
     # Where the student is sharded, or saves memory in a way that begins with training, no gradient is asked for.
     backward = trial.whole and not _checkpoints_activations(trainer.args)
     seconds = math.inf
+    counts = trainer._objective(training=True)[0].count(fit.head, trial.batch)
     for _ in range(2):
         trainer._window = Window(trainer.args.device)
         fit.student.zero_grad(set_to_none=True)
         begun = _now(trainer)
         with torch.set_grad_enabled(backward):
-            loss = trial.loss(trial.batch)
+            loss = trial.loss(trial.batch, counts)
         if backward:
             loss.backward()
         seconds = min(seconds, _now(trainer) - begun)
@@ -397,7 +398,7 @@ def _amount(count: float) -> str:
 
 def _halves(trial: Trial, findings: _Findings) -> list[Finding]:
     """The batch at once and as two micro-batches of one optimizer step."""
-    rows = main_input(trial.batch).shape[0]
+    rows = len(main_input(trial.batch))
     least = 4 if _batch_norms(trial.fit.student) else 2  # batch norm refuses a single row
     parts = _pieces(trial.batch, (rows + 1) // 2) if rows >= least else None
     if not findings.everywhere(parts is not None and len(parts) == 2):
@@ -491,9 +492,12 @@ def _batch_norms(student: nn.Module) -> dict[str, nn.Module]:
 
 def _pieces(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]] | None:
     """The batch in pieces of at most `rows` rows; None where a column does not have one entry a row."""
-    count = main_input(batch).shape[0]
+    count = len(main_input(batch))
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
-    if any(value.shape[0] != count for value in tensors.values()):
+    places = tensors.get("position_ids")
+    if places is not None and len(places) == 1 < count:  # the same for every row
+        del tensors["position_ids"]
+    if any(len(value) != count for value in tensors.values()):
         return None
     rows = max(rows, 1)
     starts = range(0, count, rows)
@@ -665,7 +669,8 @@ def _as_it_was(trainer: Any) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
     ]
     gradients = [(p, p.grad) for p in student.parameters()]
-    kept = {name: getattr(trainer, name) for name in ("_fit", "_window", "_finite", "_evaluation", "teacher")}
+    lent = ("_fit", "_window", "_finite", "_packing", "_evaluation", "teacher")
+    kept = {name: getattr(trainer, name) for name in lent}
     problem_type = getattr(getattr(student, "config", None), "problem_type", None)
     loaders = list(trainer.accelerator._dataloaders)
     mode = "off" if trainer._finite.mode == "off" else "step"

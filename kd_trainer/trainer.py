@@ -29,7 +29,7 @@ from .describe import card_section, count_parameters, name_of, start_block
 from .files import write_atomically
 from .findings import Finding, has_errors, print_findings
 from .finite import FiniteWatch
-from .first_look import Fit
+from .first_look import Fit, PackingWatch
 from .fused_arguments import Side
 from .fused_forward import NotPlain, OutputHead, student_loss, student_side, teacher_hidden, teacher_side, whole_weight
 from .fused_linear import FusedLoss
@@ -180,7 +180,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         self._window = Window(self.args.device)
         self._evaluation: Evaluation | None = None
         mode = self.kd_args.kd_check_finite or ("step" if self.args.device.type == "cpu" else "log")
-        self._finite = FiniteWatch(mode, self.args.process_index)
+        self._finite, self._packing = FiniteWatch(mode, self.args.process_index), PackingWatch()
         if not any(isinstance(c, ResumableInterrupt) for c in self.callback_handler.callbacks):
             self.add_callback(ResumableInterrupt())
 
@@ -262,6 +262,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                 if isinstance(callback, ResumableInterrupt):
                     callback.restore()
         self._finite.raise_noted()
+        self._packing.raise_noted()
         if self.teacher is not None and not self._always_hard and self.is_world_process_zero():
             write_atomically(
                 Path(str(self.args.output_dir)) / "distillation.json", json.dumps(self.summary(), indent=2)
@@ -303,12 +304,13 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             self._end_with_check(batches[0])
         fit = self._look_at(batches[0])
         objective, _ = self._objective(training=True)
+        for batch in batches:
+            self._refuse_packed(fit.head, batch)
         each = [objective.count(fit.head, batch) for batch in batches]
         counts = Counts(*(sum(column) for column in zip(*(c[:3] for c in each), strict=True)))
         if not self._started:
             self._started = True
-            if fit.head.token_level and self.kd_args.kd_reduction == "batchmean":
-                self._refuse_packed(batches[0])
+            self._refuse_packed(fit.head, batches[0], now=True)
             if self.is_world_process_zero():
                 teacher = self._teacher_module()
                 last, _ = self._objective(training=False)
@@ -379,6 +381,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         training = fit.student.training  # a DeepSpeed engine itself says True in evaluation too
         objective, soft_loss = self._objective(training=training)
         counts = num_items_in_batch if num_items_in_batch is not None else objective.count(fit.head, inputs)
+        if num_items_in_batch is None:
+            self._refuse_packed(fit.head, inputs)
         if not isinstance(counts, Counts):
             mend = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
             fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", mend, error=TypeError)
@@ -559,6 +563,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         outer, self._evaluation = self._evaluation, Evaluation([], Window(self.args.device))
         try:
             output = super().evaluation_loop(*args, **kwargs)
+            self._packing.raise_noted()
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
             if self._evaluation.rows and output.metrics is not None:
                 output.metrics.update(named(torch.cat(self._evaluation.rows).mean(0).tolist(), f"{prefix}_"))
@@ -584,6 +589,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         sums = self._window.sums() if "loss" in logs and "learning_rate" in logs else None
         if sums is not None:
             self._finite.raise_noted()
+            self._packing.raise_noted()
             mean = self.accelerator.reduce(sums, reduction="mean") / max(self._window.steps, 1)
             logs.update(named(mean.tolist(), ""))
             if self.kd_args.kd_schedule != "constant":
