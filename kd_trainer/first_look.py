@@ -97,6 +97,7 @@ class Fit(NamedTuple):
     notes: tuple[str, ...] = ()  # lines for the start block
     known_by: str | None = None  # by what the tokens of both are known to be the same: see `compatibility`
     class_order: Tensor | None = None  # of a cache's classes, as `LiveTeacher.class_order`
+    asked: bool = True  # whether the teacher was called; it is not where kd_alpha is 0, until an evaluation needs it
 
 
 class FirstLook(_InFrontOf):
@@ -111,6 +112,15 @@ class FirstLook(_InFrontOf):
     _fit: Fit | None
     _refused: list[Exception]
     _watch: Any = None  # the hook that compares buffers shared with the teacher
+    _evaluation: Any  # None outside of an evaluation
+    _predicting: bool
+
+    def _is_training_step(self, student: nn.Module) -> bool:
+        """Whether a loss is for a training step, whatever mode the student is in: it may stay in eval mode."""
+        if self._evaluation is not None or self._predicting:
+            return False
+        # Outside of `train` and `evaluate` the mode is all there is to tell; a DeepSpeed engine's own is always True.
+        return self.is_in_train or student.training
 
     @contextmanager
     def _refusals_wait(self) -> Iterator[None]:
@@ -171,8 +181,9 @@ class FirstLook(_InFrontOf):
 
     def _look_at(self, batch: Mapping[str, Any]) -> Fit:
         """Fits teacher, student and head together on the first batch; afterwards returns what it found."""
-        if self._fit is not None and self._fit.model is self.model:
-            return self._fit
+        fit = self._fit if self._fit is not None and self._fit.model is self.model else None
+        if fit is not None and (fit.asked or (self._always_hard and self._is_training_step(fit.student))):
+            return fit
         check_batch(batch)
         student = self.accelerator.unwrap_model(self.model)
         check_router(student)
@@ -182,9 +193,11 @@ class FirstLook(_InFrontOf):
         teacher_logits = known_by = None
         if isinstance(self.teacher, AdapterOffTeacher) and self.teacher.model is not student:  # from model_init
             self.teacher = AdapterOffTeacher(student, over_tokens=head is not None and head.over_tokens)
+        asked = not (self._always_hard and self._is_training_step(student))
         if isinstance(self.teacher, LiveTeacher):
             self._check_memory(student, self.teacher)
-            self.teacher.prepare(self.args.device, self.accelerator)
+            if asked:
+                self.teacher.prepare(self.args.device, self.accelerator)
             known_by = self._check_tokens(student, self.teacher, head, batch)
         theirs: int | None = None
         order: Tensor | None = None
@@ -192,7 +205,7 @@ class FirstLook(_InFrontOf):
             head, theirs, known_by = self._check_cached(student, self.teacher, head)
             order = self._classes_of_cache(student, self.teacher, warned).order
         heads, heads_notes = self._output_heads(student, head)
-        if isinstance(self.teacher, LiveTeacher) or (head is None and self.teacher is None):
+        if asked and (isinstance(self.teacher, LiveTeacher) or (head is None and self.teacher is None)):
             batch = self._with_decoder_inputs(student, head, self._prepare_inputs(dict(batch)))
             try:
                 teacher_logits = self._probe(batch, None if heads is None else heads[1], head)
@@ -220,7 +233,9 @@ class FirstLook(_InFrontOf):
             check_label_range(targets, classes)
         model = cast(nn.Module, self.model)
         notes = (*notes, *heads_notes, *notes_on_own_losses(student))
-        self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, notes, known_by, order)
+        if not asked and self.teacher is not None:
+            notes = (*notes, "kd_alpha is 0: training does not call the teacher")
+        self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, notes, known_by, order, asked)
         if heads is None and not self.is_in_train:  # training prints all notes in its start block
             for note in heads_notes:
                 logger.warning("[kd_trainer] %s", note)

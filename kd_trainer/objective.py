@@ -45,6 +45,10 @@ class Parts(NamedTuple):
     soft: Tensor | float | None
     agreement: Tensor | float | None
 
+    def zeroed(self) -> Parts:
+        """The same parts of no rows at all."""
+        return Parts(self.total, *(None if part is None else 0.0 for part in self[1:]))
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -263,6 +267,11 @@ class Objective:
         if hard is None or self.alpha == 1:
             return soft if self.alpha == 1 else self.alpha * soft
         return torch.add((1 - self.alpha) * hard, soft, alpha=self.alpha)
+
+    def mixture(self, hard: float | None, soft: float | None) -> float:
+        """The same of numbers; None where a loss does not exist."""
+        terms = ((self.alpha, soft), (1 - self.alpha, hard))
+        return sum(weight * value for weight, value in terms if value is not None and weight > 0)
 
 
 def scheduled(start: float, end: float | None, schedule: str, progress: float) -> float:

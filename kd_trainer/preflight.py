@@ -290,7 +290,7 @@ def _step(trial: Trial) -> list[Finding]:
         trainer._window = Window(trainer.args.device)
         fit.student.zero_grad(set_to_none=True)
         begun = _now(trainer)
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(backward), _in_training(trainer):
             loss = trial.loss(trial.batch, counts)
         if backward:
             loss.backward()
@@ -649,6 +649,16 @@ def _batches(trainer: Any, loader: Any, count: int) -> list[Any]:
 def _precision(trainer: Any) -> Any:
     accelerator = trainer.accelerator
     return nullcontext() if accelerator.mixed_precision == "no" or is_sharded(trainer) else accelerator.autocast()
+
+
+@contextmanager
+def _in_training(trainer: Any) -> Iterator[None]:
+    """A loss inside is that of a training step, also of a student that stays in eval mode."""
+    before, trainer.is_in_train = trainer.is_in_train, True
+    try:
+        yield
+    finally:
+        trainer.is_in_train = before
 
 
 def _now(trainer: Any) -> float:

@@ -34,7 +34,7 @@ def notes_on_own_losses(student: nn.Module) -> tuple[str, ...]:
     """Lines for the start block: what is added to the loss besides distillation, and what of the model's own is not."""
     config = text_config(student)
     notes: list[str] = []
-    weight = _router_weight(student) if getattr(config, "output_router_logits", False) else None
+    weight = router_weight(student) if getattr(config, "output_router_logits", False) else None
     if weight is not None:
         notes.append(f"the loss has {weight:g} * the student's router loss (aux_loss) added")
     if getattr(config, "z_loss_coefficient", 0) > 0:
@@ -61,14 +61,14 @@ def with_router_loss(
     if not isinstance(aux, Tensor):
         return parts, None
     aux = divide(aux.to(parts.total.device) * (main_input(inputs).shape[0] * counts.scale), counts.rows)
-    weight = _router_weight(student)
+    weight = router_weight(student)
     if weight is None:
         mend = "Set model.router_aux_loss_coef; 0 leaves the loss out."
         fail("router_aux_loss_coef", None, f"the weight of the aux_loss that {type(student).__name__} returns", mend)
     return (parts._replace(total=parts.total + weight * aux) if weight else parts), aux
 
 
-def _router_weight(student: nn.Module) -> float | None:
+def router_weight(student: nn.Module) -> float | None:
     """The weight of `aux_loss` in the student's own loss, where its class keeps it; None where it has none."""
     for owner in (student, text_config(student)):
         for name in ("router_aux_loss_coef", "aux_loss_coef"):

@@ -40,10 +40,11 @@ from .objective import Counts, Objective, Parts, scheduled
 from .offline import OfflineTeacher
 from .outputs import TeacherOutput
 from .preflight import examine, is_sharded
-from .router import with_router_loss
+from .reductions import divide
+from .router import router_weight, with_router_loss
 from .teacher import LiveTeacher
 from .training_args import DistillationArguments, refuse_borrowed_names
-from .window import Evaluation, Window, as_tensor, named, perplexity
+from .window import Evaluation, Window, as_tensor, named, perplexity, with_existence
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,12 @@ REPLACED = {
     "trl.trainer.sft_trainer.SFTTrainer": "SFTTrainer's entropy, mean_token_accuracy and num_tokens are not logged; "
     "include_num_input_tokens_seen counts tokens, teacher_agreement and eval_perplexity tell how good the student is",
 }
+
+
+# Settings that change nothing of what the first batch told; and those of which that is true without a teacher cache.
+_FREE_SETTINGS = frozenset({"kd_alpha", "kd_alpha_end", "kd_beta", "kd_schedule", "kd_check_finite", "kd_run"})
+_FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
+_NO_ROWS = Counts(0, 0, 0)
 
 
 class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
@@ -176,11 +183,11 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         self._fit: Fit | None = None
         self._started = False
         self._told_uncached = False
+        self._predicting = False  # whether a `prediction_step` is under way
         self._loss_only = False  # whether the outputs of the current evaluation step are thrown away
         self._window = Window(self.args.device)
         self._evaluation: Evaluation | None = None
-        mode = self.kd_args.kd_check_finite or ("step" if self.args.device.type == "cpu" else "log")
-        self._finite, self._packing = FiniteWatch(mode, self.args.process_index), PackingWatch()
+        self._finite, self._packing = FiniteWatch(self._finite_mode(), self.args.process_index), PackingWatch()
         if not any(isinstance(c, ResumableInterrupt) for c in self.callback_handler.callbacks):
             self.add_callback(ResumableInterrupt())
 
@@ -191,6 +198,27 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         self.kd_args = DistillationArguments.of(self.args)
         self._always_hard = self.kd_args.kd_alpha == 0 and self.kd_args.kd_schedule == "constant"
         self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
+        self._last_settings = self._settings_now()
+
+    def _settings_now(self) -> dict[str, Any]:
+        names = (*(f.name for f in dataclasses.fields(DistillationArguments)), "label_smoothing_factor")
+        return {name: getattr(self.args, name, None) for name in names}
+
+    def _follow_settings(self) -> None:
+        """Reads the arguments again where a script or a callback has changed them since."""
+        now, before = self._settings_now(), self._last_settings
+        if now == before:
+            return
+        always_hard = self._always_hard
+        self._read_settings()
+        self._require_teacher(self.teacher)
+        self._finite.mode = self._finite_mode()
+        free = {*_FREE_SETTINGS, *(() if isinstance(self.teacher, CachedTeacher) else _FREE_WITH_LOGITS)}
+        if always_hard != self._always_hard or any(now[name] != before[name] for name in now if name not in free):
+            self._fit = None  # what the first batch told was told for other settings
+
+    def _finite_mode(self) -> str:
+        return self.kd_args.kd_check_finite or ("step" if self.args.device.type == "cpu" else "log")
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Upstream calls this first in every training, with a trial or without."""
@@ -246,7 +274,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                 self.callback_handler.callbacks = []
             else:
                 self._end_with_check()
-        if self.kd_args.teacher_cache_dir is not None and not isinstance(self._given_teacher, CachedTeacher | None):
+        here = self.kd_args.teacher_cache_dir is not None and not isinstance(self._given_teacher, CachedTeacher | None)
+        if here and (not self._always_hard or self.kd_args.kd_run == "cache"):
             self.build_teacher_cache()
         elif isinstance(self.teacher, CachedTeacher):
             self.check_given_cache()
@@ -300,6 +329,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        self._follow_settings()
         if self.kd_args.kd_run == "check":
             self._end_with_check(batches[0])
         fit = self._look_at(batches[0])
@@ -378,7 +408,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             The loss, or the loss and a mapping with the keys that the student returns for a batch with labels.
         """
         fit = self._look_at(inputs)
-        training = fit.student.training  # a DeepSpeed engine itself says True in evaluation too
+        training = self._is_training_step(fit.student)
         objective, soft_loss = self._objective(training=training)
         counts = num_items_in_batch if num_items_in_batch is not None else objective.count(fit.head, inputs)
         if num_items_in_batch is None:
@@ -399,8 +429,37 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         parts = objective(fit.head, soft_loss, logits, taught, inputs, counts, common_ids=fit.common_ids)
         parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
         self._finite.see(parts.total, logits, None if said is None else said.logits, self.state.global_step)
-        self._collect(parts, aux, counts, training)
+        counted = None if training else self._without_repeated(inputs, counts)
+        if counted is None:
+            self._collect(parts, aux, counts, training)
+        else:
+            own, rows = counted
+            counts = _NO_ROWS if rows == 0 else objective.count(fit.head, own)
+            once = parts.zeroed()
+            if rows > 0:
+                said = None if said is None else said.each(lambda tensor: tensor[:rows])
+                taught = None if said is None else said.sparse or said.logits
+                once = objective(fit.head, soft_loss, logits[:rows], taught, own, counts, common_ids=fit.common_ids)
+            self._collect(once, aux, counts, training)
         return (parts.total, _as_mapping(outputs, parts.total)) if return_outputs else parts.total
+
+    def _without_repeated(self, inputs: dict[str, Any], counts: Counts) -> tuple[dict[str, Any], int] | None:
+        """(the batch, number of rows) without the rows that accelerate repeats to fill the last batches.
+
+        They stand at the end of the gathered rows, from which `gather_for_metrics` cuts them off. None where the batch
+        has none, or where processes share rows in another way.
+        """
+        state, rows = self.accelerator.gradient_state, int(counts.rows)
+        alone = self.args.world_size == 1 or self._evaluation is None
+        if alone or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            return None
+        own = min(max(state.remainder - self.args.process_index * rows, 0), rows)
+        if own == rows:
+            return None
+        cut = {k: v[:own] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
+        return cut, own
 
     def _said(self, fit: Fit, inputs: dict[str, Any], model: nn.Module, training: bool) -> TeacherOutput | None:
         """The teacher's logits, or what a cache holds instead of them; None where it is not asked."""
@@ -439,8 +498,11 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         """`compute_loss` without logits; None where a model turns out to do more with its logits than is known."""
         assert fit.heads is not None
         ours, theirs = fit.heads
+        training = self._is_training_step(fit.student)
+        counted = None if training else self._without_repeated(inputs, counts)
+        once: list[FusedLoss] = []
         try:
-            with self._taught_for_fused(theirs, inputs, model, fit.student.training) as taught:
+            with self._taught_for_fused(theirs, inputs, model, training) as taught:
                 if taught is None:
                     return None
 
@@ -448,8 +510,13 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                     if taught.positions != hidden.shape[:-1]:
                         raise NotPlain("student and teacher give hidden states for different positions")
                     on_device = taught.each(lambda tensor: tensor.to(hidden.device))
-                    side = student_side(ours, weight, bias)
-                    return objective.fused(fit.head, hidden, on_device, side, inputs, counts, common_ids=fit.common_ids)
+                    side, ids = student_side(ours, weight, bias), fit.common_ids
+                    if counted is not None and counted[1] > 0:
+                        own, rows = counted
+                        said, own_counts = on_device.each(lambda tensor: tensor[:rows]), objective.count(fit.head, own)
+                        kept = objective.fused(fit.head, hidden[:rows], said, side, own, own_counts, common_ids=ids)
+                        once[:] = [kept]
+                    return objective.fused(fit.head, hidden, on_device, side, inputs, counts, common_ids=ids)
 
                 computed, outputs, hidden = student_loss(
                     lambda: model(**model_inputs(inputs, fit.accepted)), ours, loss
@@ -459,12 +526,17 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             self._fit = fit._replace(heads=None, notes=(*fit.notes, line))
             logger.warning("[kd_trainer] %s", line)
             return None
-        parts = objective.parts(computed, counts, labelled=fit.head.targets(inputs) is not None)
+        labelled = fit.head.targets(inputs) is not None
+        parts = objective.parts(computed, counts, labelled=labelled)
         parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
         seen = taught.logits if taught.hidden is None else taught.hidden
         self._finite.see(parts.total, hidden, seen, self.state.global_step, of="hidden states")
-        self._collect(parts, aux, counts, fit.student.training)
-        return parts.total, outputs
+        total = parts.total
+        if counted is not None:
+            counts = objective.count(fit.head, counted[0]) if once else _NO_ROWS
+            parts = objective.parts(once[0], counts, labelled=labelled) if once else parts.zeroed()
+        self._collect(parts, aux, counts, training)
+        return total, outputs
 
     @contextmanager
     def _taught_for_fused(
@@ -480,7 +552,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             yield TeacherOutput(hidden=hidden, head=teacher_side(head, weight, bias, hidden))
 
     def _collect(self, parts: Parts, aux: Tensor | None, counts: Counts, training: bool) -> None:
-        """Keeps the parts on the device: summed for the training log, gathered row by row as `eval_loss` is."""
+        """Keeps the parts on the device: those of a training step, or each row of an evaluation once."""
         if not training and self._evaluation is None:
             return
         hard, soft, agreement, router = (v.detach() if isinstance(v, Tensor) else v for v in (*parts[1:], aux))
@@ -488,11 +560,14 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         if training:
             self._window.add(row)
         elif self._evaluation is not None:
-            values = as_tensor([row], parts.total.device)
-            self._evaluation.rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
-            if hard is not None:
-                divisor = counts.hard if self.kd_args.kd_reduction == "tokenmean" else counts.rows
-                self._evaluation.tokens.add((hard * divisor, counts.hard))
+            hard_count = counts.hard if self.kd_args.kd_reduction == "tokenmean" else counts.rows
+            soft_count = counts.soft if self.kd_args.kd_reduction == "tokenmean" else counts.rows
+            sums = (_times(hard, hard_count), counts.hard, _times(soft, soft_count), _times(agreement, counts.soft))
+            self._evaluation.sums.add((*sums, counts.rows, _times(router, counts.rows)))
+            if self._fit is not None and self._fit.head.token_level:
+                exists = torch.tensor([[part is not None for part in row]], device=parts.total.device)
+                values = torch.cat([as_tensor([row], parts.total.device), exists.float()], 1)
+                self._evaluation.rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
 
     # ---- evaluation and logs ----
 
@@ -505,11 +580,11 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         **gen_kwargs: Any,
     ) -> tuple[Any, Any, Any]:
         """Upstream's, with the loss of `compute_loss` where it generates and for batches without labels too."""
-        self._loss_only = prediction_loss_only
+        self._loss_only, self._predicting = prediction_loss_only, True
         try:
             return self._prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         finally:
-            self._loss_only = False
+            self._loss_only = self._predicting = False
 
     def _prediction_step(
         self,
@@ -553,33 +628,54 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         return loss, tokens, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's, with hard_loss, soft_loss and teacher_agreement beside the loss, weighed as the loss is.
+        """Upstream's, with hard_loss, soft_loss and teacher_agreement beside the loss.
+
+        Of tasks with one answer a row, the loss and its parts are sums over all rows divided by their counts (with
+        kd_reduction "tokenmean" the labelled rows for the hard loss), whatever the size of the batches. Of tasks by
+        position they weigh as upstream's loss does, batch by batch. A row that accelerate repeats to fill the last
+        batches of several processes counts once.
 
         Language models also get perplexity: exp of the mean hard loss per labelled token over all batches, whatever
         their size, their padding and kd_reduction; inf where that is too large a number. It is left out where there
-        are no labels, and with label smoothing, whose loss is no log-likelihood. Where several processes share rows
-        that do not fill their last batches, the rows that accelerate repeats there count again, as in the loss.
+        are no labels, and with label smoothing, whose loss is no log-likelihood.
         """
+        self._follow_settings()
         outer, self._evaluation = self._evaluation, Evaluation([], Window(self.args.device))
         try:
             output = super().evaluation_loop(*args, **kwargs)
             self._packing.raise_noted()
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-            if self._evaluation.rows and output.metrics is not None:
-                output.metrics.update(named(torch.cat(self._evaluation.rows).mean(0).tolist(), f"{prefix}_"))
-                output.metrics.update(self._perplexity(self._evaluation.tokens, f"{prefix}_"))
+            if self._fit is not None and output.metrics is not None:
+                output.metrics.update(self._evaluated(self._evaluation, self._fit, f"{prefix}_"))
         finally:
             self._evaluation = outer
         return output
 
-    def _perplexity(self, tokens: Window, prefix: str) -> dict[str, float]:
-        """`perplexity` by its logged name, from the sums of all processes; nothing where it has no meaning."""
-        if self._fit is None or not self._fit.head.over_tokens or self.args.label_smoothing_factor > 0:
+    def _evaluated(self, evaluation: Evaluation, fit: Fit, prefix: str) -> dict[str, float]:
+        """The parts by their logged names, and `perplexity` where it has a meaning, from the rows of all processes."""
+        sums = evaluation.sums.sums()
+        if sums is None:  # a class in front has a compute_loss that does not call this one
             return {}
-        sums = tokens.sums()
-        sums = torch.zeros(2, device=self.args.device) if sums is None else sums  # this process saw no label
-        hard_sum, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return {f"{prefix}perplexity": perplexity(hard_sum, count)} if count > 0 else {}
+        both = self.accelerator.reduce(with_existence(sums, evaluation.sums.exists), reduction="sum")
+        (hard, labelled, soft, same, rows, router), exists = both.tolist()
+        if not fit.head.token_level:
+            hard_count = labelled if self.kd_args.kd_reduction == "tokenmean" else rows
+            means = [divide(hard, hard_count), divide(soft, rows), divide(same, rows), labelled, divide(router, rows)]
+            logged = named(means, prefix, [exists[0], exists[2], exists[3], exists[1], exists[5]])
+        else:
+            weighed = torch.cat(evaluation.rows).mean(0).tolist()
+            logged = named(weighed[:5], prefix, weighed[5:])
+        if self.args.world_size > 1 or (not fit.head.token_level and labelled < rows):
+            logged[f"{prefix}loss"] = self._mixture(logged, fit, prefix)
+        if fit.head.over_tokens and self.args.label_smoothing_factor == 0 and labelled > 0:
+            logged[f"{prefix}perplexity"] = perplexity(hard, labelled)
+        return logged
+
+    def _mixture(self, logged: dict[str, float], fit: Fit, prefix: str) -> float:
+        """The loss that the logged parts of an evaluation make."""
+        objective, _ = self._objective(training=False)
+        total = objective.mixture(logged.get(f"{prefix}hard_loss"), logged.get(f"{prefix}soft_loss"))
+        return total + (router_weight(fit.student) or 0.0) * logged.get(f"{prefix}aux_loss", 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`; the window's own log (it has `loss` and `learning_rate`) gets the parts of that loss.
@@ -590,8 +686,9 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         if sums is not None:
             self._finite.raise_noted()
             self._packing.raise_noted()
-            mean = self.accelerator.reduce(sums, reduction="mean") / max(self._window.steps, 1)
-            logs.update(named(mean.tolist(), ""))
+            both = self.accelerator.reduce(with_existence(sums, self._window.exists), reduction="mean")
+            mean = both[0] / max(self._window.steps, 1)
+            logs.update(named(mean.tolist(), "", both[1].tolist()))
             if self.kd_args.kd_schedule != "constant":
                 objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
                 logs.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
@@ -678,6 +775,11 @@ class _AndTheTeachers(list):
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or str(name).startswith(TEACHER_PREFIX)
+
+
+def _times(mean: Tensor | float | None, count: Tensor | float) -> Tensor | float | None:
+    """The sum that `divide` made a mean of; None where there is none."""
+    return None if mean is None else mean * (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 def _full_name(cls: type) -> str:

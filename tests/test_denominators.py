@@ -99,7 +99,7 @@ def test_two_processes_evaluate_as_one(two_processes, tmp_path):
     lm = tiny.trainer("causal_lm", tmp_path, per_device_eval_batch_size=8)
     perplexity = lm.evaluate(tiny.rows("causal_lm", 24, seed=2))["eval_perplexity"]
     assert result["causal_lm"]["eval_perplexity"] == pytest.approx(perplexity, rel=1e-5)
-    # 21 rows do not fill the last batches: upstream repeats rows there, and the parts are weighed as its loss is.
+    # 21 rows do not fill the last batches: see test_evaluation_counts.py.
     uneven = result["uneven"]
     assert 0.7 * uneven["eval_soft_loss"] + 0.3 * uneven["eval_hard_loss"] == pytest.approx(
         uneven["eval_loss"], rel=1e-4

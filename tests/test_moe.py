@@ -12,7 +12,7 @@ from torch import nn
 from transformers import NllbMoeConfig, SwitchTransformersConfig
 
 from kd_trainer import DistillationTrainer, DistillationTrainingArguments
-from kd_trainer.router import _router_weight
+from kd_trainer.router import router_weight
 from tests import tiny
 
 # Where a class keeps its weight differs: JetMoe has aux_loss_coef, the others router_aux_loss_coef.
@@ -184,7 +184,7 @@ def test_it_is_the_config_that_asks(tmp_path):
 def test_a_vision_language_model_keeps_the_weight_in_its_text_config():
     student = nn.Identity()
     student.config = transformers.Qwen3VLMoeConfig(text_config={"router_aux_loss_coef": 0.25})
-    assert _router_weight(student) == 0.25
+    assert router_weight(student) == 0.25
 
 
 def test_the_start_block_says_what_is_added_and_what_is_left_out(tmp_path, capsys):

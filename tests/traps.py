@@ -217,8 +217,8 @@ TRAPS = {
     27: Trap(
         "the weighted parts are the logged loss",
         "kd_trainer/trainer.py",
-        'reduction="mean") / max(self._window.steps, 1)',
-        'reduction="mean") / self.args.logging_steps',
+        "mean = both[0] / max(self._window.steps, 1)",
+        "mean = both[0] / self.args.logging_steps",
         "tests/test_trainer.py -k resuming_inside",
     ),
     28: Trap(
@@ -280,8 +280,8 @@ TRAPS = {
     36: Trap(
         "perplexity is that of the hard loss",
         "kd_trainer/trainer.py",
-        "self._evaluation.tokens.add((hard * divisor, counts.hard))",
-        "self._evaluation.tokens.add((parts.total.detach() * divisor, counts.hard))",
+        "sums = (_times(hard, hard_count), counts.hard, _times(soft, soft_count), _times(agreement, counts.soft))",
+        "sums = (_times(soft, hard_count), counts.hard, _times(soft, soft_count), _times(agreement, counts.soft))",
         "tests/test_perplexity.py",
     ),
     37: Trap(
