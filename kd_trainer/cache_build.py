@@ -81,7 +81,7 @@ class Speaker:
             return None
         try:
             states = teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head)
-            return states.flatten(0, 1)
+            return self.teacher.behind_front(states, inputs).flatten(0, 1)
         except NotPlain as reason:
             logger.info("The teacher's logits are made in full: %s.", reason)
             self.output_head = None

@@ -27,7 +27,7 @@ from .first_look import SMALL_VOCABULARY
 from .fused_arguments import CHUNK_ROWS, chunk_rows, group_rows
 from .fused_forward import NotPlain, OutputHead
 from .heads import Head
-from .inputs import accepted_inputs, model_inputs, vocabulary_rows
+from .inputs import accepted_inputs, behind_front, model_inputs, vocabulary_rows
 from .losses import SoftTargetLoss
 from .teacher import LiveTeacher, adapters_off
 
@@ -155,7 +155,7 @@ class FakeStep:
         """The logits; or the hidden states, where the output head is left out as `fused_forward` does."""
         if output_head is None:
             with self._cast():
-                logits = head.logits(model(**inputs), "model")
+                logits = behind_front(head.logits(model(**inputs), "model"), model, inputs)
             return logits.float() if self.autocast and torch.is_grad_enabled() else logits  # as Accelerate casts
         hidden: list[Tensor] = []
 

@@ -35,7 +35,7 @@ from .compatibility import (
 )
 from .finite import FiniteWatch, bad_rows
 from .fused_forward import NotPlain, OutputHead, few_products
-from .head_choice import CLASSIFICATIONS, by_problem_type, head_for, head_from_logits
+from .head_choice import CLASSIFICATIONS, by_problem_type, check_virtual_tokens, head_for, head_from_logits
 from .heads import HEADS, Head, check_label_range, logits_of
 from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, decoder_input_ids, is_packed, vocabulary_rows
 from .router import check_router, notes_on_own_losses
@@ -217,6 +217,9 @@ class FirstLook(_InFrontOf):
             head = head_for(student, "classification" if dims == 1 else "token_classification", False)
         head = head_from_logits(teacher_logits) if head is None else head  # type: ignore[arg-type]
         self._check_settings(head)
+        check_virtual_tokens(student, head, "model")
+        if isinstance(self.teacher, LiveTeacher):
+            check_virtual_tokens(self.teacher.model, head, "teacher_model")
         targets, classes = head.targets(batch), classes_of(student, head)
         shared: int | None = None
         notes: tuple[str, ...] = ()

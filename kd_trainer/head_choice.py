@@ -1,7 +1,7 @@
 """Which head of `HEADS` a model has: by its Auto class, its config, its labels, or in the end by its logits.
 
 For: the trainer on the first batch, and the teacher, whom the same Auto class loads.
-Imports: checks, heads, transformers (the Auto classes, on use).
+Imports: checks, heads, inputs, transformers (the Auto classes, on use).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .checks import Shown, fail
 from .heads import HEADS, Head
+from .inputs import front_positions
 
 # Where class i of the teacher must mean class i of the student by name.
 CLASSIFICATIONS = ("classification", "multi_label_classification", "token_classification")
@@ -162,6 +163,22 @@ def head_for(model: nn.Module, kd_task: str | None, shifts_labels: bool) -> Head
         return HEADS["causal_lm"]
     refuse_other_purposes(model)
     return None
+
+
+def check_virtual_tokens(model: nn.Module, head: Head, argument: str) -> None:
+    """Raises ValueError for PEFT prompts whose positions PEFT itself does not keep apart from those of the labels."""
+    peft: Any = getattr(model, "active_peft_config", None)
+    if not getattr(peft, "is_prompt_learning", False):
+        return
+    kind = str(getattr(peft.peft_type, "value", peft.peft_type))
+    because = None
+    if head.name == "question_answering" and front_positions(model, {}):
+        because = "PEFT counts the virtual tokens in start_positions and end_positions"
+    elif head.name == "seq2seq_lm" and kind == "MULTITASK_PROMPT_TUNING":
+        because = "PEFT runs it with labels alone, not with decoder_input_ids"
+    if because is not None:
+        shown = Shown(f"a model with {peft.num_virtual_tokens} virtual tokens ({kind})")
+        fail(argument, shown, f"LoRA or full weights for the task {head.name!r}", "Use LoRA.", because=because)
 
 
 # What upstream's classifiers call their kinds of labels, and the head of each.

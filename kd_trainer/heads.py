@@ -206,12 +206,21 @@ class Head:
 
     @staticmethod
     def _fail_different(student: Tensor, teacher: Tensor) -> None:
+        because, fix = (
+            "class i of one must mean class i of the other",
+            "Take a teacher and a student with the same classes (or vocabulary) in the same order.",
+        )
+        if student.shape[:-1] != teacher.shape[:-1]:
+            because, fix = (
+                "position i of one must be position i of the other",
+                "Take a teacher that reads the student's inputs and has one prediction for each of its positions.",
+            )
         fail(
             "teacher_model",
             Shown(f"giving logits of shape {tuple(teacher.shape)}"),
             f"the student's shape {tuple(student.shape)}",
-            "Take a teacher and a student with the same classes (or vocabulary) in the same order.",
-            because="class i of one must mean class i of the other",
+            fix,
+            because=because,
         )
 
 

@@ -221,6 +221,36 @@ def vocabulary_rows(model: Any, *, written: bool = False) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
+# What of PEFT's prompt learning adds no positions to the logits: by its keys and values, or by its kind of model.
+_NO_POSITIONS = ("PREFIX_TUNING", "CARTRIDGE")
+_POSITIONS_IN_LOGITS = ("CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def front_positions(model: Any, inputs: Mapping[str, Any]) -> int:
+    """How many positions a model puts in front of those of its inputs: PEFT's virtual tokens, the image of a GIT.
+
+    Its logits have these positions too; no label and no position of the other model belongs to them.
+    """
+    peft: Any = getattr(model, "active_peft_config", None)
+    config: Any = getattr(model, "config", None)
+    count = 0
+    if getattr(peft, "is_prompt_learning", False):
+        kinds = [str(getattr(kind, "value", kind)) for kind in (peft.peft_type, peft.task_type)]
+        if kinds[0] not in _NO_POSITIONS and kinds[1] in _POSITIONS_IN_LOGITS:
+            count = peft.num_virtual_tokens
+    pixels = inputs.get("pixel_values")
+    if getattr(config, "model_type", None) == "git" and isinstance(pixels, Tensor):
+        vision = config.vision_config
+        count += ((vision.image_size // vision.patch_size) ** 2 + 1) * (pixels.shape[1] if pixels.dim() == 5 else 1)
+    return count
+
+
+def behind_front(positions: Tensor, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """[B, S, ...] of the inputs' own positions, of [B, front + S, ...]; what has no positions [B, C] stays."""
+    count = front_positions(model, inputs)
+    return positions[:, count:] if count and positions.dim() > 2 else positions
+
+
 def text_config(model: nn.Module) -> Any:
     """The config of the language model within, which is the model's own where it has no other part; None without."""
     config: Any = getattr(model, "config", None)
@@ -237,11 +267,13 @@ def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     from transformers.utils.generic import TransformersKwargs
 
     unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's wrapper takes anything
-    model = unwrap() if unwrap is not None else model
+    wrapper, model = model, unwrap() if unwrap is not None else model
     parameters = inspect.signature(model.forward).parameters
     named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     # A label without a default must be given, or the call fails: then it is an input like any other.
     names = {p.name for p in named if p.name not in NOT_INPUTS or p.default is p.empty}
+    if getattr(wrapper, "active_peft_config", None) is not None:  # task_ids of multitask prompts
+        names |= set(inspect.signature(wrapper.forward).parameters) - NOT_INPUTS - {"args", "kwargs"}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         if not isinstance(model, PreTrainedModel) or not named:
             return None

@@ -48,7 +48,16 @@ from .finite import FiniteWatch
 from .first_look import Fit, classes_have_names, same_random_numbers
 from .head_choice import by_problem_type, head_for
 from .heads import Head
-from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, main_input, model_inputs, token_mask, vocabulary_rows
+from .inputs import (
+    TEACHER_PREFIX,
+    accepted_inputs,
+    behind_front,
+    check_batch,
+    main_input,
+    model_inputs,
+    token_mask,
+    vocabulary_rows,
+)
 from .memory import estimate_memory
 from .objective import Counts
 from .reductions import IGNORE_INDEX, divide
@@ -89,6 +98,7 @@ class Trial(NamedTuple):
             taught = trainer.teacher(batch, trainer.accelerator, self.model, read=head.logits)
         with torch.no_grad(), _precision(trainer):
             logits = head.logits(self.model(**model_inputs(batch, self.fit.accepted)), "model")
+            logits = behind_front(logits, self.fit.student, batch)
         return logits, None if taught is None else taught.to(logits.device)
 
 

@@ -20,7 +20,7 @@ from .backends import prepare_teacher
 from .checks import Shown, fail, message
 from .head_choice import auto_class_of, auto_classes
 from .heads import HEADS, Head, logits_of
-from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, model_inputs, vocabulary_rows
+from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs, vocabulary_rows
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +100,16 @@ class LiveTeacher:
         Args:
             read: takes the logits out of what the teacher returns: `Head.logits`.
         """
-        logits = read(self.outputs(batch, accelerator, student), "teacher_model")
+        logits = self.behind_front(read(self.outputs(batch, accelerator, student), "teacher_model"), batch)
         if self.class_order is not None:
             self.class_order = self.class_order.to(logits.device)
             logits = logits[..., self.class_order]
         return logits
+
+    def behind_front(self, positions: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Its logits or hidden states at the positions of the batch: see `inputs.front_positions`."""
+        own = "teacher_pixel_values" in batch
+        return behind_front(positions, self.model, self.inputs(batch) if own else batch)
 
     def outputs(self, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None = None) -> Any:
         """What the teacher's forward returns for the batch, without gradient, dropout and cache.

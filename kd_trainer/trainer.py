@@ -33,7 +33,7 @@ from .first_look import Fit, PackingWatch
 from .fused_arguments import Side
 from .fused_forward import NotPlain, OutputHead, student_loss, student_side, teacher_hidden, teacher_side, whole_weight
 from .fused_linear import FusedLoss
-from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, model_inputs
+from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
 from .objective import Counts, Objective, Parts, scheduled
@@ -423,7 +423,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                 return (fused[0], _as_mapping(fused[1], fused[0])) if return_outputs else fused[0]
         said = self._said(fit, inputs, model, training)
         outputs = model(**model_inputs(inputs, fit.accepted))
-        logits = fit.head.logits(outputs, "model")
+        logits = behind_front(fit.head.logits(outputs, "model"), fit.student, inputs)
         said = None if said is None else said.each(lambda tensor: tensor.to(logits.device))
         taught = None if said is None else said.sparse or said.logits
         parts = objective(fit.head, soft_loss, logits, taught, inputs, counts, common_ids=fit.common_ids)
@@ -507,6 +507,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                     return None
 
                 def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
+                    hidden = behind_front(hidden, fit.student, inputs)
                     if taught.positions != hidden.shape[:-1]:
                         raise NotPlain("student and teacher give hidden states for different positions")
                     on_device = taught.each(lambda tensor: tensor.to(hidden.device))
@@ -548,6 +549,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             return
         live = cast(LiveTeacher, self.teacher)
         hidden = teacher_hidden(lambda: live.outputs(inputs, self.accelerator, model), head)
+        hidden = live.behind_front(hidden, inputs)
         with whole_weight(head) as (weight, bias):
             yield TeacherOutput(hidden=hidden, head=teacher_side(head, weight, bias, hidden))
 

@@ -191,7 +191,7 @@ def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     flat = {name: torch.cat([f[name] for f in features]) for name in ("pixel_values", "image_grid_thw")}
     text = tiny.pad([{k: v for k, v in f.items() if k not in flat} for f in features])
     types = (text["input_ids"] == IMAGE).int()
-    return {**text, **flat, "mm_token_type_ids": types}
+    return {**flat, **text, "mm_token_type_ids": types}
 
 
 class Kind(NamedTuple):
