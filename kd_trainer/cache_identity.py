@@ -1,7 +1,7 @@
 """What a teacher cache was made of, as values that can be compared: teacher, tokenizer, collation, data.
 
 For: `cache_build.py`, which notes them in the manifest and compares them before anything is read.
-Imports: cache_store, checks, compatibility, describe, files, teacher; transformers (on use).
+Imports: cache_store, checks, compatibility, describe, files, redaction, teacher, training_args; transformers (on use).
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .cache_store import CacheError
-from .checks import Shown, message
+from .checks import Shown, fail, message
 from .compatibility import tokenizer_of
 from .describe import name_of
 from .files import digest
+from .redaction import hidden, scrub
 from .teacher import ADAPTER_OFF, adapter_parameters
+from .training_args import as_json
 
 
 def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Module) -> dict[str, Any]:
@@ -40,11 +44,81 @@ def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Mod
     config = folder / "config.json"
     return {
         "given": "path",
-        "name": str(given),
+        "name": scrub(str(given)),
         "weights": _hash(weights),
         "config": digest(config) if config.is_file() else "",
-        "init_kwargs": json.loads(json.dumps(dict(init_kwargs), default=str, sort_keys=True)),
+        "init_kwargs": output_kwargs(init_kwargs),
     }
+
+
+# Arguments of from_pretrained that say where weights come from and go to, not what the teacher computes.
+_NOT_OF_THE_OUTPUT = frozenset(
+    [
+        "token",
+        "use_auth_token",
+        "cache_dir",
+        "force_download",
+        "resume_download",
+        "local_files_only",
+        "proxies",
+        "mirror",
+        "user_agent",
+        "low_cpu_mem_usage",
+        "device",
+        "device_map",
+        "max_memory",
+        "offload_folder",
+        "offload_state_dict",
+        "offload_buffers",
+        "weights_only",
+        "output_loading_info",
+        "tp_plan",
+        "tp_size",
+        "device_mesh",
+        "distributed_config",
+        "load_in_parallel",
+        "_fast_init",
+        "disable_mmap",
+    ]
+)
+
+
+def output_kwargs(init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of from_pretrained that can change what the teacher gives, as JSON values without secrets.
+
+    dtype (also by its old name torch_dtype), quantization_config, revision, variant, subfolder, attn_implementation,
+    trust_remote_code and whatever is not known to be without effect.
+
+    Raises:
+        ValueError: a value that cannot be written down, so that another one could not be told from it.
+    """
+    named = {"torch_dtype": "dtype"}
+    kept = {named.get(name, name): value for name, value in init_kwargs.items() if name not in _NOT_OF_THE_OUTPUT}
+    for name, value in kept.items():
+        if opaque := _opaque(value):
+            because = "a teacher cache could not tell it from another one"
+            fix = "Give it as text, numbers, lists and objects of these."
+            shown = Shown(f"one whose {name} has an object of type {opaque}")
+            fail("teacher_model_init_kwargs", shown, "values that JSON can hold", fix, because=because)
+    found = hidden(as_json(kept))
+    if isinstance(found.get("dtype"), str):
+        found["dtype"] = {"half": "float16", "float": "float32", "double": "float64"}.get(
+            found["dtype"].removeprefix("torch."), found["dtype"].removeprefix("torch.")
+        )
+    for name, default in (("trust_remote_code", False), ("use_safetensors", True)):
+        if found.get(name) is default:
+            del found[name]
+    return dict(sorted(found.items()))
+
+
+def _opaque(value: Any) -> str | None:
+    """The type of an object in a value that has no text of its own; None where there is none."""
+    if isinstance(value, Mapping):
+        return next(filter(None, map(_opaque, value.values())), None)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return next(filter(None, map(_opaque, value)), None)
+    known = isinstance(value, (str, int, float, type(None), Path, Enum, torch.dtype, np.generic))
+    return None if known or hasattr(value, "to_dict") else type(value).__name__
 
 
 def _folder_of(path: str, init_kwargs: Mapping[str, Any]) -> Path:
@@ -52,7 +126,8 @@ def _folder_of(path: str, init_kwargs: Mapping[str, Any]) -> Path:
     if not folder.is_dir():
         from transformers.utils.hub import cached_file
 
-        keep = {k: init_kwargs[k] for k in ("revision", "cache_dir", "subfolder", "token") if k in init_kwargs}
+        names = ("revision", "cache_dir", "subfolder", "token", "local_files_only", "proxies", "force_download")
+        keep = {name: init_kwargs[name] for name in names if name in init_kwargs}
         found = cached_file(path, "config.json", **keep)
         return Path(str(found)).parent
     return folder / str(init_kwargs.get("subfolder", ""))

@@ -1,7 +1,7 @@
 """Argument checks with one clear message each.
 
 For: every place where a bad value can be known before it trains wrongly. Leaves what is right or wrong to the caller.
-Imports: the standard library only.
+Imports: redaction.
 
 Every message reads: `argument` is VALUE; expected WHAT[, because CONSEQUENCE]. HOW TO MEND IT.
 """
@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from .redaction import hidden, scrub
+
 
 class Message(str):
     """A message in the house form that remembers its last part."""
@@ -21,10 +23,11 @@ class Message(str):
 
 
 def message(argument: str, value: Any, expected: str, mend: str, *, because: str | None = None) -> Message:
-    """The house form of an error message; strings as values are shown quoted."""
-    shown = value if isinstance(value, Shown) else repr(value)
+    """The house form of an error message, without secrets; strings as values are shown quoted."""
+    shown = value if isinstance(value, Shown) else repr(hidden(value, argument))
     reason = f", because {because}" if because else ""
-    made = Message(f"`{argument}` is {shown}; expected {expected}{reason}. {mend}")
+    mend = scrub(mend)
+    made = Message(scrub(f"`{argument}` is {shown}; expected {expected}{reason}. ") + mend)
     made.mend = mend
     return made
 

@@ -2,7 +2,8 @@
 
 For: `preflight.py`, which gathers them and runs the models. What training would refuse is refused elsewhere and becomes
 a row here; what is added here is suspicious and not always wrong.
-Imports: cache, checks, compatibility, describe, first_look, heads, inputs, objective, reductions, teacher; rich.
+Imports: cache, checks, compatibility, describe, first_look, heads, inputs, objective, redaction,
+reductions, teacher; rich.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .first_look import SMALL_VOCABULARY, Fit, classes_of
 from .heads import Head, check_label_range
 from .inputs import NOT_INPUTS, TEACHER_PREFIX, text_config, vocabulary_rows
 from .objective import Objective
+from .redaction import scrub
 from .reductions import IGNORE_INDEX, divide
 from .teacher import AdapterOffTeacher, LiveTeacher
 
@@ -73,10 +75,11 @@ def refused(what: str, exception: BaseException) -> Finding:
     said = exception.args[0] if exception.args else ""
     if isinstance(said, Message):
         return error(what, said.removesuffix(f" {said.mend}"), said.mend)
-    logger.warning("[kd_trainer] while checking %s:", what, exc_info=exception)
+    clean = scrub(str(exception)) == str(exception)  # a traceback shows the text as it is
+    logger.warning("[kd_trainer] while checking %s:", what, exc_info=exception if clean else None)
     frames = traceback.extract_tb(exception.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    text = ": ".join([type(exception).__name__, *str(exception).splitlines()[:1]])
+    text = ": ".join([type(exception).__name__, *scrub(str(exception)).splitlines()[:1]])
     mend = "Training would stop with it too; the traceback is in the log."
     if isinstance(exception, torch.OutOfMemoryError):
         mend = "Halve per_device_train_batch_size and double gradient_accumulation_steps: the loss stays the same."

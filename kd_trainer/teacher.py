@@ -2,7 +2,7 @@
 
 For: `trainer.py`. Leaves what teacher and student must agree on to `compatibility.py`. The teacher is never registered
 with the accelerator and never a submodule of the student: checkpoints and optimizers do not know of it.
-Imports: backends, checks, head_choice, heads, inputs, transformers (on use).
+Imports: backends, checks, head_choice, heads, inputs, redaction, transformers (on use).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from .checks import Shown, fail, message
 from .head_choice import auto_class_of, auto_classes
 from .heads import HEADS, Head, logits_of
 from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs, vocabulary_rows
+from .redaction import scrub, secrets_in
 
 logger = logging.getLogger(__name__)
 
@@ -348,10 +349,13 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
     try:
         model, info = _from_pretrained(head, auto_class, path, {**_UNLESS_ASKED, **init_kwargs})
     except Exception as error:  # upstream and safetensors raise many kinds
-        said = f"{auto_class.__name__} can load ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        secrets = set(secrets_in(init_kwargs))
+        line = scrub((str(error).splitlines() or [""])[0], secrets)
+        cause = error if scrub(str(error), secrets) == str(error) else None  # its traceback would show a secret
+        said = f"{auto_class.__name__} can load ({type(error).__name__}: {line})"
         if init_kwargs and isinstance(error, (TypeError, RuntimeError, ImportError)):
             expected, mend = f"arguments with which {said}", "Check their names and values."
-            raise ValueError(message("teacher_model_init_kwargs", init_kwargs, expected, mend)) from error
+            raise ValueError(message("teacher_model_init_kwargs", init_kwargs, expected, mend)) from cause
         mend = "Check the path for a typing error."
         if any(Path(path).glob("*.bin")):
             mend = (
@@ -364,7 +368,7 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
                 '{"trust_remote_code": true}.'
             )
         expected = f"a folder with config.json and safetensors weights, or a hub name, that {said}"
-        raise ValueError(message("teacher_model", path, expected, mend)) from error
+        raise ValueError(message("teacher_model", path, expected, mend)) from cause
     if init_kwargs.get("device_map") is not None and getattr(model, "hf_device_map", None) is None:
         model.hf_device_map = {"": model.device}  # upstream notes a map of several devices only
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})

@@ -1,10 +1,12 @@
 """Settings of a distillation run: the `kd_*` and `teacher_*` fields, and the parser of "config.json --field value".
 
 For: users' JSON files and command lines. Leaves the meaning of the numbers to `objective.py` and the loading of the
-teacher to `teacher.py`. Imports: cache_formats, checks, divergences, heads, transformers.
+teacher to `teacher.py`. Imports: cache_formats, checks, divergences, heads,
+redaction, transformers.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
@@ -23,6 +25,7 @@ from .cache_formats import DTYPES, FORMATS
 from .checks import check_choice, check_number, check_temperature, fail, nearest
 from .divergences import DIVERGENCES
 from .heads import HEADS
+from .redaction import SecretiveDict, hidden, is_secret_name
 
 REDUCTIONS = ("batchmean", "tokenmean")
 POSITIONS = ("labels", "attended")
@@ -45,7 +48,7 @@ def refuse_borrowed_names(kwargs: dict[str, Any], known: Any = ()) -> None:
             fail(name, kwargs[name], f"the argument {meaning}", "Rename it in the training arguments.", error=TypeError)
 
 
-@dataclass
+@dataclass(repr=False)
 class DistillationArguments:
     """The distillation settings alone, to put in front of any `TrainingArguments` class.
 
@@ -217,7 +220,7 @@ class DistillationArguments:
         if given is not None and not (isinstance(given, dict) and all(isinstance(name, str) for name in given)):
             mend = 'Write it as {"dtype": "bfloat16"}.'
             fail("teacher_model_init_kwargs", given, "a JSON object: names and values", mend, error=TypeError)
-        self.teacher_model_init_kwargs = given
+        self.teacher_model_init_kwargs = None if given is None else SecretiveDict(given)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, as upstream's arguments have it: what is no JSON value (a `BitsAndBytesConfig`, a
@@ -225,7 +228,30 @@ class DistillationArguments:
         above: Any = super()
         own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
         made: dict[str, Any] = above.to_dict() if hasattr(above, "to_dict") else own
-        return {**made, "teacher_model_init_kwargs": as_json(self.teacher_model_init_kwargs)}
+        return {**made, "teacher_model_init_kwargs": hidden(as_json(self.teacher_model_init_kwargs))}
+
+    def __repr__(self) -> str:
+        shown = {entry.name: getattr(self, entry.name, None) for entry in dataclasses.fields(self)}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in hidden(shown).items())})"
+
+    def __str__(self) -> str:
+        shown = {entry.name: getattr(self, entry.name, None) for entry in dataclasses.fields(self)}
+        lines = [f"{name}={value},\n" for name, value in sorted(hidden(shown).items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For training_args.bin, which is saved and uploaded with every model: secrets stay behind."""
+        return {name: None if is_secret_name(name) else value for name, value in self.__dict__.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = made = object.__new__(type(self))
+        made.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return made
+
+    def __copy__(self) -> Any:
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
 
     @property
     def teacher_kwargs(self) -> dict[str, Any]:
@@ -296,12 +322,12 @@ def as_json(value: Any) -> Any:
     return str(value).removeprefix("torch.")
 
 
-@dataclass
+@dataclass(repr=False)
 class DistillationTrainingArguments(DistillationArguments, TrainingArguments):
     """`TrainingArguments` with the distillation settings of `DistillationArguments` in front."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Seq2SeqDistillationTrainingArguments(DistillationArguments, Seq2SeqTrainingArguments):
     """`Seq2SeqTrainingArguments` (generation in evaluation) with the settings of `DistillationArguments` in front."""
 

@@ -13,6 +13,7 @@ import kd_trainer
 
 PACKAGE = Path(kd_trainer.__file__).parent
 ORDER = [
+    "redaction",
     "checks",
     "files",
     "divergences",
