@@ -300,7 +300,7 @@ class FirstLook(_InFrontOf):
             shown = Shown("a column of the batch")
             fail("teacher_input_ids", shown, "no tokens of the teacher's own", mend, because=because)
         known_by = None
-        reads = "input_ids" in batch or (head is not None and head.over_tokens)
+        reads = "input_ids" in batch or (head is not None and (head.over_tokens or not head.has_formula))
         if reads and not apart and teacher.model is not student:
             known_by = check_same_tokens(student, teacher.model, self.processing_class, self.kd_args.teacher_kwargs)
         ours, theirs = vocabulary_rows(student), vocabulary_rows(teacher.model)
@@ -374,6 +374,13 @@ class FirstLook(_InFrontOf):
         if kd.kd_remap_labels and head.name not in CLASSIFICATIONS:
             because = "its outputs are no classes with names of their own"
             fail("kd_remap_labels", True, f"False for the task {head.name!r}", "Leave it out.", because=because)
+        if not head.has_formula and min(kd.kd_alpha, 1.0 if kd.kd_alpha_end is None else kd.kd_alpha_end) < 1:
+            because = "the hard loss of this task is the model's own"
+            fail("kd_alpha", kd.kd_alpha, f"1 for the task {head.name!r}", "Set it to 1.", because=because)
+        if kd.teacher_cache_dir is not None and not head.cacheable:
+            because = "which frames count is known to the student alone"
+            expected = f"None for the task {head.name!r}"
+            fail("teacher_cache_dir", kd.teacher_cache_dir, expected, "Train with the live teacher.", because=because)
         if smoothing > 0 and not head.softmax:
             fail("label_smoothing_factor", smoothing, f"0 for the task {head.name!r}", "Leave it out.")
 

@@ -19,7 +19,12 @@ from .heads import HEADS, Head
 from .inputs import front_positions
 
 # Where class i of the teacher must mean class i of the student by name.
-CLASSIFICATIONS = ("classification", "multi_label_classification", "token_classification")
+CLASSIFICATIONS = (
+    "classification",
+    "multi_label_classification",
+    "token_classification",
+    "audio_frame_classification",
+)
 
 
 # What transformers' other models do, by the mapping that lists them: none has the logits of one of the tasks. The more
@@ -155,10 +160,10 @@ def head_for(model: nn.Module, kd_task: str | None, shifts_labels: bool) -> Head
         ValueError: a model of transformers for another purpose: see `refuse_other_purposes`.
     """
     if kd_task is not None:
-        return HEADS[kd_task]
+        return HEADS[kd_task].of_model(model)
     known = auto_class_of(model)
     if known is not None:
-        return known[0]
+        return known[0].of_model(model)
     if shifts_labels:
         return HEADS["causal_lm"]
     refuse_other_purposes(model)

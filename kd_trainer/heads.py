@@ -9,8 +9,8 @@ A new task is a new entry of `HEADS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -42,6 +42,8 @@ class Head:
     softmax: ClassVar[bool] = True  # both losses are of one softmax over the classes and of integer labels
     a_label_a_logit: ClassVar[bool] = False  # labels are numbers, of the logits' shape
     tempered: ClassVar[bool] = True  # divergence and temperature mean something
+    has_formula: ClassVar[bool] = True  # of the hard loss; else the model's own is the only one
+    cacheable: ClassVar[bool] = True  # which positions count can be told from a batch alone
 
     @property
     def dims(self) -> int:
@@ -52,6 +54,10 @@ class Head:
     def over_tokens(self) -> bool:
         """Whether the classes are a vocabulary: token ids, of which embeddings may hold more rows than there are."""
         return self.name.endswith("_lm")
+
+    def of_model(self, model: Any) -> Head:
+        """The head as this student has it; most are the same for every one."""
+        return self
 
     def soft_term(self, divergence: str) -> str:
         """The soft loss by name, for the formula that is printed."""
@@ -399,6 +405,78 @@ class QuestionAnsweringHead(Head):
         )
 
 
+@dataclass(frozen=True)
+class FrameHead(Head):
+    """Classes of each frame of speech: logits [B, F, C] of the student's frames; labels [B, F, C], a 1 for each frame.
+
+    Hard loss of a frame: the cross-entropy of its class, padding included, as upstream has it. With `kd_positions`
+    "attended" the soft loss counts the frames of real samples alone.
+
+    Args:
+        frames: [n] numbers of samples (or of features) -> [n] numbers of frames; of the student: see `of_model`.
+    """
+
+    cacheable: ClassVar[bool] = False
+    frames: Callable[[Tensor], Tensor] | None = None
+
+    def of_model(self, model: Any) -> Head:
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        names = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+        return replace(self, frames=next((getattr(model, name) for name in names if hasattr(model, name)), None))
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        labels = inputs.get("labels")
+        return labels.argmax(-1) if labels is not None and labels.dim() == 3 else super().targets(inputs)
+
+    def attended(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Boolean [B, F]: frames of real samples, by the feature extractor's attention_mask; None without one."""
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            return None
+        frames = torch.arange(self._count(mask.shape[1]), device=mask.device)
+        return frames < self._frames()(mask.sum(-1)).unsqueeze(-1)
+
+    def sequences(self, inputs: Mapping[str, Any]) -> Tensor:
+        samples = main_input(inputs)
+        return torch.empty(len(samples), self._count(samples.shape[1]), device=samples.device)
+
+    def _count(self, samples: int) -> int:
+        return int(self._frames()(torch.tensor([samples])))
+
+    def _frames(self) -> Callable[[Tensor], Tensor]:
+        if self.frames is None:
+            expected = "a task whose frames the model can count (a speech model of transformers)"
+            fail("kd_task", self.name, expected, "Take such a model, or kd_task token_classification.")
+        return self.frames
+
+    @staticmethod
+    def _fail_different(student: Tensor, teacher: Tensor) -> None:
+        if student.shape[-1] != teacher.shape[-1]:
+            Head._fail_different(student.flatten(0, -2)[:1], teacher.flatten(0, -2)[:1])
+        fail(
+            "teacher_model",
+            Shown(f"giving logits for {teacher.shape[1]} frames"),
+            f"{student.shape[1]}, the student's",
+            "Take a teacher whose feature encoder has the student's strides and reads the student's samples.",
+            because="frame i of one must be frame i of the other",
+        )
+
+
+@dataclass(frozen=True)
+class CTCHead(FrameHead):
+    """Speech recognition by CTC: logits [B, F, V], labels [B, L] of fewer tokens than frames, -100 where padded.
+
+    The hard loss is the model's own, which sums over the alignments. Soft loss: T² D of each frame of real samples.
+    """
+
+    softmax: ClassVar[bool] = False
+    has_formula: ClassVar[bool] = False
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """None: no label belongs to a frame."""
+        return None
+
+
 HEADS = {
     head.name: head
     for head in (
@@ -433,6 +511,8 @@ HEADS = {
             ),
         ),
         Head("masked_lm", True, False, ("AutoModelForMaskedLM",)),
+        FrameHead("audio_frame_classification", True, False, ("AutoModelForAudioFrameClassification",)),
+        CTCHead("ctc", True, False, ("AutoModelForCTC",)),
         QuestionAnsweringHead(
             "question_answering",
             False,
