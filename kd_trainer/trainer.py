@@ -584,9 +584,13 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         """Upstream's, with the loss of `compute_loss` where it generates and for batches without labels too."""
         self._loss_only, self._predicting = prediction_loss_only, True
         try:
-            return self._prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+            loss, outputs, labels = self._prediction_step(
+                model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs
+            )
         finally:
             self._loss_only = self._predicting = False
+        outputs = _tensors_alone(outputs)
+        return loss, outputs[0] if isinstance(outputs, tuple) and len(outputs) == 1 else outputs, labels
 
     def _prediction_step(
         self,
@@ -603,7 +607,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
         if ignore_keys is None:
             config = getattr(self.model, "config", None)
-            ignore_keys = getattr(config, "keys_to_ignore_at_inference", ["past_key_values"])
+            default = [] if config is None else ["past_key_values", "cache"]  # before and from transformers 5.24
+            ignore_keys = getattr(config, "keys_to_ignore_at_inference", default)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         if prediction_loss_only:
@@ -786,6 +791,18 @@ def _times(mean: Tensor | float | None, count: Tensor | float) -> Tensor | float
 
 def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _tensors_alone(outputs: Any) -> Any:
+    """Without what is no tensor (caches, text, None, ...), None if nothing is left: upstream joins all it is given."""
+    if isinstance(outputs, (list, tuple)):
+        kept = [tensors for value in outputs if (tensors := _tensors_alone(value)) is not None]
+        return (kept if isinstance(outputs, list) else tuple(kept)) if kept else None
+    if isinstance(outputs, Mapping):
+        named = {name: _tensors_alone(value) for name, value in outputs.items()}
+        named = {name: tensors for name, tensors in named.items() if tensors is not None}
+        return type(outputs)(named) if named else None  # type: ignore[call-arg]
+    return outputs if isinstance(outputs, Tensor) else None
 
 
 def _as_mapping(outputs: Any, loss: Tensor) -> Any:
