@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    BertForMultipleChoice,
     DynamicCache,
     EncoderDecoderCache,
     LlamaForCausalLM,
@@ -25,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from kd_trainer import Seq2SeqDistillationTrainer, Seq2SeqDistillationTrainingArguments
 from kd_trainer.heads import HEADS
-from tests import tiny
+from tests import test_multiple_choice, tiny
 from tests.config_run import bart, distilbert
 
 LABELS = ("labels", "start_positions", "end_positions")
@@ -57,11 +58,16 @@ def pair(task: str) -> Any:
         return bart(16), bart(24)
     if task == "masked_lm":
         return distilbert(16), distilbert(24)
+    if task == "multiple_choice":
+        return tuple(BertForMultipleChoice(tiny.bert_config(hidden)) for hidden in (16, 24))
     return tiny.models(task)
 
 
 def rows(task: str, *, labelled: bool = True) -> list[dict[str, Any]]:
-    made = tiny.rows("causal_lm" if task in ("seq2seq_lm", "masked_lm") else task, 11, seed=2)
+    if task == "multiple_choice":
+        made = test_multiple_choice.rows(11)
+    else:
+        made = tiny.rows("causal_lm" if task in ("seq2seq_lm", "masked_lm") else task, 11, seed=2)
     if labelled:
         return made
     more = {"decoder_input_ids": [2, 5, 6]} if task == "seq2seq_lm" else {}
