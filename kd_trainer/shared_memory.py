@@ -130,7 +130,9 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
         yield from _plain(held)
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):  # a DTensor also names its mesh
+                yield from _plain(part)
     elif tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.numel():
         yield tensor.detach()
 

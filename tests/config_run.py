@@ -14,10 +14,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, DistilBertConfig, DistilBertForMaskedLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertForMultipleChoice,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+)
 
 from kd_trainer import CachedTeacher, offline
-from tests import backend_run, tiny
+from tests import backend_run, test_multiple_choice, tiny
 from tests.launch import leave
 
 BERTS = (
@@ -26,6 +32,7 @@ BERTS = (
     "regression",
     "question_answering",
     "token_classification",
+    "multiple_choice",
 )
 TASKS = (*BERTS, "masked_lm", "causal_lm", "seq2seq_lm", "plain")
 # The teacher's outputs are built into a cache of this format first, by all processes, and read in training.
@@ -64,9 +71,14 @@ def build(task: str, folder: Path, **arguments: Any) -> Any:
         pair: Any = (bart(16), bart(24))
     elif task == "masked_lm":
         pair = distilbert(16), distilbert(24)
+    elif task == "multiple_choice":
+        pair = tuple(BertForMultipleChoice(tiny.bert_config(hidden, initializer_range=0.5)) for hidden in (16, 24))
     else:
         pair = tiny.models(task)
-    data = tiny.rows("causal_lm" if task in ("seq2seq_lm", "masked_lm") else task)
+    if task == "multiple_choice":
+        data = test_multiple_choice.rows()
+    else:
+        data = tiny.rows("causal_lm" if task in ("seq2seq_lm", "masked_lm") else task)
     settings = {"kd_reduction": "tokenmean", "max_steps": 4, **arguments}
     return tiny.trainer(task, folder, pair=pair, data=data, **settings)
 
