@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import tempfile
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,16 +35,30 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """The same for what is written bit by bit: at the end it is synced and renamed; an exception leaves nothing."""
+    """The same for what is written bit by bit: at the end it is synced and renamed; an exception leaves nothing.
+
+    The file has the mode that the process's umask gives new files, or that of the file it replaces.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = _new_file(path)
     try:
         with os.fdopen(handle, "wb") as file:
+            if path.is_file() and not path.is_symlink():
+                with contextlib.suppress(OSError):  # a file system without modes
+                    os.chmod(temporary, stat.S_IMODE(path.stat().st_mode) & 0o777)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's own mode would hide the file from others
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)  # a signal may raise after the renaming too
+        temporary.unlink(missing_ok=True)  # a signal may raise after the renaming too
         raise
+
+
+def _new_file(path: Path) -> tuple[int, Path]:
+    """An open file of a name of its own beside `path`; the system itself applies the umask."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    while True:
+        temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+        with contextlib.suppress(FileExistsError):
+            return os.open(temporary, flags, 0o666), temporary

@@ -44,7 +44,7 @@ class Places:
         with self._lock:
             self.seen.append(f"{event} {Path(arguments[0]).name}")
             if len(self.seen) - 1 == self.kill_at:
-                cut = self.half and event == "os.chmod"
+                cut = self.half and event == "os.rename"  # by then all is written
                 if cut:
                     os.truncate(arguments[0], Path(arguments[0]).stat().st_size // 2)
                 print(f"killed before {self.seen[-1]}{', half written' if cut else ''}", flush=True)
