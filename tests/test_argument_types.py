@@ -1,4 +1,4 @@
-"""Every field of the arguments takes one type, from JSON, the command line and Python; the text names what was given."""
+"""Every field of the arguments takes one type, from JSON, the command line and Python; errors name what was given."""
 
 from __future__ import annotations
 
