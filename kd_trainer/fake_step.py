@@ -30,6 +30,7 @@ from .heads import Head
 from .inputs import accepted_inputs, behind_front, model_inputs, vocabulary_rows
 from .losses import SoftTargetLoss
 from .teacher import LiveTeacher, adapters_off
+from .teacher_batch import floating_dtypes
 
 _Heads = tuple[nn.Linear, nn.Linear]  # the output heads of student and teacher
 _WITHOUT_MASK = "sdpa_without_mask"
@@ -114,6 +115,9 @@ class FakeStep:
         for model in {student: None, teacher: None}:
             self._watch(model)
         asked = LiveTeacher(teacher).inputs(batch)
+        if teacher is not student:
+            dtype = next(iter(floating_dtypes(teacher)), None)
+            asked = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in asked.items()}
         inputs = model_inputs(batch, accepted_inputs(student)) | {k: v for k, v in asked.items() if k == "use_cache"}
         with live:
             with torch.no_grad(), adapters_off(student) if teacher is student else nullcontext():

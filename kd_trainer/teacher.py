@@ -2,7 +2,7 @@
 
 For: `trainer.py`. Leaves what teacher and student must agree on to `compatibility.py`. The teacher is never registered
 with the accelerator and never a submodule of the student: checkpoints and optimizers do not know of it.
-Imports: backends, checks, head_choice, heads, inputs, redaction, transformers (on use).
+Imports: backends, checks, head_choice, heads, inputs, redaction, teacher_batch, transformers (on use).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .head_choice import auto_class_of, auto_classes
 from .heads import HEADS, Head, logits_of
 from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs, vocabulary_rows
 from .redaction import scrub, secrets_in
+from .teacher_batch import TeacherBatch, floating_dtypes
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class LiveTeacher:
         self.model = model
         self.compiled = compiled
         self.id_limit: int | None = None
-        self._home: torch.device | None = None  # of a teacher that its loader placed, maybe not where the batch is
+        self._given = TeacherBatch()
         self._compiled_model: Any = None
         self.prepared = model  # what is called: the model, or the backend's wrapper around it
         self.class_order: Tensor | None = None
@@ -73,7 +74,9 @@ class LiveTeacher:
         if not placed and getattr(self.model, "quantization_method", None) is None:
             self.prepared = prepare_teacher(self.model, device, accelerator)
         elif len(set((getattr(self.model, "hf_device_map", None) or {}).values())) < 2:  # else accelerate moves inputs
-            self._home = next(self.model.parameters()).device
+            self._given.device = next(self.model.parameters()).device
+        # A forward that failed may not be tried again where other processes take part in it.
+        self._given.dtypes = [*floating_dtypes(self.model)[: 1 if self.sharded else None]] or [None]
         self._modules = list(self.model.modules())
 
     @property
@@ -128,8 +131,6 @@ class LiveTeacher:
         inputs = self.inputs(batch)
         if self.id_limit is not None:
             check_ids(inputs, self.id_limit)
-        if self._home is not None:
-            inputs = {k: v.to(self._home) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         # Someone may have called teacher.train(), or trained a part of it, since the last step.
         in_training = [module for module in self.shared if module.training]
         if any(module.training for module in self._modules):
@@ -138,7 +139,7 @@ class LiveTeacher:
         # Autocast is entered here because upstream patches only the student's forward with it.
         with torch.no_grad(), autocast:
             try:
-                return self._ask(inputs, student)
+                return self._given.forward(lambda **given: self._ask(given, student), inputs)
             except ValueError as error:
                 check_image_size(self.model, inputs, error)
                 raise

@@ -38,6 +38,7 @@ ORDER = [
     "objective",
     "router",
     "backends",
+    "teacher_batch",
     "teacher",
     "compatibility",
     "shared_memory",
