@@ -1,10 +1,10 @@
 """A Trainer script before and after the swap: the lines marked `# new:` are the whole change.
+Expected test accuracy: teacher 95.8%, before (plain student) 60.1%, after (distilled student) 84.7%.
 
     python examples/minimal.py     # about 13 seconds on one CPU core; `accelerate launch examples/minimal.py` works too
-
-Expected test accuracy: teacher 95.8%, before (plain student) 60.1%, after (distilled student) 84.7%.
 """
 
+import torch
 from datasets import concatenate_datasets  # new:
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -16,6 +16,7 @@ from kd_trainer.models import MLPConfig, MLPForImageClassification
 data = synthetic_classification(num_train=4000, num_unlabelled=1000, signal=0.15)
 few = data["train"].select(range(200))  # the student's labelled rows; the teacher has had all 4,000
 settings = {"per_device_train_batch_size": 32, "learning_rate": 1e-3, "save_strategy": "no"}
+settings["use_cpu"] = not torch.cuda.is_available()  # without it, several processes on the CPU train each alone
 shared = {"eval_dataset": data["test"], "compute_metrics": classification_metrics()}
 
 

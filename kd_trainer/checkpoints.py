@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .checks import Shown, fail, message
+from .checks import Shown, fail, message, warn
 from .files import digest, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,7 @@ class CompleteCheckpoints(_InFrontOf):
         if named is None:
             found, refused = newest_resumable(output_dir)
             for name, reason in refused.items():
-                logger.warning("[kd_trainer] %s is passed over: %s.", name, reason)
+                warn(logger, "[kd_trainer] %s is passed over: %s.", name, reason)
             if found is None:
                 mend = "Train from the start: leave resume_from_checkpoint out."
                 because = "; ".join(f"of {name}: {reason}" for name, reason in refused.items()) or None
@@ -182,9 +182,10 @@ class CompleteCheckpoints(_InFrontOf):
                 mend += " Its weights alone, where they are whole: from_pretrained, and train from the start."
                 fail("resume_from_checkpoint", str(named), "a whole checkpoint", mend, because=flaw)
         if not (found / MANIFEST).exists():
-            logger.warning("[kd_trainer] %s has no %s: whether its files are whole is not known.", found, MANIFEST)
+            warn(logger, "[kd_trainer] %s has no %s: whether its files are whole is not known.", found, MANIFEST)
         elif _manifest(found)["processes"] != self.args.world_size:
-            logger.warning(
+            warn(
+                logger,
                 "[kd_trainer] %s was written by %d processes and goes on with %d: orders and random numbers will "
                 "differ from those of a run that was never stopped.",
                 found,

@@ -9,7 +9,10 @@ Every message reads: `argument` is VALUE; expected WHAT[, because CONSEQUENCE]. 
 from __future__ import annotations
 
 import difflib
+import logging
 import math
+import os
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -111,3 +114,34 @@ def check_temperature(argument: str, value: Any) -> None:
     check_number(argument, value, low=0, open_low=True)
     because = "its square, the factor of the soft loss, is no number of float32"
     fail(argument, Shown(f"{value:g}"), "a number from 1e-18 to 1e+18", "Usual are 1 to 10.", because=because)
+
+
+# In which launchers tell a process its number.
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def is_first_process() -> bool:
+    """Whether this is the first of a launcher's processes, or the only one; known before any of them is set up."""
+    ranks = [value for name in _RANKS if (value := os.environ.get(name, "")).isdigit()]
+    return not ranks or int(ranks[0]) == 0
+
+
+def leave_progress_bar() -> None:
+    """Ends the line of a progress bar that is being drawn: what is printed next begins a line of its own."""
+    bars = getattr(getattr(sys.modules.get("tqdm.std"), "tqdm", None), "_instances", ())
+    for bar in list(bars):
+        stream = getattr(bar, "fp", None)
+        if stream is None or getattr(bar, "disable", True):
+            continue
+        if getattr(stream, "isatty", bool)():
+            bar.clear()  # it is drawn again below
+        else:
+            stream.write("\n")
+            stream.flush()
+
+
+def warn(logger: logging.Logger, text: str, *values: Any, **kwargs: Any) -> None:
+    """`logger.warning` in the first process alone, on a line of its own."""
+    if is_first_process():
+        leave_progress_bar()
+        logger.warning(text, *values, **kwargs)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .checks import Shown, fail
+from .checks import Shown, fail, warn
 from .inputs import vocabulary_rows
 
 logger = logging.getLogger(__name__)
@@ -36,10 +36,11 @@ def class_order(student: nn.Module, teacher: nn.Module, *, remap: bool) -> Tenso
 
 
 def warned(ours: Mapping[int, str] | None, theirs: Mapping[int, str] | None, **options: Any) -> Classes:
-    """`match_classes`, with a warning where the names cannot be compared."""
+    """`match_classes`, with a warning where one side has names and they cannot be compared with the other's."""
     found = match_classes(ours, theirs, **options)
-    if found.known is False and ours is not None and theirs is not None:
-        logger.warning(
+    if found.known is False and ours is not None and theirs is not None and not without_names(ours, theirs):
+        warn(
+            logger,
             "The classes of teacher (%s) and student (%s) cannot be compared by name: training goes on as if class i "
             "meant the same in both. Set the same id2label in both configs to have it checked.",
             listed(theirs),
@@ -151,6 +152,11 @@ def class_names(model: Any) -> dict[int, str] | None:
         return {int(i): str(name) for i, name in items}
     except (TypeError, ValueError):
         fail("id2label", names, "whole numbers as its keys", "Write it as {0: name, 1: name, ...}.")
+
+
+def without_names(ours: Mapping[int, str], theirs: Mapping[int, str]) -> bool:
+    """Whether neither side names its classes: upstream's defaults on both, as integer labels leave them."""
+    return _unnamed(ours) and _unnamed(theirs)
 
 
 def _unnamed(names: Mapping[int, str]) -> bool:

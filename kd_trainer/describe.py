@@ -26,6 +26,11 @@ def name_of(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
+def times(ratio: float, what: str) -> str:
+    """`6.6x WHAT`; of a ratio below 1 with two digits that are no zeros."""
+    return f"{ratio:.1f}x {what}" if ratio >= 1 else f"{ratio:.2g}x {what}"
+
+
 def describe(model: nn.Module) -> str:
     """Class, parameters, dtype and device in one line."""
     first = next(model.parameters(), None)
@@ -54,7 +59,9 @@ def start_block(
     lines = [f"student  {describe(student)}"]
     if teacher is not None:
         ratio = count_parameters(teacher) / max(count_parameters(student), 1)
-        lines = [f"teacher  {describe(teacher)} ({ratio:.1f}x the student)", *lines]
+        lines = [f"teacher  {describe(teacher)} ({times(ratio, 'the student')})", *lines]
+        if ratio < 1:
+            lines.append("the teacher is smaller than the student: swap them if that is not meant")
     if cached is not None:
         lines = [f"teacher  {cached}", *lines]
     lines += [f"task     {head.name}", first.formula(head)]
@@ -78,11 +85,12 @@ def card_section(summary: Mapping[str, Any], log_history: Sequence[Mapping[str, 
         summary: `DistillationMixin.summary()`; log_history: `trainer.state.log_history`.
     """
     ratio = summary["teacher_parameters"] / max(summary["student_parameters"], 1)
+    size = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / max(ratio, 1e-9):.1f}x larger"
     lines = [
         "## Distillation",
         "",
         f"Distilled from the teacher `{summary['teacher']}` ({summary['teacher_parameters']:,} parameters) into "
-        f"{summary['student_parameters']:,} parameters ({ratio:.1f}x smaller) with kd_trainer:",
+        f"{summary['student_parameters']:,} parameters ({size}) with kd_trainer:",
         "",
         f"    {summary['formula']}",
         "",

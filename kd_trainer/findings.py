@@ -23,9 +23,9 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from .cache import CachedTeacher
-from .checks import Message, Shown, fail
-from .compatibility import Classes, listed
-from .describe import count_parameters, describe
+from .checks import Message, Shown, fail, leave_progress_bar, warn
+from .compatibility import Classes, listed, without_names
+from .describe import count_parameters, describe, times
 from .first_look import SMALL_VOCABULARY, Fit, classes_of
 from .heads import Head, check_label_range
 from .inputs import NOT_INPUTS, TEACHER_PREFIX, text_config, vocabulary_rows
@@ -76,7 +76,7 @@ def refused(what: str, exception: BaseException) -> Finding:
     if isinstance(said, Message):
         return error(what, said.removesuffix(f" {said.mend}"), said.mend)
     clean = scrub(str(exception)) == str(exception)  # a traceback shows the text as it is
-    logger.warning("[kd_trainer] while checking %s:", what, exc_info=exception if clean else None)
+    warn(logger, "[kd_trainer] while checking %s:", what, exc_info=exception if clean else None)
     frames = traceback.extract_tb(exception.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     text = ": ".join([type(exception).__name__, *scrub(str(exception)).splitlines()[:1]])
@@ -88,6 +88,7 @@ def refused(what: str, exception: BaseException) -> Finding:
 
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
     """Prints the table, the mend of a row below what was found, and how many errors and warnings there are."""
+    leave_progress_bar()
     if console is None:
         console = Console(highlight=False)
         if not console.is_terminal:
@@ -151,7 +152,7 @@ def about_teacher(
         return [ok("teacher", "the student with its adapters off")]
     model, size = teacher.model, count_parameters(teacher.model)
     ratio = size / max(count_parameters(student), 1)
-    found = f"{describe(model)} ({ratio:.1f}x the student)"
+    found = f"{describe(model)} ({times(ratio, 'the student')})"
     swapped = "The smaller model is the teacher: swap them if that is not meant."
     rows = [warning("teacher", found, swapped) if ratio < 1 else ok("teacher", found)]
     if not called:
@@ -190,6 +191,8 @@ def about_classes(ours: Mapping[int, str] | None, theirs: Mapping[int, str] | No
         return [ok("classes", "the teacher's are reordered by name (kd_remap_labels)")]
     if ours is None or theirs is None:
         return [ok("classes", "a model without id2label: class i has to mean the same in both")]
+    if without_names(ours, theirs):
+        return [ok("classes", f"no names ({listed(ours)}) in both: class i has to mean the same in both")]
     if not found.known:
         mend = "Set the same id2label in both configs to have them compared."
         lists = f"teacher: {listed(theirs)}; student: {listed(ours)}"

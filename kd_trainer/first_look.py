@@ -21,7 +21,7 @@ from transformers import Trainer
 
 from .cache import CachedTeacher
 from .cache_identity import tokenizer_identity
-from .checks import Shown, fail
+from .checks import Shown, fail, warn
 from .compatibility import (
     Classes,
     check_same_tokens,
@@ -241,7 +241,7 @@ class FirstLook(_InFrontOf):
         self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, notes, known_by, order, asked)
         if heads is None and not self.is_in_train:  # training prints all notes in its start block
             for note in heads_notes:
-                logger.warning("[kd_trainer] %s", note)
+                warn(logger, "[kd_trainer] %s", note)
         return self._fit
 
     def _check_memory(self, student: nn.Module, teacher: LiveTeacher) -> None:

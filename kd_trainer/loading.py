@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .checks import Shown, fail
+from .checks import Shown, fail, warn
 from .data import LABEL_NAMES, UNLABELLED, Source, as_dataset, check_count, column_of, label_name
 from .reductions import IGNORE_INDEX
 
@@ -134,7 +134,8 @@ def _scaled(splits: Mapping[str, dict[str, np.ndarray]], sources: Mapping[str, S
     high = max(split["features"].max() for split in splits.values())
     is_pixels = all(whole.values()) and low >= 0 and 1 < high <= 255
     if is_pixels:
-        logger.warning(
+        warn(
+            logger,
             "The features are integers from %d to %d: taken for pixels and divided by 255. "
             "Store them as floats to keep their values.",
             low,

@@ -67,7 +67,7 @@ from .cache_store import (
     reopen,
     written_notes,
 )
-from .checks import Shown, fail, message
+from .checks import Shown, fail, message, warn
 from .describe import count_parameters
 from .files import write_atomically
 from .first_look import SMALL_VOCABULARY, FirstLook, Fit, classes_have_names, same_random_numbers
@@ -188,7 +188,7 @@ class OfflineTeacher(FirstLook):
         try:
             while (held := self._on_main_process(acquire)) is None:
                 if not said and self.is_world_process_zero():
-                    logger.warning("[kd_trainer] another run builds the teacher cache %s: waiting for it", where / part)
+                    warn(logger, "[kd_trainer] another run builds the teacher cache %s: waiting for it", where / part)
                 said = True
                 time.sleep(2.0)
             yield held
@@ -244,7 +244,7 @@ class OfflineTeacher(FirstLook):
             raise CacheError(message("teacher_cache_dir", shown, "a whole cache, or a folder to mend it in", mend))
         if self.is_world_process_zero():
             for name, reason in reasons.items():
-                logger.warning("[kd_trainer] teacher cache %s: %s is built again: %s", store.folder, name, reason)
+                warn(logger, "[kd_trainer] teacher cache %s: %s is built again: %s", store.folder, name, reason)
             with what_the_disk_refuses(store.folder):
                 reopen(store.folder, store.manifest, set(found))
         self.accelerator.wait_for_everyone()

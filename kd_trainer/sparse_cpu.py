@@ -1,6 +1,6 @@
 """`sparse.py` on a processor with a C compiler: `sparse_cpu.c`, which reads each row while it is in the cache.
 
-Imports: native.
+Imports: checks, native.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import warn
 from .native import PAYS_FROM, TYPES, call, can_compile, compiled
 
 logger = logging.getLogger(__name__)
@@ -110,5 +111,5 @@ def _code(dtype: torch.dtype) -> Any:
     try:
         return compiled("sparse_cpu.c", TEACHER=TYPES[dtype])
     except (OSError, RuntimeError) as error:
-        logger.warning("A teacher's top-k and draws are taken in torch: compiling failed with %s.", error)
+        warn(logger, "A teacher's top-k and draws are taken in torch: compiling failed with %s.", error)
         return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import prepare_teacher
-from .checks import Shown, fail, message
+from .checks import Shown, fail, message, warn
 from .head_choice import auto_class_of, auto_classes
 from .heads import HEADS, Head, logits_of
 from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs, vocabulary_rows
@@ -167,7 +167,7 @@ class LiveTeacher:
             outputs = self.prepared(**inputs)  # raises again where the compiler was not to blame
             self.compiled = False
             said = (str(error).splitlines() or [type(error).__name__])[0]
-            logger.warning("teacher_compile: the teacher runs uncompiled, because torch.compile said: %s", said)
+            warn(logger, "teacher_compile: the teacher runs uncompiled, because torch.compile said: %s", said)
             return outputs
 
 

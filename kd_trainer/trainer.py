@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import RemoveColumnsCollator
+from transformers.utils import is_sagemaker_mp_enabled
 
 from .cache import CachedCollator, CachedTeacher
 from .cache_store import Store
 from .checkpoints import CompleteCheckpoints
-from .checks import Shown, fail, message
+from .checks import Shown, fail, leave_progress_bar, message, warn
 from .describe import card_section, count_parameters, name_of, start_block
 from .files import write_atomically
 from .findings import Finding, has_errors, print_findings
@@ -43,7 +44,7 @@ from .preflight import examine, is_sharded
 from .reductions import divide
 from .router import router_weight, with_router_loss
 from .teacher import LiveTeacher
-from .training_args import DistillationArguments, refuse_borrowed_names
+from .training_args import DistillationArguments, has_accelerator, refuse_borrowed_names
 from .window import Evaluation, Window, as_tensor, named, perplexity, with_existence
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,9 @@ REPLACED = {
 _FREE_SETTINGS = frozenset({"kd_alpha", "kd_alpha_end", "kd_beta", "kd_schedule", "kd_check_finite", "kd_run"})
 _FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
 _NO_ROWS = Counts(0, 0, 0)
+
+# In which a launcher says how many processes it started, as accelerate reads them.
+_LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
@@ -168,6 +172,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
         self._read_settings()
         self._refused: list[Exception] = []
+        self._refuse_lone_processes()
         with self._refusals_wait():
             self._refuse_what_cannot_work()
         if not self.label_names:  # a plain module's forward names no labels; the batch still has them
@@ -225,6 +230,20 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         super()._hp_search_setup(trial)
         self._read_settings()
         self._require_teacher(self.teacher)
+
+    def _refuse_lone_processes(self) -> None:
+        """Raises ValueError where a launcher started several processes and each would train the whole job alone."""
+        started = {name: int(value) for name in _LAUNCHED if (value := os.environ.get(name, "")).isdigit()}
+        name = max(started, key=lambda each: started[each], default="")
+        if not name or started[name] < 2 or self.args.world_size > 1 or is_sagemaker_mp_enabled():
+            return
+        because = f"{name} is {started[name]} and the arguments see one process: each would train the whole job alone "
+        because += "and write over the files of the others"
+        if has_accelerator() and self.args.device.type != "mps":
+            mend = f"Start the script with accelerate launch or torchrun, or unset {name}; on the CPU set use_cpu."
+            fail(name, started[name], "1, the number of processes that the arguments see", mend, because=because)
+        mend = "Set use_cpu to true in the arguments (those of kd_trainer have it where there is no accelerator)."
+        fail("use_cpu", self.args.use_cpu, "true for several processes on the CPU", mend, because=because)
 
     def _refuse_what_cannot_work(self) -> None:
         loss_type = getattr(self.args, "loss_type", "nll")
@@ -350,6 +369,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                     fit.student, teacher, fit.head, objective, last, counts, labelled=labelled, cached=cached
                 )
                 lost = [REPLACED[name] for name in map(_full_name, type(self).__mro__) if name in REPLACED]
+                leave_progress_bar()
                 print("\n".join([block, *("[kd_trainer] " + note for note in (*fit.notes, *lost))]), flush=True)
         self._window.steps += 1
         return batches, self._over_processes(counts, device)
@@ -485,9 +505,10 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             fail("inputs", shown, expected, mend, error=RuntimeError)
         if said is None and not self._told_uncached:
             self._told_uncached = True
-            logger.warning(
+            warn(
+                logger,
                 "[kd_trainer] there is no teacher cache of this evaluation data: its loss is the hard loss alone. Give "
-                "it as eval_dataset when the cache is built."
+                "it as eval_dataset when the cache is built.",
             )
         order = None if self._fit is None else self._fit.class_order
         return said if said is None or order is None else said.reordered(order)
@@ -525,7 +546,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         except NotPlain as reason:
             line = self._full_logits(reason)
             self._fit = fit._replace(heads=None, notes=(*fit.notes, line))
-            logger.warning("[kd_trainer] %s", line)
+            warn(logger, "[kd_trainer] %s", line)
             return None
         labelled = fit.head.targets(inputs) is not None
         parts = objective.parts(computed, counts, labelled=labelled)

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 import numpy as np
+import torch
+import transformers
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from .cache_formats import DTYPES, FORMATS
@@ -46,6 +48,16 @@ def refuse_borrowed_names(kwargs: dict[str, Any], known: Any = ()) -> None:
     for name, meaning in _BORROWED.items():
         if name in kwargs and name not in known:
             fail(name, kwargs[name], f"the argument {meaning}", "Rename it in the training arguments.", error=TypeError)
+
+
+def has_accelerator() -> bool:
+    """Whether there is a device other than the CPU that `TrainingArguments` would take."""
+    if os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu") != "cpu":
+        return True
+    kinds = ("cuda", "mps", "xpu", "mlu", "musa", "npu", "hpu", "neuron", "tpu", "xla")
+    checks = (getattr(transformers.utils, f"is_torch_{kind}_available", None) for kind in kinds)
+    known = getattr(torch, "accelerator", None)
+    return any(check is not None and check() for check in checks) or (known is not None and known.is_available())
 
 
 @dataclass(repr=False)
@@ -160,6 +172,9 @@ class DistillationArguments:
         if self.kd_check_finite is not None:
             check_choice("kd_check_finite", self.kd_check_finite, CHECK_FINITE)
         self._check_schedule()
+        # Without it the processes of a launcher would not find each other on the CPU, and each would train alone.
+        if getattr(self, "use_cpu", None) is False and not has_accelerator():
+            self.use_cpu = True
         if hasattr(super(), "__post_init__"):
             super().__post_init__()  # type: ignore[misc]
 

@@ -5,7 +5,7 @@ is plain torch, which visits blocks of rows that stay in the processor's cache; 
 to the same formulas in `visit_triton.py` (GPU) or `visit_cpu.py`.
 Letters: R rows, V vocabulary; s, t logits of student and teacher over T [R, V] less their row's maximum; es, et their
 exponentials; zs, zt the row sums of these; q = es/zs, p = et/zt.
-Imports: native, visit_cpu, visit_triton (on use).
+Imports: checks, native, visit_cpu, visit_triton (on use).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import warn
 from .native import PAYS_FROM, can_compile
 from .visit_cpu import visit_on_cpu
 
@@ -358,11 +359,11 @@ def same_compiled(run: Callable[[bool], tuple[Tensor, ...]], dtype: torch.dtype)
     try:
         results = [run(compiled) for compiled in (False, True)]
     except Exception as error:  # compilers fail in many ways
-        logger.warning("The loss runs uncompiled: compiling it failed with %s.", str(error).splitlines()[:1])
+        warn(logger, "The loss runs uncompiled: compiling it failed with %s.", str(error).splitlines()[:1])
         return False
     room = 1e-4 if dtype == torch.float32 else 2e-2
     pairs = zip(*results, strict=True)
     if all(torch.allclose(a, b, rtol=room, atol=room * float(a.abs().max())) for a, b in pairs):
         return True
-    logger.warning("The loss runs uncompiled: what the compiler made of it differs from the plain computation.")
+    warn(logger, "The loss runs uncompiled: what the compiler made of it differs from the plain computation.")
     return False

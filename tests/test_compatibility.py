@@ -16,6 +16,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -108,7 +109,6 @@ def test_a_remap_puts_the_right_numbers_into_the_loss(tmp_path):
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (None, None),
         (NAMES, None),
         (None, NAMES),
         (NAMES, ["anger", "joy", "scare"]),
@@ -125,6 +125,38 @@ def test_unknown_names_warn_once(ours, theirs, caplog, tmp_path):
     assert len(warnings) == 1
     assert "cannot be compared by name" in warnings[0]
     assert "Set the same id2label in both configs" in warnings[0]
+
+
+def test_default_names_on_both_sides_are_no_reason_to_warn(caplog, tmp_path):
+    data = [{**row, "labels": row["labels"] % 3} for row in tiny.rows("classification")]
+    with caplog.at_level(logging.WARNING, logger="kd_trainer"):
+        run = tiny.trainer("classification", tmp_path, pair=(model(), model()), data=data, max_steps=1)
+        run.train()
+        run.evaluate(data)
+    assert not [record for record in caplog.records if record.name.startswith("kd_trainer")]
+    row = next(row for row in run.check(evaluate=False) if row.what == "classes")
+    assert row.status == "ok"
+    assert "no names (LABEL_0, LABEL_1, LABEL_2) in both" in row.found
+
+
+def test_default_names_that_differ_in_number_are_still_refused():
+    with pytest.raises(ValueError, match="expected 3 classes as the student has"):
+        class_order(model(), model(["LABEL_0", "LABEL_1"]), remap=False)
+
+
+def test_models_without_classes_do_not_warn(caplog, tmp_path):
+    """An encoder alone has upstream's default names in its config, and nothing that they name."""
+
+    class Encoder(BertModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs).pooler_output
+
+    config = tiny.bert_config(id2label=None, label2id=None)
+    pair = Encoder(config), Encoder(tiny.bert_config(id2label=None, label2id=None))
+    with caplog.at_level(logging.WARNING, logger="kd_trainer"):
+        data = [{**row, "labels": row["labels"] % 2} for row in tiny.rows("classification")]
+        tiny.trainer("classification", tmp_path, pair=pair, data=data, max_steps=1).train()
+    assert not [record for record in caplog.records if record.name.startswith("kd_trainer")]
 
 
 def test_language_models_have_no_classes_to_compare(caplog, tmp_path):

@@ -82,8 +82,8 @@ TRAPS = {
     8: Trap(
         "T5 never shifts",
         "kd_trainer/heads.py",
-        'Head("seq2seq_lm", True, False,',
-        'Head("seq2seq_lm", True, True,',
+        '"seq2seq_lm",\n            True,\n            False,',
+        '"seq2seq_lm",\n            True,\n            True,',
         "tests/test_trainer.py tests/test_seq2seq.py -k never_shift",
     ),
     9: Trap(
