@@ -527,10 +527,12 @@ def _of_batch(batch: pa.RecordBatch, content: pa.Buffer, path: Path) -> _Shard:
         if not numbers or column.null_count or entries.null_count or flat.null_count:
             raise ValueError(f"{name} has entries that are no numbers")
         dtype, width = np.dtype(flat.type.to_pandas_dtype()), entries.type.list_size
-        place = flat.buffers()[1].address - content.address + (flat.offset + entries.offset * width) * dtype.itemsize
-        columns[name] = _Column(dtype, width, place + offsets[:-1].astype(np.int64) * (width * dtype.itemsize))
-        if not 0 <= place <= place + int(offsets[-1]) * width * dtype.itemsize <= content.size:
+        size, place, buffer = int(offsets[-1]) * width * dtype.itemsize, 0, flat.buffers()[1]
+        if size and buffer is not None:  # nothing lies nowhere
+            place = buffer.address - content.address + (flat.offset + entries.offset * width) * dtype.itemsize
+        if not 0 <= place <= place + size <= content.size:
             raise ValueError(f"{name} lies outside of the file")
+        columns[name] = _Column(dtype, width, place + offsets[:-1].astype(np.int64) * (width * dtype.itemsize))
         if counts is not None and not np.array_equal(counts, np.diff(offsets)):
             raise ValueError(f"{name} has other positions than the columns before it")
         counts = np.diff(offsets)

@@ -346,3 +346,34 @@ def test_a_large_cache_is_not_held_in_memory(tmp_path):
         most = max(most, process.memory_info().rss)
     assert sum(entry["bytes"] for entry in store.manifest["shards"]) > 64e6
     assert most - before < 16e6
+
+
+@pytest.mark.parametrize("open_files", [1, 64])
+def test_a_batch_may_touch_more_shards_than_files_are_open(open_files, tmp_path, monkeypatch):
+    """Each row of its own shard, in any order, some twice; a changed shard is found all the same."""
+    monkeypatch.setattr(cache_store, "_OPEN_FILES", open_files)
+    shards = tuple((i,) for i in range(150))
+    store = Store(build(tmp_path, shards=shards))
+    for seed in range(2):
+        asked = np.random.default_rng(seed).permutation(150).tolist() + [7, 149, 7]
+        found, expected = store.take(asked), cache_store.joined([rows((i,)) for i in asked])
+        for name, values in expected.columns.items():
+            np.testing.assert_array_equal(found.columns[name], values)
+        for i in range(3):
+            np.testing.assert_array_equal(found[i], expected[i])
+        assert len(store._open) == open_files
+    flip(tmp_path / "data/data-00070.arrow", 0.5)
+    with pytest.raises(CacheError, match=r"damaged in .*data-00070\.arrow; .* its content has changed"):
+        store.take(list(range(150)))
+
+
+def test_a_shard_is_read_whole_once_however_many_there_are(tmp_path, monkeypatch):
+    """Its file may be closed and opened again; what lies where in it stays known."""
+    monkeypatch.setattr(cache_store, "_OPEN_FILES", 2)
+    read: list[str] = []
+    real = cache_store._opened
+    monkeypatch.setattr(cache_store, "_opened", lambda file, path: read.append(path.name) or real(file, path))
+    store = Store(build(tmp_path, shards=tuple((i,) for i in range(9))))
+    for _ in range(3):
+        store.take(list(range(9)))
+    assert sorted(read) == [f"data-0000{i}.arrow" for i in range(9)]
