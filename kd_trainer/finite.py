@@ -6,11 +6,23 @@ For: `trainer.py` (`kd_check_finite`). Shapes: B rows; logits are [B, C] or [B, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import Shown, fail
+
+
+class Fault(NamedTuple):
+    """What in a batch makes a loss that is not finite, whatever the models give."""
+
+    rows: Tensor  # bool [B], on the device
+    argument: str
+    found: str  # "`argument` is {found} in rows [..]"
+    expected: str
+    fix: str
 
 
 class FiniteWatch:
@@ -24,27 +36,43 @@ class FiniteWatch:
 
     def __init__(self, mode: str, process: int) -> None:
         self.mode, self.process, self._of = mode, process, "logits"
-        # step, then for student and teacher: number of bad rows, first of them; step is -1 while all is well.
+        # step, then for student, teacher and batch: number of bad rows, first of them; step is -1 while all is well.
         self._note: Tensor | None = None
+        self._fault: Fault | None = None  # of a batch, for its words
 
-    def see(self, loss: Tensor, student: Tensor, teacher: Tensor | None, step: int, *, of: str = "logits") -> None:
+    def see(
+        self,
+        loss: Tensor,
+        student: Tensor,
+        teacher: Tensor | None,
+        step: int,
+        *,
+        of: str = "logits",
+        fault: Callable[[], Fault | None] = lambda: None,
+    ) -> None:
         """Takes one loss with the logits behind it; in mode "step" raises RuntimeError if it is not finite.
 
         Args:
             of: what `student` and `teacher` are where they are no logits: "hidden states".
+            fault: what the batch itself may have wrong, of one kind in every step; named before the models are.
         """
         if self.mode == "off":
             return
         self._of = of
         if self.mode == "step":
             if not math.isfinite(loss.item()):
+                self._fault = fault()
                 rows = [bad_rows(student), [] if teacher is None else bad_rows(teacher)]
-                self._raise(step, rows, [len(side) for side in rows])
+                rows += [[] if self._fault is None else self._fault.rows.nonzero().flatten().tolist()]
+                self._raise(step, rows, [len(each) for each in rows])
             return
         ok = torch.isfinite(loss.detach())
         entries = [torch.as_tensor(step, device=ok.device)]
-        for logits in (student, teacher):
-            bad = ok.new_zeros(1) if logits is None else _is_bad(logits)
+        seen = fault()
+        self._fault = seen or self._fault
+        sides = [None if logits is None else _is_bad(logits) for logits in (student, teacher)]
+        for bad in (*sides, None if seen is None else seen.rows):
+            bad = ok.new_zeros(1) if bad is None else bad
             entries += [bad.sum(), bad.int().argmax()]
         note = torch.where(ok, -1, torch.stack(entries))
         self._note = note if self._note is None else torch.where(self._note[0] >= 0, self._note, note)
@@ -53,15 +81,22 @@ class FiniteWatch:
         """Raises RuntimeError for the first bad step noted since the start, if there was one."""
         if self._note is None:
             return
-        step, students, first_student, teachers, first_teacher = self._note.tolist()
+        step, *noted = self._note.tolist()
         if step >= 0:
-            self._raise(step, [[first_student][:students], [first_teacher][:teachers]], [students, teachers])
+            counts, first = noted[::2], noted[1::2]
+            self._raise(step, [[row][:count] for row, count in zip(first, counts, strict=True)], counts)
 
     def _raise(self, step: int, rows: list[list[int]], counts: list[int]) -> None:
+        named = [", ".join(map(str, known[:8])) + (", ..." if count > len(known[:8]) else "")
+                 for known, count in zip(rows, counts, strict=True)]  # fmt: skip
+        fault = self._fault
+        if fault is not None and counts[2]:
+            because = f"the loss at step {step}, process {self.process}, is not finite"
+            found = Shown(f"{fault.found} in rows [{named[2]}] of the batch")
+            fail(fault.argument, found, fault.expected, fault.fix, because=because, error=RuntimeError)
         sides = []
-        for side, known, count in zip(("student", "teacher"), rows, counts, strict=True):
+        for side, shown, count in zip(("student", "teacher"), named, counts, strict=False):
             if count:
-                shown = ", ".join(map(str, known[:8])) + (", ..." if count > len(known[:8]) else "")
                 sides.append(f"{count} rows of the {side}'s {self._of} hold NaN or inf (rows [{shown}])")
         heads = "an output head's weights or logits are not, or " if self._of != "logits" else ""
         mass = f"all {self._of} are finite, but {heads}the teacher has mass where the student has none"

@@ -85,7 +85,10 @@ class Job:
         capped = capped or self.label_smoothing > 0 or self.common_ids is not None
         capped = capped or (self.sparse is not None and self.sparse.ids.shape[1] > MOST_IDS)
         excluding = [self.student.bias, self.teacher.bias if self.teacher is not None else self.teacher_rows]
-        self.plain_rows = capped or any(_excludes(x) for x in excluding)
+        known = [excludes(x) for x in excluding if x is not None]
+        self.plain_rows = capped or any(known)
+        if None in known and self.sparse is None:
+            self.setting = self.setting._replace(excluding=True)
 
     def said(self, rows: slice) -> TopK | Samples | None:
         """The rows of `sparse`."""
@@ -187,9 +190,10 @@ def _one_over(given: float | Tensor | None, mask: Tensor | None, hidden: Tensor)
     return divide(1.0, given) if not isinstance(given, Tensor) else divide(given.new_ones((), dtype=wide), given)
 
 
-def _excludes(tensor: Tensor | None) -> bool:
-    """Whether classes are excluded by logits of -inf, which the written-out gradients do not expect."""
-    return tensor is not None and tensor.device.type == "cpu" and bool(tensor.isneginf().any())
+def excludes(tensor: Tensor) -> bool | None:
+    """Whether classes are excluded by logits of -inf, which the written-out gradients do not expect; None: unknown, on
+    accelerators, where looking would wait for the device."""
+    return bool(tensor.isneginf().any()) if tensor.device.type == "cpu" else None
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .divergences import log_prob_terms
 from .fused_arguments import CHUNK_ROWS, Job, Side, group_rows, read
-from .reductions import IGNORE_INDEX
+from .reductions import IGNORE_INDEX, wrong_labels
 from .sparse import TopK, bucket_divergence, sampled_forward_kl
 from .visit import compile_pays, visit
 from .visit_sparse import compile_pays_sparse, visit_sparse
@@ -146,10 +146,13 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
     setting, n = job.setting, job.common_ids
     hard = z_s.new_zeros(z_s.shape[0])
     if job.labels is not None:
+        labels = job.labels[rows].long()
+        wrong = wrong_labels(labels, z_s.shape[-1])  # found on CPU before; elsewhere the row becomes NaN
         hard = F.cross_entropy(
-            z_s, job.labels[rows].long(), ignore_index=IGNORE_INDEX, reduction="none",
+            z_s, labels.masked_fill(wrong, 0), ignore_index=IGNORE_INDEX, reduction="none",
             label_smoothing=job.label_smoothing,
         )  # fmt: skip
+        hard = hard * torch.where(wrong, torch.nan, 1.0)  # of the gradient too
     common = z_s if n is None else z_s[:, :n]
     taught = job.said(rows)
     if taught is not None:
@@ -241,11 +244,12 @@ def _visit_all(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """Chunk by chunk: sums of soft (without T^2), hard and agreement, and the gradients of total / unit."""
     n, vocabulary = hidden.shape[0], job.student.weight.shape[0]
+    pays = compile_pays if job.sparse is None else compile_pays_sparse
+    job.plain_rows = job.plain_rows or (job.setting.excluding and not _kernel_excludes(job, n, vocabulary, hidden))
     lone = job.sparse is not None and not job.plain_rows  # no tile of the teacher: the student's is twice as high
     chunk, gradient = min(2 * job.chunk_rows if lone else job.chunk_rows, n), any(wanted)
     products = _Products(job, hidden, wanted, chunk)
     weights = _row_weights(job, n, unit) if gradient else hidden.new_zeros(n, 2, dtype=_wide(hidden.dtype))
-    pays = compile_pays if job.sparse is None else compile_pays_sparse
     compiled = not job.plain_rows and pays(job.setting, chunk, vocabulary, hidden, job.compiled)
     sums = torch.zeros(3, dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
     # Known gradients are those at z / T, and the product divides for nothing; the others begin at the product.
@@ -269,6 +273,14 @@ def _visit_all(
         products.multiply(group, tiles)
     soft, hard, agreement = sums.to(_wide(hidden.dtype)).unbind()
     return soft.clone(), hard.clone(), agreement.clone(), products.gradients()
+
+
+def _kernel_excludes(job: Job, n: int, vocabulary: int, hidden: Tensor) -> bool:
+    """Whether the visit will be the Triton kernel's, which excludes classes as the plain twin does."""
+    from .visit_triton import has_triton
+
+    chunk = min(job.chunk_rows, n)
+    return hidden.is_cuda and has_triton(hidden) and compile_pays(job.setting, chunk, vocabulary, hidden, job.compiled)
 
 
 def _parts(start: int, stop: int, size: int) -> list[slice]:

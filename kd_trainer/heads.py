@@ -2,7 +2,7 @@
 
 For: the trainer, which knows no task. Leaves the soft loss to `losses.py` and the weighing to `objective.py`.
 Shapes: B rows, S positions, C classes or vocabulary entries, D outputs of a regression; logits are [B, C] or [B, S, C].
-Imports: checks, inputs, losses, reductions.
+Imports: checks, finite, inputs, losses, reductions.
 
 A new task is a new entry of `HEADS`.
 """
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import Shown, fail, message
+from .finite import Fault
 from .inputs import begins_next, main_input, real_tokens, tells_sequences, token_mask
 from .losses import SoftTargetLoss
-from .reductions import IGNORE_INDEX, divide
+from .reductions import IGNORE_INDEX, divide, wrong_labels
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,15 @@ class Head:
         except IndexError as error:
             check_label_range(targets, wide.shape[-1])
             raise error
+
+    def fault(self, inputs: Mapping[str, Any], classes: int) -> Fault | None:
+        """What of the batch may make a loss that is not finite, where nothing has looked before."""
+        targets = self.targets(inputs)
+        if targets is None or not self.softmax:
+            return None
+        rows = wrong_labels(targets, classes).reshape(len(targets), -1).any(-1)
+        expected = f"0 to {classes - 1} (the logits have {classes} classes), or {IGNORE_INDEX} for no label"
+        return Fault(rows, "labels", "another number", expected, "Correct the label column.")
 
     def check_shapes(
         self, student: Tensor, teacher: Tensor | None, targets: Tensor | None, common_ids: int | None = None
@@ -391,8 +401,16 @@ class QuestionAnsweringHead(Head):
 
     @staticmethod
     def _attended(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        mask = inputs.get("attention_mask")
-        return logits if mask is None else logits.masked_fill(mask.unsqueeze(1) == 0, -torch.inf)
+        mask = real_tokens(inputs.get("attention_mask"), (logits.shape[0], logits.shape[-1]))
+        return logits if mask is None else logits.masked_fill(~mask.unsqueeze(1), -torch.inf)
+
+    def fault(self, inputs: Mapping[str, Any], classes: int) -> Fault | None:
+        """A row whose mask attends no token has no distribution over tokens."""
+        mask = token_mask(inputs.get("attention_mask"))
+        if mask is None:
+            return None
+        fix = "Leave out rows without text, or give them a token that is attended."
+        return Fault(~mask.any(-1), "attention_mask", "0 everywhere", "an attended token in every row", fix)
 
     @staticmethod
     def _fail_different(student: Tensor, teacher: Tensor) -> None:

@@ -43,6 +43,11 @@ def divide(total: float | Tensor, count: float | Tensor) -> float | Tensor:
     return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
+def wrong_labels(labels: Tensor, classes: int) -> Tensor:
+    """True where a label is neither a class, 0 to classes - 1, nor `IGNORE_INDEX`; on the device, unread."""
+    return (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= classes))
+
+
 def as_mask(mask: Tensor, shape: torch.Size | tuple[int, ...], *, argument: str = "mask") -> Tensor:
     """`mask` as a bool tensor (True or nonzero: counted); ValueError unless it has exactly the shape given."""
     if tuple(mask.shape) != tuple(shape):

@@ -448,7 +448,10 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         taught = None if said is None else said.sparse or said.logits
         parts = objective(fit.head, soft_loss, logits, taught, inputs, counts, common_ids=fit.common_ids)
         parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
-        self._finite.see(parts.total, logits, None if said is None else said.logits, self.state.global_step)
+        self._finite.see(
+            parts.total, logits, None if said is None else said.logits, self.state.global_step,
+            fault=lambda: fit.head.fault(inputs, logits.shape[-1]),
+        )  # fmt: skip
         counted = None if training else self._without_repeated(inputs, counts)
         if counted is None:
             self._collect(parts, aux, counts, training)
@@ -552,7 +555,10 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         parts = objective.parts(computed, counts, labelled=labelled)
         parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
         seen = taught.logits if taught.hidden is None else taught.hidden
-        self._finite.see(parts.total, hidden, seen, self.state.global_step, of="hidden states")
+        self._finite.see(
+            parts.total, hidden, seen, self.state.global_step, of="hidden states",
+            fault=lambda: fit.head.fault(inputs, ours.module.out_features),
+        )  # fmt: skip
         total = parts.total
         if counted is not None:
             counts = objective.count(fit.head, counted[0]) if once else _NO_ROWS

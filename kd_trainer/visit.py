@@ -5,7 +5,7 @@ is plain torch, which visits blocks of rows that stay in the processor's cache; 
 to the same formulas in `visit_triton.py` (GPU) or `visit_cpu.py`.
 Letters: R rows, V vocabulary; s, t logits of student and teacher over T [R, V] less their row's maximum; es, et their
 exponentials; zs, zt the row sums of these; q = es/zs, p = et/zt.
-Imports: checks, native, visit_cpu, visit_triton (on use).
+Imports: checks, native, reductions, visit_cpu, visit_triton (on use).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .checks import warn
 from .native import PAYS_FROM, can_compile
+from .reductions import IGNORE_INDEX, wrong_labels
 from .visit_cpu import visit_on_cpu
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Setting(NamedTuple):
     beta: float
     temperature: float
     hard: bool
+    excluding: bool = False  # whether logits may be -inf where nobody looked: only the Triton kernel knows what to do
 
 
 # Every element-sized result goes into `room`, seven tensors [R, V] of which some may share their memory; single classes
@@ -222,7 +224,8 @@ def visit(
         setting: what is computed.
         student, teacher: logits over T [R, V], float32, float64, bfloat16 or float16; finite.
         weights: [R, 2] in float32 or wider: L = sum over rows of weights[:, 0] * D + weights[:, 1] / T * hard.
-        labels: [R] class ids, -100 where there is none; None without hard loss.
+        labels: [R] class ids, -100 where there is none; None without hard loss. A row with any other label has a hard
+            loss of NaN, and a gradient of NaN where the hard loss weighs.
         compiled: the whole tile by the Triton kernel (CUDA) or the C code where these are, else blocks of rows.
 
     Returns:
@@ -233,6 +236,9 @@ def visit(
 
         if has_triton(student):
             return Rows(*visit_on_device(setting, student, teacher, weights, labels, gradient=gradient))
+    wrong = None
+    if labels is not None:
+        labels, weights, wrong = without_wrong(labels, weights, student.shape[1])
     # Not gather and scatter_: on CPU, theirs visit the whole tile in bfloat16.
     index = None if labels is None else (torch.arange(len(labels), device=labels.device), labels.clamp(min=0))
     at_label = None if index is None else (student[index].unsqueeze(1), teacher[index].unsqueeze(1))
@@ -259,7 +265,18 @@ def visit(
             at = _gradient_at(setting, s, t, stats, weights[:, :1])
             at = at + (torch.exp(s * setting.temperature) / zh - 1) * weights[:, 1:]
             student[index] = torch.where(labelled.squeeze(1), at.squeeze(1).to(student.dtype), student[index])
+    if wrong is not None:
+        hard = torch.where(wrong.unsqueeze(1), torch.nan, hard)
     return Rows(soft.squeeze(1), hard.squeeze(1), same.squeeze(1) == 0)
+
+
+def without_wrong(labels: Tensor, weights: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(labels of which the wrong ones are none, weights [R, 2] that are NaN for these where the hard loss weighs, which
+    rows are wrong)."""
+    wrong = wrong_labels(labels, classes)
+    soft, hard = weights.unbind(1)
+    weights = torch.stack((soft, hard.masked_fill(wrong & (hard != 0), torch.nan)), 1)
+    return labels.masked_fill(wrong, IGNORE_INDEX), weights, wrong
 
 
 _KLS = ("forward_kl", "reverse_kl", "symmetric_kl")

@@ -177,12 +177,14 @@ void sum_tile(const STUDENT *student, int64_t rows, int64_t columns, int64_t str
 
 /* A row's forward KL, for draws the cross-entropy to them, its hard loss and whether `leader` is on top, and with
  * `gradient` the row's gradient: what visit_sparse.py says in torch. log_p: log-probabilities of the ids [k] and, in
- * `tail`, of all others; NULL for draws. A label below 0 is none. */
+ * `tail`, of all others; NULL for draws. The label -100 is none; with any other
+ * that is no class the row is NaN where its hard loss weighs. */
 static void visit_few(STUDENT *row, int64_t columns, double temperature, const int64_t *ids, int64_t k,
                       const double *log_p, double tail, int64_t leader, int64_t label, const double *weights,
                       int64_t gradient, double *stats, float *room) {
     double s[k], p[k], es[k], hard[k], sums[3], of_kept = 0, hard_of_kept = 0, peak = -INFINITY;
-    double at_label = label < 0 ? 0 : READ(row + label), at_leader = READ(row + leader);
+    int wrong = label != -100 && (label < 0 || label >= columns), labelled = !wrong && label >= 0;
+    double at_label = labelled ? READ(row + label) : 0, at_leader = READ(row + leader);
     for (int64_t j = 0; j < k; j++) s[j] = READ(row + ids[j]), peak = peak > s[j] ? peak : s[j];
     if (log_p) /* the rest is summed without them: taken from the sum of all, a small one would be lost */
         for (int64_t j = 0; j < k; j++) WRITE(row + ids[j], -0x1p126f);
@@ -201,14 +203,15 @@ static void visit_few(STUDENT *row, int64_t columns, double temperature, const i
         if (p[j] > 0) soft += p[j] * ((log_p ? log_p[j] : 0) - (s[j] - log_all));
         if (log_p) mass += p[j];
     }
-    stats[0] = soft, stats[1] = label < 0 ? 0 : log(all_hard) - temperature * (at_label - first);
+    stats[0] = soft, stats[1] = wrong ? NAN : labelled ? log(all_hard) - temperature * (at_label - first) : 0;
     stats[2] = at_leader >= first;
     if (!gradient) return;
     double of_soft = weights[0] * mass / all, of_hard = HARD ? weights[1] / all_hard : 0;
+    if (wrong && weights[1] != 0) of_hard = NAN;
     double soft_of_row = of_soft * below - weights[0] * of_rest / total;
     overwrite_sparse(row, columns, (float)temperature, (float)top, soft_of_row, of_hard * hard_below, room,
                      room + columns);
-    if (HARD && label >= 0) {
+    if (HARD && labelled) {
         double g = soft_of_row * exp(at_label - top) + of_hard * exp(temperature * (at_label - first)) - weights[1];
         WRITE(row + label, (float)g);
     }

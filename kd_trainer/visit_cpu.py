@@ -63,14 +63,15 @@ def few_on_cpu(
     Args:
         kept: log-probabilities [R, k] of the ids and [R] of all others; None where the ids were drawn: the soft loss is
             then the cross-entropy to them.
-        ids, leaders, labels: integers in range; leaders [R] or [R, 1]: the teacher's top; labels [R]: below 0 none.
+        ids, leaders, labels: integers in range; leaders [R] or [R, 1]: the teacher's top; labels [R]: -100 none; any
+            other that is no class makes the row NaN.
         weights: [R, 2], as in `visit.visit`.
         gradient: whether the tile s [R, V] is overwritten by dL/ds, else by nothing of use.
     """
     assert student.stride(1) == 1
     (rows, columns), threads = student.shape, torch.get_num_threads()
     stats, room = torch.empty(rows, 3, dtype=torch.float64), torch.empty(threads, 2, columns)
-    labels = torch.full_like(leaders, -1) if labels is None else labels
+    labels = torch.full_like(leaders, -100) if labels is None else labels
     ids, leaders, labels = (x.to(torch.int64).contiguous() for x in (ids, leaders, labels))
     nothing = torch.empty(0, dtype=torch.float64)  # lies at NULL
     log_probs, log_tail = (nothing, nothing) if kept is None else (x.to(torch.float64).contiguous() for x in kept)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .divergences import log_prob_terms
 from .native import can_compile
 from .sparse import Samples, TopK
-from .visit import Rows, Setting, block_rows, compile_pays, halves_of, power_of, same_compiled, widened
+from .visit import Rows, Setting, block_rows, compile_pays, halves_of, power_of, same_compiled, widened, without_wrong
 from .visit_cpu import few_on_cpu, overwrite_on_cpu, sums_on_cpu
 
 MOST_IDS = 1024  # of a row; the work on more of them, in double precision, would rival that on the tile
@@ -49,6 +49,9 @@ def visit_sparse(
     """
     if compiled and setting.divergence == "forward_kl" and can_compile(student):
         return _visit_in_c(setting, student, taught, weights, labels, gradient)
+    wrong = None
+    if labels is not None:
+        labels, weights, wrong = without_wrong(labels, weights, student.shape[1])
     wide = torch.promote_types(student.dtype, torch.float32)
     double = torch.float64 if student.device.type != "mps" else wide
     temperature, ids = setting.temperature, taught.ids
@@ -83,6 +86,7 @@ def visit_sparse(
     hard = 0 * soft
     if label is not None and at_label is not None:
         hard = torch.where(label >= 0, all_hard - temperature * at_label, 0.0)
+        hard = hard if wrong is None else torch.where(wrong.unsqueeze(1), torch.nan, hard)
     if gradient:
         if slopes is not None:
             of_all = slopes.sum(-1, True)

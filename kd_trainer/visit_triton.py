@@ -55,9 +55,11 @@ def visit_on_device(
 
     Args:
         setting: a `visit.Setting`. Another temperature or beta is no other kernel, except for T = 1, 2, 3 and 4.
-        student, teacher: logits over T [R, V], float32, bfloat16 or float16; finite. Rows may lie apart, as in a slice.
+        student, teacher: logits over T [R, V], float32, bfloat16 or float16; finite, or with `setting.excluding` also
+            -inf where a class is excluded. Rows may lie apart, as in a slice.
         weights: [R, 2], float32: L = sum over rows of weights[:, 0] * D + weights[:, 1] / T * hard.
-        labels: [R] class ids, below 0 where there is none; None: none anywhere.
+        labels: [R] class ids, -100 where there is none; None: none anywhere. A row with any other label has a hard loss
+            of NaN, and a gradient of NaN where the hard loss weighs.
         gradient: whether the student's tile is overwritten by dL/d(student's logits over T), in float32 rounded once.
         lanes, times: powers of two; a thread is a lane and holds 16 bytes of the student's row so many times at once.
             With the defaults a thread has 64 to 80 registers: three or four programs at a time on a multiprocessor.
@@ -68,7 +70,7 @@ def visit_on_device(
     assert student.stride(1) == 1
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
     rows, columns = student.shape
-    labels = torch.full((rows,), -1, device=student.device) if labels is None else labels
+    labels = torch.full((rows,), -100, device=student.device) if labels is None else labels
     soft, hard = torch.empty(2, rows, dtype=torch.float32, device=student.device).unbind()
     same = torch.empty(rows, dtype=torch.bool, device=student.device)
     name, temperature = setting.divergence, setting.temperature
@@ -78,7 +80,7 @@ def visit_on_device(
             columns, student.stride(0), teacher.stride(0), weights.stride(0), weights.stride(1),
             setting.beta, temperature,
             DIVERGENCE=name, FORWARD=name in _FORWARD, REVERSE=name in _REVERSE,
-            HARD=setting.hard, GRADIENT=gradient,
+            HARD=setting.hard, GRADIENT=gradient, EXCLUDING=setting.excluding,
             PRECISE=student.dtype == torch.float32 or _INTERPRETED or torch.version.cuda is None,
             WHOLE=int(temperature) if temperature in (1, 2, 3, 4) else 0,
             LOW_S=_low(student), LOW_T=_low(teacher),
@@ -101,7 +103,7 @@ def _visit(
     columns, student_stride, teacher_stride, weights_stride, weights_column,
     beta, temperature,
     DIVERGENCE: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr,
-    HARD: tl.constexpr, GRADIENT: tl.constexpr, WHOLE: tl.constexpr, PRECISE: tl.constexpr,
+    HARD: tl.constexpr, GRADIENT: tl.constexpr, EXCLUDING: tl.constexpr, WHOLE: tl.constexpr, PRECISE: tl.constexpr,
     LOW_S: tl.constexpr, LOW_T: tl.constexpr, TIMES: tl.constexpr, LANES: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows * columns may pass 2^31
@@ -109,12 +111,16 @@ def _visit(
     teacher += row * teacher_stride
     label = -1
     at_label = 0.0
+    wrong = False
     if HARD:
-        label = tl.load(labels + row).to(tl.int32)
+        given = tl.load(labels + row).to(tl.int64)
+        wrong = (given != -100) & ((given < 0) | (given >= columns))
+        label = tl.where(wrong, -1, given).to(tl.int32)  # nothing outside of the row is read
         at_label = tl.load(student + tl.maximum(label, 0)).to(tl.float32)
     top_s, top_t, zs, zt, zh, same, forward, reverse = _sums(
-        student, teacher, columns, temperature, FORWARD, REVERSE, HARD, WHOLE, LOW_S, LOW_T, TIMES, LANES, NEIGHBOURS
-    )
+        student, teacher, columns, temperature,
+        FORWARD, REVERSE, HARD, EXCLUDING, WHOLE, LOW_S, LOW_T, TIMES, LANES, NEIGHBOURS,
+    )  # fmt: skip
     mean = reverse / zs
     soft = 0.0
     if FORWARD:
@@ -124,26 +130,28 @@ def _visit(
     if not (FORWARD or REVERSE):
         soft, mean = _mixture_sums(
             student, teacher, columns, top_s, top_t, zs, zt, beta,
-            DIVERGENCE, PRECISE, LOW_S, LOW_T, TIMES, LANES, NEIGHBOURS,
+            DIVERGENCE, EXCLUDING, PRECISE, LOW_S, LOW_T, TIMES, LANES, NEIGHBOURS,
         )  # fmt: skip
     tl.store(soft_out + row, soft)
-    tl.store(hard_out + row, tl.where(label >= 0, tl.log(zh) - temperature * (at_label - top_s), 0.0))
+    hard = tl.where(label >= 0, tl.log(zh) - temperature * (at_label - top_s), 0.0)
+    tl.store(hard_out + row, tl.where(wrong, float("nan"), hard))
     tl.store(same_out + row, same == 0)
     if GRADIENT:
         weights += row * weights_stride
         soft_weight = tl.load(weights)
         hard_weight = tl.load(weights + weights_column)
+        hard_weight = tl.where(wrong & (hard_weight != 0), float("nan"), hard_weight)
         _write_gradient(
             student, teacher, columns, top_s, top_t, zs, zt, zh, mean, soft_weight, hard_weight, label, at_label,
             beta, temperature,
-            DIVERGENCE, FORWARD, REVERSE, HARD, WHOLE, PRECISE, LOW_S, LOW_T, TIMES, LANES, NEIGHBOURS,
+            DIVERGENCE, FORWARD, REVERSE, HARD, EXCLUDING, WHOLE, PRECISE, LOW_S, LOW_T, TIMES, LANES, NEIGHBOURS,
         )  # fmt: skip
 
 
 @_jit
 def _sums(
     student, teacher, columns, temperature,
-    FORWARD: tl.constexpr, REVERSE: tl.constexpr, HARD: tl.constexpr, WHOLE: tl.constexpr,
+    FORWARD: tl.constexpr, REVERSE: tl.constexpr, HARD: tl.constexpr, EXCLUDING: tl.constexpr, WHOLE: tl.constexpr,
     LOW_S: tl.constexpr, LOW_T: tl.constexpr, TIMES: tl.constexpr, LANES: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """The first pass, from left to right: maxima, zs, zt, zh, same, sum of et (t - s) and of es (s - t).
@@ -180,9 +188,9 @@ def _sums(
         if HARD:
             zh += _lane_sums(_power(es, s, temperature, WHOLE))
         if FORWARD:
-            forward += _lane_sums(et * (t - s))
+            forward += _lane_sums(_times(et, t - s, EXCLUDING))
         if REVERSE:
-            reverse += _lane_sums(es * (s - t))
+            reverse += _lane_sums(_times(es, s - t, EXCLUDING))
     highest_s = tl.max(top_s, 0)
     highest_t = tl.max(top_t, 0)
     zs, zt, zh, same, forward, reverse = _lower(
@@ -211,7 +219,8 @@ def _lower(
 @_jit
 def _mixture_sums(
     student, teacher, columns, top_s, top_t, zs, zt, beta,
-    DIVERGENCE: tl.constexpr, PRECISE: tl.constexpr, LOW_S: tl.constexpr, LOW_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, EXCLUDING: tl.constexpr, PRECISE: tl.constexpr,
+    LOW_S: tl.constexpr, LOW_T: tl.constexpr,
     TIMES: tl.constexpr, LANES: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """The pass between, from right to left, where the cache still holds the row: D and the sum of h."""
@@ -224,7 +233,7 @@ def _mixture_sums(
         at = last - back + block
         s = tl.load(student + at, mask=at < columns, other=LOW_S).to(tl.float32) - top_s
         t = tl.load(teacher + at, mask=at < columns, other=LOW_T).to(tl.float32) - top_t
-        value, h = _mixture_terms(t, s, _exp(t) * (1 / zt), _exp(s) * (1 / zs), beta, DIVERGENCE, PRECISE)
+        value, h = _mixture_terms(t, s, _exp(t) * (1 / zt), _exp(s) * (1 / zs), beta, DIVERGENCE, EXCLUDING, PRECISE)
         total += _lane_sums(value)
         mean += _lane_sums(h)
     divergence = tl.sum(total, 0)
@@ -237,8 +246,8 @@ def _mixture_sums(
 def _write_gradient(
     student, teacher, columns, top_s, top_t, zs, zt, zh, mean, soft_weight, hard_weight, label, at_label,
     beta, temperature,
-    DIVERGENCE: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, HARD: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISE: tl.constexpr, LOW_S: tl.constexpr, LOW_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, HARD: tl.constexpr,
+    EXCLUDING: tl.constexpr, WHOLE: tl.constexpr, PRECISE: tl.constexpr, LOW_S: tl.constexpr, LOW_T: tl.constexpr,
     TIMES: tl.constexpr, LANES: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):  # fmt: skip
     """The last pass, from right to left: dL/ds over the student's row, in float32 until it is stored."""
@@ -254,13 +263,13 @@ def _write_gradient(
         q = es * (1 / zs)
         p = _exp(t) * (1 / zt)
         if FORWARD and REVERSE:
-            gradient = q * (s - t - mean + 1) - p
+            gradient = _times(q, s - t - mean + 1, EXCLUDING) - p
         elif FORWARD:
             gradient = q - p
         elif REVERSE:
-            gradient = q * (s - t - mean)
+            gradient = _times(q, s - t - mean, EXCLUDING)
         else:
-            _, h = _mixture_terms(t, s, p, q, beta, DIVERGENCE, PRECISE)
+            _, h = _mixture_terms(t, s, p, q, beta, DIVERGENCE, EXCLUDING, PRECISE)
             gradient = h - q * mean
         gradient *= soft_weight
         if HARD:
@@ -281,7 +290,16 @@ def _lane_sums(x):
 
 
 @_jit
-def _mixture_terms(t, s, p, q, beta, DIVERGENCE: tl.constexpr, PRECISE: tl.constexpr):
+def _times(probability, difference, EXCLUDING: tl.constexpr):
+    """Their product, where 0 times the infinite difference of an excluded class is 0."""
+    product = probability * difference
+    if EXCLUDING:
+        product = tl.where(probability == 0, 0.0, product)
+    return product
+
+
+@_jit
+def _mixture_terms(t, s, p, q, beta, DIVERGENCE: tl.constexpr, EXCLUDING: tl.constexpr, PRECISE: tl.constexpr):
     """(value, h) as in `visit.py`: s and t stand for log q and log p; dD/ds = h - q * sum(h)."""
     tiny = 1.1754943508222875e-38  # keeps log finite where p and q are both 0
     if DIVERGENCE == "total_variation":
@@ -289,8 +307,8 @@ def _mixture_terms(t, s, p, q, beta, DIVERGENCE: tl.constexpr, PRECISE: tl.const
         h = tl.where(q > p, 0.5 * q, tl.where(q < p, -0.5 * q, 0.0))
     elif DIVERGENCE == "jsd":
         log_m = _log(tl.maximum(beta * p + (1 - beta) * q, tiny), PRECISE)
-        h = (1 - beta) * q * (s - log_m)
-        value = beta * p * (t - log_m) + h
+        h = _times((1 - beta) * q, s - log_m, EXCLUDING)
+        value = _times(beta * p, t - log_m, EXCLUDING) + h
     elif DIVERGENCE == "skew_forward_kl":
         share = p / tl.maximum(beta * p + (1 - beta) * q, tiny)
         value = p * _log(tl.maximum(share, tiny), PRECISE)

@@ -86,7 +86,7 @@ def interpreted(setting, student, teacher, dtypes, weights, labels, gradient, tr
     return [x.double().numpy() for x in (buffers[0], *columns)]
 
 
-def built(divergence, temperature, dtype, hard, gradient):
+def built(divergence, temperature, dtype, hard, gradient, excluding=False):
     """The assembly of what `visit_on_device` would launch on compute capability 9.0, where addresses divide by 16."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -97,7 +97,7 @@ def built(divergence, temperature, dtype, hard, gradient):
     kernel, launch = visit_triton._visit, mock.MagicMock()
     tiles = [torch.zeros(2, 64, dtype=getattr(torch, dtype)) for _ in range(2)]
     with mock.patch.object(visit_triton, "_visit", launch), mock.patch.object(torch.version, "cuda", "13.0"):
-        setting = Setting(divergence, 0.3, temperature, hard)
+        setting = Setting(divergence, 0.3, temperature, hard, excluding)
         visit_on_device(setting, *tiles, torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), gradient=gradient)
     ((values, options),) = launch.__getitem__.return_value.call_args_list
     given = dict(zip(kernel.arg_names, values, strict=False)) | options
@@ -299,7 +299,16 @@ def test_tops_that_differ_by_a_rounding(interpreter):
 )
 def test_the_compiler_takes_it(compiler, divergence, temperature, dtype, hard, gradient):
     """Which the interpreter does not tell. Both tiles are fetched ahead of their use; threads meet but for that."""
-    ptx = compiler.submit(built, divergence, temperature, dtype, hard, gradient).result()
+    assert_well_built(compiler.submit(built, divergence, temperature, dtype, hard, gradient).result())
+
+
+@needs_triton
+@pytest.mark.parametrize("divergence", ["symmetric_kl", "jsd"])
+def test_the_compiler_takes_classes_that_are_excluded(compiler, divergence):
+    assert_well_built(compiler.submit(built, divergence, 2.0, "bfloat16", True, True, True).result())
+
+
+def assert_well_built(ptx):
     assert "cp.async" in ptx
     assert "atom." not in ptx
     assert ".local" not in ptx
