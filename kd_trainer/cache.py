@@ -319,6 +319,10 @@ class CachedTeacher:
     class_order = None  # the student's order was kept
 
     def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, (str, Path)) or not str(path).strip():
+            shown = path if path is None or isinstance(path, str) else Shown(f"of type {type(path).__name__}")
+            expected, mend = "the folder of a finished teacher cache, or a dataset of the hub", "Pass its path."
+            fail("path", shown, expected, mend, error=ValueError if isinstance(path, str) else TypeError)
         self.path = _local(path)
         folders = {self.path.name: self.path} if (self.path / MANIFEST).exists() else {}
         if folders:  # a part alone serves as what it is named, or else as the train data

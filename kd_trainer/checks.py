@@ -107,6 +107,15 @@ def _is_finite(value: float) -> bool:
         return False
 
 
+def check_tensor(argument: str, value: Any, expected: str = "a tensor") -> None:
+    """Raises TypeError unless `value` is a torch tensor."""
+    from torch import Tensor
+
+    if not isinstance(value, Tensor):
+        shown = value if value is None else Shown(f"of type {type(value).__name__}")
+        fail(argument, shown, expected, f"Pass `{argument}` as a tensor, e.g. torch.tensor(...).", error=TypeError)
+
+
 def check_temperature(argument: str, value: Any) -> None:
     """Raises unless `value` is a temperature: > 0, and its square a normal number of float32."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-18 <= value <= 1e18:

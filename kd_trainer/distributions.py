@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Shown, fail
+from .checks import Shown, check_tensor, fail
 from .divergences import kl_terms
 
 
@@ -25,6 +25,8 @@ def _log(probs: Tensor) -> Tensor:
 
 
 def _check_same_shape(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
     (first, a), *others = tensors.items()
     for name, b in others:
         if a.shape != b.shape:
@@ -191,6 +193,7 @@ def kl_full_gaussian(p_mean: Tensor, p_covariance: Tensor, q_mean: Tensor, q_cov
     _check_same_shape(p_mean=p_mean, q_mean=q_mean)
     dimensions = p_mean.shape[-1]
     for name, covariance in (("p_covariance", p_covariance), ("q_covariance", q_covariance)):
+        check_tensor(name, covariance)
         if covariance.shape != (*p_mean.shape, dimensions):
             shape = [*p_mean.shape, dimensions]
             fail(

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import Shown, check_choice, check_number, check_temperature, fail
+from .checks import Shown, check_choice, check_number, check_temperature, check_tensor, fail
 
 # Elements in one block of rows. One thread wants its buffers in the nearest cache; several threads wait for each other
 # at the end of every operation (for long, where other processes use the cores), so they get fewer and larger blocks;
@@ -85,8 +85,7 @@ _DEFAULT_BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}
 def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
     """Raises unless both are floating tensors of one shape [..., V] with V >= 1; shapes are never broadcast."""
     for argument, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if not isinstance(logits, Tensor):
-            fail(argument, Shown(type(logits).__name__), "a tensor", f"Pass `{argument}` as a tensor.", error=TypeError)
+        check_tensor(argument, logits, "a tensor of logits [..., V]")
         if not logits.is_floating_point():
             fail(
                 argument,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .checks import Shown, check_number, fail
+from .checks import Shown, check_number, fail, message
 from .divergences import forward_kl
 from .reductions import IGNORE_INDEX
 
@@ -32,9 +32,18 @@ class ReliabilityBins(NamedTuple):
     fraction: torch.Tensor
 
 
+def _tensor(argument: str, values: Array) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # text, None, rows of unequal length
+        shown = values if values is None else Shown(f"of type {type(values).__name__}")
+        told = message(argument, shown, "numbers: a tensor, an array or lists", "Give all rows the same length.")
+        raise TypeError(told) from error
+
+
 def _logits(argument: str, logits: Array) -> torch.Tensor:
     """[..., C] as float64 [N, C]: a metric is read to more digits than bf16 holds, and costs nothing."""
-    logits = torch.as_tensor(logits).detach()
+    logits = _tensor(argument, logits).detach()
     if logits.dim() < 2:
         fail(argument, Shown(f"of shape {list(logits.shape)}"), "[N, C]", "Give one row of logits per example.")
     if not logits.is_floating_point():
@@ -51,7 +60,7 @@ def _logits(argument: str, logits: Array) -> torch.Tensor:
 def _labelled(logits: Array, labels: Array) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows that carry a label: float64 logits [N', C] and int64 labels [N']."""
     rows = _logits("logits", logits)
-    targets = torch.as_tensor(labels).to(rows.device).reshape(-1)
+    targets = _tensor("labels", labels).to(rows.device).reshape(-1)
     if targets.is_floating_point():
         fail("labels", Shown(f"of dtype {targets.dtype}"), "integer class ids", "Cast them to int64.", error=TypeError)
     if len(targets) != len(rows):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import Shown, check_number, check_temperature, fail
+from .checks import Shown, check_number, check_temperature, check_tensor, fail
 from .divergences import check_divergence
 from .reductions import IGNORE_INDEX, divide, select_positions
 from .sparse import Samples, TopK
@@ -240,7 +240,21 @@ def _check_numbers(g: dict[str, Any]) -> None:
         fail("chunk_rows", g["chunk_rows"], "a whole number of positions, at least 1", "Leave it out for the default.")
 
 
+def _check_types(g: dict[str, Any]) -> None:
+    for name in ("labels", "soft_mask", "student_bias", "teacher_bias", "teacher_logits"):
+        if g[name] is not None:
+            check_tensor(name, g[name])
+    for name in ("soft_count", "hard_count"):
+        if g[name] is not None and not isinstance(g[name], Tensor):
+            check_number(name, g[name], low=0)
+    common = g["common_ids"]
+    if common is not None and (isinstance(common, bool) or not isinstance(common, int)):
+        mend = "Count the ids that both share."
+        fail("common_ids", common, "a whole number of ids, at least 1", mend, error=TypeError)
+
+
 def _check_shapes(g: dict[str, Any]) -> None:
+    _check_types(g)
     hidden, weight = g["student_hidden"], g["student_weight"]
     _check_product("student", hidden, weight, g["student_bias"])
     positions = hidden.shape[0]

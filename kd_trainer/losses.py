@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import Shown, check_choice, check_number, check_temperature, fail
+from .checks import Shown, check_choice, check_number, check_temperature, check_tensor, fail
 from .distributions import kl_categorical
 from .divergences import DIVERGENCES, check_divergence, check_logits, divergence_terms
 from .reductions import REDUCTIONS, as_mask, divide, masked_sum, reduce_terms, reduce_total, select_positions
@@ -23,6 +23,7 @@ from .reductions import REDUCTIONS, as_mask, divide, masked_sum, reduce_terms, r
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
     """Raises unless `labels` are integer class ids, one per position of `logits` [..., V]."""
+    check_tensor("labels", labels, "integer class ids")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         shown = Shown(f"of dtype {labels.dtype}")
         fail("labels", shown, "integer class ids", "Call `.long()` on labels, not on probabilities.", error=TypeError)
@@ -76,6 +77,8 @@ class SoftTargetLoss(nn.Module):
         check_temperature("temperature", temperature)
         check_divergence(divergence, beta)
         check_choice("reduction", reduction, REDUCTIONS)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            fail("ignore_index", ignore_index, "a whole number", "Leave it at -100.", error=TypeError)
         self.temperature, self.divergence, self.beta = temperature, divergence, beta
         self.reduction, self.ignore_index = reduction, ignore_index
 
@@ -167,6 +170,7 @@ class KLDivergenceLoss(nn.Module):
         """Mean KL of `target_probs` P [N, C] to `predicted_probs` Q [N, C]; the target comes first."""
         named = {"target_probs": target_probs, "predicted_probs": predicted_probs}
         for name, probs in named.items():
+            check_tensor(name, probs, "a tensor of probabilities [N, C]")
             if not probs.is_floating_point():
                 fail(name, Shown(f"of dtype {probs.dtype}"), "floating", f"Call `{name}.float()`.", error=TypeError)
         if target_probs.shape != predicted_probs.shape or target_probs.dim() != 2:

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -32,9 +33,18 @@ def can_compile(*tensors: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _compiler() -> str | None:
-    names = (os.environ["CC"],) if os.environ.get("CC") else ("cc", "gcc", "clang")
-    return next((path for name in names if (path := shutil.which(name))), None)
+def _compiler() -> tuple[str, ...] | None:
+    """The command: the environment's CC, which may be several words ("ccache gcc"), or the first of the usual names."""
+    given = os.environ.get("CC", "").strip()
+    if not given:
+        return next(((path,) for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    if path := shutil.which(given):  # its path may have spaces
+        return (path,)
+    try:
+        first, *others = shlex.split(given)
+    except ValueError:  # an open quote, or nothing within quotes
+        return None
+    return (path, *others) if (path := shutil.which(first)) else None
 
 
 def call(function: Any, *arguments: Tensor | float) -> int:
@@ -61,7 +71,18 @@ def compiled(source: str, **known: str | int) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         library = Path(folder, "code.so")
         given = [f"-D{name}={value}" for name, value in known.items()]
-        command = [str(_compiler()), *_FLAGS, *wide, *given, "-shared", "-fPIC", str(path), "-o", str(library), "-lm"]
+        command = [
+            *(_compiler() or ("cc",)),
+            *_FLAGS,
+            *wide,
+            *given,
+            "-shared",
+            "-fPIC",
+            str(path),
+            "-o",
+            str(library),
+            "-lm",
+        ]
         made = subprocess.run(command, check=False, capture_output=True, text=True)
         if made.returncode:
             raise RuntimeError(f"{command[0]}: {next(iter(made.stderr.splitlines()), made.returncode)}")

@@ -16,7 +16,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .checks import Shown, check_choice, fail
+from .checks import Shown, check_choice, check_tensor, fail
 
 IGNORE_INDEX = -100  # a label that is none, as in torch and transformers
 REDUCTIONS = ("none", "sum", "mean", "batchmean", "tokenmean")
@@ -50,6 +50,7 @@ def wrong_labels(labels: Tensor, classes: int) -> Tensor:
 
 def as_mask(mask: Tensor, shape: torch.Size | tuple[int, ...], *, argument: str = "mask") -> Tensor:
     """`mask` as a bool tensor (True or nonzero: counted); ValueError unless it has exactly the shape given."""
+    check_tensor(argument, mask, "one entry per position")
     if tuple(mask.shape) != tuple(shape):
         fail(
             argument,

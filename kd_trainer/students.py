@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from .checks import Shown, fail
+from .checks import Shown, fail, message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,7 +107,12 @@ def _load(path: str | Path) -> PreTrainedModel:
     """The model at `path`, with the class that its config names; no remote code runs."""
     import transformers
 
-    named = transformers.AutoConfig.from_pretrained(path).architectures or []
+    try:
+        named = transformers.AutoConfig.from_pretrained(path).architectures or []
+    except (OSError, ValueError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        expected = f"a transformers model, or the folder or hub name of one ({said})"
+        raise type(error)(message("teacher", str(path), expected, "Check the path for a typing error.")) from error
     model_class = next((cls for name in named if (cls := getattr(transformers, name, None)) is not None), None)
     if model_class is None:
         because = f"its config names the architectures {named}"

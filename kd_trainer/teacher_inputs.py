@@ -45,7 +45,12 @@ def add_teacher_inputs(
         data = add_teacher_inputs(data, teacher_tokenizer, "sentence")
         trainer = DistillationTrainer(..., data_collator=TeacherCollator(collator, teacher_tokenizer))
     """
-    names = [columns] if isinstance(columns, str) else list(columns)
+    if not hasattr(dataset, "map"):
+        shown = dataset if dataset is None else Shown(f"of type {type(dataset).__name__}")
+        mend = "Make one of it: datasets.Dataset.from_list(rows)."
+        fail("dataset", shown, "a dataset of the datasets library", mend, error=TypeError)
+    _check_callable("teacher_tokenizer", teacher_tokenizer, "the teacher's tokenizer, or a callable like it")
+    names = [columns] if isinstance(columns, str) else list(columns) if isinstance(columns, Sequence) else []
     if len(names) not in (1, 2):
         fail("columns", columns, "the name of a column of text, or of two", "Name the columns that the student reads.")
     known = getattr(dataset, "column_names", None)
@@ -66,6 +71,12 @@ def add_teacher_inputs(
         return {TEACHER_PREFIX + name: values for name, values in encoded.items()}
 
     return dataset.map(add, batched=True, **map_kwargs)
+
+
+def _check_callable(argument: str, value: Any, expected: str) -> None:
+    if not callable(value):
+        shown = value if value is None else Shown(f"of type {type(value).__name__}")
+        fail(argument, shown, expected, f"Pass `{argument}` itself, not its name or its result.", error=TypeError)
 
 
 class TeacherCollator:
@@ -90,6 +101,7 @@ class TeacherCollator:
         *,
         pad_to_multiple_of: int | None = None,
     ) -> None:
+        _check_callable("base_collator", base_collator, "the data collator that makes the student's batch")
         self.base_collator, self.teacher_tokenizer = base_collator, teacher_tokenizer
         self.pad_to_multiple_of = pad_to_multiple_of
 

@@ -362,6 +362,12 @@ def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:
         ValueError: the file is no JSON object, or a key or option belongs to none of the classes.
         TypeError: a key is `alpha` or `temperature` (see `DistillationArguments`).
     """
+    for cls in dataclass_types:
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+            mend = "Pass the class itself, e.g. DistillationTrainingArguments."
+            fail("dataclass_types", cls, "classes of arguments (dataclasses)", mend, error=TypeError)
+    if argv is not None and (not isinstance(argv, (list, tuple)) or not all(isinstance(word, str) for word in argv)):
+        fail("argv", argv, "a list of words", "Split the command line: shlex.split(text).", error=TypeError)
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)  # a field half typed is a typing error
     known = {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
