@@ -6,6 +6,7 @@ zero3. Results go into OUT, or OUT/BACKEND for several.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -245,5 +246,6 @@ def run_cases(out: Path, backend: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see conftest.py
     main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:])
     leave()

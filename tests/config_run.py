@@ -5,6 +5,7 @@ Usage: config_run.py OUT TASK...; weights, logs and what the backend made of the
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -109,5 +110,6 @@ def main(out: Path, tasks: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see conftest.py
     main(Path(sys.argv[1]), sys.argv[2:])
     leave()

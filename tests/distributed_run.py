@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -52,5 +53,6 @@ def main(out: Path, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see conftest.py
     main(Path(sys.argv[1]), sys.argv[2:])
     leave()

@@ -5,6 +5,7 @@ Usage: evaluation_run.py OUT; the metrics go into OUT.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -67,5 +68,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see conftest.py
     main(Path(sys.argv[1]))
     leave()

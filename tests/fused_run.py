@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -59,5 +60,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # see conftest.py
     main(Path(sys.argv[1]))
     leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -29,6 +30,7 @@ def run_script(path: Path, argv: list[str], *, timeout: float = 120) -> str:
 
 
 def _main(path: str, argv: list[str], printed: str) -> None:
+    gc.freeze()  # see conftest.py
     os.chdir(Path(path).parent)
     with open(printed, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)

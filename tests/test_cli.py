@@ -29,6 +29,7 @@ def runs(tmp_path):
     return tmp_path
 
 
+@pytest.mark.launch
 def test_report_prints_and_writes(runs):
     done = run("report", "teacher", "distilled, 3 epochs=kd", "baseline=base=line", "--output", "out/a", cwd=runs)
     assert (done.returncode, done.stderr) == (0, "")

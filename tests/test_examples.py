@@ -110,6 +110,7 @@ def test_minimal_marks_every_line_that_differs():
     assert [line for line in code if "Trainer(" in line and line not in marked]
 
 
+@pytest.mark.trains
 def test_soft_targets_reach_the_optimum(tmp_path):
     patterns = r"start (\d\.\d+)", r"Adam (\d\.\d+)", r"optimum (\d\.\d+)"
     printed = figures(output_of("soft_targets.py", tmp_path), *patterns)

@@ -99,6 +99,7 @@ def test_the_first_interrupt_leaves_a_resumable_checkpoint(processes, tmp_path, 
     assert tiny.logged(resumed, "loss") == tiny.logged(whole, "loss")
 
 
+@pytest.mark.launch
 def test_the_second_interrupt_stops_at_once(processes):
     training, folder = processes[1]
     training.wait_for("waiting")

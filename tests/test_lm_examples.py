@@ -160,6 +160,7 @@ def test_seq2seq_on_a_file_of_pairs_without_generation(tmp_path):
     assert table(printed)["teacher"][4] == "–"
 
 
+@pytest.mark.trains
 def test_the_local_text_is_held_out_by_file():
     texts = module("lm_text").local_texts()
     assert sum(map(len, texts["train"])) > 1_000_000

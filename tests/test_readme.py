@@ -28,7 +28,8 @@ def blocks(language: str) -> list:
     found = []
     for page in PAGES:
         for i, text in enumerate(re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)):
-            found.append(pytest.param(text, id=f"{page}-{i}"))
+            beside = pytest.mark.launch if language == "python" and page != PAGES[0] else ()
+            found.append(pytest.param(text, id=f"{page}-{i}", marks=beside))
     return found
 
 

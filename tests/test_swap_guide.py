@@ -308,6 +308,7 @@ def test_alpha_zero_is_the_stock_script(name, given, tmp_path):
     assert {key: ours[key] for key in same} == pytest.approx({key: stock[key] for key in same}, rel=1e-5)
 
 
+@pytest.mark.trains
 def test_what_the_stock_script_writes_is_a_teacher(given, tmp_path):
     name = "run_glue.py"
     for part in ("teacher", "student"):
@@ -322,6 +323,7 @@ def test_what_the_stock_script_writes_is_a_teacher(given, tmp_path):
     assert "cannot be compared by name" not in printed
 
 
+@pytest.mark.trains
 def test_the_patched_page_has_the_pages_loss(given, tmp_path):
     teacher, out = given / "models" / "run_image_classification.py", tmp_path / "out"
     argv = [str(given / "pictures"), str(teacher), str(out)]
