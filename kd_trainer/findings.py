@@ -3,13 +3,12 @@
 For: `preflight.py`, which gathers them and runs the models. What training would refuse is refused elsewhere and becomes
 a row here; what is added here is suspicious and not always wrong.
 Imports: cache, checks, compatibility, describe, first_look, heads, inputs, objective, redaction,
-reductions, teacher; rich.
+reductions, teacher, teacher_errors; rich.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,18 +27,18 @@ from .compatibility import Classes, listed, without_names
 from .describe import count_parameters, describe, times
 from .first_look import SMALL_VOCABULARY, Fit, classes_of
 from .heads import Head, check_label_range
-from .inputs import NOT_INPUTS, TEACHER_PREFIX, text_config, vocabulary_rows
+from .inputs import NOT_INPUTS, TEACHER_PREFIX, vocabulary_rows
 from .objective import Objective
 from .redaction import scrub
 from .reductions import IGNORE_INDEX, divide
 from .teacher import AdapterOffTeacher, LiveTeacher
+from .teacher_errors import positions_of
 
 logger = logging.getLogger(__name__)
 
 _WIDTH = 110  # of the table where there is no terminal
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 _CUT_FROM = 32  # tokens; of shorter rows several are as long as the longest by chance
-_TABLE_OF_POSITIONS = re.compile(r"(.*\.)?(wpe|\w*position\w*)")
 
 
 class Finding(NamedTuple):
@@ -350,22 +349,6 @@ def _longest(ids: Tensor, head: Head, batch: Mapping[str, Any]) -> int:
         return int(positions.max()) + 1
     decoded = labels.shape[1] if head.name == "seq2seq_lm" and isinstance(labels, Tensor) else 0
     return max(ids.shape[1], decoded)
-
-
-def positions_of(model: nn.Module) -> tuple[int | None, bool]:
-    """How many positions a row may have, None: unknown; and whether a longer one fails (a learned table)."""
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    if not isinstance(limit, int):
-        return None, False
-    usable, learned = limit, False
-    for name, module in model.named_modules():
-        # BART's table has two rows more; RoBERTa's rows begin after its padding.
-        named = isinstance(module, nn.Embedding) and _TABLE_OF_POSITIONS.fullmatch(name)
-        if named and limit <= module.num_embeddings <= limit + 8:
-            learned = True
-            if module.padding_idx is not None:
-                usable = min(usable, int(module.num_embeddings) - module.padding_idx - 1)
-    return usable, learned
 
 
 def about_images(student: nn.Module, teacher: nn.Module | None, batch: Mapping[str, Any]) -> list[Finding]:

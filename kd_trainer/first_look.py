@@ -2,7 +2,7 @@
 
 For: `trainer.py`, whose mixin stands on the one here. Formulas and their counts are not its business.
 Imports: checks, compatibility, finite, fused_forward, head_choice, heads, inputs, router, shared_memory, teacher,
-training_args, transformers.
+teacher_errors, training_args, transformers.
 """
 
 from __future__ import annotations
@@ -37,10 +37,20 @@ from .finite import FiniteWatch, bad_rows
 from .fused_forward import NotPlain, OutputHead, few_products
 from .head_choice import CLASSIFICATIONS, by_problem_type, check_virtual_tokens, head_for, head_from_logits
 from .heads import HEADS, Head, check_label_range, logits_of
-from .inputs import TEACHER_PREFIX, accepted_inputs, check_batch, decoder_input_ids, is_packed, vocabulary_rows
+from .inputs import (
+    TEACHER_PREFIX,
+    accepted_inputs,
+    check_batch,
+    decoder_input_ids,
+    is_packed,
+    start_token,
+    text_config,
+    vocabulary_rows,
+)
 from .router import check_router, notes_on_own_losses
 from .shared_memory import check_separate, watch_shared_buffers
-from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, check_ids, load_teacher
+from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, load_teacher
+from .teacher_errors import check_ids, check_padding
 from .training_args import DistillationArguments
 
 logger = logging.getLogger(__name__)
@@ -236,6 +246,9 @@ class FirstLook(_InFrontOf):
             check_label_range(targets, classes)
         model = cast(nn.Module, self.model)
         notes = (*notes, *heads_notes, *notes_on_own_losses(student))
+        if isinstance(self.teacher, LiveTeacher) and self.teacher.start_tokens is not None:
+            begins = "the decoder's inputs begin with token {} for the student and with its own {} for the teacher"
+            notes = (*notes, begins.format(*self.teacher.start_tokens))
         if not asked and self.teacher is not None:
             notes = (*notes, "kd_alpha is 0: training does not call the teacher")
         self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, notes, known_by, order, asked)
@@ -307,6 +320,10 @@ class FirstLook(_InFrontOf):
         if theirs is not None:
             teacher.id_limit = theirs if ours is not None and ours > theirs else None
             check_ids(teacher.inputs(batch), theirs)
+        if teacher.model is not student:
+            starts = start_token(student), start_token(teacher.model)
+            teacher.start_tokens = None if None in starts or starts[0] == starts[1] else cast(tuple[int, int], starts)
+            check_padding(teacher.model, teacher.inputs(batch), getattr(text_config(student), "pad_token_id", None))
         return known_by
 
     def _check_cached(

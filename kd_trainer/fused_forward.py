@@ -240,7 +240,8 @@ def _replaced(head: OutputHead, act: Callable[[dict[str, Any], Tensor, nn.Linear
     except Exception as error:
         if "hidden" not in kept:
             raise
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        cause = error.__cause__ or error  # a teacher's error is explained by what raised it
+        said = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise NotPlain(f"{head.name} cannot do without its logits ({said})") from error
     finally:
         if patched is None:

@@ -281,6 +281,13 @@ def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
     return frozenset(names)
 
 
+def start_token(model: Any) -> int | None:
+    """The id with which an encoder-decoder's decoder begins; None where there is none."""
+    configs = (getattr(model, name, None) for name in ("config", "generation_config"))
+    found = (getattr(config, "decoder_start_token_id", None) for config in configs)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
 def decoder_input_ids(student: nn.Module, labels: Tensor) -> Tensor | None:
     """The labels shifted right behind the start token, as the student's own forward makes them; None if unknown."""
     build: Any = getattr(student, "prepare_decoder_input_ids_from_labels", None)

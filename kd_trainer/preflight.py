@@ -40,7 +40,6 @@ from .findings import (
     error,
     has_errors,
     ok,
-    positions_of,
     refused,
     warning,
 )
@@ -63,6 +62,7 @@ from .objective import Counts
 from .reductions import IGNORE_INDEX, divide
 from .router import check_router
 from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher
+from .teacher_errors import positions_of
 from .window import Window, named
 
 _EVALUATED = 50  # batches of the evaluation data

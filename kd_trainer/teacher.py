@@ -2,7 +2,7 @@
 
 For: `trainer.py`. Leaves what teacher and student must agree on to `compatibility.py`. The teacher is never registered
 with the accelerator and never a submodule of the student: checkpoints and optimizers do not know of it.
-Imports: backends, checks, head_choice, heads, inputs, redaction, teacher_batch, transformers (on use).
+Imports: backends, checks, head_choice, heads, inputs, redaction, teacher_batch, teacher_errors, transformers (on use).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from .backends import prepare_teacher
 from .checks import Shown, fail, message, warn
 from .head_choice import auto_class_of, auto_classes
 from .heads import HEADS, Head, logits_of
-from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs, vocabulary_rows
+from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs
 from .redaction import scrub, secrets_in
 from .teacher_batch import TeacherBatch, floating_dtypes
+from .teacher_errors import check_ids, check_widths, explain, widest_input
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ class LiveTeacher:
 
     Attributes:
         class_order: indices that reorder the teacher's classes into the student's, or None (see `compatibility`).
+        start_tokens: decoder_start_token_id of the student and of the teacher, where they differ: the decoder's inputs,
+            made by the student, begin with the teacher's own for the teacher. None where they are the same.
+        most_positions: columns of ids that the teacher can take, or None (see `teacher_errors`).
         id_limit: where the student's embedding has more rows than the teacher's, the number of the latter; the ids of
             every batch are compared with it. None where the student would stumble first.
     """
@@ -51,6 +55,8 @@ class LiveTeacher:
         self.compiled = compiled
         self.id_limit: int | None = None
         self._given = TeacherBatch()
+        self.most_positions = widest_input(model)
+        self.start_tokens: tuple[int, int] | None = None
         self._compiled_model: Any = None
         self.prepared = model  # what is called: the model, or the backend's wrapper around it
         self.class_order: Tensor | None = None
@@ -89,7 +95,12 @@ class LiveTeacher:
         own = {k[len(TEACHER_PREFIX) :]: v for k, v in batch.items() if k.startswith(TEACHER_PREFIX) and k != ROW_ID}
         if "input_ids" in own:  # another text: what the student's columns say of its tokens does not hold for it
             batch = {k: v for k, v in batch.items() if k not in OF_THE_TEXT}
-        return {**model_inputs({**batch, **own}, self.accepted), **self._off}
+        taken = {**model_inputs({**batch, **own}, self.accepted), **self._off}
+        ids = taken.get("decoder_input_ids")
+        if self.start_tokens is not None and isinstance(ids, Tensor) and "decoder_input_ids" not in own:
+            first = torch.where(ids[:, :1] == self.start_tokens[0], self.start_tokens[1], ids[:, :1])
+            taken["decoder_input_ids"] = torch.cat([first, ids[:, 1:]], 1)
+        return taken
 
     def __call__(
         self,
@@ -125,12 +136,14 @@ class LiveTeacher:
             student: the student as the accelerator wrapped it; only an `AdapterOffTeacher` calls it.
 
         Raises:
-            ValueError: an id of the batch has no row in the teacher's embedding.
-            RuntimeError: as torch's out of memory, of the same class and with its text in the message.
+            ValueError: an id of the batch has no row in the teacher's embedding; rows longer than its positions.
+            TypeError, ValueError, RuntimeError: its forward failed; the original error is the cause: see `explain`.
         """
         inputs = self.inputs(batch)
         if self.id_limit is not None:
             check_ids(inputs, self.id_limit)
+        if self.most_positions is not None:
+            check_widths(inputs, self.most_positions)
         # Someone may have called teacher.train(), or trained a part of it, since the last step.
         in_training = [module for module in self.shared if module.training]
         if any(module.training for module in self._modules):
@@ -140,17 +153,11 @@ class LiveTeacher:
         with torch.no_grad(), autocast:
             try:
                 return self._given.forward(lambda **given: self._ask(given, student), inputs)
-            except ValueError as error:
-                check_image_size(self.model, inputs, error)
-                raise
-            except IndexError:
-                rows = vocabulary_rows(self.model)
-                if rows is not None:
-                    check_ids(inputs, rows)
-                raise
-            except RuntimeError as error:
-                tell_out_of_memory(inputs, error)
-                raise
+            except Exception as error:  # a forward may raise anything
+                explained = explain(self.model, inputs, error)
+                if explained is None:
+                    raise
+                raise explained from error
             finally:
                 for module in in_training:
                     module.training = True
@@ -251,52 +258,6 @@ def adapter_parameters(model: nn.Module) -> set[int]:
 
 def _adapter_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if _is_adapter_layer(module)]
-
-
-def check_ids(inputs: Mapping[str, Any], rows: int) -> None:
-    """Raises ValueError where an id of a token has no row in an embedding of `rows` rows."""
-    for name in ("input_ids", "decoder_input_ids"):
-        ids = inputs.get(name)
-        if not isinstance(ids, Tensor) or not ids.numel():
-            continue
-        wrong = ids[(ids < 0) | (ids >= rows)]
-        if wrong.numel():
-            mend = "Take a teacher whose tokenizer has that token, or leave the token (a pad token?) out of the data."
-            fail(
-                name,
-                Shown(f"{int(wrong[0])} in a batch"),
-                f"0 to {rows - 1}, the rows of the teacher's embedding",
-                mend,
-            )
-
-
-def check_image_size(teacher: nn.Module, inputs: Mapping[str, Any], error: Exception) -> None:
-    """Raises ValueError where the teacher refused a batch because it reads images of another size."""
-    size = getattr(getattr(teacher, "config", None), "image_size", None)
-    pixels = inputs.get("pixel_values")
-    wanted = [size, size] if isinstance(size, int) else list(size or ())
-    if not isinstance(pixels, Tensor) or len(wanted) != 2 or list(pixels.shape[-2:]) == wanted:
-        return
-    mend = "Give the teacher images of its own size, from its image processor, in the column teacher_pixel_values."
-    shown = Shown(f"images of {pixels.shape[-2]} x {pixels.shape[-1]}")
-    raise ValueError(message("pixel_values", shown, f"{wanted[0]} x {wanted[1]} for the teacher", mend)) from error
-
-
-def tell_out_of_memory(inputs: Mapping[str, Any], error: RuntimeError) -> None:
-    """Raises an error that says it was the teacher where `error` is torch's out of memory.
-
-    Of the same class and with the same words in it: `auto_find_batch_size` goes by them.
-    """
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        return
-    shape = next((list(value.shape) for value in inputs.values() if isinstance(value, Tensor)), None)
-    mend = (
-        "Lower the batch size (gradient_accumulation_steps makes up for it), or load the teacher smaller: "
-        'teacher_model_init_kwargs {"dtype": "bfloat16"}, or in 8 or 4 bits.'
-    )
-    shown = Shown(f"out of memory in its forward on a batch of {shape}")
-    told = message("teacher_model", shown, "room for it beside the student", mend)
-    raise type(error)(f"{told} ({error})") from error
 
 
 def _from_pretrained(head: Head, auto_class: Any, path: str, kwargs: dict[str, Any]) -> tuple[Any, dict]:

@@ -41,11 +41,11 @@ from kd_trainer.findings import (
     about_teacher,
     has_errors,
     newly_initialised,
-    positions_of,
     print_findings,
     refused,
 )
 from kd_trainer.teacher import ADAPTER_OFF, LiveTeacher
+from kd_trainer.teacher_errors import positions_of
 from tests import backend_run, launch, test_compatibility, test_moe, test_seq2seq, tiny
 
 CHECK = {"kd_run": "check"}

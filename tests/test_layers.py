@@ -40,6 +40,7 @@ ORDER = [
     "router",
     "backends",
     "teacher_batch",
+    "teacher_errors",
     "teacher",
     "compatibility",
     "shared_memory",

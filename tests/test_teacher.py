@@ -245,13 +245,14 @@ def test_ids_beyond_a_smaller_embedding_never_reach_the_teacher():
     assert spy.seen is seen
 
 
-def test_another_index_error_of_the_teacher_stays_what_it_is():
+def test_another_index_error_of_the_teacher_is_the_cause_of_one_that_names_it():
     class Broken(Spy):
         def forward(self, input_ids):
             raise IndexError("something else")
 
-    with pytest.raises(IndexError, match="something else"):
+    with pytest.raises(ValueError, match=r"`teacher_model` is a Broken.*\(IndexError: something else\)") as caught:
         live(Broken())({"input_ids": torch.tensor([[0, 2]])}, ACCELERATOR)
+    assert type(caught.value.__cause__) is IndexError
 
 
 def test_the_batch_is_not_changed():
@@ -352,7 +353,7 @@ def test_a_teacher_that_runs_out_of_memory_is_named(allocate, tmp_path):
     assert torch.equal(tiny.weights(student), before)
 
 
-def test_other_errors_of_the_teacher_stay_what_they_are(tmp_path):
+def test_other_errors_of_the_teacher_name_it(tmp_path):
     student, teacher = tiny.models("plain")
     teacher.linear = nn.Linear(7, tiny.CLASSES)
     with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
