@@ -356,5 +356,5 @@ def test_a_teacher_that_runs_out_of_memory_is_named(allocate, tmp_path):
 def test_other_errors_of_the_teacher_name_it(tmp_path):
     student, teacher = tiny.models("plain")
     teacher.linear = nn.Linear(7, tiny.CLASSES)
-    with pytest.raises(RuntimeError, match=r"^mat1 and mat2"):
+    with pytest.raises(RuntimeError, match=r"^`teacher_model` is a Plain, .*\(RuntimeError: mat1 and mat2"):
         tiny.trainer("plain", tmp_path, pair=(student, teacher)).train()
