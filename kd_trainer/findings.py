@@ -414,6 +414,7 @@ def about_path(fit: Fit, student: nn.Module, wanted: str) -> list[Finding]:
     """Whether the loss is computed with or without logits and why; and what else the first look noted."""
     path = [note for note in fit.notes if note.startswith(("full logits", "the loss is computed inside"))]
     others = [ok("note", note) for note in fit.notes if note not in path]
+    others = [ok("hard loss", fit.hard_loss), *others] if fit.hard_loss else others
     if path:
         return [ok("loss path", path[-1]), *others]
     rows = vocabulary_rows(student, written=True) if fit.head.over_tokens else None

@@ -7,6 +7,7 @@ teacher_errors, training_args, transformers.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,7 @@ from .head_choice import CLASSIFICATIONS, by_problem_type, check_virtual_tokens,
 from .heads import HEADS, Head, check_label_range, logits_of
 from .inputs import (
     TEACHER_PREFIX,
+    Accepted,
     accepted_inputs,
     check_batch,
     decoder_input_ids,
@@ -47,7 +49,8 @@ from .inputs import (
     text_config,
     vocabulary_rows,
 )
-from .router import check_router, notes_on_own_losses
+from .own_loss import Comparison, HardLoss
+from .router import check_router, notes_on_own_losses, router_weight
 from .shared_memory import check_separate, watch_shared_buffers
 from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, load_teacher
 from .teacher_errors import check_ids, check_padding
@@ -94,13 +97,42 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpys)
 
 
+@contextmanager
+def as_in_training(student: nn.Module) -> Iterator[None]:
+    """The student in training mode; afterwards its modes and buffers are what they were."""
+    modes = {module: module.training for module in student.modules()}
+    try:
+        with unchanged_buffers(student):
+            student.train()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def unchanged_buffers(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model has the buffers that it had, with the same values."""
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            buffer.detach().copy_(value)
+
+
 class Fit(NamedTuple):
     """What the first batch told about the models; made once for a student."""
 
     model: nn.Module  # `trainer.model` as it was when looked at: model_init makes a new one
     student: nn.Module  # the same, unwrapped
     head: Head
-    accepted: frozenset[str] | None  # names of the student's inputs
+    accepted: Accepted  # names of the student's inputs
     common_ids: int | None = None  # ids that both vocabularies have, where they differ in size: see `compatibility`
     # Of student and teacher, where the loss needs no logits; the teacher's None where its outputs come from a cache.
     heads: tuple[OutputHead, OutputHead | None] | None = None
@@ -108,6 +140,8 @@ class Fit(NamedTuple):
     known_by: str | None = None  # by what the tokens of both are known to be the same: see `compatibility`
     class_order: Tensor | None = None  # of a cache's classes, as `LiveTeacher.class_order`
     asked: bool = True  # whether the teacher was called; it is not where kd_alpha is 0, until an evaluation needs it
+    own_loss: bool = False  # the hard loss is the model's own, or the script's compute_loss_func: see `own_loss`
+    hard_loss: str = ""  # a line on where the hard loss comes from
 
 
 class FirstLook(_InFrontOf):
@@ -131,6 +165,8 @@ class FirstLook(_InFrontOf):
             return False
         # Outside of `train` and `evaluate` the mode is all there is to tell; a DeepSpeed engine's own is always True.
         return self.is_in_train or student.training
+
+    _student_columns: frozenset[str]  # those that upstream keeps
 
     @contextmanager
     def _refusals_wait(self) -> Iterator[None]:
@@ -226,6 +262,7 @@ class FirstLook(_InFrontOf):
             dims = getattr(batch.get("labels"), "dim", lambda: 1)()
             head = head_for(student, "classification" if dims == 1 else "token_classification", False)
         head = head_from_logits(teacher_logits) if head is None else head  # type: ignore[arg-type]
+        head = head.with_label_names(self.label_names, batch)
         self._check_settings(head)
         check_virtual_tokens(student, head, "model")
         if isinstance(self.teacher, LiveTeacher):
@@ -245,13 +282,24 @@ class FirstLook(_InFrontOf):
         if targets is not None and classes is not None and head.softmax:
             check_label_range(targets, classes)
         model = cast(nn.Module, self.model)
+        accepted = accepted_inputs(student, label_names=self.label_names, withheld=self._withheld_columns())
+        hard = self._whose_hard_loss(student, head, batch, accepted)
+        head = hard.head
+        if hard.labels_are_inputs:
+            accepted = accepted.with_names(self.label_names)
+        if heads is not None and (hard.own or hard.labels_are_inputs):
+            cause = "the hard loss is the model's own" if hard.own else "the model makes its logits of the labels too"
+            heads, heads_notes = None, (self._full_logits(NotPlain(cause)),)
         notes = (*notes, *heads_notes, *notes_on_own_losses(student))
         if isinstance(self.teacher, LiveTeacher) and self.teacher.start_tokens is not None:
             begins = "the decoder's inputs begin with token {} for the student and with its own {} for the teacher"
             notes = (*notes, begins.format(*self.teacher.start_tokens))
         if not asked and self.teacher is not None:
             notes = (*notes, "kd_alpha is 0: training does not call the teacher")
-        self._fit = Fit(model, student, head, accepted_inputs(student), shared, heads, notes, known_by, order, asked)
+        self._fit = Fit(
+            model, student, head, accepted, shared, heads, notes, known_by, order, asked, own_loss=hard.own,
+            hard_loss=hard.line,
+        )  # fmt: skip
         if heads is None and not self.is_in_train:  # training prints all notes in its start block
             for note in heads_notes:
                 warn(logger, "[kd_trainer] %s", note)
@@ -265,6 +313,81 @@ class FirstLook(_InFrontOf):
             self._watch = watch_shared_buffers(student, check_separate(student, teacher.model))
             own = set(student.modules())
             teacher.shared = [module for module in teacher.model.modules() if module in own]
+
+    def _whose_hard_loss(
+        self, student: nn.Module, head: Head, batch: Mapping[str, Any], accepted: Accepted
+    ) -> HardLoss:
+        """Whether the hard loss is the task's formula or the model's own; every process must call it.
+
+        Raises:
+            ValueError: `kd_hard_loss` "model" with a model that gives no loss of its own.
+        """
+        wanted = self.kd_args.kd_hard_loss
+        found: HardLoss | None = None
+        sharded = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        # Upstream's label smoother replaces the model's own loss; a sharded student is whole in training alone.
+        smoothed = self.args.label_smoothing_factor > 0 and self.compute_loss_func is None
+        if not smoothed and (not sharded or self.model_wrapped is not self.model or self.is_in_train):
+            found = self._compare_losses(student, head, batch, accepted, sharded)
+        if self.compute_loss_func is not None:
+            line = "the script's compute_loss_func, with upstream's num_items_in_batch"
+            return (found or HardLoss(True, head))._replace(own=True, line=line)
+        if wanted == "task":
+            return (found or HardLoss(False, head))._replace(own=False, line="the task's formula, as kd_hard_loss asks")
+        if wanted == "model":
+            if found is None and (head.targets(batch) is not None or smoothed):
+                reason = "label_smoothing_factor replaces it" if smoothed else "its forward gives no loss for labels"
+                mend = "Leave it at 'auto', or let the model's forward return its loss."
+                fail("kd_hard_loss", wanted, "'auto' or 'task' with this model", mend, because=reason)
+            return (found or HardLoss(True, head))._replace(own=True, line="the model's own, as kd_hard_loss asks")
+        return found or HardLoss(False, head)
+
+    def _compare_losses(
+        self, student: nn.Module, head: Head, batch: Mapping[str, Any], accepted: Accepted, sharded: bool
+    ) -> HardLoss | None:
+        """The model's own loss beside the task's formula on a piece of the batch, the same answer on every process."""
+        batch = self._with_decoder_inputs(student, head, self._prepare_inputs(dict(batch)))
+        called = cast(nn.Module, self.model_wrapped) if sharded else student
+
+        def forward(inputs: dict[str, Any]) -> Any:
+            with same_random_numbers(self.args.device), torch.no_grad():
+                return called(**inputs)
+
+        with as_in_training(student):
+            names, weight = tuple(self.label_names), router_weight(student)
+            found = Comparison(forward, student, head, accepted, names, weight).look(batch)
+        if self.accelerator.num_processes == 1:
+            return found
+        mine = [False] * 4
+        if found is not None:
+            mine = [True, found.own, found.head.shifted != head.shifted, found.labels_are_inputs]
+        seen = torch.tensor([float(x) for x in mine], device=self.args.device)
+        anywhere, own, shift, inputs = (bool(x) for x in self.accelerator.reduce(seen, reduction="sum").tolist())
+        if not anywhere:
+            return None
+        found = found or HardLoss(False, head)
+        if own and not found.own:
+            found = found._replace(line="the model's own, which differs from the task's formula on another process")
+        agreed = dataclasses.replace(head, shifted=head.shifted != shift)
+        return found._replace(own=own, head=agreed, labels_are_inputs=inputs)
+
+    def _withheld_columns(self) -> set[str]:
+        """Columns of the data that upstream removes and that stay for the teacher: `**kwargs` do not get them."""
+        if not self.args.remove_unused_columns:
+            return set()
+        self._set_signature_columns_if_needed()
+        return (set(self._signature_columns or ()) - self._student_columns) & self._data_columns()
+
+    def _data_columns(self) -> set[str]:
+        evals = self.eval_dataset
+        names: set[str] = set()
+        for dataset in (self.train_dataset, *(evals.values() if isinstance(evals, dict) else (evals,))):
+            known = getattr(dataset, "column_names", None)
+            if known is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+                row = dataset[0]
+                known = list(row) if isinstance(row, Mapping) else None
+            names |= set(known or ())
+        return names
 
     def _output_heads(
         self, student: nn.Module, head: Head | None

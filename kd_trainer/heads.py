@@ -33,12 +33,14 @@ class Head:
         token_level: logits are [B, S, C] and every position is a row of its own; else [B, C].
         shifted: the logits at position i are compared with the label at i + 1 (decoder-only language models).
         auto_classes: transformers' Auto classes whose models have this head; the first one loads a teacher by path.
+        label_names: the columns of a batch that hold the targets.
     """
 
     name: str
     token_level: bool
     shifted: bool
     auto_classes: tuple[str, ...]
+    label_names: tuple[str, ...] = ("labels",)
 
     softmax: ClassVar[bool] = True  # both losses are of one softmax over the classes and of integer labels
     a_label_a_logit: ClassVar[bool] = False  # labels are numbers, of the logits' shape
@@ -60,6 +62,19 @@ class Head:
         """The head as this student has it; most are the same for every one."""
         return self
 
+    def with_label_names(self, names: Sequence[str], batch: Mapping[str, Any]) -> Head:
+        """The head that reads its targets where they stand: `names` are the trainer's `label_names`.
+
+        The usual columns win where `names` has them. Of other names the one counts that the batch holds; several, of
+        which none is usual, leave the head without targets (the model's own loss may still read them).
+        """
+        if set(self.label_names) <= set(names):
+            return self
+        here = [name for name in names if batch.get(name) is not None] or list(names)
+        if len(here) != len(self.label_names):
+            return self
+        return replace(self, label_names=tuple(here))
+
     def soft_term(self, divergence: str) -> str:
         """The soft loss by name, for the formula that is printed."""
         return divergence
@@ -75,12 +90,12 @@ class Head:
         """
         if inputs.get("shift_labels") is not None:
             return inputs["shift_labels"]
-        labels = inputs.get("labels")
+        labels = inputs.get(self.label_names[0])
         if labels is None:
             return None
         if labels.is_floating_point():
             fail(
-                "labels",
+                self.label_names[0],
                 Shown(f"of dtype {labels.dtype} and shape {tuple(labels.shape)}"),
                 f"integer class ids for the task {self.name!r}",
                 "Cast the column to int64, or name the task of such labels: kd_task multi_label_classification or "
@@ -255,7 +270,7 @@ class MultiLabelHead(Head):
         return f"{divergence} per label"
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        return _numbers(inputs.get("labels"))
+        return _numbers(inputs.get(self.label_names[0]))
 
     def labelled(self, targets: Tensor) -> Tensor:
         return (targets != IGNORE_INDEX).all(-1).sum()
@@ -307,7 +322,7 @@ class RegressionHead(Head):
         return torch.stack([values, variance.reshape(values.shape).to(values.dtype)], -1)
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        labels = _numbers(inputs.get("labels"))
+        labels = _numbers(inputs.get(self.label_names[0]))
         return labels.unsqueeze(-1) if labels is not None and labels.dim() == 1 else labels
 
     def labelled(self, targets: Tensor) -> Tensor:
@@ -376,7 +391,7 @@ class QuestionAnsweringHead(Head):
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """[B, 2], start and end."""
-        both = [inputs.get(name) for name in ("start_positions", "end_positions")]
+        both = [inputs.get(name) for name in self.label_names]
         if both[0] is None or both[1] is None:
             return None
         positions = torch.stack([x.reshape(-1) for x in both if x is not None], 1)
@@ -536,6 +551,7 @@ HEADS = {
             False,
             False,
             ("AutoModelForQuestionAnswering", "AutoModelForDocumentQuestionAnswering"),
+            label_names=("start_positions", "end_positions"),
         ),
         # Most models of these two have the Auto classes of "classification": see `by_problem_type`.
         MultiLabelHead("multi_label_classification", False, False, ("AutoModelForVisualQuestionAnswering",)),

@@ -7,8 +7,8 @@ Shapes: B rows, S positions. Imports: checks, reductions, transformers (on use).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -257,28 +257,92 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def accepted_inputs(model: nn.Module) -> frozenset[str] | None:
-    """Names that the model's forward takes; None where it takes any (`**kwargs` of a module of the user's own).
+class Accepted(frozenset[str]):
+    """Names that a model's forward takes as inputs: those it names, and whether it passes on any others.
 
-    For transformers' own `**kwargs` only the names that they document are passed: another model's column
-    (`token_type_ids`) must not reach a model that would hand it on blindly.
+    Attributes:
+        others: a forward with `**kwargs` of the user's own takes every column but the targets. Default False.
+        targets: columns that are no inputs: labels and bookkeeping.
+        taken_targets: those of them that the forward takes nevertheless, for a loss of its own; None: any, `**kwargs`.
+    """
+
+    others: bool
+    targets: frozenset[str]
+    taken_targets: frozenset[str] | None
+
+    def __new__(
+        cls,
+        names: Iterable[str],
+        *,
+        others: bool = False,
+        targets: Iterable[str] = NOT_INPUTS,
+        taken_targets: Iterable[str] | None = (),
+    ) -> Accepted:
+        made = super().__new__(cls, names)
+        made.others, made.targets = others, frozenset(targets)
+        made.taken_targets = None if taken_targets is None else frozenset(taken_targets)
+        return made
+
+    def take(self, name: str) -> bool:
+        """Whether a column of this name goes into the model."""
+        if name in self:
+            return True
+        return self.others and name not in self.targets and not name.startswith(TEACHER_PREFIX)
+
+    def with_names(self, names: Iterable[str]) -> Accepted:
+        """The same with further inputs."""
+        return Accepted(self | set(names), others=self.others, targets=self.targets, taken_targets=self.taken_targets)
+
+    def take_target(self, name: str) -> bool:
+        """Whether the model's forward takes a column of targets of this name."""
+        return self.taken_targets is None or name in self.taken_targets
+
+
+# Upstream's models of two parts hand on what they do not name: to the encoder, or with this prefix to the decoder.
+_COMPOSITE = ("EncoderDecoderModel", "VisionEncoderDecoderModel", "SpeechEncoderDecoderModel")
+_DECODER_PREFIX = "decoder_"
+
+
+def accepted_inputs(model: nn.Module, *, label_names: Iterable[str] = (), withheld: Iterable[str] = ()) -> Accepted:
+    """Names of the columns that the model's forward takes as inputs.
+
+    A forward of the user's own that takes `**kwargs` gets every column that is no target, as the stock Trainer passes
+    it. For the `**kwargs` of transformers' own models only the names that they document are passed: another model's
+    column (`token_type_ids`) must not reach a model that would hand it on blindly.
+
+    Args:
+        model: unwrapped; of a PEFT model the base counts, since the wrapper takes anything.
+        label_names: columns that hold targets, beside those that upstream's names tell (`labels`, `class_labels`, ...).
+        withheld: columns that `**kwargs` do not get, e.g. those that were kept for the teacher alone.
     """
     from transformers import PreTrainedModel
-    from transformers.utils.generic import TransformersKwargs
+    from transformers.utils.generic import TransformersKwargs, find_labels
 
-    unwrap: Any = getattr(model, "get_base_model", None)  # PEFT's wrapper takes anything
+    unwrap: Any = getattr(model, "get_base_model", None)
     wrapper, model = model, unwrap() if unwrap is not None else model
-    parameters = inspect.signature(model.forward).parameters
-    named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    targets = NOT_INPUTS | set(find_labels(type(model))) | set(label_names)
     # A label without a default must be given, or the call fails: then it is an input like any other.
-    names = {p.name for p in named if p.name not in NOT_INPUTS or p.default is p.empty}
+    names = {name for name, p in named.items() if name not in targets or p.default is p.empty}
     if getattr(wrapper, "active_peft_config", None) is not None:  # task_ids of multitask prompts
-        names |= set(inspect.signature(wrapper.forward).parameters) - NOT_INPUTS - {"args", "kwargs"}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        if not isinstance(model, PreTrainedModel) or not named:
-            return None
-        names |= set(TransformersKwargs.__annotations__) - NOT_INPUTS
-    return frozenset(names)
+        names |= set(inspect.signature(wrapper.forward).parameters) - targets - {"args", "kwargs"}
+    open_ended = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    if not open_ended:
+        return Accepted(names, targets=targets, taken_targets=named.keys() & targets)
+    where = getattr(inspect.unwrap(model.forward), "__module__", None) or ""
+    if not isinstance(model, PreTrainedModel) or not where.startswith("transformers.models."):
+        return Accepted(names, others=True, targets={*targets, *withheld}, taken_targets=None)
+    names |= set(TransformersKwargs.__annotations__) | _documented(open_ended[0].annotation)
+    if type(model).__name__ in _COMPOSITE:
+        names |= accepted_inputs(cast(nn.Module, model.encoder))
+        names |= {_DECODER_PREFIX + name for name in accepted_inputs(cast(nn.Module, model.decoder))}
+    return Accepted(names - targets, targets=targets, taken_targets=None)
+
+
+def _documented(annotation: Any) -> set[str]:
+    """The keys of `**kwargs: Unpack[SomeTypedDict]`."""
+    return {name for part in get_args(annotation) for name in getattr(part, "__annotations__", {})}
 
 
 def start_token(model: Any) -> int | None:
@@ -301,8 +365,6 @@ def decoder_input_ids(student: nn.Module, labels: Tensor) -> Tensor | None:
     return shifted.masked_fill(shifted == IGNORE_INDEX, padding)
 
 
-def model_inputs(inputs: Mapping[str, Any], accepted: frozenset[str] | None) -> dict[str, Any]:
+def model_inputs(inputs: Mapping[str, Any], accepted: Accepted) -> dict[str, Any]:
     """A new dict with what of the batch goes into a model: no targets, no `teacher_*` columns, no foreign names."""
-    if accepted is None:
-        return {k: v for k, v in inputs.items() if k not in NOT_INPUTS and not k.startswith(TEACHER_PREFIX)}
-    return {k: v for k, v in inputs.items() if k in accepted}
+    return {k: v for k, v in inputs.items() if accepted.take(k)}

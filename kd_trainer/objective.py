@@ -35,6 +35,8 @@ class Counts(NamedTuple):
     soft: Tensor | int  # positions counted for the soft loss
     rows: Tensor | int  # rows of the batch
     scale: int = 1  # undoes the averaging of gradients over processes where the counts are global
+    num_items: Any = None  # upstream's num_items_in_batch, where the hard loss is the model's own
+    micro_batches: int = 1  # of the optimizer step: upstream divides a loss by it that knows no num_items
 
 
 class Parts(NamedTuple):
@@ -98,6 +100,8 @@ class Objective:
         counts: Counts,
         *,
         common_ids: int | None = None,
+        own_hard: Tensor | None = None,
+        takes_own: bool = False,
     ) -> Parts:
         """The loss of one micro-batch.
 
@@ -109,6 +113,8 @@ class Objective:
             counts: the denominators of the whole optimizer step, and the scale.
             common_ids: where the vocabularies differ in size, soft loss and agreement are over the first `common_ids`
                 ids of both, renormalised; the hard loss is over all of the student's. None: equal vocabularies.
+            own_hard: with `takes_own` the hard loss, divided as the stock Trainer divides it; None where the batch has
+                no labels.
         """
         targets = head.targets(inputs)
         sparse = teacher if isinstance(teacher, (TopK, Samples)) else None
@@ -136,12 +142,15 @@ class Objective:
         soft_count, hard_count = self._denominators(counts)
 
         plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not head.softmax
+        plain = plain or takes_own
         if taught is not None and not plain and is_small(chosen, taught):
             parts = self._joint(chosen, taught, labels, float(soft_count), float(hard_count), counts)
             if parts is not None:
                 return parts
         hard = soft = agreement = None
-        if labels is not None:
+        if takes_own:
+            hard = own_hard
+        elif labels is not None:
             # At alpha 1 the hard loss is for the log alone.
             hard_sum = head.hard_loss_sum(logits if self.alpha < 1 else logits.detach(), labels, self.label_smoothing)
             hard = divide(hard_sum, hard_count) * counts.scale

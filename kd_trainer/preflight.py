@@ -44,7 +44,7 @@ from .findings import (
     warning,
 )
 from .finite import FiniteWatch
-from .first_look import Fit, classes_have_names, same_random_numbers
+from .first_look import Fit, classes_have_names, same_random_numbers, unchanged_buffers
 from .head_choice import by_problem_type, head_for
 from .heads import Head
 from .inputs import (
@@ -213,6 +213,7 @@ def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) 
     with findings.attempt("task"):
         head = head_for(student, kd.kd_task, trainer._loss_shifts_labels)
         head = head and by_problem_type(head, student, kd.kd_task, batch.get("labels"))
+        head = head and head.with_label_names(trainer.label_names, batch)
     with findings.attempt("student's tokens"):
         check_student_ids(student, batch)
     if isinstance(teacher, LiveTeacher) and not isinstance(teacher, AdapterOffTeacher):
@@ -255,8 +256,8 @@ def _look_at_task(trainer: Any, findings: _Findings, head: Head, batch: Mapping[
     with findings.attempt("images"):
         findings.rows += about_images(student, taught, batch)
     with findings.attempt("columns"):
-        accepted = accepted_inputs(student)
-        read = set(model_inputs(batch, accepted))
+        accepted = accepted_inputs(student, label_names=trainer.label_names, withheld=trainer._withheld_columns())
+        read = set(model_inputs(batch, accepted)) | (set(batch) & accepted.targets)
         if trainer.teacher is not None:
             read |= {name for name in batch if name.startswith(TEACHER_PREFIX)}
             if _live(trainer) is not None:
@@ -683,11 +684,6 @@ def _as_it_was(trainer: Any) -> Iterator[None]:
     """Afterwards the student's buffers, gradients and modes, the random numbers and the trainer are what they were."""
     student = trainer.accelerator.unwrap_model(trainer.model)
     training = {module for module in student.modules() if module.training}
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in student.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
     gradients = [(p, p.grad) for p in student.parameters()]
     lent = ("_fit", "_window", "_finite", "_packing", "_evaluation", "teacher")
     kept = {name: getattr(trainer, name) for name in lent}
@@ -696,14 +692,11 @@ def _as_it_was(trainer: Any) -> Iterator[None]:
     mode = "off" if trainer._finite.mode == "off" else "step"
     trainer._finite = FiniteWatch(mode, trainer.args.process_index)
     try:
-        with same_random_numbers(trainer.args.device):
+        with same_random_numbers(trainer.args.device), unchanged_buffers(student):
             yield
     finally:
         for module in student.modules():
             module.training = module in training
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
-            buffer.detach().copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         if hasattr(getattr(student, "config", None), "problem_type"):

@@ -64,7 +64,7 @@ class LiveTeacher:
         # What would only cost: the cache, and the load-balancing loss of a mixture of experts.
         routed = getattr(getattr(model, "config", None), "output_router_logits", False)
         costly = ("use_cache", "output_router_logits") if routed else ("use_cache",)
-        self._off = {name: False for name in costly if name in (self.accepted or ())}
+        self._off = {name: False for name in costly if name in self.accepted}
         self._modules: list[nn.Module] = []
         self.shared: list[nn.Module] = []  # frozen modules that are the student's too, which keep its mode
 

@@ -40,6 +40,7 @@ from .losses import SoftTargetLoss
 from .objective import Counts, Objective, Parts, scheduled
 from .offline import OfflineTeacher
 from .outputs import TeacherOutput
+from .own_loss import label_columns, own_loss, without_extras
 from .preflight import examine, is_sharded
 from .reductions import divide
 from .router import router_weight, with_router_loss
@@ -116,7 +117,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         TypeError: the mixin stands behind a `Trainer` class in the bases, or in front of one whose own `compute_loss`
             would never be called; or `alpha`/`temperature` are passed.
         ValueError: teacher and student do not fit (see `compatibility`), or an option of upstream that this loss
-            cannot honour (`compute_loss_func`, DataParallel, Ulysses sequence parallelism).
+            cannot honour (DataParallel, Ulysses sequence parallelism).
     """
 
     # The loss is divided once by the counts of the whole optimizer step: upstream must not divide again.
@@ -157,9 +158,6 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         **kwargs: Any,
     ) -> None:
         refuse_borrowed_names(kwargs)
-        if kwargs.get("compute_loss_func") is not None:
-            mend = "Leave it out; the hard loss is the task's own, kd_alpha weighs it."
-            fail("compute_loss_func", kwargs["compute_loss_func"], "None with distillation", mend)
         try:
             super().__init__(model, args, *trainer_args, **kwargs)
         except TypeError as error:  # SFTTrainer builds its own class of arguments from the fields of ours
@@ -177,6 +175,11 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             self._refuse_what_cannot_work()
         if not self.label_names:  # a plain module's forward names no labels; the batch still has them
             self.label_names = ["labels"]
+        if self.args.label_smoothing_factor > 0 and {"labels", "start_positions"}.isdisjoint(self.label_names):
+            expected = f"0 with the labels in {', '.join(map(repr, self.label_names))}"
+            mend = "Rename the column to 'labels', or set it to 0."
+            because = "upstream smooths a column 'labels' alone"
+            fail("label_smoothing_factor", self.args.label_smoothing_factor, expected, mend, because=because)
         self.teacher: LiveTeacher | CachedTeacher | None = None
         self._given_teacher: Any = None
         self._ready_parts: dict[str, Store] = {}  # of the teacher cache: built or checked by this trainer
@@ -253,6 +256,9 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         if self.args.n_gpu > 1:
             mend = "Start the script with `accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
             fail("n_gpu", self.args.n_gpu, "1 GPU for each process, not nn.DataParallel", mend)
+        if self.compute_loss_func is not None and self.kd_args.kd_hard_loss == "task":
+            expected = "'auto' with a compute_loss_func, which is the hard loss then"
+            fail("kd_hard_loss", "task", expected, "Leave out one of the two.")
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
             fail("parallelism_config", "Ulysses sequence parallelism", "none", "Switch sequence parallelism off.")
@@ -345,7 +351,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Upstream's batches of one optimizer step, with the denominators of its losses instead of one number."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
         self._follow_settings()
@@ -357,6 +363,9 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             self._refuse_packed(fit.head, batch)
         each = [objective.count(fit.head, batch) for batch in batches]
         counts = Counts(*(sum(column) for column in zip(*(c[:3] for c in each), strict=True)))
+        if fit.own_loss and num_items is None:
+            num_items = super()._get_num_items_in_batch(batches, device)
+        counts = counts._replace(num_items=num_items, micro_batches=len(batches))
         if not self._started:
             self._started = True
             self._refuse_packed(fit.head, batches[0], now=True)
@@ -370,13 +379,16 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                 )
                 lost = [REPLACED[name] for name in map(_full_name, type(self).__mro__) if name in REPLACED]
                 leave_progress_bar()
-                print("\n".join([block, *("[kd_trainer] " + note for note in (*fit.notes, *lost))]), flush=True)
+                hard = [f"hard loss: {fit.hard_loss}"] if fit.hard_loss else []
+                print("\n".join([block, *("[kd_trainer] " + note for note in (*hard, *fit.notes, *lost))]), flush=True)
         self._window.steps += 1
         return batches, self._over_processes(counts, device)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
-        """None: `get_batch_samples` counts for training, and evaluation counts its own batch without a collective."""
-        return None
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Upstream's where the hard loss is the model's own. Else None: `get_batch_samples` counts for training, and
+        evaluation counts its own batch without a collective."""
+        own = self._fit is not None and self._fit.own_loss
+        return super()._get_num_items_in_batch(batch_samples, device) if own else None
 
     def _over_processes(self, counts: Counts, device: torch.device) -> Counts:
         """The counts summed over the processes: one reduce a step."""
@@ -386,7 +398,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         same_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         hard, soft, rows = self.accelerator.reduce(local, reduction="sum").div(same_batch).unbind()
         # Gradients are averaged over processes: the scale makes it a sum again.
-        return Counts(hard, soft, rows, scale=self.accelerator.num_processes // self.get_tp_size())
+        scale = self.accelerator.num_processes // self.get_tp_size()
+        return counts._replace(hard=hard, soft=soft, rows=rows, scale=scale)
 
     # ---- the loss ----
 
@@ -431,8 +444,10 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         training = self._is_training_step(fit.student)
         objective, soft_loss = self._objective(training=training)
         counts = num_items_in_batch if num_items_in_batch is not None else objective.count(fit.head, inputs)
-        if num_items_in_batch is None:
+        if not isinstance(num_items_in_batch, Counts):
             self._refuse_packed(fit.head, inputs)
+        if fit.own_loss and not isinstance(counts, Counts):  # upstream's, in evaluation
+            counts = objective.count(fit.head, inputs)._replace(num_items=num_items_in_batch)
         if not isinstance(counts, Counts):
             mend = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
             fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", mend, error=TypeError)
@@ -442,17 +457,29 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             if fused is not None:
                 return (fused[0], _as_mapping(fused[1], fused[0])) if return_outputs else fused[0]
         said = self._said(fit, inputs, model, training)
-        outputs = model(**model_inputs(inputs, fit.accepted))
+        labels = self._own_labels(fit, inputs, counts) if fit.own_loss else {}
+        outputs = model(**model_inputs(inputs, fit.accepted), **labels)
         logits = behind_front(fit.head.logits(outputs, "model"), fit.student, inputs)
+        own_hard = self._own_hard_loss(fit, outputs, inputs, counts) if fit.own_loss else None
         said = None if said is None else said.each(lambda tensor: tensor.to(logits.device))
         taught = None if said is None else said.sparse or said.logits
-        parts = objective(fit.head, soft_loss, logits, taught, inputs, counts, common_ids=fit.common_ids)
+        parts = objective(
+            fit.head,
+            soft_loss,
+            logits,
+            taught,
+            inputs,
+            counts,
+            common_ids=fit.common_ids,
+            own_hard=own_hard,
+            takes_own=fit.own_loss,
+        )
         parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
         self._finite.see(
             parts.total, logits, None if said is None else said.logits, self.state.global_step,
             fault=lambda: fit.head.fault(inputs, logits.shape[-1]),
         )  # fmt: skip
-        counted = None if training else self._without_repeated(inputs, counts)
+        counted = None if training or fit.own_loss else self._without_repeated(inputs, counts)
         if counted is None:
             self._collect(parts, aux, counts, training)
         else:
@@ -483,6 +510,41 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             return None
         cut = {k: v[:own] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
         return cut, own
+
+    def _own_labels(self, fit: Fit, inputs: dict[str, Any], counts: Counts) -> dict[str, Any]:
+        """What the stock Trainer passes to the model beside its inputs, so that it computes its own loss."""
+        labels = label_columns(inputs, tuple(self.label_names), fit.accepted)
+        if self.compute_loss_func is not None:
+            labels.pop("labels", None)
+        labels = {name: value for name, value in labels.items() if name not in fit.accepted}
+        if self.model_accepts_loss_kwargs and counts.num_items is not None:
+            labels["num_items_in_batch"] = counts.num_items
+        return labels
+
+    def _own_hard_loss(self, fit: Fit, outputs: Any, inputs: dict[str, Any], counts: Counts) -> Tensor | None:
+        """The model's own loss, or the script's, divided as upstream's `compute_loss` and `training_step` divide it;
+        None for a batch without labels."""
+        if all(inputs.get(name) is None for name in self.label_names):
+            return None
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=counts.num_items)
+        else:
+            found = own_loss(outputs)
+            if found is None:
+                mend = "Return it whenever labels are given, or set kd_hard_loss to task."
+                shown = Shown("a model that returns no loss for a batch with labels")
+                fail("model", shown, "the loss that it returned for the first batch", mend, error=RuntimeError)
+            loss = without_extras(found, outputs, fit.student, None, router_weight(fit.student))
+        targets = fit.head.targets(inputs)
+        if targets is not None and fit.head.softmax:  # upstream's mean over no label is NaN
+            loss = torch.where(fit.head.labelled(targets) > 0, loss, torch.zeros_like(loss))
+        by_items = counts.num_items is not None and (
+            self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        )
+        if by_items and self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        scaled = (self.model_accepts_loss_kwargs and by_items) or self.compute_loss_func is not None
+        return loss if scaled else loss / counts.micro_batches
 
     def _said(self, fit: Fit, inputs: dict[str, Any], model: nn.Module, training: bool) -> TeacherOutput | None:
         """The teacher's logits, or what a cache holds instead of them; None where it is not asked."""
@@ -523,7 +585,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         assert fit.heads is not None
         ours, theirs = fit.heads
         training = self._is_training_step(fit.student)
-        counted = None if training else self._without_repeated(inputs, counts)
+        counted = None if training or fit.own_loss else self._without_repeated(inputs, counts)
         once: list[FusedLoss] = []
         try:
             with self._taught_for_fused(theirs, inputs, model, training) as taught:
@@ -593,7 +655,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             soft_count = counts.soft if self.kd_args.kd_reduction == "tokenmean" else counts.rows
             sums = (_times(hard, hard_count), counts.hard, _times(soft, soft_count), _times(agreement, counts.soft))
             self._evaluation.sums.add((*sums, counts.rows, _times(router, counts.rows)))
-            if self._fit is not None and self._fit.head.token_level:
+            if self._fit is not None and (self._fit.head.token_level or self._fit.own_loss):
                 exists = torch.tensor([[part is not None for part in row]], device=parts.total.device)
                 values = torch.cat([as_tensor([row], parts.total.device), exists.float()], 1)
                 self._evaluation.rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
@@ -630,7 +692,10 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         generates = isinstance(self, Seq2SeqTrainer) and getattr(self.args, "predict_with_generate", False)
         if generates and not prediction_loss_only:
             return self._generation_step(model, inputs, ignore_keys, **gen_kwargs)
-        if self.teacher is None or all(inputs.get(name) is not None for name in self.label_names):
+        labelled = all(inputs.get(name) is not None for name in self.label_names)
+        if labelled:
+            self._look_at(inputs)  # upstream counts the items of the batch for a loss of the model's own
+        if self.teacher is None or labelled:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
         if ignore_keys is None:
             config = getattr(self.model, "config", None)
@@ -653,7 +718,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             return {"loss": self.compute_loss(model, inputs)}
 
         # `generate` refuses columns that only the teacher reads.
-        taken = model_inputs(inputs, accepted_inputs(self.accelerator.unwrap_model(self.model)))
+        student = self.accelerator.unwrap_model(self.model)
+        taken = model_inputs(inputs, accepted_inputs(student, label_names=self.label_names))
         own = {name: value for name, value in inputs.items() if name in taken or name in self.label_names}
         loss, tokens, labels = super().prediction_step(distilled, own, False, ignore_keys=ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
         if loss is None and self.teacher is not None and "decoder_input_ids" in inputs:
@@ -666,8 +732,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
 
         Of tasks with one answer a row, the loss and its parts are sums over all rows divided by their counts (with
         kd_reduction "tokenmean" the labelled rows for the hard loss), whatever the size of the batches. Of tasks by
-        position they weigh as upstream's loss does, batch by batch. A row that accelerate repeats to fill the last
-        batches of several processes counts once.
+        position, and where the hard loss is the model's own, they weigh as upstream's loss does, batch by batch. A row
+        that accelerate repeats to fill the last batches of several processes counts once.
 
         Language models also get perplexity: exp of the mean hard loss per labelled token over all batches, whatever
         their size, their padding and kd_reduction; inf where that is too large a number. It is left out where there
@@ -692,14 +758,17 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             return {}
         both = self.accelerator.reduce(with_existence(sums, evaluation.sums.exists), reduction="sum")
         (hard, labelled, soft, same, rows, router), exists = both.tolist()
-        if not fit.head.token_level:
+        by_row = not fit.head.token_level and not fit.own_loss
+        if by_row:
             hard_count = labelled if self.kd_args.kd_reduction == "tokenmean" else rows
             means = [divide(hard, hard_count), divide(soft, rows), divide(same, rows), labelled, divide(router, rows)]
             logged = named(means, prefix, [exists[0], exists[2], exists[3], exists[1], exists[5]])
         else:
             weighed = torch.cat(evaluation.rows).mean(0).tolist()
             logged = named(weighed[:5], prefix, weighed[5:])
-        if self.args.world_size > 1 or (not fit.head.token_level and labelled < rows):
+        if fit.own_loss:  # its denominators are the model's, and its exponential need not be a perplexity
+            return logged
+        if self.args.world_size > 1 or (by_row and labelled < rows):
             logged[f"{prefix}loss"] = self._mixture(logged, fit, prefix)
         if fit.head.over_tokens and self.args.label_smoothing_factor == 0 and labelled > 0:
             logged[f"{prefix}perplexity"] = perplexity(hard, labelled)
@@ -732,8 +801,10 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
     # ---- columns and the model card ----
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        taken = () if self.teacher is None or self.teacher.accepted is None else self.teacher.accepted
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._student_columns = frozenset(self._signature_columns or ())
+        taken = () if self.teacher is None else self.teacher.accepted
         self._keep_columns([*taken, *(TEACHER_PREFIX + name for name in taken), ROW_ID])
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:

@@ -35,6 +35,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 CHECK_FINITE = ("step", "log", "off")
 IMPLEMENTATIONS = ("auto", "full", "fused")
 RUNS = ("train", "check", "cache")
+HARD_LOSSES = ("auto", "task", "model")
 
 # The names that a well-known textbook's class of the same purpose uses, where alpha weighs the HARD loss.
 _BORROWED = {
@@ -101,6 +102,13 @@ class DistillationArguments:
     kd_task: str | None = field(
         default=None, metadata={"help": "Name the task head if the model does not tell: " + ", ".join(HEADS) + "."}
     )
+    kd_hard_loss: str = field(
+        default="auto",
+        metadata={
+            "help": "The hard loss: task (the task's formula), model (the model's own loss), or auto: the model's own "
+            "where it differs from the formula on the first batch."
+        },
+    )
     kd_remap_labels: bool = field(
         default=False,
         metadata={"help": "Reorder the teacher's classes where its id2label is a permutation of the student's."},
@@ -164,6 +172,7 @@ class DistillationArguments:
         check_choice("kd_loss_implementation", self.kd_loss_implementation, IMPLEMENTATIONS)
         check_choice("kd_schedule", self.kd_schedule, SCHEDULES)
         check_choice("kd_run", self.kd_run, RUNS)
+        check_choice("kd_hard_loss", self.kd_hard_loss, HARD_LOSSES)
         self._check_cache()
         if self.kd_beta is not None:
             self._check_beta()

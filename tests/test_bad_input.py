@@ -216,9 +216,11 @@ def init_kwargs_for_a_module(tmp_path):
     build(tmp_path, teacher=tiny.models("classification")[1], args=args)
 
 
-@case("compute_loss_func", "Leave it out", "None with distillation")
+@case("kd_hard_loss", "Leave out one of the two", "expected 'auto' with a compute_loss_func")
 def compute_loss_func(tmp_path):
-    build(tmp_path, teacher=tiny.models("classification")[1], compute_loss_func=lambda *a, **k: 0)
+    student, teacher = tiny.models("classification")
+    args = tiny.arguments(tmp_path, kd_hard_loss="task")
+    DistillationTrainer(model=student, teacher_model=teacher, args=args, compute_loss_func=lambda *a, **k: 0)
 
 
 @case("alpha", "Rename it in the training arguments", "weighs the SOFT loss", TypeError)

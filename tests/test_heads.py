@@ -29,7 +29,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from kd_trainer.head_choice import auto_class_of, head_for, head_from_logits
 from kd_trainer.heads import HEADS, check_label_range, logits_of
-from kd_trainer.inputs import accepted_inputs, check_batch, main_input, model_inputs
+from kd_trainer.inputs import Accepted, accepted_inputs, check_batch, main_input, model_inputs
 from kd_trainer.models import MLPConfig, MLPForImageClassification
 from tests import tiny
 
@@ -320,9 +320,10 @@ def test_a_module_with_kwargs_takes_everything_but_targets():
             return kwargs
 
     batch = {"x": 1, "y": 2, "labels": 3, "label_ids": 4, "shift_labels": 5, "teacher_x": 6, "num_items_in_batch": 7}
-    assert accepted_inputs(Own()) is None
-    assert model_inputs(batch, None) == {"x": 1, "y": 2}
-    assert model_inputs(batch, frozenset({"y", "z", "labels"})) == {"y": 2, "labels": 3}
+    assert model_inputs(batch, accepted_inputs(Own())) == {"x": 1, "y": 2}
+    assert model_inputs(batch, accepted_inputs(Own(), label_names=["y"])) == {"x": 1}
+    assert model_inputs(batch, accepted_inputs(Own(), withheld=["x"])) == {"y": 2}
+    assert model_inputs(batch, Accepted({"y", "z", "labels"})) == {"y": 2, "labels": 3}
     assert len(batch) == 7
 
 

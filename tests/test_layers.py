@@ -38,6 +38,7 @@ ORDER = [
     "fused_forward",
     "objective",
     "router",
+    "own_loss",
     "backends",
     "teacher_batch",
     "teacher_errors",

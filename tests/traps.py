@@ -160,14 +160,14 @@ TRAPS = {
     19: Trap(
         "use_cache is off for every call of the teacher",
         "kd_trainer/teacher.py",
-        "self._off = {name: False for name in costly if name in (self.accepted or ())}",
+        "self._off = {name: False for name in costly if name in self.accepted}",
         "self._off = {}",
         "tests/test_trainer.py -k use_cache",
     ),
     20: Trap(
         "token_type_ids reach only the model that takes them",
         "kd_trainer/inputs.py",
-        "return {k: v for k, v in inputs.items() if k in accepted}",
+        "return {k: v for k, v in inputs.items() if accepted.take(k)}",
         "return {k: v for k, v in inputs.items() if k not in NOT_INPUTS and not k.startswith(TEACHER_PREFIX)}",
         "tests/test_trainer.py -k columns_reach",
     ),
