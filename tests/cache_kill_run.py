@@ -52,12 +52,13 @@ class Places:
 
 
 def main(out: str, kept: str, rank: int, port: int | None, kill_at: int | None, half: bool) -> None:
-    """Builds in `out`/cache, alone or as one of two processes that meet at `port`; notes where it ended."""
+    """Builds in `out`/cache, alone or as one of two that meet at the store on `port`; notes where it ended."""
     log = open(Path(out) / f"output-{rank}.txt", "a")  # noqa: SIM115
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     if port is not None:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}  # as torchrun does
         os.environ |= {**{name: str(value) for name, value in place.items()}, "MASTER_ADDR": "127.0.0.1"}
     places = Places(Path(out) / "cache", kill_at, half)
     run = trainer(Path(out), kept)

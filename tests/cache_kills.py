@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,6 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+from torch.distributed import TCPStore
 
 from tests import cache_kill_run
 from tests.cache_kill_run import DONE, FORMATS, PLACES
@@ -41,11 +42,9 @@ class Life:
     """
 
     def __init__(self, out: Path, kept: str, processes: int, aim: tuple[int, int] | None = None, half: bool = False):
-        port = None
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
+        # The two meet at a store that lives here: a free port could be taken by another process before it is bound.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if processes > 1 else None
+        port = None if self._store is None else self._store.port
         self.out, self.begun, self.processes = out, time.monotonic(), []
         for left in out.glob(f"{DONE}-*"):
             left.unlink()

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 _TWO = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 _TWO += ["--dynamo_backend", "no"]
+_KEPT: list[socket.socket] = []
 
 
 def two_processes(script: str, *arguments: str, timeout: float = 240) -> None:
@@ -40,9 +41,13 @@ def leave() -> None:
 
 
 def _command(options: list[str], script: str) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    """Its port is one that this process keeps: accelerate finds it taken, and binds one of its own before it tells it.
+
+    A free port could be taken by another process before it is bound.
+    """
+    if not _KEPT:
+        _KEPT.append(socket.create_server(("127.0.0.1", 0), backlog=1024))
+    port = str(_KEPT[0].getsockname()[1])
     path = Path(__file__).with_name(script)
     return ["-m", "accelerate.commands.launch", *options, "--main_process_port", port, str(path)]
 
