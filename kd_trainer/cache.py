@@ -20,10 +20,10 @@ import xxhash
 from torch import Tensor
 
 from .cache_formats import Format, check_columns, decode, format_of, output
-from .cache_manifest import check_links, check_settings
+from .cache_manifest import check_links, check_settings, head_of
 from .cache_store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Rows, Store, damaged, foreign, is_finished
 from .checks import Shown, fail, message
-from .heads import HEADS, Head
+from .heads import Head
 from .inputs import ROW_ID, TEACHER_PREFIX, begins_next, main_input, real_tokens, token_mask
 from .outputs import TeacherOutput
 
@@ -196,7 +196,7 @@ def open_part(folder: Path, root: Path | None = None) -> Store:
 
 def reading_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> Reading:
     """As the cache of this manifest was read when it was built."""
-    return Reading(collator, HEADS[manifest["task"]], manifest["positions"], manifest["columns_read"])
+    return Reading(collator, head_of(manifest), manifest["positions"], manifest["columns_read"])
 
 
 class CachedCollator:

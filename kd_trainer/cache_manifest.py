@@ -11,12 +11,13 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .cache_formats import DTYPES, FORMATS, SPARSE
 from .checks import Shown, message
-from .heads import HEADS
+from .heads import HEADS, Head
 
 _LARGEST = 2**53  # of a count or a number of bytes: beyond it a float no longer holds every integer
 BUILD_AGAIN = "Build the cache again in an empty folder, or fetch it again."
@@ -157,6 +158,8 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rows_per_shard": _whole(1),
     "seed": _whole(-_LARGEST),
 }  # what the settings hold, by path
+_BOOLEAN: tuple[Callable[[Any], bool], str] = (lambda v: isinstance(v, bool)), "true or false"
+_OPTIONAL = {"shifted": _BOOLEAN, "label_names": _list_of(_text(), 1)}  # where they are not the task's usual ones
 _OF_A_SHARD: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rows": _whole(1), "positions": _whole(0), "bytes": _whole(1), "xxh3": _digest(32)
 }  # fmt: skip
@@ -200,6 +203,7 @@ def check_settings(path: Path, settings: Mapping[str, Any], *, complete: bool) -
         path: the file that holds them; complete: whether every field has to be there.
     """
     _check(path, settings, FIELDS, all_of_them=complete)
+    _check(path, settings, _OPTIONAL, all_of_them=False)
     if not complete:
         return
     if settings["rows_per_shard"] % settings["batch_rows"]:
@@ -218,6 +222,22 @@ def check_settings(path: Path, settings: Mapping[str, Any], *, complete: bool) -
         _refuse(path, "classes", classes, f"at most {vocabulary}, the last number of the shape {settings['shape']}")
     if settings["format"] == "hidden" and not (settings["hidden_size"] and settings["head_dtype"]):
         _refuse(path, "hidden_size", settings["hidden_size"], f"a width and a head_dtype {with_format}")
+
+
+def head_of(settings: Mapping[str, Any]) -> Head:
+    """The task that a cache was built for, with the shift and the label columns of the student that was there."""
+    head = HEADS[settings["task"]]
+    names = tuple(settings.get("label_names", head.label_names))
+    return replace(head, shifted=settings.get("shifted", head.shifted), label_names=names)
+
+
+def settings_of_head(head: Head) -> dict[str, Any]:
+    """What `head_of` reads."""
+    usual = HEADS[head.name]
+    settings: dict[str, Any] = {"task": head.name}
+    if head.shifted != usual.shifted:
+        settings["shifted"] = head.shifted
+    return settings if head.label_names == usual.label_names else settings | {"label_names": list(head.label_names)}
 
 
 def check_shard(path: Path, index: int, entry: Mapping[str, Any]) -> None:

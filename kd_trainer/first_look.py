@@ -22,6 +22,7 @@ from transformers import Trainer
 
 from .cache import CachedTeacher
 from .cache_identity import tokenizer_identity
+from .cache_manifest import head_of
 from .checks import Shown, fail, warn
 from .compatibility import (
     Classes,
@@ -37,7 +38,7 @@ from .compatibility import (
 from .finite import FiniteWatch, bad_rows
 from .fused_forward import NotPlain, OutputHead, few_products
 from .head_choice import CLASSIFICATIONS, by_problem_type, check_virtual_tokens, head_for, head_from_logits
-from .heads import HEADS, Head, check_label_range, logits_of
+from .heads import Head, check_label_range, logits_of
 from .inputs import (
     TEACHER_PREFIX,
     Accepted,
@@ -454,7 +455,7 @@ class FirstLook(_InFrontOf):
     ) -> tuple[Head, int | None, str | None]:
         """(head, classes of the teacher, by what its tokens are known to be the student's) of a cache."""
         manifest = teacher.manifest
-        kept = HEADS[manifest["task"]]
+        kept = head_of(manifest)
         if head is not None and head.name != kept.name:
             mend = "Train a student of that task, or build a cache for this one."
             fail("teacher_cache", Shown(f"one for the task {kept.name!r}"), f"{head.name!r}, the student's", mend)

@@ -50,7 +50,7 @@ from .cache_build import (
 )
 from .cache_formats import DEFAULT_K, DTYPES, Format, card, check_format, format_of
 from .cache_identity import collation, compare, teacher_identity, tokenizer_identity
-from .cache_manifest import check_links, check_settings
+from .cache_manifest import check_links, check_settings, settings_of_head
 from .cache_store import (
     BUILDING,
     DATA,
@@ -289,7 +289,8 @@ class OfflineTeacher(FirstLook):
             **{"layout": LAYOUT, "kd_trainer": __version__, "part": part},
             **{"format": kept.name, "classes": kept.classes, "k": kept.k},
             **{"temperature": kept.temperature, "dtype": kept.dtype, **extra},
-            **{"task": head.name, "positions": kd.kd_positions, "labels": self._class_names(head)},
+            **settings_of_head(head),
+            **{"positions": kd.kd_positions, "labels": self._class_names(head)},
             "teacher": self._identity_of_teacher() | {"parameters": count_parameters(speaker.teacher.model)},
             "tokenizer": tokenizer_identity(self.processing_class),
             "collation": collation(self.data_collator, self.processing_class),
