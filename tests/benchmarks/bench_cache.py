@@ -9,10 +9,8 @@ speed    bytes on disk a token; the whole of `build_teacher_cache` over a bare l
          the same batches; a training step (batch from the dataloader included) over the student's step with
          cross-entropy alone in the stock Trainer, and over live distillation; what it saves of a live step over the
          teacher's bare forward, taken in the same rounds; soft loss and its gradient at the student's weights against
-         the live teacher's. Medians over rounds in random order. glibc keeps what is freed (`KEPT`), as the allocators
-         do that PyTorch's tuning guide recommends for CPUs: else it gives blocks above 32 MB back to the system, and
-         which run pays for their page faults, always the bare forward's 103 MB of logits, is chance. With
-         --default_allocator glibc is left as it is.
+         the live teacher's. Medians over rounds in random order. The bare forward writes 103 MB of logits a batch: what
+         that costs depends on the memory allocator, which is the system's own.
 quality  held-out perplexity and KL to the teacher after equal steps, mean and standard deviation over the seeds.
 memory   peak resident memory of a training from a small cache and from one of 10 GB: the shards of the small one copied
          under new names, and the rows of the dataset repeated alike, so that every shard is read.
@@ -59,7 +57,6 @@ from kd_trainer import CachedTeacher, DistillationTrainer, DistillationTrainingA
 from kd_trainer.cache_store import DATA, MANIFEST, _sealed, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 LENGTH = 128
 
 
@@ -439,14 +436,11 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=10.0)
     parser.add_argument("--memory_steps", type=int, default=300)
     parser.add_argument("--max_load", type=float, default=0.5)
-    parser.add_argument("--default_allocator", action="store_true")
     options = parser.parse_args()
     if options.part == "all":  # each in a process of its own: memory is measured as it is by default
         for part in ("speed", "quality", "memory"):
             subprocess.run([sys.executable, *sys.argv, "--part", part], check=True)
         return
-    if options.part == "speed" and not options.default_allocator and not KEPT.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT)
     with tempfile.TemporaryDirectory() as folder:
         {"speed": speed, "quality": quality, "memory": memory}[options.part](options, Path(folder))
 
