@@ -5,7 +5,7 @@
     python examples/distill_causal_lm.py configs/distill_causal_lm.json --train_file my.txt \\
         --teacher_model_name_or_path path/or/name --student_model_name_or_path path/or/name
     python examples/distill_causal_lm.py configs/distill_causal_lm_cache.json         # the teacher read from disk
-    accelerate launch examples/distill_causal_lm.py configs/distill_causal_lm.json    # several GPUs or processes
+    accelerate launch examples/distill_causal_lm.py configs/distill_causal_lm.json    # one process for each GPU
 
 Without a text it takes the docstrings of Python's standard library, of which the students see 300 blocks alone. Without
 a teacher one is trained first, on all of the text. Without a student it is made of every second layer of the teacher.

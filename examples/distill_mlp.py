@@ -4,7 +4,7 @@
     python examples/distill_mlp.py configs/distill_mlp.json --seeds 5     # mean and spread; ~85 s
     python examples/distill_mlp.py configs/distill_mlp_classic.json       # 500 labelled rows: all reach 100%
     python examples/distill_mlp.py configs/distill_mlp_digits.json --train_file digits.parquet
-    accelerate launch examples/distill_mlp.py configs/distill_mlp.json    # the same on GPUs or several processes
+    accelerate launch examples/distill_mlp.py configs/distill_mlp.json    # one process for each GPU
 
 Every option of the JSON can be given on the command line too. After Ctrl-C, `--resume_from_checkpoint true` goes on.
 """

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import datasets
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_model
@@ -131,6 +132,8 @@ def compare(start, teacher, cost, args, train_student: Callable, measure: Callab
 def run_seeds(run_seed: Callable, columns: dict[str, str], args, example) -> None:
     """`run_seed(args, example)` for each seed in a folder of its own; prints the table of all."""
     runs = []
+    if args.process_index > 0:  # each process prepares the text; one of them shows how far it is
+        datasets.disable_progress_bars()
     for seed in range(args.seed, args.seed + example.seeds):
         set_seed(seed)
         folders = {"output_dir": f"{args.output_dir}/seed-{seed}"}

@@ -104,6 +104,15 @@ _NO_ROWS = Counts(0, 0, 0)
 _LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
+# What helps with the trainers of other libraries, whose losses are not a task's loss on logits.
+_LIBRARIES = {
+    "sentence_transformers": "Train embeddings with that library's own distillation losses, such as MSELoss on the "
+    "teacher's embeddings, MarginMSELoss or DistillKLDivLoss, given to its trainer as loss=...",
+    "setfit": "SetFit has a DistillationTrainer of its own.",
+    "trl": "Take TRL's SFTTrainer; the losses of its other trainers are no task's loss on labels.",
+}
+
+
 class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
     """Puts distillation in front of any `Trainer` class: `class MyKD(DistillationMixin, MyTrainer)`.
 
@@ -114,8 +123,9 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         everything else: as the `Trainer` class behind it.
 
     Raises:
-        TypeError: the mixin stands behind a `Trainer` class in the bases, or in front of one whose own `compute_loss`
-            would never be called; or `alpha`/`temperature` are passed.
+        TypeError: the mixin stands behind a `Trainer` class in the bases, in front of one whose own `compute_loss`
+            would never be called, or in front of none (a trainer of another library); or `alpha`/`temperature` are
+            passed.
         ValueError: teacher and student do not fit (see `compatibility`), or an option of upstream that this loss
             cannot honour (DataParallel, Ulysses sequence parallelism).
     """
@@ -126,6 +136,10 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if not issubclass(cls, Trainer):
+            others = [c for c in cls.__mro__ if _is_another_trainer(c)]
+            if others:
+                _refuse_no_trainer(cls, others[0])
         before = cls.__mro__[: cls.__mro__.index(DistillationMixin)]
         wrong = [c for c in before if issubclass(c, Trainer) and not issubclass(c, DistillationMixin)]
         if wrong:
@@ -140,11 +154,12 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         behind = cls.__mro__[cls.__mro__.index(DistillationMixin) + 1 :]
         lost = [c for c in behind if "compute_loss" in vars(c) and c is not Trainer and _full_name(c) not in REPLACED]
         if lost:
+            mend = f"Move it into {cls.__name__}, where super().compute_loss(...) is the distillation loss."
             fail(
                 "bases",
                 Shown(f"of {cls.__name__} with {lost[0].__name__}, which has a compute_loss of its own"),
                 "a Trainer class without one behind DistillationMixin",
-                f"Move it into {cls.__name__}, where it can call super().compute_loss(...) for the distillation loss.",
+                next((_LIBRARIES[root] for root in map(_library, lost) if root in _LIBRARIES), mend),
                 because="DistillationMixin's would be used and this one never called",
                 error=TypeError,
             )
@@ -157,7 +172,11 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         teacher_model: nn.Module | CachedTeacher | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(self, Trainer):
+            _refuse_no_trainer(type(self), None)
         refuse_borrowed_names(kwargs)
+        if args is not None:
+            _refuse_lone_processes(args)
         try:
             super().__init__(model, args, *trainer_args, **kwargs)
         except TypeError as error:  # SFTTrainer builds its own class of arguments from the fields of ours
@@ -167,10 +186,10 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             mend = "Write a dataclass Args(DistillationArguments, TheOtherArguments) and build the args of it."
             expected = f"the arguments of {behind.__name__} with DistillationArguments in front"
             raise TypeError(message("args", Shown(f"of type {type(args).__name__}"), expected, mend)) from error
+        _refuse_lone_processes(self.args)  # which upstream makes where none are given
         self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
         self._read_settings()
         self._refused: list[Exception] = []
-        self._refuse_lone_processes()
         with self._refusals_wait():
             self._refuse_what_cannot_work()
         if not self.label_names:  # a plain module's forward names no labels; the batch still has them
@@ -233,20 +252,6 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         super()._hp_search_setup(trial)
         self._read_settings()
         self._require_teacher(self.teacher)
-
-    def _refuse_lone_processes(self) -> None:
-        """Raises ValueError where a launcher started several processes and each would train the whole job alone."""
-        started = {name: int(value) for name in _LAUNCHED if (value := os.environ.get(name, "")).isdigit()}
-        name = max(started, key=lambda each: started[each], default="")
-        if not name or started[name] < 2 or self.args.world_size > 1 or is_sagemaker_mp_enabled():
-            return
-        because = f"{name} is {started[name]} and the arguments see one process: each would train the whole job alone "
-        because += "and write over the files of the others"
-        if has_accelerator() and self.args.device.type != "mps":
-            mend = f"Start the script with accelerate launch or torchrun, or unset {name}; on the CPU set use_cpu."
-            fail(name, started[name], "1, the number of processes that the arguments see", mend, because=because)
-        mend = "Set use_cpu to true in the arguments (those of kd_trainer have it where there is no accelerator)."
-        fail("use_cpu", self.args.use_cpu, "true for several processes on the CPU", mend, because=because)
 
     def _refuse_what_cannot_work(self) -> None:
         loss_type = getattr(self.args, "loss_type", "nll")
@@ -880,6 +885,48 @@ class _AndTheTeachers(list):
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or str(name).startswith(TEACHER_PREFIX)
+
+
+def _refuse_lone_processes(args: Any) -> None:
+    """Raises ValueError where a launcher started several processes and each would train the whole job alone."""
+    started = {name: int(value) for name in _LAUNCHED if (value := os.environ.get(name, "")).isdigit()}
+    name = max(started, key=lambda each: started[each], default="")
+    if not name or started[name] < 2 or args.world_size > 1 or is_sagemaker_mp_enabled():
+        return
+    because = f"{name} is {started[name]} and the arguments see one process: each would train the whole job alone "
+    because += "and write over the files of the others"
+    if has_accelerator() and args.device.type != "mps":
+        mend = f"Start the script with accelerate launch or torchrun, or unset {name}; on the CPU set use_cpu."
+        fail(name, started[name], "1, the number of processes that the arguments see", mend, because=because)
+    mend = "Set use_cpu to true in the arguments (those of kd_trainer have it where there is no accelerator)."
+    fail("use_cpu", args.use_cpu, "true for several processes on the CPU", mend, because=because)
+
+
+def _library(cls: type) -> str:
+    """The package that a class comes from."""
+    return cls.__module__.partition(".")[0]
+
+
+def _is_another_trainer(cls: type) -> bool:
+    """Whether a class trains models without being a `Trainer` of transformers."""
+    own = _library(cls) == __name__.partition(".")[0] or issubclass(cls, (Trainer, DistillationMixin))
+    return not own and any(callable(vars(cls).get(name)) for name in ("train", "fit", "training_step", "compute_loss"))
+
+
+def _refuse_no_trainer(cls: type, other: type | None) -> NoReturn:
+    shown = f"of {cls.__name__} without transformers.Trainer"
+    if other is not None:
+        shown = f"of {cls.__name__} with {_full_name(other)}, which is no transformers.Trainer"
+    mend = f"Write class {cls.__name__}(DistillationMixin, Trainer); elsewhere use the losses alone: SoftTargetLoss."
+    roots = [_library(c) for c in cls.__mro__]
+    fail(
+        "bases",
+        Shown(shown),
+        "DistillationMixin in front of a transformers.Trainer",
+        next((_LIBRARIES[root] for root in roots if root in _LIBRARIES), mend),
+        because="it overrides what that class calls",
+        error=TypeError,
+    )
 
 
 def _times(mean: Tensor | float | None, count: Tensor | float) -> Tensor | float | None:
