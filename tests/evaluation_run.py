@@ -50,7 +50,8 @@ def evaluations(folder: Path, batch_size: int) -> dict[str, dict[str, float]]:
         for name, settings in SETTINGS.items():
             if name in ("fused", "attended") and task != "causal_lm":
                 continue
-            run = tiny.trainer(task, folder, per_device_eval_batch_size=batch_size, **settings)
+            hard = {"kd_hard_loss": "task"} if task == "question_answering" else {}
+            run = tiny.trainer(task, folder, per_device_eval_batch_size=batch_size, **settings, **hard)
             for count in ROWS:
                 found[f"{task} {name} {count}"] = run.evaluate(data(task, count))
             if task in ROW_TASKS:

@@ -355,7 +355,7 @@ def test_a_batch_may_touch_more_shards_than_files_are_open(open_files, tmp_path,
     shards = tuple((i,) for i in range(150))
     store = Store(build(tmp_path, shards=shards))
     for seed in range(2):
-        asked = np.random.default_rng(seed).permutation(150).tolist() + [7, 149, 7]
+        asked = [*np.random.default_rng(seed).permutation(150).tolist(), 7, 149, 7]
         found, expected = store.take(asked), cache_store.joined([rows((i,)) for i in asked])
         for name, values in expected.columns.items():
             np.testing.assert_array_equal(found.columns[name], values)

