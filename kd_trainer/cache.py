@@ -3,7 +3,7 @@
 For: the trainer. A dataset whose rows are numbered, a collator that adds to each batch what the teacher said of its
 rows, and `CachedTeacher`, which stands where the live teacher stood. Building is `cache_build.py`'s business.
 Letters: B rows, S positions, N kept positions of a batch.
-Imports: cache_formats, cache_manifest, cache_store, checks, heads, inputs, outputs; xxhash.
+Imports: cache_formats, cache_manifest, cache_signatures, cache_store, checks, heads, inputs, outputs; numpy, torch.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from .cache_formats import Format, check_columns, decode, format_of, output
 from .cache_manifest import check_links, check_settings, head_of
+from .cache_signatures import DERIVED, ROW, SHARED, TOKEN, flat, is_own, kinds_of, refuse_column, signatures
 from .cache_store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Rows, Store, damaged, foreign, is_finished
 from .checks import Shown, fail, message
 from .heads import Head
-from .inputs import ROW_ID, TEACHER_PREFIX, begins_next, main_input, real_tokens, token_mask
+from .inputs import ROW_ID, TEACHER_PREFIX, begins_next, real_tokens
 from .outputs import TeacherOutput
 
 COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that the collator adds to a batch
@@ -82,72 +82,16 @@ def have_ids(rows: list[Any]) -> bool:
     return bool(rows) and all(isinstance(row, Mapping) and ROW_ID in row for row in rows)
 
 
-def kept_positions(head: Head, inputs: Mapping[str, Any], positions: str) -> Tensor:
+def kept_positions(head: Head, inputs: Mapping[str, Any], positions: str, rows: int) -> Tensor:
     """Boolean [B, S]: the positions of which a cache keeps what the teacher said; [B, 1] where rows have one each."""
     if head.name == "question_answering":  # a distribution over the positions: each has a start and an end logit
         mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape)
         return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask
     targets = head.targets(inputs)
     if not head.token_level:
-        return torch.ones(_rows_of(inputs, targets), 1, dtype=torch.bool)
+        return torch.ones(rows, 1, dtype=torch.bool)
     mask = head.soft_mask(inputs, targets, positions)
     return torch.ones_like(head.sequences(inputs), dtype=torch.bool) if mask is None else mask
-
-
-def _rows_of(inputs: Mapping[str, Any], targets: Tensor | None) -> int:
-    return len(main_input(inputs) if targets is None else targets)
-
-
-def signatures(batch: Mapping[str, Any], mask: Tensor, names: Sequence[str], shifted: bool) -> np.ndarray:
-    """[B] uint64: a hash of what the teacher reads of each row and of the positions that are kept.
-
-    Padding does not enter: of the columns with an entry for each token, attended positions alone count, or, without a
-    mask, those up to the last kept one.
-
-    Args:
-        mask: `kept_positions`, on CPU; names: the columns of the batch that the teacher reads.
-    """
-    kept = mask.numpy()
-    own, teachers = (_attended(batch.get(f"{prefix}attention_mask")) for prefix in ("", TEACHER_PREFIX))
-    tensors = {name: batch[name] for name in sorted(names) if isinstance(batch.get(name), Tensor) and batch[name].dim()}
-    columns = []
-    for name, tensor in tensors.items():
-        if len(tensor) == len(mask) and not name.endswith("attention_mask"):
-            values = _as_bytes(tensor)
-            places = _places(name, values, kept, teachers if name.startswith(TEACHER_PREFIX) else own, shifted)
-            columns.append((name.encode(), values, places))
-    within = own if own is not None and own.shape == kept.shape else None
-    found = np.zeros(len(mask), dtype=np.uint64)
-    for row in range(len(mask)):
-        bits = kept[row] if within is None else kept[row][within[row]]
-        parts = [np.packbits(bits).tobytes().rstrip(b"\0")]
-        for told, values, places in columns:
-            parts += [told, (values[row] if places is None else values[row][places[row]]).tobytes()]
-        found[row] = xxhash.xxh3_64_intdigest(b"".join(parts))
-    return found
-
-
-def _attended(mask: Any) -> np.ndarray | None:
-    tokens = token_mask(mask)
-    return None if tokens is None else tokens.numpy()
-
-
-def _places(
-    name: str, values: np.ndarray, kept: np.ndarray, attended: np.ndarray | None, shifted: bool
-) -> np.ndarray | None:
-    """Boolean [B, S]: the entries of a column [B, ...] that are no padding; None where it has none for each token."""
-    if name == "labels" or name.startswith("decoder_"):  # padded where labels are
-        return kept if values.shape[:2] == kept.shape else None
-    if attended is not None:
-        return attended if attended.ndim == 2 and values.shape[:2] == attended.shape else None
-    if values.shape != kept.shape:
-        return None
-    last = kept.shape[1] - 1 - kept[:, ::-1].argmax(1)  # of a row without any kept one: all of it
-    return np.arange(kept.shape[1]) <= last[:, None] + shifted
-
-
-def _as_bytes(values: Tensor) -> np.ndarray:
-    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
 
 
 class Read(NamedTuple):
@@ -161,23 +105,86 @@ class Read(NamedTuple):
 
 
 class Reading:
-    """The script's collator, and beside its batch what a cache knows the rows by: the same in building and training."""
+    """The script's collator, and beside its batch what a cache knows the rows by: the same in building and training.
 
-    def __init__(self, collator: Callable[[Any], Any], head: Head, positions: str, columns: Sequence[str]) -> None:
-        self.collator, self.head, self.positions, self.columns = collator, head, positions, columns
+    Args:
+        kinds: how the columns belong to the rows, see `kinds_of`; None finds it from the first rows that are read.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[Any], Any],
+        head: Head,
+        positions: str,
+        columns: Sequence[str],
+        kinds: Mapping[str, str] | None = None,
+    ) -> None:
+        self.collator, self.head, self.positions, self.columns, self.kinds = collator, head, positions, columns, kinds
 
     def __call__(self, features: Any) -> Read:
         taken = numbered(features)
         batch = dict(self.collator(taken.features))
-        mask = kept_positions(self.head, batch, self.positions)
-        spans = rows_in_a_row(batch, mask, len(taken.row_ids))
-        parts = [(batch, mask)]
-        if spans is not None:
-            own = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape == mask.shape and k != "seq_idx"}
-            parts = [({k: v[:, span] for k, v in own.items()}, mask[:, span]) for span in spans]
-        counts = np.concatenate([kept.sum(1).numpy() for _, kept in parts])
-        seen = np.concatenate([signatures(part, kept, self.columns, self.head.shifted) for part, kept in parts])
-        return Read(batch, taken.row_ids, mask, counts, seen)
+        rows = len(taken.row_ids)
+        mask = kept_positions(self.head, batch, self.positions, rows)
+        spans = rows_in_a_row(batch, mask, rows)
+
+        def alone() -> list[dict[str, Any]]:
+            each = [_single(taken.features, row) for row in range(rows)]
+            return [] if any(one is None for one in each) else [dict(self.collator(one)) for one in each]
+
+        if self.kinds is None:
+            apart = alone() if rows > 1 else None
+            self.kinds = kinds_of(batch, apart or None, rows, self.columns, packed=spans is not None)
+        options: dict[str, Any] = {"causal": self.head.name == "causal_lm", "shifted": self.head.shifted}
+        options["apart"] = self.head.name == "seq2seq_lm"
+        if spans is None:
+            seen = signatures(batch, mask, self.columns, self.kinds, alone=alone, **options)
+            return Read(batch, taken.row_ids, mask, mask.sum(1).numpy(), seen)
+        parts = self._parts(batch, spans, alone)
+        found = [
+            signatures(part, mask[:, span], list(part), {**self.kinds, **dict.fromkeys(own, ROW)}, **options)
+            for span, (part, own) in zip(spans, parts, strict=True)
+        ]
+        counts = np.array([int(mask[:, span].sum()) for span in spans])
+        return Read(batch, taken.row_ids, mask, counts, np.concatenate(found))
+
+    def _parts(
+        self, batch: Mapping[str, Any], spans: Sequence[slice], alone: Callable[[], list[dict[str, Any]]]
+    ) -> list[tuple[dict[str, Any], list[str]]]:
+        """Of a batch that is one long row: what each of its rows has in it, and which of that it has for itself."""
+        kinds = cast(Mapping[str, str], self.kinds)
+        values = flat(batch, self.columns)
+        # What is kept is joined with the labels too, which no teacher reads.
+        tokens = {name: value for name, value in values.items() if kinds.get(name) == TOKEN}
+        shared = {name: value for name, value in values.items() if kinds.get(name) == SHARED}
+        own = sorted(
+            name for name in {*values, *kinds} if name not in {*tokens, *shared} and kinds.get(name) != DERIVED
+        )
+        each = [flat(one, self.columns) for one in alone()] if own else [{} for _ in spans]
+        for name in own:
+            entries = [one.get(name) for one in each]
+            if len(entries) != len(spans) or (name in values and not is_own(values[name], entries)):
+                refuse_column(name, values.get(name), len(spans))
+        return [
+            (
+                {
+                    **{name: value[:, span] for name, value in tokens.items()},
+                    **shared,
+                    **{n: [one.get(n)] for n in own},
+                },
+                own,
+            )
+            for span, one in zip(spans, each, strict=True)
+        ]
+
+
+def _single(features: Any, row: int) -> Any:
+    """One of some rows, as the collator takes them; None where they cannot be taken apart."""
+    if isinstance(features, (list, Tensor)):
+        return features[row : row + 1]
+    if isinstance(features, Mapping) and all(isinstance(value, (list, Tensor)) for value in features.values()):
+        return {name: value[row : row + 1] for name, value in features.items()}
+    return None
 
 
 def open_part(folder: Path, root: Path | None = None) -> Store:
@@ -196,7 +203,7 @@ def open_part(folder: Path, root: Path | None = None) -> Store:
 
 def reading_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> Reading:
     """As the cache of this manifest was read when it was built."""
-    return Reading(collator, head_of(manifest), manifest["positions"], manifest["columns_read"])
+    return Reading(collator, head_of(manifest), manifest["positions"], manifest["columns_read"], manifest["kinds"])
 
 
 class CachedCollator:

@@ -4,7 +4,7 @@ For: `offline.py`, which calls it from the trainer. A shard holds whole batches 
 same bytes whoever builds it and however often the building was interrupted.
 Letters: B rows, S positions, N kept positions, V classes, H hidden size.
 Imports: cache, cache_formats, cache_store, checks, files, finite, fused_arguments, fused_forward, fused_linear, heads,
-native; tqdm.
+inputs, native; tqdm.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .finite import bad_rows
 from .fused_arguments import Side, cast_as_autocast, chunk_rows
 from .fused_forward import NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
 from .heads import Head
+from .inputs import TEACHER_PREFIX
 from .native import PAYS_FROM
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,7 @@ def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read)
     """What the teacher says of a batch, encoded."""
     kept, (_, row_ids, _, counts, seen) = format_of(settings), read
     inputs, positions = on_device(trainer, speaker, read)
+    _check_columns(settings, speaker, read.batch, inputs)
     total, done = int(counts.sum()), 0
     uniform = _uniform(settings, row_ids[0], total) if kept.name == "sampled" else torch.empty(0)
     said: Iterator[Tensor]
@@ -259,6 +261,30 @@ def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read)
     _check_finite(columns, row_ids)
     kept_columns = {name: to_numpy(column) for name, column in columns.items()}
     return Rows(np.asarray(row_ids, np.int64), seen, counts, kept_columns)
+
+
+def _check_columns(
+    settings: Mapping[str, Any], speaker: Speaker, batch: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for a batch with columns that those which were looked at before had not."""
+    new = sorted(set(columns_read(batch, speaker.teacher.inputs(inputs))) - set(settings["columns_read"]))
+    if new:
+        shown = Shown(
+            f"one that makes {', '.join(new)} in some batches and not in those of the rows that were looked at"
+        )
+        because = "a teacher cache could not notice that they have changed"
+        fix = "Give these columns in every batch, or train with the live teacher."
+        fail("data_collator", shown, "the same columns in all batches", fix, because=because)
+
+
+def columns_read(batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+    """The columns of the collated batch that the teacher reads, its own ones by their own names."""
+    own = [name for name in batch if name.startswith(TEACHER_PREFIX) and name.removeprefix(TEACHER_PREFIX) in inputs]
+    shared = [name for name in batch if name in inputs and TEACHER_PREFIX + name not in batch]
+    made = (
+        ["labels"] if "decoder_input_ids" in inputs and "decoder_input_ids" not in batch and "labels" in batch else []
+    )
+    return sorted([*own, *shared, *made])
 
 
 def on_device(trainer: Any, speaker: Speaker, read: Read) -> tuple[dict[str, Any], Tensor]:

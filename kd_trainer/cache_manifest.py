@@ -2,7 +2,7 @@
 
 For: `cache_store.py` and `cache.py`. A cache may come from a stranger: what is read from its manifest names files that
 are read, written and removed, so every value is checked before it is used.
-Imports: cache_formats, checks, heads.
+Imports: cache_formats, cache_signatures, checks, heads.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .cache_formats import DTYPES, FORMATS, SPARSE
+from .cache_signatures import KINDS
 from .checks import Shown, message
 from .heads import HEADS, Head
 
@@ -153,6 +154,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dataset.rows": _or_null(_whole(1)),
     "dataset.sample": _list_of((_pair, "pairs of whole numbers")),
     "columns_read": _list_of(_text()),
+    "kinds": ((lambda v: isinstance(v, dict) and set(map(str, v.values())) <= set(KINDS)), "an object of column kinds"),
     "row_ids": _one_of("position", "column"),
     "batch_rows": _whole(1, _IDS),
     "rows_per_shard": _whole(1),

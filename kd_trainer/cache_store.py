@@ -45,7 +45,7 @@ from .cache_manifest import (
 from .checks import Shown, message
 from .files import atomic_file, digest, write_atomically
 
-LAYOUT = 2  # of the folder; another number is another program's
+LAYOUT = 3  # of the folder; another number is another program's
 MANIFEST, BUILDING, HEAD, DATA = "manifest.json", "building.json", "head.safetensors", "data"
 _OPEN_FILES = 64
 _UNSYNCED = 2**23  # bytes of a shard that may wait for the disk: its end need not wait for all of it

@@ -2,7 +2,7 @@
 
 For: `trainer.py`, whose mixin stands on the one here. Files and formats are not its business.
 Imports: cache, cache_build, cache_formats, cache_identity, cache_manifest, cache_store, checks, describe, files,
-first_look, heads, inputs, teacher; datasets, filelock.
+first_look, heads, teacher; datasets, filelock.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from .cache_build import (
     Speaker,
     build_shards,
     check_rows_unseen,
+    columns_read,
     fail_no_product,
     on_device,
     what_the_disk_refuses,
@@ -72,7 +73,6 @@ from .describe import count_parameters
 from .files import write_atomically
 from .first_look import SMALL_VOCABULARY, FirstLook, Fit, classes_have_names, same_random_numbers
 from .heads import HEADS
-from .inputs import TEACHER_PREFIX
 from .teacher import LiveTeacher
 
 logger = logging.getLogger(__name__)
@@ -264,8 +264,10 @@ class OfflineTeacher(FirstLook):
         used, collator = self._as_read(dataset)
         prepared = self._prepare_inputs(dict(sample))
         prepared = self._with_decoder_inputs(self._fit_student(), head, prepared)
-        columns = _columns_read(sample, speaker.teacher.inputs(prepared))
-        reading = Reading(collator, head, kd.kd_positions, columns)
+        columns = columns_read(sample, speaker.teacher.inputs(prepared))
+        reading = Reading(
+            collator, head, kd.kd_positions, columns
+        )  # its first reading finds how columns belong to rows
         read = reading(_features(used, _SAMPLE_ROWS))
         if _signed(read) != _signed(reading(_features(used, _SAMPLE_ROWS))):
             because = "what the teacher said of one reading would be taken for another"
@@ -301,6 +303,7 @@ class OfflineTeacher(FirstLook):
                 "sample": _signed(read),
             },
             "columns_read": columns,
+            "kinds": reading.kinds,
             "row_ids": "position" if _by_position(used) else "column",
             "batch_rows": batch_rows,
             "rows_per_shard": max(1, int(SHARD_BYTES / (row_bytes * batch_rows))) * batch_rows,
@@ -500,16 +503,6 @@ class OfflineTeacher(FirstLook):
             return super()._get_dataloader(cast(Any, joined), description, *args, **kwargs)
         finally:
             self.data_collator = collator
-
-
-def _columns_read(batch: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
-    """The columns of the collated batch that the teacher reads, its own ones by their own names."""
-    own = [name for name in batch if name.startswith(TEACHER_PREFIX) and name.removeprefix(TEACHER_PREFIX) in inputs]
-    shared = [name for name in batch if name in inputs and TEACHER_PREFIX + name not in batch]
-    made = (
-        ["labels"] if "decoder_input_ids" in inputs and "decoder_input_ids" not in batch and "labels" in batch else []
-    )
-    return sorted([*own, *shared, *made])
 
 
 def _by_position(dataset: Any) -> bool:

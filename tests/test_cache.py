@@ -273,7 +273,7 @@ def test_batches_that_are_one_long_row(how, kept, tmp_path):
     assert right == pytest.approx(built, rel={"hidden": 1e-5, "topk": 1e-3, "sampled": 0.05}[kept])
     manifest = CachedTeacher(tmp_path / "cache").manifest
     assert manifest["total_rows"] == len(rows)
-    collator.separator_id = rows[0]["input_ids"][1]  # other labels: other positions are kept
+    rows[4] = {**rows[4], "labels": [-100] * len(rows[4]["labels"])}  # other positions are kept
     with pytest.raises(ValueError, match="differs from the one the teacher read"):
         run("other", CachedTeacher(tmp_path / "cache"))
 

@@ -166,7 +166,7 @@ def test_an_unfinished_cache_of_another_layout_does_not_go_on(tmp_path, monkeypa
     with monkeypatch.context() as before:
         before.setattr(cache_store, "LAYOUT", 1)
         begin(tmp_path, {**SETTINGS, "layout": 1})
-    with pytest.raises(CacheError, match=r"of layout 1, from kd_trainer 0; expected layout 2"):
+    with pytest.raises(CacheError, match=r"of layout 1, from kd_trainer 0; expected layout 3"):
         begin(tmp_path, SETTINGS)
 
 
@@ -317,7 +317,7 @@ def test_a_layout_of_tomorrow_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as tomorrow:
         tomorrow.setattr(cache_store, "LAYOUT", 99)
         build(tmp_path, {**SETTINGS, "layout": 99, "kd_trainer": "9.9"})
-    with pytest.raises(CacheError, match=r"of layout 99, from kd_trainer 9\.9; expected layout 2"):
+    with pytest.raises(CacheError, match=r"of layout 99, from kd_trainer 9\.9; expected layout 3"):
         Store(tmp_path)
 
 

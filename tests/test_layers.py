@@ -61,6 +61,7 @@ ORDER = [
     "report",
     "window",
     "checkpoints",
+    "cache_signatures",
     "cache_manifest",
     "cache_store",
     "cache",
