@@ -71,6 +71,9 @@ OTHER_PURPOSES = {
 }
 
 
+_WITHOUT_AUTO_CLASS = {"MODEL_FOR_CAUSAL_IMAGE_MODELING_MAPPING": "causal_lm"}  # ImageGPT
+
+
 def auto_classes(head: Head) -> list[Any]:
     """The Auto classes of a head that the installed transformers has."""
     import transformers
@@ -80,8 +83,12 @@ def auto_classes(head: Head) -> list[Any]:
 
 
 def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
-    """The head and the Auto class of transformers that `model` belongs to; None where no Auto class knows it."""
+    """The head and the Auto class of transformers that `model` belongs to; None where transformers lists it nowhere.
+
+    The Auto class is None for the few lists that have none: such a teacher cannot be loaded by path.
+    """
     import transformers
+    from transformers.models.auto import modeling_auto
 
     config = getattr(model, "config", None)
     if not isinstance(config, transformers.PreTrainedConfig):
@@ -89,12 +96,25 @@ def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for head in HEADS.values():
         for auto_class in auto_classes(head):
-            classes = auto_class._model_mapping.get(type(config), ())
-            if isinstance(model, classes) and _has_logits(model, auto_class.__name__):
+            if isinstance(model, _listed(auto_class._model_mapping, config)) and _has_logits(
+                model, auto_class.__name__
+            ):
                 if head.name != "seq2seq_lm" or _is_encoder_decoder(config):
                     return head, auto_class
                 return HEADS["causal_lm"], auto_class  # a decoder that reads speech or images: it shifts its labels
+    for name, task in _WITHOUT_AUTO_CLASS.items():
+        if isinstance(model, _listed(getattr(modeling_auto, name, {}), config)):
+            return HEADS[task], None
     return None
+
+
+def _listed(mapping: Any, config: Any) -> tuple[type, ...]:
+    """The classes that a mapping of transformers has for a config."""
+    try:
+        found = mapping.get(type(config), ())
+    except ValueError:  # a class that transformers names and does not have
+        return ()
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _is_encoder_decoder(config: Any) -> bool:
@@ -135,11 +155,11 @@ def refuse_other_purposes(model: nn.Module) -> None:
 
     config: Any = getattr(model, "config", None)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if config is None or not inspect.unwrap(type(model).forward).__module__.startswith("transformers."):
+    own = not inspect.unwrap(type(model).forward).__module__.startswith(("transformers.", "torch.nn."))
+    if config is None or own:
         return
     for name, purpose in OTHER_PURPOSES.items():
-        listed = getattr(modeling_auto, name, {}).get(type(config), ())
-        if isinstance(model, listed):
+        if isinstance(model, _listed(getattr(modeling_auto, name, {}), config)):
             outputs = outputs_declared(model)
             offers = "" if outputs is None else f", with the outputs {', '.join(outputs)}"
             fail(

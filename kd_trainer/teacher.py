@@ -300,7 +300,7 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
         fail("teacher_model", shown, "a torch module, a folder or a hub name", "Load the model first.", error=TypeError)
     path = str(teacher_model)
     known = auto_class_of(student)
-    if known is None:
+    if known is None or known[1] is None:
         fail(
             "teacher_model",
             path,
