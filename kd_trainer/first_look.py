@@ -328,6 +328,8 @@ class FirstLook(_InFrontOf):
         sharded = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
         # Upstream's label smoother replaces the model's own loss; a sharded student is whole in training alone.
         smoothed = self.args.label_smoothing_factor > 0 and self.compute_loss_func is None
+        if not head.has_formula and self.compute_loss_func is None:
+            return HardLoss(True, head, f"the model's own, as for every model of the task {head.name!r}")
         if not smoothed and (not sharded or self.model_wrapped is not self.model or self.is_in_train):
             found = self._compare_losses(student, head, batch, accepted, sharded)
         if self.compute_loss_func is not None:
@@ -515,9 +517,10 @@ class FirstLook(_InFrontOf):
         if kd.kd_remap_labels and head.name not in CLASSIFICATIONS:
             because = "its outputs are no classes with names of their own"
             fail("kd_remap_labels", True, f"False for the task {head.name!r}", "Leave it out.", because=because)
-        if not head.has_formula and min(kd.kd_alpha, 1.0 if kd.kd_alpha_end is None else kd.kd_alpha_end) < 1:
-            because = "the hard loss of this task is the model's own"
-            fail("kd_alpha", kd.kd_alpha, f"1 for the task {head.name!r}", "Set it to 1.", because=because)
+        if not head.has_formula and kd.kd_hard_loss == "task":
+            expected = f"'auto' or 'model' for the task {head.name!r}"
+            because = "its hard loss is the model's own"
+            fail("kd_hard_loss", kd.kd_hard_loss, expected, "Leave it out.", because=because)
         if kd.teacher_cache_dir is not None and not head.cacheable:
             because = "which frames count is known to the student alone"
             expected = f"None for the task {head.name!r}"

@@ -96,9 +96,8 @@ def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for head in HEADS.values():
         for auto_class in auto_classes(head):
-            if isinstance(model, _listed(auto_class._model_mapping, config)) and _has_logits(
-                model, auto_class.__name__
-            ):
+            listed = _listed(auto_class._model_mapping, config)
+            if isinstance(model, listed) and _has_logits(model, auto_class.__name__):
                 if head.name != "seq2seq_lm" or _is_encoder_decoder(config):
                     return head, auto_class
                 return HEADS["causal_lm"], auto_class  # a decoder that reads speech or images: it shifts its labels

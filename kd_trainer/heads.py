@@ -170,6 +170,10 @@ class Head:
         """How many rows (or positions) have a label: 0-dim."""
         return (targets != IGNORE_INDEX).sum()
 
+    def labelled_in(self, inputs: Mapping[str, Any], targets: Tensor | None) -> Tensor | int:
+        """The same of a batch; 0 without labels."""
+        return 0 if targets is None else self.labelled(targets)
+
     def soft_loss_sum(
         self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
     ) -> Tensor:
@@ -458,7 +462,7 @@ class FrameHead(Head):
         return replace(self, frames=next((getattr(model, name) for name in names if hasattr(model, name)), None))
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        labels = inputs.get("labels")
+        labels = inputs.get(self.label_names[0])
         return labels.argmax(-1) if labels is not None and labels.dim() == 3 else super().targets(inputs)
 
     def attended(self, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -508,6 +512,11 @@ class CTCHead(FrameHead):
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """None: no label belongs to a frame."""
         return None
+
+    def labelled_in(self, inputs: Mapping[str, Any], targets: Tensor | None) -> Tensor | int:
+        """Rows with a label."""
+        labels = inputs.get(self.label_names[0])
+        return 0 if labels is None else (labels != IGNORE_INDEX).reshape(len(labels), -1).any(-1).sum()
 
 
 HEADS = {

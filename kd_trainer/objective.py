@@ -81,7 +81,7 @@ class Objective:
         """The counts of one micro-batch, read from its inputs alone."""
         targets = head.targets(inputs)
         rows = (main_input(inputs) if targets is None else targets).shape[0]
-        hard: Tensor | int = 0 if targets is None else head.labelled(targets)
+        hard = head.labelled_in(inputs, targets)
         if not head.token_level:
             return Counts(hard, rows, rows)
         if self.positions == "labels" and targets is not None and head.made_at(inputs, targets) is None:

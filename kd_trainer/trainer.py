@@ -378,6 +378,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                 teacher = self._teacher_module()
                 last, _ = self._objective(training=False)
                 labelled = fit.head.targets(batches[0]) is not None
+                labelled |= fit.own_loss and any(batches[0].get(name) is not None for name in self.label_names)
                 cached = self.teacher.describe() if isinstance(self.teacher, CachedTeacher) else None
                 block = start_block(
                     fit.student, teacher, fit.head, objective, last, counts, labelled=labelled, cached=cached

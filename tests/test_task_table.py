@@ -113,5 +113,5 @@ def test_models_for_other_purposes_are_refused(name):
         made = without_weights(config, model)
         if auto_class_of(made) is not None:
             continue
-        with pytest.raises(ValueError, match="`model` is a .* for .*; expected a model with class logits"):
+        with pytest.raises(ValueError, match=r"`model` is a .* for .*; expected a model with class logits"):
             head_for(made, None, False)

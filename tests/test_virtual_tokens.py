@@ -36,6 +36,12 @@ def adapted(model: nn.Module, prompt: str, task: str) -> nn.Module:
     return peft.get_peft_model(model, PROMPTS[prompt](TASKS[task]))
 
 
+def whole_texts() -> list[dict[str, Any]]:
+    """Labels as a language modelling collator makes them: the first token's too, predicted at the last virtual one."""
+    rows = tiny.rows("causal_lm")
+    return [{**row, "labels": list(row["input_ids"])} for row in rows]
+
+
 def pair(task: str, prompt: str | None, taught: str | None = None) -> tuple[nn.Module, nn.Module]:
     student, teacher = tiny.models(task)
     student = student if prompt is None else adapted(student, prompt, task)
@@ -81,6 +87,23 @@ def test_alpha_zero_is_the_stock_trainer(task, prompt, tmp_path):
     theirs, mine = (t.predict(data(task, prompt)[:3]).predictions for t in (expected, got))
     first = lambda p: torch.as_tensor(p[0] if isinstance(p, tuple) else p)  # noqa: E731
     assert torch.allclose(first(mine), first(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "p-tuning", "prefix"])
+def test_alpha_zero_is_the_stock_trainer_where_the_first_token_has_a_label(prompt, tmp_path):
+    student, teacher = pair("causal_lm", prompt)
+    args = tiny.arguments(tmp_path, **REDUCED, kd_alpha=0.0)
+    got = DistillationTrainer(
+        model=student, teacher_model=teacher, args=args, data_collator=tiny.pad, train_dataset=whole_texts()
+    )
+    expected = Trainer(
+        model=pair("causal_lm", prompt)[0], args=tiny.stock_arguments(tmp_path, max_steps=3), data_collator=tiny.pad,
+        train_dataset=whole_texts(),
+    )  # fmt: skip
+    for trainer in (expected, got):
+        trainer.train()
+    assert tiny.logged(got, "loss") == pytest.approx(tiny.logged(expected, "loss"), rel=1e-4)
+    assert torch.allclose(tiny.weights(got.model), tiny.weights(expected.model), atol=1e-5)
 
 
 def soft_and_hard(student: nn.Module, teacher: nn.Module, batch: dict, task: str, fronts: list[int]) -> list[float]:
