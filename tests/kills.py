@@ -20,6 +20,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tests.kill_run import HOLD
 from tests.launch import two_processes_command
 
 SCRIPT = Path(__file__).with_name("kill_run.py")
@@ -57,6 +58,13 @@ class Life:
             time.sleep(0.0005)
         return False
 
+    def go_on(self, seconds: float) -> None:
+        """Waits, but not for more than three saves: a fast machine would come to the end of the training."""
+        until, seen = time.monotonic() + seconds, set()
+        while time.monotonic() < until and len(seen) < 3:
+            seen |= self.saves() - self.before
+            time.sleep(0.0005)
+
     def kill(self, *, one: bool, draw: random.Random) -> None:
         """SIGKILL to all processes, or to one of the workers: the launcher then ends the other."""
         workers = [p for p in psutil.Process(self.process.pid).children(recursive=True) if SCRIPT.name in _line(p)]
@@ -90,15 +98,19 @@ def survive(out: Path, *, kills: int, processes: int, seed: int = 0, longest: fl
     """
     draw, fell = random.Random(seed), []
     while len(fell) < kills:
+        inside = len(fell) % 2 == 0
+        if inside:
+            (out / HOLD).touch()  # that save does not end, however fast the disk is
         life = Life(out, processes)
         if not life.wait_for_a_save():
             raise AssertionError(f"ended with {life.end()} after {len(fell)} kills: {_tail(out)}")
         # A save takes about 20 ms here. The other kills fall at steps and in later saves, as it comes.
-        time.sleep(draw.uniform(0, 0.02) if len(fell) % 2 == 0 else draw.uniform(0, longest))
+        life.go_on(draw.uniform(0, 0.02 if inside else longest))
         if life.process.poll() is not None:
             raise AssertionError(f"ended before kill {len(fell) + 1}: {_tail(out)}")
         life.kill(one=processes > 1 and len(fell) % 3 == 2, draw=draw)
         cut = life.saves() - life.before
+        (out / HOLD).unlink(missing_ok=True)
         fell.append(f"inside {min(cut)[0].removesuffix('.unfinished')}" if cut else "between saves")
     code = Life(out, processes).end()
     assert code == 0, _tail(out)

@@ -18,7 +18,7 @@ _TWO += ["--dynamo_backend", "no"]
 _KEPT: list[socket.socket] = []
 
 
-def two_processes(script: str, *arguments: str, timeout: float = 240) -> None:
+def two_processes(script: str, *arguments: str, timeout: float = 900) -> None:
     """Runs tests/`script` by `accelerate launch` on the CPU; AssertionError with the end of its output if it fails."""
     _launch(_TWO, script, arguments, timeout)
 
@@ -28,7 +28,7 @@ def two_processes_command(script: str) -> list[str]:
     return [sys.executable, *_command(_TWO, script)]
 
 
-def by_config(config: Path, options: list[str], script: str, *arguments: str, timeout: float = 240) -> None:
+def by_config(config: Path, options: list[str], script: str, *arguments: str, timeout: float = 900) -> None:
     """The same with a config file of Accelerate, and options that change it."""
     _launch(["--config_file", str(config), *options], script, arguments, timeout)
 

@@ -61,7 +61,7 @@ class Training:
 
     def end(self, line: str = "") -> tuple[str, str]:
         """(stdout, stderr) after the process has ended."""
-        out, err = self.process.communicate(line, timeout=120)
+        out, err = self.process.communicate(line, timeout=300)
         return "".join(self.lines) + out, err
 
 
@@ -106,7 +106,7 @@ def test_the_second_interrupt_stops_at_once(processes):
     training.interrupt()
     training.wait_for("stopping after this step")
     training.interrupt()
-    training.process.wait(timeout=60)  # the step still waits for its line
+    training.process.wait(timeout=300)  # the step still waits for its line
     out, err = training.end()
     assert training.process.returncode != 0
     assert "KeyboardInterrupt" in err
