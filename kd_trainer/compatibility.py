@@ -204,7 +204,8 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
     ours = tokenizer_of(processing_class)
     theirs = _tokenizer_beside(teacher, init_kwargs) if ours is not None else None
     if ours is not None and theirs is not None:
-        _check_tokenizers(ours.get_vocab(), theirs.get_vocab(), vocabulary_rows(student), vocabulary_rows(teacher))
+        a, b = (vocabulary_rows(model, measured=True) for model in (student, teacher))
+        _check_tokenizers(ours.get_vocab(), theirs.get_vocab(), a, b)
         return "tokenizers"
     compared = False
     mine, its = getattr(student, "config", None), getattr(teacher, "config", None)
@@ -217,7 +218,7 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
             because = "different special ids mean different tokenizers"
             shown = Shown(f"a model with {name} {b}")
             fail("teacher_model", shown, f"{a} as in the student", _COMPARE, because=because)
-    a, b = vocabulary_rows(student), vocabulary_rows(teacher)
+    a, b = (vocabulary_rows(model, measured=True) for model in (student, teacher))
     if a is not None and b is not None and b < a:
         _fail_smaller(b, f"at least {a}, the student's", _COMPARE)
     return "special ids" if compared else None

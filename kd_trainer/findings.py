@@ -25,8 +25,8 @@ from .cache import CachedTeacher
 from .checks import Message, Shown, fail, leave_progress_bar, warn
 from .compatibility import Classes, listed, without_names
 from .describe import count_parameters, describe, times
-from .first_look import SMALL_VOCABULARY, Fit, classes_of
-from .heads import Head, check_label_range
+from .first_look import SMALL_VOCABULARY, Fit
+from .heads import Head
 from .inputs import NOT_INPUTS, TEACHER_PREFIX, vocabulary_rows
 from .objective import Objective
 from .redaction import scrub
@@ -217,7 +217,7 @@ def about_tokens(batch: Mapping[str, Any], known_by: str | None) -> list[Finding
 
 def check_student_ids(student: nn.Module, batch: Mapping[str, Any]) -> None:
     """Raises ValueError where an id of the batch has no row in the student's embedding."""
-    rows, ids = vocabulary_rows(student), batch.get("input_ids")
+    rows, ids = vocabulary_rows(student, measured=True), batch.get("input_ids")
     if rows is None or not isinstance(ids, Tensor) or ids.is_floating_point():
         return
     wrong = ids[(ids < 0) | (ids >= rows)]
@@ -228,14 +228,19 @@ def check_student_ids(student: nn.Module, batch: Mapping[str, Any]) -> None:
 
 
 def about_labels(
-    student: nn.Module, head: Head, objective: Objective, batch: Mapping[str, Any], pad_id: int | None
+    classes: int | None, head: Head, objective: Objective, batch: Mapping[str, Any], pad_id: int | None
 ) -> list[Finding]:
     """Which share of the batch has a label, of which classes; and settings that do not go with it.
+
+    Args:
+        classes: how many the student's logits have; None where that is not known.
 
     Raises:
         ValueError, TypeError: labels out of range or of another dtype, as training would.
     """
     targets, alpha = head.targets(batch), objective.alpha
+    if targets is not None:
+        head.check_labels(targets, classes)
     counts = objective.count(head, batch)
     rows, hard = int(counts.rows), float(counts.hard)
     if targets is None or hard == 0:
@@ -245,9 +250,6 @@ def about_labels(
         if alpha == 1:
             return [ok("labels", f"{found}; the loss is the teacher's alone")]
         return [warning("labels", f"{found}: the loss is {alpha:g} times the soft loss", "Set kd_alpha to 1.")]
-    classes = classes_of(student, head)
-    if head.softmax and classes is not None:
-        check_label_range(targets, classes)
     if not head.token_level:
         return _row_labels(head, objective, targets, classes, rows, hard)
     found = f"{hard:.0f} of {targets.numel()} positions have one"

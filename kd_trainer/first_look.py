@@ -38,7 +38,7 @@ from .compatibility import (
 from .finite import FiniteWatch, bad_rows
 from .fused_forward import NotPlain, OutputHead, few_products
 from .head_choice import CLASSIFICATIONS, by_problem_type, check_virtual_tokens, head_for, head_from_logits
-from .heads import Head, check_label_range, logits_of
+from .heads import Head, logits_of
 from .inputs import (
     TEACHER_PREFIX,
     Accepted,
@@ -46,6 +46,7 @@ from .inputs import (
     check_batch,
     decoder_input_ids,
     is_packed,
+    model_inputs,
     start_token,
     text_config,
     vocabulary_rows,
@@ -69,9 +70,10 @@ SMALL_VOCABULARY = 2048
 
 
 def classes_of(student: nn.Module, head: Head) -> int | None:
-    """How many classes the student's logits have, as far as its layers or its config tell."""
+    """How many classes the student's logits have: of a vocabulary by its layer, else as its config counts them, which
+    need not be true."""
     if head.over_tokens:
-        return vocabulary_rows(student, written=True)
+        return vocabulary_rows(student, written=True, measured=True)
     if head.name not in CLASSIFICATIONS:  # num_labels says nothing of choices or of positions
         return None
     classes = getattr(getattr(student, "config", None), "num_labels", None)
@@ -280,8 +282,8 @@ class FirstLook(_InFrontOf):
             if head.over_tokens and classes != theirs:
                 shared = common_ids(classes, theirs, known_by)
                 notes = (vocabulary_line(classes, theirs, known_by),)
-        if targets is not None and classes is not None and head.softmax:
-            check_label_range(targets, classes)
+        if targets is not None:
+            self._check_first_labels(student, head, batch, targets, theirs)
         model = cast(nn.Module, self.model)
         accepted = accepted_inputs(student, label_names=self.label_names, withheld=self._withheld_columns())
         hard = self._whose_hard_loss(student, head, batch, accepted)
@@ -305,6 +307,46 @@ class FirstLook(_InFrontOf):
             for note in heads_notes:
                 warn(logger, "[kd_trainer] %s", note)
         return self._fit
+
+    def _check_first_labels(
+        self, student: nn.Module, head: Head, batch: Mapping[str, Any], targets: Tensor, theirs: int | None
+    ) -> None:
+        """Raises ValueError for labels that are nothing to the loss, or no class of the logits.
+
+        Args:
+            theirs: classes of the teacher's logits, where they are known: the student's are as many, or refused.
+        """
+        if self.kd_args.kd_hard_loss == "model" or self.compute_loss_func is not None:  # which may mean others by them
+            return
+        classes = theirs if theirs is not None and classes_of(student, head) in (None, theirs) else None
+        if classes is None and head.softmax and self.args.device.type != "cpu":
+            classes = self._classes_of_logits(student, head, batch)
+        # On CPU the loss itself looks at every label, beside logits that were counted.
+        if classes is not None or not head.softmax:
+            head.check_labels(targets, classes)
+
+    def _classes_of_logits(self, student: nn.Module, head: Head, batch: Mapping[str, Any]) -> int | None:
+        """How many classes the student's logits have, by its output layer or by a forward; None where neither tells."""
+        if not head.softmax:
+            return None
+        if head.over_tokens and (rows := classes_of(student, head)) is not None:
+            return rows
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # it is whole in training alone
+            return None
+        training = [module for module in student.modules() if module.training]
+        try:
+            inputs = self._with_decoder_inputs(student, head, self._prepare_inputs(dict(batch)))
+            student.eval()
+            with torch.no_grad(), same_random_numbers(self.args.device), self.accelerator.autocast():
+                outputs = student(**model_inputs(inputs, accepted_inputs(student)))
+            return int(head.logits(outputs, "model").shape[-1])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # the forward of the training step says what is wrong
+            return None
+        finally:
+            for module in training:
+                module.training = True
 
     def _check_memory(self, student: nn.Module, teacher: LiveTeacher) -> None:
         """The student may have been loaded, or made by model_init, since the teacher was compared with it."""
@@ -442,7 +484,7 @@ class FirstLook(_InFrontOf):
         reads = "input_ids" in batch or (head is not None and (head.over_tokens or not head.has_formula))
         if reads and not apart and teacher.model is not student:
             known_by = check_same_tokens(student, teacher.model, self.processing_class, self.kd_args.teacher_kwargs)
-        ours, theirs = vocabulary_rows(student), vocabulary_rows(teacher.model)
+        ours, theirs = (vocabulary_rows(model, measured=True) for model in (student, teacher.model))
         if theirs is not None:
             teacher.id_limit = theirs if ours is not None and ours > theirs else None
             check_ids(teacher.inputs(batch), theirs)

@@ -236,9 +236,6 @@ def by_problem_type(head: Head, student: nn.Module, kd_task: str | None, labels:
         name = "regression"
     else:
         name = "multi_label_classification" if labels is not None and labels.is_floating_point() else "classification"
-    if name == "classification" and config.num_labels == 1:
-        expected, mend = "2 classes or more, or regression", "Set num_labels, or problem_type to regression."
-        fail("num_labels", 1, expected, mend, because="the softmax of one class is 1 whatever the model says")
     config.problem_type = next(problem for problem, task in PROBLEM_TYPES.items() if task == name)
     return HEADS[name]
 

@@ -89,7 +89,7 @@ class Head:
         `shift_labels` are used as they stand: whoever wrote them has already shifted.
         """
         if inputs.get("shift_labels") is not None:
-            return inputs["shift_labels"]
+            return _signed(inputs["shift_labels"])
         labels = inputs.get(self.label_names[0])
         if labels is None:
             return None
@@ -102,6 +102,7 @@ class Head:
                 "regression.",
                 error=TypeError,
             )
+        labels = _signed(labels)
         if not self.token_level:
             return labels if labels.dim() == 1 else labels.reshape(-1)
         return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if self.shifted else labels
@@ -190,8 +191,11 @@ class Head:
         With label smoothing e: (1 - e) * CE + e * mean over classes of -log q, as transformers' `LabelSmoother`.
         """
         wide = _wide(logits)
+        wrong = None if targets.device.type == "cpu" else wrong_labels(targets, wide.shape[-1])
+        if wrong is not None:  # a device would stop the process: NaN says what the rest of the batch is worth
+            targets = targets.masked_fill(wrong, IGNORE_INDEX)
         try:
-            return F.cross_entropy(
+            total = F.cross_entropy(
                 wide.reshape(-1, wide.shape[-1]),
                 targets.reshape(-1).long(),
                 ignore_index=IGNORE_INDEX,
@@ -199,17 +203,39 @@ class Head:
                 label_smoothing=label_smoothing,
             )
         except IndexError as error:
-            check_label_range(targets, wide.shape[-1])
+            self.check_labels(targets, wide.shape[-1])
             raise error
+        return total if wrong is None else total.masked_fill(wrong.any(), torch.nan)
+
+    def wrong(self, targets: Tensor, classes: int | None) -> Tensor:
+        """True where a label (of a number each: a row) is nothing that a loss can be taken of; on the device, unread.
+
+        Args:
+            classes: of the logits; None: not known, so that only what is wrong for every number counts.
+        """
+        return wrong_labels(targets, torch.iinfo(torch.int64).max if classes is None else classes)
+
+    def check_labels(self, targets: Tensor, classes: int | None) -> None:
+        """Raises ValueError naming the first label that is `wrong`; it waits for the device."""
+        if classes is not None:
+            check_label_range(targets, classes, self.label_names[0])
+            return
+        wrong = self.wrong(targets, None).reshape(-1)
+        if wrong.any():
+            place = int(wrong.nonzero()[0])
+            shown = Shown(f"{int(targets.reshape(-1)[place])} at position {place} of the batch")
+            expected = f"class ids from 0 on, or {IGNORE_INDEX} for no label"
+            fix = f"Correct the label column; an unlabelled row is {IGNORE_INDEX}, not -1."
+            fail(self.label_names[0], shown, expected, fix)
 
     def fault(self, inputs: Mapping[str, Any], classes: int) -> Fault | None:
         """What of the batch may make a loss that is not finite, where nothing has looked before."""
         targets = self.targets(inputs)
-        if targets is None or not self.softmax:
+        if targets is None:
             return None
-        rows = wrong_labels(targets, classes).reshape(len(targets), -1).any(-1)
+        rows = self.wrong(targets, classes).reshape(len(targets), -1).any(-1)
         expected = f"0 to {classes - 1} (the logits have {classes} classes), or {IGNORE_INDEX} for no label"
-        return Fault(rows, "labels", "another number", expected, "Correct the label column.")
+        return Fault(rows, self.label_names[0], "another number", expected, "Correct the label column.")
 
     def check_shapes(
         self, student: Tensor, teacher: Tensor | None, targets: Tensor | None, common_ids: int | None = None
@@ -225,6 +251,9 @@ class Head:
                 f"{self.dims} dimensions for the task {self.name!r}",
                 "Set kd_task to the task that the model has.",
             )
+        if self.softmax and not self.token_level and student.shape[-1] == 1:
+            mend, because = "Set num_labels, or problem_type to regression.", "the softmax of one class is always 1"
+            fail("num_labels", 1, "2 classes or more, or regression", mend, because=because)
         fits = teacher is None or teacher.shape == student.shape
         if teacher is not None and not fits and teacher.shape[:-1] == student.shape[:-1]:
             fits = common_ids == min(student.shape[-1], teacher.shape[-1])
@@ -259,6 +288,9 @@ class Head:
         )
 
 
+_ROUNDING = 1e-4  # by which the probabilities of a file may leave [0, 1]
+
+
 @dataclass(frozen=True)
 class MultiLabelHead(Head):
     """Several yes/no labels a row: logits and labels [B, C], labels floating (as upstream's loss wants them).
@@ -290,14 +322,41 @@ class MultiLabelHead(Head):
         return divide(((student > 0) == (teacher > 0)).sum(), student.shape[-1])
 
     def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        unknown = targets == IGNORE_INDEX
-        if targets.device.type == "cpu" and bool((unknown.any(-1) != unknown.all(-1)).any()):
-            shown = Shown(f"a row with {IGNORE_INDEX} beside other values")
-            fail("labels", shown, f"rows of 0 and 1, or of {IGNORE_INDEX} alone", "Fill the row or mask all of it.")
-        wide = _wide(logits)
+        unknown, wrong, wide = targets == IGNORE_INDEX, self.wrong(targets, None), _wide(logits)
+        if targets.device.type == "cpu" and bool(wrong.any()):
+            self.check_labels(targets, None)
         filled = targets.to(wide.dtype).masked_fill(unknown, 0.0)
         losses = F.binary_cross_entropy_with_logits(wide, filled, reduction="none").mean(-1)
-        return losses.masked_fill(unknown.any(-1), 0.0).sum()
+        return losses.masked_fill(unknown.all(-1), 0.0).masked_fill(wrong, torch.nan).sum()
+
+    def wrong(self, targets: Tensor, classes: int | None) -> Tensor:
+        """Rows [B]: a value outside [0, 1] (probabilities are labels too), NaN, or -100 beside other values."""
+        unknown = targets == IGNORE_INDEX
+        odd = ~((targets >= -_ROUNDING) & (targets <= 1 + _ROUNDING) | unknown)
+        return odd.any(-1) | (unknown.any(-1) & ~unknown.all(-1))
+
+    def check_labels(self, targets: Tensor, classes: int | None) -> None:
+        wrong = self.wrong(targets, None)
+        if not wrong.any():
+            return
+        row = int(wrong.nonzero()[0])
+        values = targets[row]
+        odd = values[(values != IGNORE_INDEX) & ~((values >= -_ROUNDING) & (values <= 1 + _ROUNDING))]
+        shown = f"a row with {IGNORE_INDEX} beside other values (row {row} of the batch)"
+        if len(odd):
+            shown = f"{float(odd[0]):g} in row {row} of the batch"
+        fail(self.label_names[0], Shown(shown), self._rule, "Fill the row or mask all of it.")
+
+    @property
+    def _rule(self) -> str:
+        return f"0 to 1 for each label, or rows of {IGNORE_INDEX} alone"
+
+    def fault(self, inputs: Mapping[str, Any], classes: int) -> Fault | None:
+        targets = self.targets(inputs)
+        if targets is None:
+            return None
+        name, fix = self.label_names[0], "Correct the label column."
+        return Fault(self.wrong(targets, classes), name, "another number", self._rule, fix)
 
 
 @dataclass(frozen=True)
@@ -350,10 +409,36 @@ class RegressionHead(Head):
         return None
 
     def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        wide = _wide(logits)
-        unknown = targets.isnan()
+        unknown, wrong, wide = targets.isnan(), self.wrong(targets, None), _wide(logits)
+        if targets.device.type == "cpu" and bool(wrong.any()):
+            self.check_labels(targets, None)
         losses = (wide - targets.to(wide.dtype).masked_fill(unknown, 0.0)).square().mean(-1)
-        return losses.masked_fill(unknown.any(-1), 0.0).sum()
+        return losses.masked_fill(unknown.all(-1), 0.0).masked_fill(wrong, torch.nan).sum()
+
+    def wrong(self, targets: Tensor, classes: int | None) -> Tensor:
+        """Rows [B]: infinite, or NaN beside other values."""
+        unknown = targets.isnan()
+        return targets.isinf().any(-1) | (unknown.any(-1) & ~unknown.all(-1))
+
+    def check_labels(self, targets: Tensor, classes: int | None) -> None:
+        wrong = self.wrong(targets, None)
+        if not wrong.any():
+            return
+        row = int(wrong.nonzero()[0])
+        infinite = bool(targets[row].isinf().any())
+        shown = Shown(f"{'infinite' if infinite else 'NaN beside other values'} in row {row} of the batch")
+        fail(self.label_names[0], shown, self._rule, "Fill the row or mask all of it.")
+
+    @property
+    def _rule(self) -> str:
+        return "finite numbers, or rows of NaN alone for no label"
+
+    def fault(self, inputs: Mapping[str, Any], classes: int) -> Fault | None:
+        targets = self.targets(inputs)
+        if targets is None:
+            return None
+        name, fix = self.label_names[0], "Correct the label column."
+        return Fault(self.wrong(targets, classes), name, "another number", self._rule, fix)
 
     def check_shapes(
         self, student: Tensor, teacher: Tensor | None, targets: Tensor | None, common_ids: int | None = None
@@ -398,7 +483,11 @@ class QuestionAnsweringHead(Head):
         both = [inputs.get(name) for name in self.label_names]
         if both[0] is None or both[1] is None:
             return None
-        positions = torch.stack([x.reshape(-1) for x in both if x is not None], 1)
+        for name, x in zip(self.label_names, both, strict=True):
+            if x is not None and (x.is_floating_point() or x.dtype == torch.bool):
+                shown, mend = Shown(f"of dtype {x.dtype}"), "Cast the column to int64."
+                fail(name, shown, "integer positions", mend, error=TypeError)
+        positions = torch.stack([_signed(x.reshape(-1)) for x in both if x is not None], 1)
         ids = inputs.get("input_ids")
         length = (main_input(inputs) if ids is None else ids).shape[1]
         return positions.masked_fill(positions >= length, IGNORE_INDEX)
@@ -423,9 +512,22 @@ class QuestionAnsweringHead(Head):
         mask = real_tokens(inputs.get("attention_mask"), (logits.shape[0], logits.shape[-1]))
         return logits if mask is None else logits.masked_fill(~mask.unsqueeze(1), -torch.inf)
 
+    def check_labels(self, targets: Tensor, classes: int | None) -> None:
+        """What lies beyond the sequence is no label (see `targets`), so that a negative position alone is wrong."""
+        wrong = (targets < 0) & (targets != IGNORE_INDEX)
+        if wrong.any():
+            row, side = wrong.nonzero()[0].tolist()
+            shown = Shown(f"{int(targets[row, side])} in row {row} of the batch")
+            expected = f"a position from 0 on, or {IGNORE_INDEX} for no label"
+            fail(self.label_names[side], shown, expected, "Correct the column.")
+
     def fault(self, inputs: Mapping[str, Any], classes: int) -> Fault | None:
-        """A row whose mask attends no token has no distribution over tokens."""
-        mask = token_mask(inputs.get("attention_mask"))
+        """A row whose mask attends no token has no distribution over tokens; a negative position is no label."""
+        mask, targets = token_mask(inputs.get("attention_mask")), self.targets(inputs)
+        wrong = None if targets is None else self.wrong(targets, None).any(-1)
+        if wrong is not None and (wrong.device.type != "cpu" or bool(wrong.any())) and mask is None:
+            expected = f"a position from 0 on, or {IGNORE_INDEX} for no label"
+            return Fault(wrong, " or ".join(self.label_names), "negative", expected, "Correct the column.")
         if mask is None:
             return None
         fix = "Leave out rows without text, or give them a token that is attended."
@@ -574,6 +676,11 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _signed(labels: Tensor) -> Tensor:
+    """Labels of a dtype without negative numbers, in which -100 would be a class (156 in uint8), as int64."""
+    return labels.long() if labels.dtype == torch.bool or not labels.dtype.is_signed else labels
+
+
 def _numbers(labels: Tensor | None) -> Tensor | None:
     """Labels that may have been written as integers, as the numbers they are."""
     return labels if labels is None or labels.is_floating_point() else labels.float()
@@ -603,14 +710,14 @@ def logits_of(outputs: Any, argument: str) -> Tensor:
     )
 
 
-def check_label_range(targets: Tensor, num_classes: int) -> None:
+def check_label_range(targets: Tensor, num_classes: int, name: str = "labels") -> None:
     """Raises ValueError naming the first label outside 0 ... num_classes - 1 that is not `IGNORE_INDEX`."""
     flat = targets.reshape(-1)
     wrong = (flat != IGNORE_INDEX) & ((flat < 0) | (flat >= num_classes))
     if wrong.any():
         place = int(wrong.nonzero()[0])
         fail(
-            "labels",
+            name,
             Shown(f"{int(flat[place])} at position {place} of the batch"),
             f"0 to {num_classes - 1} (the logits have {num_classes} classes), or {IGNORE_INDEX} for no label",
             f"Mend the label column; an unlabelled row is {IGNORE_INDEX}, not -1.",

@@ -207,17 +207,19 @@ def is_packed(inputs: Mapping[str, Any], shape: Sequence[int]) -> bool | Tensor:
     return torch.stack(found).any() if found else False
 
 
-def vocabulary_rows(model: Any, *, written: bool = False) -> int | None:
+def vocabulary_rows(model: Any, *, written: bool = False, measured: bool = False) -> int | None:
     """How many token ids the model can read (rows of its embedding) or write (classes of its logits); None: unknown.
 
-    Never from a weight's shape, since a sharded one does not tell.
+    Never from a weight's shape, since a sharded one does not tell. With `measured` from the layers alone: a config may
+    count something else, so that no refusal may rest on it.
     """
     try:
         layer = model.get_output_embeddings() if written else model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # of a module of the user's own, of a model without tokens
         layer = None
     rows = getattr(layer, "out_features" if written else "num_embeddings", None)
-    rows = getattr(getattr(model, "config", None), "vocab_size", None) if rows is None else rows
+    if rows is None and not measured:
+        rows = getattr(getattr(model, "config", None), "vocab_size", None)
     return rows if isinstance(rows, int) else None
 
 

@@ -250,7 +250,9 @@ def _look_at_task(trainer: Any, findings: _Findings, head: Head, batch: Mapping[
         trainer._check_settings(head)
         findings.rows += about_settings(trainer.args, head, objective)
     with findings.attempt("labels"):
-        findings.rows += about_labels(student, head, objective, batch, pad_id)
+        # On a GPU an index out of range ends the process.
+        classes = None if has_errors(findings.rows) else trainer._classes_of_logits(student, head, batch)
+        findings.rows += about_labels(classes, head, objective, batch, pad_id)
     with findings.attempt("lengths"):
         findings.rows += about_lengths(student, taught, head, tokenizer, batch)
     with findings.attempt("images"):

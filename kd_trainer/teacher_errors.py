@@ -128,7 +128,7 @@ def explain(teacher: nn.Module, inputs: Mapping[str, Any], error: Exception) -> 
     try:
         if isinstance(error, ValueError):
             _check_image_size(teacher, inputs)
-        rows, (limit, learned) = vocabulary_rows(teacher), positions_of(teacher)
+        rows, (limit, learned) = vocabulary_rows(teacher, measured=True), positions_of(teacher)
         if isinstance(error, IndexError) and rows is not None:
             check_ids(inputs, rows)
         if limit is not None and learned:

@@ -316,15 +316,13 @@ def _as_declared(entry: Any, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int):
             mend = f"Give `{name}` as a whole number, not as {type(value).__name__}."
             fail(name, value, "a whole number, at least 1", mend, error=TypeError)
-    elif dict not in kinds:
-        folder = name in _FOLDERS
-        if folder and isinstance(value, os.PathLike):
-            value = os.fspath(value)
-        kind = "a folder" if name == "teacher_cache_dir" else "a folder or a hub name" if folder else "text"
+    elif name in _FOLDERS:  # other texts are choices, which `check_choice` compares
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        kind = "a folder" if name == "teacher_cache_dir" else "a folder or a hub name"
         if not isinstance(value, str):
             mend = f"Give `{name}` as text, not as {type(value).__name__}."
             fail(name, value, kind, mend, error=TypeError)
-        if folder and not value.strip():
+        if not value.strip():
             fail(name, value, kind, "Leave it out (null in JSON) for none.")
     return value
 

@@ -369,7 +369,7 @@ def half_a_row_of_labels(tmp_path):
     tiny.trainer("multi_label_classification", tmp_path, data=data).train()
 
 
-@case("labels", "an unlabelled row is -100", r"-1 at position 7 of the batch; expected 0 to \d+")
+@case("end_positions", "Correct the column", "-1 in row 3 of the batch; expected a position from 0 on, or -100")
 def an_answer_before_the_text(tmp_path):
     data = tiny.rows("question_answering")
     data[3]["end_positions"] = -1
