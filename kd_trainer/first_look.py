@@ -145,6 +145,12 @@ class Fit(NamedTuple):
     asked: bool = True  # whether the teacher was called; it is not where kd_alpha is 0, until an evaluation needs it
     own_loss: bool = False  # the hard loss is the model's own, or the script's compute_loss_func: see `own_loss`
     hard_loss: str = ""  # a line on where the hard loss comes from
+    by_num_items: bool = False  # its sum is divided by upstream's num_items_in_batch: see `own_loss.HardLoss`
+
+    @property
+    def takes_num_items(self) -> bool:
+        """Whether upstream's num_items_in_batch is needed."""
+        return self.own_loss or self.by_num_items
 
 
 class FirstLook(_InFrontOf):
@@ -301,7 +307,7 @@ class FirstLook(_InFrontOf):
             notes = (*notes, "kd_alpha is 0: training does not call the teacher")
         self._fit = Fit(
             model, student, head, accepted, shared, heads, notes, known_by, order, asked, own_loss=hard.own,
-            hard_loss=hard.line,
+            hard_loss=hard.line, by_num_items=hard.by_num_items,
         )  # fmt: skip
         if heads is None and not self.is_in_train:  # training prints all notes in its start block
             for note in heads_notes:
@@ -400,21 +406,25 @@ class FirstLook(_InFrontOf):
 
         with as_in_training(student):
             names, weight = tuple(self.label_names), router_weight(student)
-            found = Comparison(forward, student, head, accepted, names, weight).look(batch)
+            counts_shifted = self._loss_shifts_labels if self.model_accepts_loss_kwargs else None
+            found = Comparison(forward, student, head, accepted, names, weight, counts_shifted).look(batch)
         if self.accelerator.num_processes == 1:
             return found
-        mine = [False] * 4
+        mine = [False] * 5
         if found is not None:
-            mine = [True, found.own, found.head.shifted != head.shifted, found.labels_are_inputs]
+            toggled = found.head.shifted != head.shifted
+            mine = [True, found.own, toggled, found.labels_are_inputs, found.by_num_items]
         seen = torch.tensor([float(x) for x in mine], device=self.args.device)
-        anywhere, own, shift, inputs = (bool(x) for x in self.accelerator.reduce(seen, reduction="sum").tolist())
+        anywhere, own, shift, inputs, by_items = (
+            bool(x) for x in self.accelerator.reduce(seen, reduction="sum").tolist()
+        )
         if not anywhere:
             return None
         found = found or HardLoss(False, head)
         if own and not found.own:
             found = found._replace(line="the model's own, which differs from the task's formula on another process")
         agreed = dataclasses.replace(head, shifted=head.shifted != shift)
-        return found._replace(own=own, head=agreed, labels_are_inputs=inputs)
+        return found._replace(own=own, head=agreed, labels_are_inputs=inputs, by_num_items=by_items)
 
     def _withheld_columns(self) -> set[str]:
         """Columns of the data that upstream removes and that stay for the teacher: `**kwargs` do not get them."""

@@ -35,8 +35,14 @@ class Counts(NamedTuple):
     soft: Tensor | int  # positions counted for the soft loss
     rows: Tensor | int  # rows of the batch
     scale: int = 1  # undoes the averaging of gradients over processes where the counts are global
-    num_items: Any = None  # upstream's num_items_in_batch, where the hard loss is the model's own
+    num_items: Any = None  # upstream's num_items_in_batch, where the model's own loss divides by it
+    by_num_items: bool = False  # whether the formula's sum is divided by it too, instead of `hard`
     micro_batches: int = 1  # of the optimizer step: upstream divides a loss by it that knows no num_items
+
+    @property
+    def hard_divisor(self) -> Any:
+        """What the hard loss is divided by with "tokenmean"."""
+        return self.num_items if self.by_num_items else self.hard
 
 
 class Parts(NamedTuple):
@@ -239,7 +245,9 @@ class Objective:
 
     def _denominators(self, counts: Counts) -> tuple[Tensor | int, Tensor | int]:
         """What the sums of the soft and of the hard loss are divided by."""
-        return (counts.rows, counts.rows) if self.reduction == "batchmean" else (counts.soft, counts.hard)
+        if self.reduction == "batchmean":
+            return counts.rows, counts.rows
+        return counts.soft, counts.hard_divisor
 
     def _joint(
         self,

@@ -41,12 +41,15 @@ class HardLoss(NamedTuple):
         head: the task, with the shift of the labels that the model's own loss has.
         line: for the start block and `check()`; empty where there was nothing to compare.
         labels_are_inputs: the logits depend on the labels (a decoder's inputs are made of them), so they are passed.
+        by_num_items: the formula's sum has to be divided by upstream's num_items_in_batch, as the model divides it:
+            upstream counts the labels of some shifting models (GPT-2) as if they did not shift.
     """
 
     own: bool
     head: Head
     line: str = ""
     labels_are_inputs: bool = False
+    by_num_items: bool = False
 
 
 def own_loss(outputs: Any) -> Tensor | None:
@@ -86,6 +89,7 @@ class Comparison:
         student: unwrapped. head, accepted: its task and its inputs.
         label_names: the trainer's.
         aux_weight: of the load-balancing loss in the model's own loss; None without one.
+        counts_shifted: whether upstream's num_items_in_batch counts shifted labels; None where the model takes none.
     """
 
     def __init__(
@@ -96,7 +100,9 @@ class Comparison:
         accepted: Accepted,
         label_names: tuple[str, ...],
         aux_weight: float | None,
+        counts_shifted: bool | None = None,
     ) -> None:
+        self.counts_shifted = counts_shifted
         self.forward, self.student, self.head, self.accepted = forward, student, head, accepted
         self.label_names, self.aux_weight = label_names, aux_weight
         self.labels_are_inputs = False
@@ -141,10 +147,24 @@ class Comparison:
         for index, head in enumerate(self._heads()):
             if all(_close(own, formulas[index], room) for own, formulas, room in found):
                 line = f"the task's formula, which {name}'s own loss equals on the first batch"
-                return HardLoss(False, head, line, self.labels_are_inputs)
+                by_items = self._divides_by_items(batch, labels, head, found[0])
+                return HardLoss(False, head, line, self.labels_are_inputs, by_items)
         own, formulas, _ = found[0]
         line = f"the model's own: {name} gives {own:.4f} on the first batch, the task's formula {formulas[0]:.4f}"
         return HardLoss(True, self._head_by_use(batch, labels), line, self.labels_are_inputs)
+
+    def _divides_by_items(
+        self, batch: Mapping[str, Any], labels: dict[str, Any], head: Head, found: tuple[float, list[float], float]
+    ) -> bool:
+        """Whether the model divides by a num_items_in_batch that upstream counts otherwise than the formula does."""
+        if not head.token_level or self.counts_shifted in (None, head.shifted) or "shift_labels" in labels:
+            return False
+        count, device = 1000.0, next(v.device for v in labels.values() if isinstance(v, Tensor))
+        loss = own_loss(self._call(batch, {**labels, "num_items_in_batch": torch.tensor(count, device=device)}))
+        targets = head.targets({**batch, **labels})
+        if loss is None or targets is None:
+            return False
+        return _close(float(loss) * count, found[0] * float(head.labelled(targets)), max(found[2], 1e-4))
 
     def _heads(self) -> list[Head]:
         """The task as it was taken, and with the other shift where labels could be shifted."""

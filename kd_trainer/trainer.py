@@ -367,10 +367,11 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         for batch in batches:
             self._refuse_packed(fit.head, batch)
         each = [objective.count(fit.head, batch) for batch in batches]
-        counts = Counts(*(sum(column) for column in zip(*(c[:3] for c in each), strict=True)))
-        if fit.own_loss and num_items is None:
+        counts = Counts(sum(c.hard for c in each), sum(c.soft for c in each), sum(c.rows for c in each))
+        if fit.takes_num_items and num_items is None:
             num_items = super()._get_num_items_in_batch(batches, device)
-        counts = counts._replace(num_items=num_items, micro_batches=len(batches))
+        by_items = fit.by_num_items and num_items is not None
+        counts = counts._replace(num_items=num_items, micro_batches=len(batches), by_num_items=by_items)
         if not self._started:
             self._started = True
             self._refuse_packed(fit.head, batches[0], now=True)
@@ -391,10 +392,10 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         return batches, self._over_processes(counts, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Upstream's where the hard loss is the model's own. Else None: `get_batch_samples` counts for training, and
+        """Upstream's where the hard loss is divided by it. Else None: `get_batch_samples` counts for training, and
         evaluation counts its own batch without a collective."""
-        own = self._fit is not None and self._fit.own_loss
-        return super()._get_num_items_in_batch(batch_samples, device) if own else None
+        needed = self._fit is not None and self._fit.takes_num_items
+        return super()._get_num_items_in_batch(batch_samples, device) if needed else None
 
     def _over_processes(self, counts: Counts, device: torch.device) -> Counts:
         """The counts summed over the processes: one reduce a step."""
@@ -452,8 +453,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         counts = num_items_in_batch if num_items_in_batch is not None else objective.count(fit.head, inputs)
         if not isinstance(num_items_in_batch, Counts):
             self._refuse_packed(fit.head, inputs)
-        if fit.own_loss and not isinstance(counts, Counts):  # upstream's, in evaluation
-            counts = objective.count(fit.head, inputs)._replace(num_items=num_items_in_batch)
+        if fit.takes_num_items and not isinstance(counts, Counts):  # upstream's, in evaluation
+            counts = self._with_num_items(fit, objective.count(fit.head, inputs), num_items_in_batch)
         if not isinstance(counts, Counts):
             mend = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
             fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", mend, error=TypeError)
@@ -516,6 +517,14 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             return None
         cut = {k: v[:own] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
         return cut, own
+
+    def _with_num_items(self, fit: Fit, counts: Counts, num_items: Any) -> Counts:
+        """The counts of a batch of an evaluation with upstream's number, which is one of all processes."""
+        if fit.by_num_items:
+            shared = self.args.average_tokens_across_devices
+            scale = self.accelerator.num_processes // self.get_tp_size() if shared else 1
+            return counts._replace(num_items=num_items / scale, by_num_items=True)
+        return counts._replace(num_items=num_items)
 
     def _own_labels(self, fit: Fit, inputs: dict[str, Any], counts: Counts) -> dict[str, Any]:
         """What the stock Trainer passes to the model beside its inputs, so that it computes its own loss."""
@@ -657,7 +666,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         if training:
             self._window.add(row)
         elif self._evaluation is not None:
-            hard_count = counts.hard if self.kd_args.kd_reduction == "tokenmean" else counts.rows
+            hard_count = counts.hard_divisor if self.kd_args.kd_reduction == "tokenmean" else counts.rows
             soft_count = counts.soft if self.kd_args.kd_reduction == "tokenmean" else counts.rows
             sums = (_times(hard, hard_count), counts.hard, _times(soft, soft_count), _times(agreement, counts.soft))
             self._evaluation.sums.add((*sums, counts.rows, _times(router, counts.rows)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import (
     BartForCausalLM,
     BertForSequenceClassification,
     BertForTokenClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaForCausalLM,
     Trainer,
 )
@@ -128,6 +131,14 @@ def bart_lm(hidden: int = 16) -> BartForCausalLM:
     return model
 
 
+def gpt2() -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=tiny.VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=32, attn_pdrop=0.0, embd_pdrop=0.0,
+        resid_pdrop=0.0, initializer_range=0.5, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
 def bert(cls: type) -> Any:
     return lambda: cls(tiny.bert_config(initializer_range=0.5))
 
@@ -140,6 +151,7 @@ MODELS: dict[str, tuple[Any, str, bool]] = {
     "plain": (bert(Plain), "classification", False),
     "weighted tags": (bert(WeightedTags), "token_classification", True),
     "unshifted": (lambda: Unshifted(tiny.llama_config()), "causal_lm", False),
+    "gpt2": (gpt2, "causal_lm", False),
     "bart": (bart_lm, "causal_lm", False),
     "translator": (lambda: Translator(), "causal_lm", False),
     "by items": (lambda: ByItems(tiny.llama_config()), "causal_lm", True),
@@ -332,3 +344,20 @@ def test_check_has_a_row_on_the_hard_loss(tmp_path):
     trainer = run("weighted", tmp_path, teacher=teacher, train=False, kd_alpha=0.5)
     rows = {row.what: row for row in trainer.check()}
     assert "the model's own: Weighted gives" in rows["hard loss"].found
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_labels_that_upstream_counts_otherwise(accumulate, tmp_path):
+    """Upstream's num_items_in_batch counts GPT-2's labels as if they did not shift, and GPT-2 divides by it."""
+    fields: dict[str, Any] = {"gradient_accumulation_steps": accumulate}
+    stock, own = (run("gpt2", tmp_path, stock=stock, **fields) for stock in (True, False))
+    assert_same(own, stock)
+    assert own._fit.by_num_items
+    assert not own._fit.own_loss
+    evaluated, expected = own.evaluate(), stock.evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    batches = [tiny.pad(tiny.rows("causal_lm", 24)[i : i + 4]) for i in range(0, 24, 4)]
+    with torch.no_grad():
+        sums = [(own.model(**b).loss * (b["labels"][:, 1:] != -100).sum()).item() for b in batches]
+    counted = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    assert evaluated["eval_perplexity"] == pytest.approx(math.exp(sum(sums) / counted), rel=1e-5)
