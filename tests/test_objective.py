@@ -9,17 +9,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kd_trainer.heads import HEADS
+from kd_trainer.heads import HEADS, Head
 from kd_trainer.losses import SoftTargetLoss
 from kd_trainer.objective import Counts, Objective, scheduled
 
 IGNORED, CLASSES, T = -100, 4, 2.0
-SOFTMAX = [name for name, head in HEADS.items() if head.softmax]  # the others: test_row_tasks.py
+# The heads of tokens and rows; the others: test_row_tasks.py and test_speech_frames.py.
+SOFTMAX = [name for name, head in HEADS.items() if head.softmax and type(head) is Head]
+ROWS = ("classification", "multiple_choice")
 
 
 def batch_of(name: str, *, labelled: bool = True) -> dict[str, torch.Tensor]:
     """Two rows of three positions (or three rows of one), with padding and with positions without a label."""
-    if name == "classification":
+    if name in ROWS:
         batch = {"features": torch.zeros(3, 2), "labels": torch.tensor([2, IGNORED, 0])}
     else:
         mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
@@ -32,14 +34,14 @@ def batch_of(name: str, *, labelled: bool = True) -> dict[str, torch.Tensor]:
 
 
 def logits_of(name: str, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    shape = (3, CLASSES) if name == "classification" else (2, 3, CLASSES)
+    shape = (3, CLASSES) if name in ROWS else (2, 3, CLASSES)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def written_out(name, batch, z_s, z_t, *, reduction, positions, smoothing=0.0) -> tuple[float | None, float, Counts]:
     """(hard, soft, counts) in plain Python, position by position."""
     labels = batch.get("labels")
-    if name == "classification":
+    if name in ROWS:
         z_s, z_t = z_s[:, None], z_t[:, None]
         labels = None if labels is None else labels[:, None]
         mask = None
@@ -57,7 +59,7 @@ def written_out(name, batch, z_s, z_t, *, reduction, positions, smoothing=0.0) -
                 n_hard += 1
                 hard -= (1 - smoothing) * math.log(q[int(labels[b, s + shift])])
                 hard -= smoothing / CLASSES * sum(map(math.log, q))
-            if name == "classification":
+            if name in ROWS:
                 counted = True
             elif positions == "labels" and labels is not None:
                 counted = has_label
