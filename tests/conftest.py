@@ -3,11 +3,14 @@
 import gc
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def imports_are_no_garbage() -> None:
     """Every training collects garbage: nine tenths of a short one went into looking through what is imported."""
     gc.collect()
     gc.freeze()
