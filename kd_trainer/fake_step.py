@@ -4,7 +4,8 @@ For: `memory.py`. The teacher's forward, the student's, a stand-in for the loss 
 make is counted until it is gone, so that no architecture has a formula here. What FSDP2 and ZeRO-3 gather is counted
 beside it, module by module.
 Letters: N counted positions, H hidden size, V vocabulary; s and t of student and teacher.
-Imports: backends, checks, divergences, first_look, fused_arguments, fused_forward, heads, inputs, losses, teacher.
+Imports: backends, checks, divergences, first_look, fused_arguments, fused_forward, fused_linear, heads, inputs, losses,
+teacher.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .divergences import BLOCK_ACCELERATOR
 from .first_look import SMALL_VOCABULARY
 from .fused_arguments import CHUNK_ROWS, chunk_rows, group_rows
 from .fused_forward import NotPlain, OutputHead
+from .fused_linear import keeps_tiles
 from .heads import Head
 from .inputs import accepted_inputs, behind_front, model_inputs, vocabulary_rows
 from .losses import SoftTargetLoss
@@ -62,7 +64,7 @@ class FakeStep:
         autocast: the dtype of mixed precision where the forward casts; None where it does not.
         gradient_bytes: what of an entry of a gradient stays in this process, 0 where that is counted elsewhere.
         bucket_bytes: what backward takes besides.
-        on_cpu: the sizes of a run on CPU, where the fused loss keeps its tiles from step to step.
+        on_cpu: the sizes of a run on CPU, where the fused loss of many positions keeps its tiles from step to step.
 
     Attributes:
         peak: beside weights, optimizer and buckets.
@@ -76,7 +78,7 @@ class FakeStep:
         self.live, self.in_backward = _Live(), False
         self.teacher_forward = self.activations = self.loss = self.gathered = self.tiles = 0
         self._units: list[_Unit] = []
-        self._gathered = 0
+        self._gathered = self._kept = 0
 
     @property
     def peak(self) -> int:
@@ -131,13 +133,13 @@ class FakeStep:
                 whole = sum(_size(p) for p in heads[1].parameters() if id(p) in gathered)
                 weight = _size(heads[0].weight) if self.on_cpu and heads[0].weight.requires_grad else 0
                 self.gather(whole)
-                live.hold(weight + self.on_cpu * self.tiles)
+                live.hold(weight + self._kept)
             made = self._ask(student, inputs, head, heads and heads[0])
             self.activations = live.made - before - _storage(taught) - (0 if heads else _storage(made))
             live.hold(-weight)  # the memory that the gradient lies in is kept too
             peak, live.peak = live.peak, live.now
             loss = self._fused_loss(made, taught, heads, head) if heads else self._full_loss(made, taught, head)
-            self.loss = live.peak - live.held - before - self.activations + self.on_cpu * self.tiles
+            self.loss = live.peak - live.held - before - self.activations + self._kept
             live.peak = max(live.peak, peak)
             del made, taught
             self.gather(-whole)
@@ -207,13 +209,14 @@ class FakeStep:
         self.tiles = ((lent or rows) * vocabulary + own * theirs) * itemsize
         if trained and itemsize == 2 and rows < n:  # summed in float32
             self.tiles += 6 * vocabulary * width
+        self._kept = self.tiles if self.on_cpu and keeps_tiles(n, width) else 0
 
     def _fused_loss(self, hidden: Tensor, taught: Tensor, heads: _Heads, head: Head) -> Tensor:
         hidden, taught = _counted(hidden, head), _counted(taught, head)
         tensors = [hidden, heads[0].weight, taught, heads[1].weight]
         if self.autocast:
             tensors = [tensor.to(self.autocast) for tensor in tensors]
-        return _Tiles.apply(*tensors, 0 if self.on_cpu else self.tiles)
+        return _Tiles.apply(*tensors, self.tiles - self._kept)
 
     # ---- what a backend does to weights and gradients ----
 

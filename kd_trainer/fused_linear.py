@@ -305,9 +305,9 @@ def _row_weights(job: Job, n: int, unit: Any) -> Tensor:
     return weights / unit
 
 
-def _teacher_tile(job: Job, chunk: int) -> Tensor | None:
+def _teacher_tile(job: Job, chunk: int, keep: bool) -> Tensor | None:
     if job.teacher is not None:
-        return kept_memory("teacher", chunk, job.teacher.weight.shape[0], job.teacher.weight)
+        return kept_memory("teacher", chunk, job.teacher.weight.shape[0], job.teacher.weight, keep=keep)
     if job.teacher_rows is not None and not job.plain_rows and job.setting.temperature != 1:
         wide = _wide(job.teacher_rows.dtype)  # dividing in half precision would round once more than the twin
         return torch.empty(chunk, job.teacher_rows.shape[1], dtype=wide, device=job.teacher_rows.device)
@@ -375,12 +375,13 @@ class _Products:
             if fitting >= min(CHUNK_ROWS, n):
                 first = min(n, 2 * chunk if self.rows == chunk else self.rows)
                 lent = self.memory.view(-1)[: min(fitting, first) * len(teacher)].view(-1, len(teacher))
-        tiles = kept_memory("student", first or self.rows, vocabulary, self.student.weight)
+        keep = keeps_tiles(n, self.student.weight.shape[1])
+        tiles = kept_memory("student", min(first or self.rows, n), vocabulary, self.student.weight, keep=keep)
         if first:
             yield slice(0, first), tiles, lent
         if first == n:
             return
-        taught = _teacher_tile(job, chunk) if first <= self.rows else None
+        taught = _teacher_tile(job, chunk, keep) if first <= self.rows else None
         if taught is None and teacher is not None:
             taught = tiles[chunk:].view(-1)[: chunk * len(teacher)].view(chunk, -1)
         for group in _parts(first, n, self.rows):
@@ -418,7 +419,22 @@ _LINE = 64  # bytes of a cache line
 _KEPT = threading.local()  # by name: memory, and whether a tensor in it still lives (a weak reference)
 
 
-def kept_memory(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+def keeps_tiles(positions: int, width: int) -> bool:
+    """Whether the memory of tiles is kept from one call to the next.
+
+    Of few positions it is not: backward, with the gradients of two embeddings of this width, is then the peak of a step
+    without the fused loss, and idle tiles would be added to it. Of more, full logits are the peak, of which the tiles
+    are a part.
+    """
+    return 2 * positions > width
+
+
+def release_memory() -> None:
+    """Gives back what `kept_memory` keeps in this thread: for the end of a training or an evaluation."""
+    _KEPT.__dict__.clear()
+
+
+def kept_memory(name: str, rows: int, columns: int, like: Tensor, *, keep: bool = True) -> Tensor:
     """A tensor [rows, columns] as `like`; on CPU its memory is kept for the next call that finds it unused.
 
     Fresh memory costs about as much as a visit, and more on virtual machines whose host takes back what is freed. It
@@ -433,7 +449,10 @@ def kept_memory(name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         room = numpy.empty(size + _LINE, numpy.uint8)
     start = -room.ctypes.data % _LINE
     part = room[start : start + size]  # lives as long as a tensor in it
-    _KEPT.__dict__[name] = room, weakref.ref(part)
+    if keep:
+        _KEPT.__dict__[name] = room, weakref.ref(part)
+    else:
+        _KEPT.__dict__.pop(name, None)
     return torch.from_numpy(part).view(like.dtype).view(rows, columns)
 
 

@@ -33,7 +33,7 @@ from .finite import FiniteWatch
 from .first_look import Fit, PackingWatch
 from .fused_arguments import Side
 from .fused_forward import NotPlain, OutputHead, student_loss, student_side, teacher_hidden, teacher_side, whole_weight
-from .fused_linear import FusedLoss
+from .fused_linear import FusedLoss, release_memory
 from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
@@ -285,6 +285,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
 
     def _check(self, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
         findings = examine(self, evaluate=evaluate, batch=batch)
+        release_memory()
         if self.is_world_process_zero():
             print_findings(findings)
         self.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended with 1
@@ -317,6 +318,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         try:
             result = super().train(*args, **kwargs)
         finally:
+            release_memory()
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ResumableInterrupt):
                     callback.restore()
@@ -764,6 +766,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                 output.metrics.update(self._evaluated(self._evaluation, self._fit, f"{prefix}_"))
         finally:
             self._evaluation = outer
+            if not self.is_in_train:
+                release_memory()
         return output
 
     def _evaluated(self, evaluation: Evaluation, fit: Fit, prefix: str) -> dict[str, float]:

@@ -44,6 +44,7 @@ class Case:
 
 CASES = {
     "fused": Case(),
+    "few": Case(rows=1, length=128),
     "tied": Case(rows=4, length=192, tied=True),
     "full": Case(arguments={"kd_loss_implementation": "full"}),
     "accumulated": Case(rows=1, arguments={"gradient_accumulation_steps": 2}),
