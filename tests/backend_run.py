@@ -52,6 +52,7 @@ CASES = {
     "fused_bf16": Case("llama", {"kd_loss_implementation": "fused", "bf16": True, "max_steps": 2}),
     "evaluated": Case("llama", {"max_steps": 0}),
     "adapter_off": Case("lora", {"max_steps": 6, "learning_rate": 0.02}),
+    "own_loss": Case("own", {"max_steps": 6}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
     "unknown_head": Case("scaled", {"max_steps": 6, "kd_loss_implementation": "auto"}),
 }
 OWN_TEACHER = [name for name, case in CASES.items() if case.teacher != "lora"]
@@ -64,6 +65,25 @@ class Scaled(LlamaForCausalLM):
         outputs = super().forward(input_ids, attention_mask, **kwargs)
         outputs.logits = 1.5 * outputs.logits
         return outputs
+
+
+class Smoothing(LlamaForCausalLM):
+    """Computes a loss of its own, divided by upstream's num_items_in_batch."""
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = super().forward(input_ids, attention_mask)
+        if labels is not None:
+            logits, targets = outputs.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+            total = nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.3)
+            outputs.loss = total / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return outputs
+
+    accepts_loss_kwargs = True
+
+
+STUDENTS = {"scaled": Scaled, "own": Smoothing}
 
 
 def zero_config(stage: int, *, has_config: bool) -> dict[str, Any]:
@@ -84,13 +104,13 @@ def pair(kind: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     if kind == "plain":
         return tiny.Plain(), tiny.Plain()
-    student = (Scaled if kind == "scaled" else LlamaForCausalLM)(tiny.llama_config(16, num_hidden_layers=2))
+    student = STUDENTS.get(kind, LlamaForCausalLM)(tiny.llama_config(16, num_hidden_layers=2))
     if kind == "lora":
         import peft
 
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         return peft.get_peft_model(student, config), ADAPTER_OFF
-    if kind in ("llama", "scaled"):
+    if kind in ("llama", *STUDENTS):
         return student, LlamaForCausalLM(tiny.llama_config(24, num_hidden_layers=3))
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = GPT2Config(vocab_size=tiny.VOCAB, n_positions=32, n_embd=24, n_layer=2, n_head=2, **ids)
@@ -143,6 +163,7 @@ def facts(run: Any, name: str, backend: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "world_size": run.accelerator.num_processes,
         "fused": run._fit.heads is not None,
+        "own_loss": run._fit.own_loss,
         "student_wrapper": [c.__name__ for c in type(run.model_wrapped).__mro__],
         "known_models": [known is run.model_wrapped for known in run.accelerator._models],
         "logs": tiny.logs(run),

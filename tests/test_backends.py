@@ -25,7 +25,7 @@ from tests import backend_run, launch, tiny
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
 EVERYWHERE = ["same_layers", "other_layers", "by_path", "plain", "bf16", "plain_bf16", "resumed"]
-EVERYWHERE += ["fused", "fused_other_layers", "fused_bf16"]
+EVERYWHERE += ["fused", "fused_other_layers", "fused_bf16", "own_loss"]
 OTHERS = ["adapter_off", "unknown_head"]
 RUNS = {"fsdp2": [*EVERYWHERE, *OTHERS], "zero3": [*EVERYWHERE, "evaluated", *OTHERS], "zero2": ["plain_bf16"]}
 WRAPPERS = {
