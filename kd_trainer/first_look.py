@@ -47,6 +47,7 @@ from .inputs import (
     decoder_input_ids,
     is_packed,
     model_inputs,
+    required_inputs,
     start_token,
     text_config,
     vocabulary_rows,
@@ -146,6 +147,7 @@ class Fit(NamedTuple):
     own_loss: bool = False  # the hard loss is the model's own, or the script's compute_loss_func: see `own_loss`
     hard_loss: str = ""  # a line on where the hard loss comes from
     by_num_items: bool = False  # its sum is divided by upstream's num_items_in_batch: see `own_loss.HardLoss`
+    required: frozenset[str] = frozenset()  # names of columns without which the student's forward cannot be called
 
     @property
     def takes_num_items(self) -> bool:
@@ -238,10 +240,15 @@ class FirstLook(_InFrontOf):
         """Fits teacher, student and head together on the first batch; afterwards returns what it found."""
         fit = self._fit if self._fit is not None and self._fit.model is self.model else None
         if fit is not None and (fit.asked or (self._always_hard and self._is_training_step(fit.student))):
+            if not fit.required <= batch.keys():
+                self._check_columns("model", fit.student, batch)
             return fit
         check_batch(batch)
         student = self.accelerator.unwrap_model(self.model)
         check_router(student)
+        self._check_columns("model", student, batch)
+        if isinstance(self.teacher, LiveTeacher) and not self._always_hard:
+            self._check_columns("teacher_model", self.teacher.model, self.teacher.inputs(batch))
         head = head_for(student, self.kd_args.kd_task, self._loss_shifts_labels)
         if head is not None:
             head = by_problem_type(head, student, self.kd_args.kd_task, batch.get("labels"))
@@ -307,12 +314,35 @@ class FirstLook(_InFrontOf):
             notes = (*notes, "kd_alpha is 0: training does not call the teacher")
         self._fit = Fit(
             model, student, head, accepted, shared, heads, notes, known_by, order, asked, own_loss=hard.own,
-            hard_loss=hard.line, by_num_items=hard.by_num_items,
+            hard_loss=hard.line, by_num_items=hard.by_num_items, required=required_inputs(student),
         )  # fmt: skip
         if heads is None and not self.is_in_train:  # training prints all notes in its start block
             for note in heads_notes:
                 warn(logger, "[kd_trainer] %s", note)
         return self._fit
+
+    def _check_columns(self, argument: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Raises ValueError where a batch lacks a column without which the model's forward cannot be called."""
+        missing = sorted(required_inputs(model) - batch.keys())
+        if not missing:
+            return
+        removed: list[str] = []
+        if self.args.remove_unused_columns:
+            datasets = (self.train_dataset, self.eval_dataset)
+            known = [getattr(dataset, "column_names", None) for dataset in datasets]
+            names = {name for columns in known if isinstance(columns, list) for name in columns}
+            removed = sorted(names - set(self._signature_columns or []))
+        there = ", ".join(name for name in batch if not name.startswith(TEACHER_PREFIX)) or "none"
+        fix = f"Call that column {missing[0]!r} in the dataset, or in what the data collator returns."
+        if removed:
+            lost = ", ".join(map(repr, removed))
+            fix = (
+                f"remove_unused_columns has taken {lost} away, which that forward does not name: call the column "
+                f"{missing[0]!r} in the dataset, or set remove_unused_columns to false and let the data collator do it."
+            )
+        expected = f"{', '.join(map(repr, missing))} too, which the forward of {type(model).__name__} cannot do without"
+        side = "student" if argument == "model" else "teacher"
+        fail("inputs", Shown(f"a batch that has {there} for the {side}"), expected, fix)
 
     def _check_first_labels(
         self, student: nn.Module, head: Head, batch: Mapping[str, Any], targets: Tensor, theirs: int | None

@@ -342,6 +342,14 @@ def accepted_inputs(model: nn.Module, *, label_names: Iterable[str] = (), withhe
     return Accepted(names - targets, targets=targets, taken_targets=None)
 
 
+def required_inputs(model: Any) -> frozenset[str]:
+    """Names without which the forward cannot be called, but the decoder's inputs, which may be made of the labels."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty}
+    return frozenset(named - {"decoder_input_ids"})
+
+
 def _documented(annotation: Any) -> set[str]:
     """The keys of `**kwargs: Unpack[SomeTypedDict]`."""
     return {name for part in get_args(annotation) for name in getattr(part, "__annotations__", {})}
