@@ -8,8 +8,10 @@ Imports: cache_formats, cache_manifest, cache_signatures, cache_store, checks, h
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -32,7 +34,27 @@ ROWS_DIFFER = (
     "the rows were changed, ordered or tokenised otherwise, a transform draws anew at each reading, or padding is not "
     "marked by an attention_mask"
 )
-TRAIN, EVAL = "train", "eval"  # parts of a cache: its train and its evaluation data (eval-NAME of several)
+# Parts of a cache: its train data, its evaluation data (eval-NAME of several) and others that were asked about.
+TRAIN, EVAL, TEST = "train", "eval", "test"
+
+
+def part_of(kind: str, name: Any) -> str:
+    """The folder of a named part: `kind`-name, where characters other than a-z, 0-9, "_", "." and "-" give way to "_"
+    and a hash keeps names apart, also where a file system does not tell capitals.
+
+    Example:
+        >>> part_of("eval", "matched"), part_of("eval", "glue/dev")
+        ('eval-matched', 'eval-glue_dev-5412a25e')
+    """
+    text = name if isinstance(name, str) else f"{type(name).__name__} {name!r}"
+    plain = re.sub(r"[^a-z0-9_.-]", "_", text.lower())[:80].strip(".")
+    if plain and plain == name and not re.search(r"-[0-9a-f]{8}$", plain):
+        return f"{kind}-{plain}"
+    return f"{kind}-{plain}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def _is_part(folder: str) -> bool:
+    return folder in (EVAL, TEST) or folder.startswith((EVAL + "-", TEST + "-"))
 
 
 # ---- rows of a batch ------------------------------------------------------------------------------------------------
@@ -334,7 +356,7 @@ class CachedTeacher:
         folders = {self.path.name: self.path} if (self.path / MANIFEST).exists() else {}
         if folders:  # a part alone serves as what it is named, or else as the train data
             name = self.path.name
-            folders = {name if name == EVAL or name.startswith(EVAL + "-") else TRAIN: self.path}
+            folders = {name if _is_part(name) else TRAIN: self.path}
         else:
             folders = {f.name: f for f in sorted(self.path.iterdir()) if is_finished(f)} if self.path.is_dir() else {}
         if not folders:

@@ -162,6 +162,39 @@ def check_columns(kept: Format, columns: Mapping[str, np.ndarray], width: int) -
     return None
 
 
+def far_apart(kept: Format, one: dict[str, np.ndarray], other: dict[str, np.ndarray], *, exact: bool,
+              same_draws: bool) -> bool:  # fmt: skip
+    """Whether two encodings of the same rows are of different outputs, by more than rounding explains.
+
+    Args:
+        exact: whether both were computed in float32 without autocast on the same kind of device; else half precision is
+            granted, a relative difference of 3%.
+        same_draws: whether samples were drawn with the same random numbers.
+    """
+    room = 2e-3 if exact and kept.dtype in ("float32", "float16") else 3e-2
+    columns = [decode(kept, columns) for columns in (one, other)]
+    if any(a.shape != b.shape for a, b in zip(columns[0].values(), columns[1].values(), strict=True)):
+        return True
+    if not all(values.numel() for values in columns[0].values()):
+        return False
+
+    def apart(name: str, dtype: torch.dtype) -> bool:
+        a, b = (each[name].view(dtype).double() for each in columns)
+        a, b = a.clamp(-1e30, 1e30), b.clamp(-1e30, 1e30)
+        return bool(((a - b).abs() > room * b.abs().amax().clamp(min=1e-6)).any())
+
+    def unequal(name: str) -> float:
+        a, b = (each[name].sort(-1).values for each in columns)
+        return float((a != b).double().mean())
+
+    if kept.name not in SPARSE:
+        return apart(kept.name, DTYPES[kept.dtype])
+    if kept.name == "sampled":
+        drawn = same_draws and exact and unequal("ids") > 0.02
+        return apart("entropy", torch.float32) or unequal("top") > 0.1 or drawn
+    return apart("log_probs", torch.float32) or unequal("ids") > (0.02 if exact else 0.2)
+
+
 def decode(kept: Format, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """Tensors [N, width] for a batch, all of integers: a backend that casts what is floating leaves them alone."""
     if kept.name not in SPARSE:

@@ -26,29 +26,68 @@ from .compatibility import tokenizer_of
 from .describe import name_of
 from .files import digest
 from .redaction import hidden, scrub
-from .teacher import ADAPTER_OFF, adapter_parameters
+from .teacher import ADAPTER_OFF, adapter_modules, adapter_parameters
 from .training_args import as_json
 
 
 def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Module) -> dict[str, Any]:
-    """Name and hashes of a teacher's weights and config, as it is given to the trainer: by path it is not loaded."""
+    """By what a teacher is known again, as it is given to the trainer: by path it is not loaded.
+
+    Of a module: hashes of its weights, its config, the classes of its modules and their public attributes (numbers,
+    texts, names of functions; of each name one, dropout aside). What none of these shows (a hook, a buffer that is not
+    saved, the code of a forward) shows in its outputs, which are compared with those of the cache on some rows.
+
+    Of a path: hashes of the files of weights and of its config, of its adapter and that adapter's base, of its code
+    where that runs (`trust_remote_code`; not of code from another repository, for which name a revision), and the
+    arguments of from_pretrained that change the output. Weights and config are None where they are not at hand.
+    """
     if isinstance(given, nn.Module):
-        return {"given": "module", "name": name_of(given), **_of_module(given, set())}
+        return {"given": "module", "name": _printable(name_of(given)), **_of_module(given, set())}
     if given == ADAPTER_OFF:
-        return {"given": ADAPTER_OFF, "name": name_of(student), **_of_module(student, adapter_parameters(student))}
-    folder = _folder_of(str(given), init_kwargs)
-    files = sorted(f for pattern in ("*.safetensors", "*.bin") for f in folder.glob(pattern))
+        without = adapter_parameters(student)
+        return {"given": ADAPTER_OFF, "name": _printable(name_of(student)), **_of_module(student, without)}
+    named = {"given": "path", "name": _printable(scrub(str(given))), "init_kwargs": output_kwargs(init_kwargs)}
+    return named | _of_path(str(given), init_kwargs)
+
+
+def _printable(name: str) -> str:
+    return "".join(each if each.isprintable() else "?" for each in name)[:4096]
+
+
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "scaler.bin")
+
+
+def _of_path(path: str, init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Hashes of the files of a teacher; None for those that are not on this machine."""
+    folder = _folder_of(path, init_kwargs)
+    if folder is None:
+        return {"weights": None, "config": None}
+    patterns = ["*.safetensors", "*.bin", *([str(init_kwargs["gguf_file"])] if init_kwargs.get("gguf_file") else [])]
+    files = sorted({f for pattern in patterns for f in folder.glob(pattern) if f.name not in _NO_WEIGHTS})
+    whole = bool(files) and all((folder / name).is_file() for index in folder.glob("*.index.json")
+                                for name in _listed(index))  # fmt: skip
+    adapter = folder / "adapter_config.json"
+    if init_kwargs.get("trust_remote_code"):
+        files += sorted(folder.glob("*.py"))
     with ThreadPoolExecutor(4) as pool:
         digests = list(pool.map(_digest_of_file, files))
-    weights = [[file.name, found] for file, found in zip(files, digests, strict=True)]
-    config = folder / "config.json"
-    return {
-        "given": "path",
-        "name": scrub(str(given)),
-        "weights": _hash(weights),
-        "config": digest(config) if config.is_file() else "",
-        "init_kwargs": output_kwargs(init_kwargs),
-    }
+    weights: list[Any] = [[file.name, found] for file, found in zip(files, digests, strict=True)]
+    if adapter.is_file():
+        kept = json.loads(adapter.read_text(encoding="utf-8"))
+        base = _of_path(str(kept.get("base_model_name_or_path", "")), {"revision": kept.get("revision")})
+        weights, whole = [*weights, kept, base], whole and base["weights"] is not None
+    config, found = folder / "config.json", ""
+    if config.is_file():
+        found = _of_config(json.loads(config.read_text(encoding="utf-8")))
+    return {"weights": _hash(weights) if whole else None, "config": found}
+
+
+def _listed(index: Path) -> set[str]:
+    """The files that an index of weights names."""
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return set()
 
 
 # Arguments of from_pretrained that say where weights come from and go to, not what the teacher computes.
@@ -121,16 +160,19 @@ def _opaque(value: Any) -> str | None:
     return None if known or hasattr(value, "to_dict") else type(value).__name__
 
 
-def _folder_of(path: str, init_kwargs: Mapping[str, Any]) -> Path:
+def _folder_of(path: str, init_kwargs: Mapping[str, Any]) -> Path | None:
+    """Where a teacher's files are on this machine; None where they are not."""
     folder = Path(path)
-    if not folder.is_dir():
-        from transformers.utils.hub import cached_file
+    if folder.is_dir():
+        return folder / str(init_kwargs.get("subfolder", ""))
+    from transformers.utils.hub import cached_file
 
-        names = ("revision", "cache_dir", "subfolder", "token", "local_files_only", "proxies", "force_download")
-        keep = {name: init_kwargs[name] for name in names if name in init_kwargs}
-        found = cached_file(path, "config.json", **keep)
-        return Path(str(found)).parent
-    return folder / str(init_kwargs.get("subfolder", ""))
+    names = ("revision", "cache_dir", "subfolder", "token", "local_files_only", "proxies", "force_download")
+    keep = {name: init_kwargs[name] for name in names if init_kwargs.get(name) is not None}
+    try:
+        return Path(str(cached_file(path, "config.json", **keep))).parent
+    except (OSError, ValueError):  # neither a folder here nor a name that the hub can be asked for
+        return None
 
 
 def _digest_of_file(file: Path) -> str:
@@ -149,13 +191,61 @@ def _of_module(model: nn.Module, without: set[int]) -> dict[str, Any]:
         found.update(f"{name} {values.dtype} {list(values.shape)}".encode())
         found.update(values.reshape(-1).view(torch.uint8).numpy().data)
     config: Any = getattr(model, "config", None)
-    kept = config.to_dict() if hasattr(config, "to_dict") else {}
-    for name in ("_name_or_path", "transformers_version", "use_cache"):
-        kept.pop(name, None)
+    own = adapter_modules(model) if without else set()
+    modules = [(name, module) for name, module in model.named_modules() if id(module) not in own]
     return {
         "weights": found.hexdigest(),
-        "config": _hash(json.loads(json.dumps(kept, default=str, sort_keys=True))),
+        "config": _of_config(config.to_dict() if hasattr(config, "to_dict") else {}),
+        "classes": _hash([[name, type(module).__qualname__] for name, module in modules]),
+        "attributes": _attributes(modules),
     }
+
+
+# Of a config or a module: what changes no output of an eval forward.
+_WITHOUT_EFFECT = frozenset(
+    [
+        "_name_or_path",
+        "name_or_path",
+        "transformers_version",
+        "use_cache",
+        "initializer_range",
+        "gradient_checkpointing",
+        "training",
+        "warnings_issued",
+    ]
+)
+
+
+def _of_config(config: Mapping[str, Any]) -> str:
+    kept = {name: value for name, value in config.items() if not (name in _WITHOUT_EFFECT or "drop" in name)}
+    return _hash(json.loads(json.dumps(kept, default=str, sort_keys=True)))
+
+
+def _attributes(modules: list[tuple[str, nn.Module]]) -> dict[str, str]:
+    """Of each name of a public attribute a hash of its values in all modules."""
+    found: dict[str, list[list[str]]] = {}
+    for path, module in modules:
+        if "Dropout" in type(module).__name__:
+            continue
+        for name, value in vars(module).items():
+            text = None if name[:1] == "_" or name in _WITHOUT_EFFECT or "drop" in name else _text_of(value)
+            if text is not None:
+                found.setdefault(name, []).append([path, text])
+    return {name: _hash(values) for name, values in sorted(found.items())}
+
+
+def _text_of(value: Any) -> str | None:
+    """A text of a setting that is the same in every run; None for what is none."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, Enum)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        texts = [_text_of(each) for each in value]
+        return None if any(text is None for text in texts) else f"[{', '.join(map(str, texts))}]"
+    if isinstance(value, Mapping):
+        return _text_of([[str(key), value[key]] for key in sorted(value, key=str)])
+    if callable(value) and not isinstance(value, nn.Module) and hasattr(value, "__qualname__"):
+        return value.__qualname__
+    return None
 
 
 def _hash(content: Any) -> str:
@@ -196,6 +286,37 @@ def compare(where: Path, kept: Mapping[str, Any], asked: Mapping[str, tuple[str,
             expected = f"{what} {_short(value)}, of which the teacher cache {str(where)!r} was built"
             other = "Or name another teacher_cache_dir: one is built there."
             raise CacheError(message(argument, shown, expected, f"{mend} {other}"))
+
+
+def compare_teachers(where: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Raises CacheError where a cache is of another teacher than `teacher_identity` tells of.
+
+    Returns:
+        What could not be compared because the teacher is not on this machine, in a sentence; None where all was.
+    """
+    fix = "Give the teacher that the cache was built from, in the same way."
+    teacher = kept.get("teacher", {})
+    asked = {"teacher.given": ("teacher_model", "given as a", now["given"], fix)}
+    if "init_kwargs" in now:
+        asked["teacher.init_kwargs"] = ("teacher_model_init_kwargs", "the value", now["init_kwargs"], "Set it so.")
+    words = {"weights": "weights of SHA-256", "config": "a config of SHA-256", "classes": "module classes of SHA-256"}
+    missing = [name for name in ("weights", "config") if now.get(name) is None]
+    for name, what in words.items():
+        if name in now and name not in missing:
+            asked[f"teacher.{name}"] = ("teacher_model", what, now[name], fix)
+    attributes, noted = now.get("attributes", {}), teacher.get("attributes", {})
+    for name in sorted(set(attributes) & set(noted) if isinstance(noted, Mapping) else ()):
+        what = f"attributes {name!r} of its modules of SHA-256"
+        asked[f"teacher.attributes.{name}"] = ("teacher_model", what, attributes[name], fix)
+    compare(where, kept, asked)
+    if not missing:
+        return None
+    if teacher.get("name") != now["name"]:
+        shown = Shown(f"{now['name']!r}, whose weights are not on this machine")
+        expected = f"the name {teacher.get('name')!r}, by which the teacher cache {str(where)!r} was built"
+        fix = "To read the cache without its teacher give teacher_model=CachedTeacher(folder) and no teacher_cache_dir."
+        raise CacheError(message("teacher_model", shown, expected, fix, because="nothing else could be compared"))
+    return f"the {' and the '.join(missing)} of the teacher {now['name']!r} are not on this machine"
 
 
 def _short(value: Any) -> str:

@@ -159,6 +159,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_rows": _whole(1, _IDS),
     "rows_per_shard": _whole(1),
     "seed": _whole(-_LARGEST),
+    "computed": _text(),
 }  # what the settings hold, by path
 _BOOLEAN: tuple[Callable[[Any], bool], str] = (lambda v: isinstance(v, bool)), "true or false"
 _OPTIONAL = {"shifted": _BOOLEAN, "label_names": _list_of(_text(), 1)}  # where they are not the task's usual ones

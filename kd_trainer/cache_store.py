@@ -197,6 +197,22 @@ def written_shards(folder: Path) -> set[int]:
     return {index for index, entry in written_notes(folder).items() if damage(folder, entry) is None}
 
 
+def first_rows(folder: Path, count: int) -> tuple[int, Rows] | None:
+    """(index, first rows) of the first whole shard of an unfinished cache; None where it has none yet."""
+    for index, entry in sorted(written_notes(folder).items()):
+        if damage(folder, entry) is None:
+            path = folder / DATA / entry["name"]
+            with path.open("rb", buffering=0) as file:
+                shard = _opened(file, path)
+                rows = range(min(count, len(shard.row_ids)))
+                columns = {
+                    name: np.concatenate([shard.read(file, name, row) for row in rows]) for name in shard.columns
+                }
+            own = slice(0, len(rows))
+            return index, Rows(shard.row_ids[own], shard.signatures[own], shard.counts[own], columns)
+    return None
+
+
 def reopen(folder: Path, manifest: Mapping[str, Any], damaged: set[int]) -> None:
     """Makes an unfinished cache of a finished one, in which the damaged shards are missing."""
     settings = {k: v for k, v in manifest.items() if k not in ("shards", "sealed", "head_sha256", *_TOTALS)}

@@ -11,6 +11,7 @@ import itertools
 import logging
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from . import __version__
 from .cache import (
     EVAL,
     ROWS_DIFFER,
+    TEST,
     TRAIN,
     CachedCollator,
     CachedTeacher,
@@ -37,11 +39,13 @@ from .cache import (
     have_ids,
     numbered,
     open_part,
+    part_of,
     reading_of,
 )
 from .cache_build import (
     SHARD_BYTES,
     Speaker,
+    ask,
     build_shards,
     check_rows_unseen,
     columns_read,
@@ -49,8 +53,8 @@ from .cache_build import (
     on_device,
     what_the_disk_refuses,
 )
-from .cache_formats import DEFAULT_K, DTYPES, Format, card, check_format, format_of
-from .cache_identity import collation, compare, teacher_identity, tokenizer_identity
+from .cache_formats import DEFAULT_K, DTYPES, Format, card, check_format, far_apart, format_of
+from .cache_identity import collation, compare, compare_teachers, teacher_identity, tokenizer_identity
 from .cache_manifest import check_links, check_settings, settings_of_head
 from .cache_store import (
     BUILDING,
@@ -59,10 +63,12 @@ from .cache_store import (
     LAYOUT,
     MANIFEST,
     CacheError,
+    Rows,
     Store,
     begin,
     clean,
     finish,
+    first_rows,
     is_finished,
     read_manifest,
     reopen,
@@ -73,11 +79,12 @@ from .describe import count_parameters
 from .files import write_atomically
 from .first_look import SMALL_VOCABULARY, FirstLook, Fit, classes_have_names, same_random_numbers
 from .heads import HEADS
-from .teacher import LiveTeacher
+from .teacher import ADAPTER_OFF, LiveTeacher
 
 logger = logging.getLogger(__name__)
 
 _TRIED_ROWS = 8  # read to the teacher before it is asked about all, to see what it gives
+_ASKED_AGAIN = 8  # about which the teacher is asked again before a cache is used or goes on
 _SAMPLE_ROWS = 32  # looked at before a cache is built or read: evenly spread over the data
 
 
@@ -88,13 +95,22 @@ class OfflineTeacher(FirstLook):
     _identity: dict[str, Any] | None
     _ready_parts: dict[str, Store]
     _on_main_process: Callable[..., Any]
+    _more_parts: dict[str, Any] = {}  # noqa: RUF012  # data of `build_teacher_cache`, by part; replaced, never changed
+    _module: Callable[[], nn.Module | None] = staticmethod(lambda: None)  # the given module, as long as it is held
+    _at_hand: LiveTeacher | None = None  # asked about evaluation data that is not in the cache
+    _compared = False  # whether a cache that was opened for an evaluation was compared
 
-    def build_teacher_cache(self) -> CachedTeacher:
+    def build_teacher_cache(self, dataset: Any = None, *, name: str | None = None) -> CachedTeacher:
         """Asks the teacher once about all training and evaluation data and keeps what it said in `teacher_cache_dir`.
 
         When to use: by itself before trainings that shall not hold the teacher; `kd_run` "cache" does it from any
         script. `train()` does it too where `teacher_cache_dir` is set. What is there already is checked and kept; an
         interrupted building goes on. Every process must call it: they share the work.
+
+        Args:
+            dataset: further data, such as that of `predict`, or a dict of several. It is found again by its rows. After
+                a training the teacher is loaded again by its path; a module is there as long as the script holds it.
+            name: of that data's part on disk, "test-NAME"; None is "test". Needed for a second one.
 
         Returns:
             The cached teacher, which from now on is the trainer's.
@@ -109,11 +125,19 @@ class OfflineTeacher(FirstLook):
             fail("teacher_cache_dir", None, "a folder", "Set it to where the cache shall be.")
         self._require_teacher(self._given_teacher)
         where = Path(kd.teacher_cache_dir)
+        more: dict[str, Any] = {}
+        if dataset is not None:
+            part = TEST if name is None else part_of(TEST, name)
+            several = isinstance(dataset, dict)
+            more = {part_of(part, key): each for key, each in dataset.items()} if several else {part: dataset}
+            changed = {part for part, each in more.items() if self._more_parts.get(part) is not each}
+            self._ready_parts = {part: store for part, store in self._ready_parts.items() if part not in changed}
         with same_random_numbers(self.args.device):
-            for part, dataset in self._cache_parts():
+            for part, data in [*self._cache_parts(), *{**self._more_parts, **more}.items()]:
                 if part not in self._ready_parts:
                     with self._only_builder(where, part) as may_write:
-                        self._ready_parts[part] = self._prepare_part(part, dataset, where / part, may_write)
+                        self._ready_parts[part] = self._prepare_part(part, data, where / part, may_write)
+        self._more_parts = {**self._more_parts, **more}
         self._take_cached(where)
         return cast(CachedTeacher, self.teacher)
 
@@ -122,7 +146,7 @@ class OfflineTeacher(FirstLook):
         train = [] if self.train_dataset is None else [(TRAIN, self.train_dataset)]
         evals: Any = self.eval_dataset
         if isinstance(evals, dict):
-            return [*train, *((f"{EVAL}-{name}", each) for name, each in evals.items())]
+            return [*train, *((part_of(EVAL, name), each) for name, each in evals.items())]
         return train if evals is None else [*train, (EVAL, evals)]
 
     def _cache_is_there(self) -> bool:
@@ -144,6 +168,7 @@ class OfflineTeacher(FirstLook):
         cached.parts.update(self._ready_parts)  # these know which shards were read whole
         self.teacher = cached
         if isinstance(self._given_teacher, nn.Module):
+            self._module = weakref.ref(self._given_teacher)
             self._given_teacher = self.teacher  # so that nothing here holds the module
         if isinstance(live, LiveTeacher) and not live.sharded and live.model is not self._fit_student():
             placed = getattr(live.model, "hf_device_map", None) is not None
@@ -159,8 +184,34 @@ class OfflineTeacher(FirstLook):
     def _live_teacher(self) -> LiveTeacher:
         """The teacher itself, loaded where a finished cache had made that unnecessary."""
         if not isinstance(self.teacher, LiveTeacher):
-            self.teacher, self._fit = self._load_live(self._given_teacher), None
+            given = self._given_teacher
+            if isinstance(given, CachedTeacher):
+                given = self._module()
+            if given is None:
+                fix = "Call build_teacher_cache before train(), hold the module in the script, or give it by path."
+                shown = Shown("a module that nothing holds any more")
+                fail("teacher_model", shown, "the teacher, to be asked about more data", fix, error=RuntimeError)
+            self.teacher, self._fit = self._load_live(given), None
         return self.teacher
+
+    def live_teacher_at_hand(self) -> LiveTeacher | None:
+        """The teacher for evaluation data that is not in the cache: the student's base, or the module that was given to
+        the trainer while the script holds it; None where there is none, or where it was sharded."""
+        if self._at_hand is None:
+            given = self._given_teacher if self._given_teacher == ADAPTER_OFF else self._module()
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if given is None or (sharded and given != ADAPTER_OFF):
+                return None
+            self._at_hand = self._load_live(given)
+            self._at_hand.prepare(self.args.device, self.accelerator)
+        return self._at_hand
+
+    def let_go_of_teacher(self) -> None:
+        """Frees the device of the teacher that was at hand for an evaluation."""
+        live, self._at_hand = self._at_hand, None
+        placed = live is None or hasattr(live.model, "hf_device_map") or hasattr(live.model, "quantization_method")
+        if live is not None and not placed and live.model is not self._fit_student():
+            live.model.to("cpu")
 
     # ---- one part ----
 
@@ -202,6 +253,7 @@ class OfflineTeacher(FirstLook):
             store = open_part(folder, folder.parent)
             self._on_main_process(lambda: self._check_fits(store, part, dataset))
             if not self._damaged(store, may_write):
+                self._check_outputs_of(store, dataset)
                 if may_write:
                     self._on_main_process(lambda: clean(folder))
                 return store
@@ -214,6 +266,7 @@ class OfflineTeacher(FirstLook):
         settings = self._settings(part, dataset, speaker, sample)
         settings = self._on_main_process(lambda: self._begin(folder, settings, part, dataset))
         reading = reading_of(settings, collator)
+        self._check_outputs_begun(speaker, used, folder, settings, reading)
         self._write_head(speaker, settings, folder)
         failure: Exception | None = None
         try:
@@ -227,6 +280,66 @@ class OfflineTeacher(FirstLook):
             raise failures[0]
         self._on_main_process(lambda: self._finish(folder, settings, part))
         return open_part(folder, folder.parent)
+
+    def _check_outputs_of(self, store: Store, dataset: Any) -> None:
+        """Asks a teacher that is at hand anyway about some rows of a finished cache, and compares."""
+        given = self._given_teacher
+        if not isinstance(given, nn.Module) and given != ADAPTER_OFF:
+            return
+        manifest = store.manifest
+        used, collator = self._as_read(dataset)
+        reading = reading_of(manifest, collator)
+        by_position = manifest["row_ids"] == "position"
+        count = min(_ASKED_AGAIN, manifest["batch_rows"], *([len(store)] if by_position else []))
+        features = NumberedRows(used).__getitems__(list(range(count))) if by_position else _features(used, count)
+        live, self._fit = self._live_teacher(), None
+        fit = self._look_at(dict(reading(features).batch))
+        speaker = Speaker(live, self.accelerator, fit.head, None if fit.heads is None else fit.heads[1])
+        read = reading(features)
+        stored = store.take(read.row_ids)
+        self._check_outputs(speaker, store.folder, manifest, read, stored, same_draws=by_position)
+
+    def _check_outputs_begun(
+        self, speaker: Speaker, used: Any, folder: Path, settings: dict[str, Any], reading: Reading
+    ) -> None:
+        """The same before an unfinished cache goes on."""
+        found = self._on_main_process(lambda: first_rows(folder, min(_ASKED_AGAIN, settings["batch_rows"])))
+        if found is None or (isinstance(used, IterableDataset) and found[0] > 0):
+            return
+        (index, stored), count = found, len(found[1].row_ids)
+        first = index * settings["rows_per_shard"]
+        streamed = isinstance(used, IterableDataset)
+        features = (
+            _features(used, count) if streamed else NumberedRows(used).__getitems__(list(range(first, first + count)))
+        )
+        read = reading(features)
+        if read.row_ids == stored.row_ids.tolist():
+            self._check_outputs(speaker, folder, settings, read, stored, same_draws=True)
+
+    def _check_outputs(
+        self, speaker: Speaker, folder: Path, kept: dict[str, Any], read: Read, stored: Rows, *, same_draws: bool
+    ) -> None:
+        """Raises CacheError where the teacher gives something else for some rows than what is kept of them."""
+        now = ask(self, speaker, kept, read)
+        computed = self._computed(speaker.teacher.model)
+        exact = computed == kept["computed"] and computed.startswith("float32 no ")
+        form = format_of(kept)
+        if kept["labels"] != self._class_names(speaker.head):
+            return  # of other class names: it is told elsewhere
+        if now.signatures.tolist() != stored.signatures.tolist() or not far_apart(
+            form, stored.columns, now.columns, exact=exact, same_draws=same_draws
+        ):
+            return
+        rows = f"rows {read.row_ids[0]} to {read.row_ids[-1]}"
+        shown = Shown(f"one that gives other outputs for {rows} than those that are kept")
+        expected = f"the teacher of which the cache {str(folder)!r} was built (its weights and settings are the same)"
+        fix = "Give that teacher, with the same hooks and code, or name another teacher_cache_dir."
+        raise CacheError(message("teacher_model", shown, expected, fix))
+
+    def _computed(self, teacher: nn.Module) -> str:
+        """In what precision, and on what, the teacher computes."""
+        dtype = str(next((p.dtype for p in teacher.parameters()), torch.float32)).removeprefix("torch.")
+        return f"{dtype} {self.accelerator.mixed_precision} {self.args.device.type}"
 
     def _damaged(self, store: Store, may_write: bool) -> bool:
         """Reads all shards, each process its share; makes an unfinished cache of one with damaged shards."""
@@ -308,6 +421,7 @@ class OfflineTeacher(FirstLook):
             "batch_rows": batch_rows,
             "rows_per_shard": max(1, int(SHARD_BYTES / (row_bytes * batch_rows))) * batch_rows,
             "seed": self.args.seed,
+            "computed": self._computed(speaker.teacher.model),
         }
         self._on_main_process(lambda: self._tell_size(settings, row_bytes))
         return settings
@@ -404,10 +518,13 @@ class OfflineTeacher(FirstLook):
 
     def _compare(self, folder: Path, kept: dict[str, Any], part: str, dataset: Any) -> None:
         """Raises CacheError where a cache was made of something else than what this trainer has."""
-        kd, data = self.kd_args, f"{'train' if part == TRAIN else 'eval'}_dataset"
+        kd, data = self.kd_args, _argument_of(part)
         asked: dict[str, tuple[str, str, Any, str]] = {}
         if not isinstance(self._given_teacher, CachedTeacher):
-            asked |= self._asked_of_teacher()
+            unknown = compare_teachers(folder, kept, self._identity_of_teacher())
+            if unknown is not None:
+                text = "[kd_trainer] %s: the teacher cache %s is used without comparing them"
+                warn(logger, text, unknown, folder)
         if kd.teacher_cache_format != "auto":
             asked["format"] = ("teacher_cache_format", "the format", kd.teacher_cache_format, "Set it so.")
         if kd.teacher_cache_k is not None:
@@ -427,14 +544,6 @@ class OfflineTeacher(FirstLook):
         check_objective(format_of(kept), kd.kd_divergence, self._temperatures())
         if by_position:
             self._compare_rows(folder, kept, data, dataset)
-
-    def _asked_of_teacher(self) -> dict[str, tuple[str, str, Any, str]]:
-        now, mend = self._identity_of_teacher(), "Give the teacher that spoke, in the same way."
-        what = {"given": "given as a", "weights": "weights of SHA-256", "config": "a config of SHA-256"}
-        asked = {f"teacher.{name}": ("teacher_model", words, now[name], mend) for name, words in what.items()}
-        if "init_kwargs" in now:
-            asked["teacher.init_kwargs"] = ("teacher_model_init_kwargs", "the value", now["init_kwargs"], "Set it so.")
-        return asked
 
     def _compare_rows(self, folder: Path, kept: dict[str, Any], data: str, dataset: Any) -> None:
         """Some rows as they are collated now, against what the teacher read; in training each is compared again."""
@@ -480,12 +589,42 @@ class OfflineTeacher(FirstLook):
         """The part of the cache that was made of this dataset; CacheError where it is there and not whole."""
         if not isinstance(self.teacher, CachedTeacher):
             return None
-        for part, known in self._cache_parts():
+        self._compare_once()
+        for part, known in [*self._cache_parts(), *self._more_parts.items()]:
             if known is dataset:
                 if part not in self.teacher.parts and (self.teacher.path / part / DATA).is_dir():
                     read_manifest(self.teacher.path / part)  # raises: it is unfinished, or its manifest is lost
-                return self.teacher.parts.get(part)
-        return None
+                if part in self.teacher.parts:
+                    return self.teacher.parts[part]
+        with same_random_numbers(self.args.device):
+            return next((store for store in self.teacher.parts.values() if self._holds(store, dataset)), None)
+
+    def _compare_once(self) -> None:
+        """Compares a finished cache that is read without a training, as `train` compares it."""
+        if self._compared or self._ready_parts or isinstance(self._given_teacher, CachedTeacher):
+            return
+        self._compared = True
+        cached = cast(CachedTeacher, self.teacher)
+        for part, data in self._cache_parts():
+            store = cached.parts.get(part)
+            if store is not None:
+                with same_random_numbers(self.args.device):
+                    self._on_main_process(lambda s=store, p=part, d=data: self._compare(s.folder, s.manifest, p, d))
+
+    def _holds(self, store: Store, dataset: Any) -> bool:
+        """Whether a part is of these rows, as far as some of them tell; each is compared when it is read."""
+        kept = store.manifest
+        used, collator = self._as_read(dataset)
+        by_position = kept["row_ids"] == "position"
+        if isinstance(used, IterableDataset) or _by_position(used) != by_position:
+            return False
+        if by_position and len(used) != len(store):
+            return False
+        try:
+            read = reading_of(kept, collator)(_features(used, _SAMPLE_ROWS))
+            return store.take(read.row_ids).signatures.tolist() == read.signatures.tolist()
+        except (ValueError, TypeError, KeyError, IndexError, RuntimeError):  # rows of another form
+            return False
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Upstream's; where the teacher is read from disk, its outputs join the batches."""
@@ -503,6 +642,12 @@ class OfflineTeacher(FirstLook):
             return super()._get_dataloader(cast(Any, joined), description, *args, **kwargs)
         finally:
             self.data_collator = collator
+
+
+def _argument_of(part: str) -> str:
+    """By which argument the data of a part came."""
+    kind = part.partition("-")[0]
+    return "dataset" if kind == TEST else f"{kind}_dataset"
 
 
 def _by_position(dataset: Any) -> bool:

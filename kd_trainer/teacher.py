@@ -256,6 +256,16 @@ def adapter_parameters(model: nn.Module) -> set[int]:
     return {id(parameter) for name, parameter in named if not name.startswith(bases)}
 
 
+def adapter_modules(model: nn.Module) -> set[int]:
+    """The `id` of every module that belongs to an adapter or wraps one around the base."""
+    bases = ("base_layer", "original_module")
+    found = {id(module) for module in model.modules() if type(module).__module__.partition(".")[0] == "peft"}
+    for layer in _adapter_layers(model):
+        found.add(id(layer))
+        found |= {id(module) for name, module in layer.named_modules() if name and not name.startswith(bases)}
+    return found
+
+
 def _adapter_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if _is_adapter_layer(module)]
 

@@ -570,6 +570,9 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         if isinstance(self.teacher, LiveTeacher):
             return TeacherOutput(logits=self.teacher(inputs, self.accelerator, model, read=fit.head.logits))
         said = self._read_cached(inputs, training)
+        live = None if said is not None or training else self.live_teacher_at_hand()
+        if live is not None:
+            return TeacherOutput(logits=live(inputs, self.accelerator, model, read=fit.head.logits))
         if said is None or said.hidden is None:
             return said
         head = said.head
@@ -585,12 +588,12 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             shown = Shown("a batch without what the teacher said")
             expected = "the columns that the trainer's own dataloader adds from the teacher cache"
             fail("inputs", shown, expected, mend, error=RuntimeError)
-        if said is None and not self._told_uncached:
+        if said is None and not self._told_uncached and self.live_teacher_at_hand() is None:
             self._told_uncached = True
             warn(
                 logger,
-                "[kd_trainer] there is no teacher cache of this evaluation data: its loss is the hard loss alone. Give "
-                "it as eval_dataset when the cache is built.",
+                "[kd_trainer] there is no teacher cache of this evaluation data: its loss is the hard loss alone. "
+                "Where the teacher is at hand, call trainer.build_teacher_cache(dataset), or give it as eval_dataset.",
             )
         order = None if self._fit is None else self._fit.class_order
         return said if said is None or order is None else said.reordered(order)
@@ -766,6 +769,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                 output.metrics.update(self._evaluated(self._evaluation, self._fit, f"{prefix}_"))
         finally:
             self._evaluation = outer
+            self.let_go_of_teacher()
             if not self.is_in_train:
                 release_memory()
         return output
