@@ -357,8 +357,13 @@ def _documented(annotation: Any) -> set[str]:
 
 def start_token(model: Any) -> int | None:
     """The id with which an encoder-decoder's decoder begins; None where there is none."""
-    configs = (getattr(model, name, None) for name in ("config", "generation_config"))
-    found = (getattr(config, "decoder_start_token_id", None) for config in configs)
+    return _special_id(model, "decoder_start_token_id")
+
+
+def _special_id(model: Any, name: str) -> int | None:
+    """By the config, the config of the language model within (Florence-2, BLIP-2 with a T5), or that of generation."""
+    configs = (getattr(model, "config", None), text_config(model), getattr(model, "generation_config", None))
+    found = (getattr(config, name, None) for config in configs)
     return next((value for value in found if isinstance(value, int)), None)
 
 
@@ -367,8 +372,8 @@ def decoder_input_ids(student: nn.Module, labels: Tensor) -> Tensor | None:
     build: Any = getattr(student, "prepare_decoder_input_ids_from_labels", None)
     if build is not None:
         return build(labels=labels)
-    config = getattr(student, "config", None)  # M2M100 (NLLB) and Blenderbot do it inside their forward
-    start, padding = getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None)
+    # M2M100 (NLLB), Blenderbot and Whisper do it inside their forward.
+    start, padding = start_token(student), _special_id(student, "pad_token_id")
     if start is None or padding is None:
         return None
     shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)

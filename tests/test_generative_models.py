@@ -128,7 +128,7 @@ def test_evaluates_predicts_saves_and_loads_by_path(name, tmp_path):
     assert torch.equal(tiny.weights(saved), tiny.weights(first.model))
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", [name for name in WRITERS if name not in ("florence2", "blip2-t5")])
 def test_generation_is_the_stock_trainers(name, tmp_path):
     given = {"predict_with_generate": True, "generation_max_length": 6, "max_steps": 2}
     expected, got = stock(name, tmp_path, **given), ours(name, tmp_path, kd_alpha=0.0, **given)

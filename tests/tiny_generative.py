@@ -9,19 +9,26 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     CLIPVisionConfig,
     EncoderDecoderConfig,
     EncoderDecoderModel,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
     GitConfig,
     GitForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SpeechEncoderDecoderConfig,
     SpeechEncoderDecoderModel,
+    T5Config,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -133,6 +140,53 @@ def git(hidden: int = 16) -> nn.Module:
     return GitForCausalLM(config)
 
 
+def florence2(hidden: int = 16) -> nn.Module:
+    """An encoder-decoder whose start token stands in the config of its text model alone."""
+    layers = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    text = {
+        "vocab_size": tiny.VOCAB, "d_model": hidden, **dict(zip(layers, (1, 1, 2, 2), strict=True)),
+        "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "dropout": 0.0, "max_position_embeddings": 64,
+        "bos_token_id": 3, "init_std": 0.5, **SPECIAL,
+    }  # fmt: skip
+    vision = {
+        "embed_dim": [16] * 4, "depths": [1] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4, "window_size": 2,
+        "projection_dim": hidden, "drop_path_rate": 0.0,
+    }  # fmt: skip
+    return Florence2ForConditionalGeneration(
+        Florence2Config(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    )
+
+
+def blip2_t5(hidden: int = 16) -> nn.Module:
+    """Decoder or encoder-decoder by its language model; its own config says neither."""
+    vision = {"hidden_size": hidden, "image_size": 8, "patch_size": 4, **LAYERS}
+    qformer = {"vocab_size": tiny.VOCAB, "hidden_size": hidden, "encoder_hidden_size": hidden, **LAYERS}
+    text = T5Config(
+        vocab_size=tiny.VOCAB, d_model=hidden, d_ff=32, d_kv=8, num_layers=1, num_heads=2, dropout_rate=0.0,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=vision, qformer_config={**qformer, "cross_attention_frequency": 1, **tiny.NO_DROPOUT},
+        text_config=text.to_dict(), num_query_tokens=4, image_token_index=IMAGE, image_token_id=IMAGE,
+    )  # fmt: skip
+    model = Blip2ForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():  # its query tokens begin as zeros, which explode in tiny layers
+        parameter.requires_grad_(name.startswith("language_model"))
+    return model
+
+
+def paligemma(hidden: int = 16) -> nn.Module:
+    vision = {"hidden_size": 16, "image_size": 8, "patch_size": 4, "projection_dim": hidden, **LAYERS}
+    text = {
+        "model_type": "gemma", "vocab_size": tiny.VOCAB, "hidden_size": hidden, "head_dim": 8, "pad_token_id": 0,
+        "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.5, **LAYERS,
+    }  # fmt: skip
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, projection_dim=hidden, hidden_size=hidden
+    )
+    return PaliGemmaForConditionalGeneration(config)
+
+
 Draw = Callable[[torch.Generator], torch.Tensor]
 
 
@@ -176,6 +230,16 @@ def pixels(*shape: int) -> Callable[[torch.Generator], dict[str, torch.Tensor]]:
     return lambda generator: {"pixel_values": torch.randn(*shape, generator=generator)}
 
 
+def written_rows(places: int, images: Any) -> Any:
+    """Rows of an encoder-decoder that reads images and text: labels of a length of their own."""
+
+    def rows(count: int = 24, seed: int = 1) -> list[dict[str, Any]]:
+        made = image_rows(places, images)(count, seed)
+        return [{**row, "labels": row["labels"][places + 3 :]} for row in made]
+
+    return rows
+
+
 def patches(generator: torch.Generator) -> dict[str, torch.Tensor]:
     """16 flattened patches of Qwen2-VL, merged to 4 places."""
     return {
@@ -187,7 +251,10 @@ def patches(generator: torch.Generator) -> dict[str, torch.Tensor]:
 def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Pads text; flattened patches of all images stand one after the other, as Qwen2-VL's processor has them."""
     if "image_grid_thw" not in features[0]:
-        return tiny.pad(features)
+        batch = tiny.pad(features)
+        if "input_ids" in batch and batch["labels"].shape == batch["input_ids"].shape:  # what PaliGemma trains with
+            batch["token_type_ids"] = (batch["labels"] != -100).long()
+        return batch
     flat = {name: torch.cat([f[name] for f in features]) for name in ("pixel_values", "image_grid_thw")}
     text = tiny.pad([{k: v for k, v in f.items() if k not in flat} for f in features])
     types = (text["input_ids"] == IMAGE).int()
@@ -219,6 +286,11 @@ KINDS = {
     ),
     "llava": Kind(llava, image_rows(4, pixels(3, 8, 8)), "causal_lm", "AutoModelForImageTextToText"),
     "qwen2_vl": Kind(qwen2_vl, image_rows(4, patches), "causal_lm", "AutoModelForImageTextToText"),
+    "florence2": Kind(
+        florence2, written_rows(2, pixels(3, 32, 32)), "seq2seq_lm", "AutoModelForImageTextToText"
+    ),
+    "blip2-t5": Kind(blip2_t5, written_rows(4, pixels(3, 8, 8)), "seq2seq_lm", "AutoModelForImageTextToText"),
+    "paligemma": Kind(paligemma, image_rows(4, pixels(3, 8, 8)), "causal_lm", "AutoModelForImageTextToText"),
     "smolvlm": Kind(smolvlm, image_rows(4, pixels(1, 3, 8, 8)), "causal_lm", "AutoModelForImageTextToText"),
 }  # fmt: skip
 
