@@ -48,6 +48,7 @@ OTHER_PURPOSES = {
     "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING": "masked image modelling",
     "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING": "comparing images with texts (contrastive)",
     "MODEL_FOR_RETRIEVAL_MAPPING": "retrieval",
+    "MODEL_FOR_AUDIO_XVECTOR_MAPPING": "speaker embeddings (its logits are no classes)",
     "MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING": "table question answering",
     "MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING": "visual question answering",
     "MODEL_FOR_TABLE_RECOGNITION_MAPPING": "table recognition",

@@ -634,7 +634,6 @@ HEADS = {
                 "AutoModelForAudioClassification",
                 "AutoModelForVideoClassification",
                 "AutoModelForNextSentencePrediction",
-                "AutoModelForAudioXVector",
             ),
         ),
         # A classification over the choices of a row: inputs are [B, choices, S].

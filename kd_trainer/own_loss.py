@@ -136,7 +136,10 @@ class Comparison:
         varied = {name: self._varied(value, name) for name, value in labels.items()}
         found = []
         for probe in (labels, varied):
-            one = self._both(batch, probe, outputs if probe is labels else self._call(batch, probe))
+            try:
+                one = self._both(batch, probe, outputs if probe is labels else self._call(batch, probe))
+            except _ForwardError:  # it has fewer classes than logits: the labels of the batch have to tell
+                continue
             if one is None:
                 return None
             found.append(one)

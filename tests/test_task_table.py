@@ -17,7 +17,6 @@ TASKS = {
     "AUDIO_CLASSIFICATION": "classification",
     "VIDEO_CLASSIFICATION": "classification",
     "NEXT_SENTENCE_PREDICTION": "classification",
-    "AUDIO_XVECTOR": "classification",
     "MULTIPLE_CHOICE": "multiple_choice",
     "TOKEN_CLASSIFICATION": "token_classification",
     "AUDIO_FRAME_CLASSIFICATION": "audio_frame_classification",
