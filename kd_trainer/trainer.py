@@ -95,6 +95,8 @@ REPLACED = {
 }
 
 
+# What an evaluation or a step reads again where it has changed.
+_SETTINGS = (*(f.name for f in dataclasses.fields(DistillationArguments)), "label_smoothing_factor")
 # Settings that change nothing of what the first batch told; and those of which that is true without a teacher cache.
 _FREE_SETTINGS = frozenset({"kd_alpha", "kd_alpha_end", "kd_beta", "kd_schedule", "kd_check_finite", "kd_run"})
 _FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
@@ -227,21 +229,21 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
         self._last_settings = self._settings_now()
 
-    def _settings_now(self) -> dict[str, Any]:
-        names = (*(f.name for f in dataclasses.fields(DistillationArguments)), "label_smoothing_factor")
-        return {name: getattr(self.args, name, None) for name in names}
+    def _settings_now(self) -> list[Any]:
+        return [getattr(self.args, name, None) for name in _SETTINGS]
 
     def _follow_settings(self) -> None:
         """Reads the arguments again where a script or a callback has changed them since."""
         now, before = self._settings_now(), self._last_settings
         if now == before:
             return
+        changed = {name for name, a, b in zip(_SETTINGS, now, before, strict=True) if a != b}
         always_hard = self._always_hard
         self._read_settings()
         self._require_teacher(self.teacher)
         self._finite.mode = self._finite_mode()
-        free = {*_FREE_SETTINGS, *(() if isinstance(self.teacher, CachedTeacher) else _FREE_WITH_LOGITS)}
-        if always_hard != self._always_hard or any(now[name] != before[name] for name in now if name not in free):
+        free = _FREE_SETTINGS | (frozenset() if isinstance(self.teacher, CachedTeacher) else _FREE_WITH_LOGITS)
+        if always_hard != self._always_hard or changed - free:
             self._fit = None  # what the first batch told was told for other settings
 
     def _finite_mode(self) -> str:
@@ -738,8 +740,11 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             return {"loss": self.compute_loss(model, inputs)}
 
         # `generate` refuses columns that only the teacher reads.
-        student = self.accelerator.unwrap_model(self.model)
-        taken = model_inputs(inputs, accepted_inputs(student, label_names=self.label_names))
+        if self._fit is not None and self._fit.model is self.model:
+            accepted = self._fit.accepted
+        else:  # dear, where DeepSpeed is installed
+            accepted = accepted_inputs(self.accelerator.unwrap_model(self.model), label_names=self.label_names)
+        taken = model_inputs(inputs, accepted)
         own = {name: value for name, value in inputs.items() if name in taken or name in self.label_names}
         loss, tokens, labels = super().prediction_step(distilled, own, False, ignore_keys=ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
         if loss is None and self.teacher is not None and "decoder_input_ids" in inputs:

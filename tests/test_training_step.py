@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import TrainerCallback
 
+from kd_trainer import DistillationTrainer
 from tests import tiny
 
 
@@ -225,3 +227,60 @@ def test_a_part_that_is_not_a_number_is_logged_as_such(tmp_path):
     run.train_dataset = data
     run.train()
     assert math.isnan(tiny.logged(run, "soft_loss")[0])
+
+
+# ---- what a step costs ----
+
+
+@pytest.fixture
+def unwrapped(monkeypatch):
+    """How often the student was unwrapped, which is dear where DeepSpeed is installed."""
+    calls = []
+    original = Accelerator.unwrap_model
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "unwrap_model", counted)
+    return calls
+
+
+def unwrapped_in(calls, function) -> int:
+    calls.clear()
+    function()
+    return len(calls)
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_no_step_unwraps_the_student(task, unwrapped, tmp_path):
+    runs = [tiny.trainer(task, tmp_path, max_steps=steps, per_device_eval_batch_size=4) for steps in (2, 8)]
+    assert unwrapped_in(unwrapped, runs[0].train) == unwrapped_in(unwrapped, runs[1].train)
+    data = tiny.rows(task, 24)
+    few, many = (lambda part=data[:n]: runs[0].evaluate(part) for n in (4, 24))
+    assert unwrapped_in(unwrapped, few) == unwrapped_in(unwrapped, many)
+
+
+def test_a_model_of_model_init_is_looked_at_again(unwrapped, tmp_path):
+    run = DistillationTrainer(
+        model_init=lambda: tiny.models("classification")[0],
+        args=tiny.arguments(tmp_path, max_steps=2),
+        teacher_model=tiny.models("classification")[1],
+        train_dataset=tiny.rows("classification"),
+        data_collator=tiny.pad,
+    )
+    run.train()
+    first = run._fit.student
+    run.train()
+    assert run._fit.student is not first
+    assert run._fit.student is run.model
+
+
+def test_no_batch_of_a_generating_evaluation_unwraps_the_student(unwrapped, tmp_path):
+    from tests.test_seq2seq import ours, rows
+
+    run = ours("t5", tmp_path, predict_with_generate=True, per_device_eval_batch_size=2)
+    data = rows(12)
+    run.evaluate(data)
+    few, many = (lambda part=data[:n]: run.evaluate(part) for n in (2, 12))
+    assert unwrapped_in(unwrapped, few) == unwrapped_in(unwrapped, many)
