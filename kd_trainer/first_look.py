@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
@@ -38,7 +39,7 @@ from .compatibility import (
 from .finite import FiniteWatch, bad_rows
 from .fused_forward import NotPlain, OutputHead, few_products
 from .head_choice import CLASSIFICATIONS, by_problem_type, check_virtual_tokens, head_for, head_from_logits
-from .heads import Head, logits_of
+from .heads import Head
 from .inputs import (
     TEACHER_PREFIX,
     Accepted,
@@ -52,6 +53,7 @@ from .inputs import (
     text_config,
     vocabulary_rows,
 )
+from .logits import AmbiguousOutputs, Wanted, logits_of, widths_of
 from .own_loss import Comparison, HardLoss
 from .router import check_router, notes_on_own_losses, router_weight
 from .shared_memory import check_separate, watch_shared_buffers
@@ -263,6 +265,7 @@ class FirstLook(_InFrontOf):
             known_by = self._check_tokens(student, self.teacher, head, batch)
         theirs: int | None = None
         order: Tensor | None = None
+        wanted = self._wanted(student, head, batch)
         if isinstance(self.teacher, CachedTeacher):
             head, theirs, known_by = self._check_cached(student, self.teacher, head)
             order = self._classes_of_cache(student, self.teacher, warned).order
@@ -270,15 +273,18 @@ class FirstLook(_InFrontOf):
         if asked and (isinstance(self.teacher, LiveTeacher) or (head is None and self.teacher is None)):
             batch = self._with_decoder_inputs(student, head, self._prepare_inputs(dict(batch)))
             try:
-                teacher_logits = self._probe(batch, None if heads is None else heads[1], head)
+                teacher_logits = self._probe(batch, None if heads is None else heads[1], wanted, head)
             except NotPlain as reason:
                 heads, heads_notes = None, (self._full_logits(reason),)
-                teacher_logits = self._probe(batch, None, head)
+                teacher_logits = self._probe(batch, None, wanted, head)
         if head is None and teacher_logits is None:
             dims = getattr(batch.get("labels"), "dim", lambda: 1)()
             head = head_for(student, "classification" if dims == 1 else "token_classification", False)
         head = head_from_logits(teacher_logits) if head is None else head  # type: ignore[arg-type]
         head = head.with_label_names(self.label_names, batch)
+        if teacher_logits is not None and not head.over_tokens:
+            wanted = wanted._replace(widths=(teacher_logits.shape[-1],))
+        head = dataclasses.replace(head, widths=wanted.widths, at_least=wanted.at_least)
         self._check_settings(head)
         check_virtual_tokens(student, head, "model")
         if isinstance(self.teacher, LiveTeacher):
@@ -358,7 +364,7 @@ class FirstLook(_InFrontOf):
         if classes is None and head.softmax and self.args.device.type != "cpu":
             classes = self._classes_of_logits(student, head, batch)
         # On CPU the loss itself looks at every label, beside logits that were counted.
-        if classes is not None or not head.softmax:
+        if (classes is not None and classes > 1) or not head.softmax:  # one class is refused for itself
             head.check_labels(targets, classes)
 
     def _classes_of_logits(self, student: nn.Module, head: Head, batch: Mapping[str, Any]) -> int | None:
@@ -567,7 +573,39 @@ class FirstLook(_InFrontOf):
         remap = self.kd_args.kd_remap_labels
         return compare(class_names(student), names, remap=remap, argument="teacher_cache", what="one")
 
-    def _probe(self, batch: Mapping[str, Any], output_head: OutputHead | None, head: Head | None) -> Tensor | None:
+    def _wanted(self, student: nn.Module, head: Head | None, batch: Mapping[str, Any]) -> Wanted:
+        """What batch and configs tell of the logits, for models that return several tensors."""
+        labels = batch.get(self.label_names[0]) if self.label_names else None
+        labels = labels if isinstance(labels, Tensor) and labels.numel() else None
+        dims = None if head is None else head.dims
+        if head is None and labels is not None:
+            dims = {1: 2, 2: 3}.get(labels.dim())
+        models = [student, *([self.teacher.model] if isinstance(self.teacher, LiveTeacher) else [])]
+        widths: list[Any] = []
+        if isinstance(self.teacher, CachedTeacher):
+            widths.append(self.teacher.manifest["vocabulary"])
+        at_least = 0 if head is not None and not head.softmax else 2
+        if head is not None and head.a_label_a_logit:
+            widths += [] if labels is None else [labels.shape[-1] if labels.dim() > 1 else 1]
+        elif labels is not None and at_least and not labels.is_floating_point():
+            at_least = max(at_least, int(labels.max()) + 1)
+        if head is not None and head.over_tokens:
+            widths += [vocabulary_rows(model, written=True) for model in models]
+        elif head is None or head.name in CLASSIFICATIONS:
+            widths += [getattr(getattr(model, "config", None), "num_labels", None) for model in models]
+        return Wanted(dims, tuple(dict.fromkeys(w for w in widths if isinstance(w, int))), at_least)
+
+    def _common_widths(self, batch: Mapping[str, Any], mine: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the widths of a teacher's tensors those that a tensor of the student has too: the classes are the same."""
+        student = cast(nn.Module, self.model_wrapped)
+        accepted = accepted_inputs(self.accelerator.unwrap_model(self.model), label_names=self.label_names)
+        with torch.no_grad(), same_random_numbers(self.args.device), self.accelerator.autocast():
+            found = widths_of(student(**model_inputs(batch, accepted)))
+        return tuple(width for width in mine if width in found)
+
+    def _probe(
+        self, batch: Mapping[str, Any], output_head: OutputHead | None, wanted: Wanted, head: Head | None
+    ) -> Tensor | None:
         """The teacher's logits on the first batch: their shape tells the head, their values whether it is alive.
 
         Of a few positions only, where the loss will do without logits.
@@ -575,8 +613,7 @@ class FirstLook(_InFrontOf):
         if not isinstance(self.teacher, LiveTeacher):
             return None
         if output_head is None:
-            read = logits_of if head is None else head.logits
-            logits = self.teacher(batch, self.accelerator, self.model_wrapped, read=read)
+            logits = self._read_teacher(batch, wanted, head)
         else:
             teacher = self.teacher
             logits = few_products(lambda: teacher.outputs(batch, self.accelerator, self.model_wrapped), output_head)
@@ -589,6 +626,23 @@ class FirstLook(_InFrontOf):
                 "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs.",
             )
         return logits
+
+    def _read_teacher(self, batch: Mapping[str, Any], wanted: Wanted, head: Head | None) -> Tensor:
+        """The teacher's logits, found among its outputs; where they leave a choice the student's outputs help."""
+        teacher = cast(LiveTeacher, self.teacher)
+
+        def ask(wanted: Wanted) -> Tensor:
+            known = None if head is None else dataclasses.replace(head, widths=wanted.widths, at_least=wanted.at_least)
+            read = partial(logits_of, wanted=wanted) if known is None else known.logits
+            return teacher(batch, self.accelerator, self.model_wrapped, read=read)
+
+        try:
+            return ask(wanted)
+        except AmbiguousOutputs as ambiguous:
+            common = self._common_widths(batch, ambiguous.widths)
+            if len(common) != 1:
+                raise
+            return ask(wanted._replace(widths=common))
 
     def _check_settings(self, head: Head) -> None:
         """Raises where a setting means nothing for the task, so that it is not ignored in silence."""

@@ -2,7 +2,7 @@
 
 For: the trainer, which knows no task. Leaves the soft loss to `losses.py` and the weighing to `objective.py`.
 Shapes: B rows, S positions, C classes or vocabulary entries, D outputs of a regression; logits are [B, C] or [B, S, C].
-Imports: checks, finite, inputs, losses, reductions.
+Imports: checks, finite, inputs, logits, losses, reductions.
 
 A new task is a new entry of `HEADS`.
 """
@@ -10,7 +10,7 @@ A new task is a new entry of `HEADS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from .checks import Shown, fail, message
 from .finite import Fault
 from .inputs import begins_next, main_input, real_tokens, tells_sequences, token_mask
+from .logits import Wanted, logits_of
 from .losses import SoftTargetLoss
 from .reductions import IGNORE_INDEX, divide, wrong_labels
 
@@ -34,6 +35,7 @@ class Head:
         shifted: the logits at position i are compared with the label at i + 1 (decoder-only language models).
         auto_classes: transformers' Auto classes whose models have this head; the first one loads a teacher by path.
         label_names: the columns of a batch that hold the targets.
+        widths, at_least: likely numbers of classes and the least, where a model returns several tensors; see `Wanted`.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Head:
     shifted: bool
     auto_classes: tuple[str, ...]
     label_names: tuple[str, ...] = ("labels",)
+    widths: tuple[int, ...] = field(default=(), compare=False)
+    at_least: int = field(default=0, compare=False)
 
     softmax: ClassVar[bool] = True  # both losses are of one softmax over the classes and of integer labels
     a_label_a_logit: ClassVar[bool] = False  # labels are numbers, of the logits' shape
@@ -81,7 +85,12 @@ class Head:
 
     def logits(self, outputs: Any, argument: str) -> Tensor:
         """The logits in what a model returned; `argument` is "model" or "teacher_model", for the error."""
-        return logits_of(outputs, argument)
+        return logits_of(outputs, argument, self.wanted)
+
+    @property
+    def wanted(self) -> Wanted:
+        """What is known of the logits, to find them among a model's outputs."""
+        return Wanted(self.dims, self.widths, max(self.at_least, 2 if self.softmax else 0))
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Labels aligned with the logits' positions ([B] or [B, S], `IGNORE_INDEX` where none), or None.
@@ -377,7 +386,7 @@ class RegressionHead(Head):
 
     def logits(self, outputs: Any, argument: str) -> Tensor:
         """[B, D]; of a teacher with variance [B, D, 2]."""
-        values = outputs if isinstance(outputs, Tensor) else logits_of(outputs, argument)
+        values = outputs if isinstance(outputs, Tensor) else logits_of(outputs, argument, self.wanted)
         values = values.unsqueeze(-1) if values.dim() == 1 else values
         variance = outputs.get("variance") if isinstance(outputs, Mapping) and argument == "teacher_model" else None
         if variance is None:
@@ -683,30 +692,6 @@ def _signed(labels: Tensor) -> Tensor:
 def _numbers(labels: Tensor | None) -> Tensor | None:
     """Labels that may have been written as integers, as the numbers they are."""
     return labels if labels is None or labels.is_floating_point() else labels.float()
-
-
-def logits_of(outputs: Any, argument: str) -> Tensor:
-    """The logits in a model's outputs: a tensor, the key "logits", or the first floating [B, ..., C] of a tuple."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    if isinstance(outputs, Mapping):
-        if isinstance(outputs.get("logits"), Tensor):
-            return outputs["logits"]
-        offer = "a mapping with the keys " + ", ".join(map(str, outputs))
-    elif isinstance(outputs, (tuple, list)):
-        for item in outputs:
-            if isinstance(item, Tensor) and item.is_floating_point() and item.dim() >= 2:
-                return item
-        offer = "a tuple of " + ", ".join(type(item).__name__ for item in outputs)
-    else:
-        offer = type(outputs).__name__
-    fail(
-        argument,
-        Shown(f"a model that returns {offer}"),
-        'logits: a tensor, a tuple that holds it, or a mapping with the key "logits"',
-        "Wrap the model so that its forward returns them.",
-        error=TypeError,
-    )
 
 
 def check_label_range(targets: Tensor, num_classes: int, name: str = "labels") -> None:

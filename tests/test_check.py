@@ -1032,7 +1032,8 @@ def test_a_slow_step_is_run_once(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_WARM", 0.0)
     trainer = odd(tmp_path, lambda linear, x: (calls.append(len(x)), linear(x))[1])
     findings = trainer.check(evaluate=False)
-    # How many classes its logits have; the step; the estimate of its memory, on a batch without contents; the batch and its halves; the logits.
+    # How many classes its logits have; the step; the estimate of its memory, on a batch without contents; the batch
+    # and its halves; the logits.
     assert calls == [8, 8, 8, 8, 4, 4, 8]
     assert row_of(findings, "time")
 

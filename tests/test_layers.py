@@ -32,6 +32,7 @@ ORDER = [
     "fused_linear",
     "inputs",
     "finite",
+    "logits",
     "heads",
     "head_choice",
     "joint",
