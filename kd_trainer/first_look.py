@@ -441,9 +441,9 @@ class FirstLook(_InFrontOf):
                 return called(**inputs)
 
         with as_in_training(student):
-            names, weight = tuple(self.label_names), router_weight(student)
+            weight = router_weight(student)
             counts_shifted = self._loss_shifts_labels if self.model_accepts_loss_kwargs else None
-            found = Comparison(forward, student, head, accepted, names, weight, counts_shifted).look(batch)
+            found = Comparison(forward, student, head, accepted, weight, counts_shifted).look(batch)
         if self.accelerator.num_processes == 1:
             return found
         mine = [False] * 5

@@ -61,10 +61,10 @@ def own_loss(outputs: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.numel() == 1 and found.is_floating_point() else None
 
 
-def label_columns(batch: Mapping[str, Any], label_names: tuple[str, ...], accepted: Accepted) -> dict[str, Any]:
+def label_columns(batch: Mapping[str, Any], accepted: Accepted) -> dict[str, Any]:
     """The columns of the batch that hold targets and that the model's forward takes."""
-    names = (*label_names, "shift_labels", "return_loss")
-    return {name: batch[name] for name in names if batch.get(name) is not None and accepted.take_target(name)}
+    names = accepted.targets - {"num_items_in_batch", "skip_logits"}
+    return {k: v for k, v in batch.items() if k in names and v is not None and accepted.take_target(k)}
 
 
 def without_extras(loss: Tensor, outputs: Any, student: nn.Module, logits: Tensor | None, aux: float | None) -> Tensor:
@@ -87,7 +87,6 @@ class Comparison:
     Args:
         forward: calls the student as a training step would, always with the same random numbers, without gradient.
         student: unwrapped. head, accepted: its task and its inputs.
-        label_names: the trainer's.
         aux_weight: of the load-balancing loss in the model's own loss; None without one.
         counts_shifted: whether upstream's num_items_in_batch counts shifted labels; None where the model takes none.
     """
@@ -98,13 +97,12 @@ class Comparison:
         student: nn.Module,
         head: Head,
         accepted: Accepted,
-        label_names: tuple[str, ...],
         aux_weight: float | None,
         counts_shifted: bool | None = None,
     ) -> None:
         self.counts_shifted = counts_shifted
         self.forward, self.student, self.head, self.accepted = forward, student, head, accepted
-        self.label_names, self.aux_weight = label_names, aux_weight
+        self.aux_weight = aux_weight
         self.labels_are_inputs = False
         self._logits: Tensor | None = None  # of the last forward without labels
 
@@ -115,7 +113,7 @@ class Comparison:
         does not have) and one without; a few more where the losses differ.
         """
         batch = piece_of(batch, self.head)
-        labels = label_columns(batch, self.label_names, self.accepted)
+        labels = label_columns(batch, self.accepted)
         made_up = {} if labels else self._made_up(batch)
         if not labels and not made_up:
             return None

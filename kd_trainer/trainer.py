@@ -532,7 +532,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
 
     def _own_labels(self, fit: Fit, inputs: dict[str, Any], counts: Counts) -> dict[str, Any]:
         """What the stock Trainer passes to the model beside its inputs, so that it computes its own loss."""
-        labels = label_columns(inputs, tuple(self.label_names), fit.accepted)
+        labels = label_columns(inputs, fit.accepted)
         if self.compute_loss_func is not None:
             labels.pop("labels", None)
         labels = {name: value for name, value in labels.items() if name not in fit.accepted}
@@ -543,7 +543,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
     def _own_hard_loss(self, fit: Fit, outputs: Any, inputs: dict[str, Any], counts: Counts) -> Tensor | None:
         """The model's own loss, or the script's, divided as upstream's `compute_loss` and `training_step` divide it;
         None for a batch without labels."""
-        if all(inputs.get(name) is None for name in self.label_names):
+        if all(inputs.get(name) is None for name in fit.accepted.targets):
             return None
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=counts.num_items)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartForCausalLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     GPT2Config,
@@ -59,6 +60,69 @@ class Plain(Weighted):
 
     def own(self, logits, labels):
         return F.cross_entropy(logits, labels)
+
+
+class Summed(Weighted):
+    """A sum where the formula is a mean."""
+
+    def own(self, logits, labels):
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+
+class TwoTasks(BertForSequenceClassification):
+    """Two heads and two columns of labels."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.topic = nn.Linear(config.hidden_size, 3)
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, topic_labels=None):
+        hidden = self.bert(input_ids, attention_mask).pooler_output
+        logits, loss = self.classifier(hidden), None
+        if labels is not None:
+            loss = F.cross_entropy(logits, labels) + F.cross_entropy(self.topic(hidden), topic_labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class RowWeights(BertForSequenceClassification):
+    """A weight for each row, in a column."""
+
+    def forward(self, input_ids=None, attention_mask=None, weights=None, labels=None):
+        logits = super().forward(input_ids, attention_mask).logits
+        if labels is None:
+            return {"logits": logits}
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return {"loss": (losses * weights).mean(), "logits": logits}
+
+
+class Huber(BertForSequenceClassification):
+    """A regression."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        logits = super().forward(input_ids, attention_mask).logits
+        loss = None if labels is None else F.huber_loss(logits.squeeze(-1), labels, delta=0.3)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class Rare(BertForSequenceClassification):
+    """Several labels, of which the positive ones weigh more."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        logits, loss = super().forward(input_ids, attention_mask).logits, None
+        if labels is not None:
+            loss = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.full((tiny.CLASSES,), 3.0))
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class TwiceTheSpan(BertForQuestionAnswering):
+    """By its name upstream does not see that start_positions are labels."""
+
+    def forward(self, input_ids=None, attention_mask=None, start_positions=None, end_positions=None):
+        ends = {"start_positions": start_positions, "end_positions": end_positions}
+        outputs = super().forward(input_ids, attention_mask, **ends)
+        if outputs.loss is not None:
+            outputs.loss = 2 * outputs.loss
+        return outputs
 
 
 class WeightedTags(BertForTokenClassification):
@@ -139,8 +203,12 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def bert(cls: type) -> Any:
-    return lambda: cls(tiny.bert_config(initializer_range=0.5))
+def bert(cls: type, **config: Any) -> Any:
+    return lambda: cls(tiny.bert_config(initializer_range=0.5, **config))
+
+
+def names(*classes: str) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
 
 
 # name -> (builder, task of the rows, whether the model's own loss has to be taken)
@@ -160,6 +228,25 @@ MODELS: dict[str, tuple[Any, str, bool]] = {
 }
 
 
+# The same, one kind of label or loss each: tried without accumulation alone.
+KINDS: dict[str, tuple[Any, str, bool]] = {
+    "sum": (bert(Summed), "classification", True),
+    "two tasks": (bert(TwoTasks), "classification", True),
+    "row weights": (bert(RowWeights), "classification", True),
+    "huber": (bert(Huber, **names("score")), "regression", True),
+    "rare": (bert(Rare, problem_type="multi_label_classification"), "multi_label_classification", True),
+    "spans": (bert(TwiceTheSpan, **names("start", "end")), "question_answering", True),
+}
+MODELS |= KINDS
+
+
+def data_of(name: str, count: int = 24) -> list[dict[str, Any]]:
+    rows = tiny.rows(MODELS[name][1], count)
+    if name == "two tasks":
+        return [row | {"topic_labels": i % 3} for i, row in enumerate(rows)]
+    return [row | {"weights": float(i % 3)} for i, row in enumerate(rows)] if name == "row weights" else rows
+
+
 def built(name: str) -> nn.Module:
     torch.manual_seed(0)
     return MODELS[name][0]()
@@ -168,7 +255,7 @@ def built(name: str) -> nn.Module:
 def run(name: str, folder: Any, *, stock: bool = False, teacher: Any = None, data: Any = None, batch: int = 4,
         train: bool = True, loss_func: Any = None, **fields: Any) -> Any:  # fmt: skip
     """A trainer of the model after three steps: the stock one, or ours."""
-    data = tiny.rows(MODELS[name][1], 24) if data is None else data
+    data = data_of(name) if data is None else data
     fields = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "max_steps": 3, **fields}
     given: dict[str, Any] = {
         "model": built(name), "train_dataset": data, "eval_dataset": data, "data_collator": tiny.pad,
@@ -190,8 +277,9 @@ def assert_same(ours: Any, stock: Any) -> None:
     assert tiny.logged(ours, "loss") == pytest.approx(tiny.logged(stock, "loss"), rel=1e-5)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "accumulate"), [(name, n) for name in MODELS for n in ((1,) if name in KINDS else (1, 2))]
+)
 def test_kd_alpha_0_is_the_stock_trainer(name, accumulate, tmp_path, capsys):
     if (name, accumulate) == ("bart", 2):
         accumulate = 1  # upstream adds its micro-batches up: the model takes num_items_in_batch and ignores it
@@ -208,7 +296,8 @@ def test_kd_alpha_0_is_the_stock_trainer(name, accumulate, tmp_path, capsys):
     stock = run(name, tmp_path / "stock", stock=True, data=data, gradient_accumulation_steps=accumulate)
     ours = run(name, tmp_path / "ours", data=data, **fields)
     assert_same(ours, stock)
-    assert ours.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
+    if name != "spans":  # upstream evaluates it without a loss
+        assert ours.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
     assert ours._fit.own_loss is MODELS[name][2]
     line = next(line for line in capsys.readouterr().out.splitlines() if "hard loss: " in line)
     assert ("the model's own" in line) is MODELS[name][2]
@@ -337,6 +426,26 @@ def test_labels_that_change_the_logits_reach_the_model(tmp_path):
     assert not trainer._fit.own_loss
     hard = built("translator")(**tiny.pad(tiny.rows("causal_lm", 4)))["loss"]
     assert tiny.logged(trainer, "hard_loss")[0] == pytest.approx(hard.item(), rel=1e-5)
+
+
+def test_a_loss_of_its_own_needs_logits(tmp_path, capsys):
+    teacher = LlamaForCausalLM(tiny.llama_config(24))
+    fused = {"teacher": teacher, "kd_alpha": 0.5, "kd_loss_implementation": "fused"}
+    with pytest.raises(
+        ValueError, match="`kd_loss_implementation` is 'fused'.*because the hard loss is the model's own"
+    ):
+        run("by items", tmp_path, **fused)
+    trainer = run("by items", tmp_path, kd_hard_loss="task", **fused)
+    assert trainer._fit.heads is not None
+
+
+def test_a_teacher_cache_serves_a_loss_of_its_own(tmp_path):
+    teacher = tiny.models("classification", seed=5)[1]
+    fields: dict[str, Any] = {"teacher": teacher, "kd_alpha": 0.5}
+    live = run("weighted", tmp_path, **fields)
+    cached = run("weighted", tmp_path, teacher_cache_dir=str(tmp_path / "cache"), **fields)
+    assert cached._fit.own_loss
+    assert tiny.logs(cached) == {key: pytest.approx(values, rel=1e-5) for key, values in tiny.logs(live).items()}
 
 
 def test_check_has_a_row_on_the_hard_loss(tmp_path):
