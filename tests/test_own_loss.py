@@ -431,9 +431,7 @@ def test_labels_that_change_the_logits_reach_the_model(tmp_path):
 def test_a_loss_of_its_own_needs_logits(tmp_path, capsys):
     teacher = LlamaForCausalLM(tiny.llama_config(24))
     fused = {"teacher": teacher, "kd_alpha": 0.5, "kd_loss_implementation": "fused"}
-    with pytest.raises(
-        ValueError, match="`kd_loss_implementation` is 'fused'.*because the hard loss is the model's own"
-    ):
+    with pytest.raises(ValueError, match=r"`kd_loss_implementation` is 'fused'.*because the hard loss is the model's"):
         run("by items", tmp_path, **fused)
     trainer = run("by items", tmp_path, kd_hard_loss="task", **fused)
     assert trainer._fit.heads is not None
