@@ -599,8 +599,8 @@ class FrameHead(Head):
 
     @staticmethod
     def _fail_different(student: Tensor, teacher: Tensor) -> None:
-        if student.shape[-1] != teacher.shape[-1]:
-            Head._fail_different(student.flatten(0, -2)[:1], teacher.flatten(0, -2)[:1])
+        if student.shape[:-1] == teacher.shape[:-1]:
+            Head._fail_different(student, teacher)
         fail(
             "teacher_model",
             Shown(f"giving logits for {teacher.shape[1]} frames"),

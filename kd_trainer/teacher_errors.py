@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import Message, Shown, fail, message
-from .inputs import text_config, vocabulary_rows
+from .inputs import front_positions, text_config, vocabulary_rows
 
 _TABLE_OF_POSITIONS = re.compile(r"(.*\.)?(wpe|\w*position\w*)")
 _OWN_COLUMNS = "Give it inputs of its own in teacher_* columns, or wrap it in a module that takes the student's."
@@ -34,7 +34,7 @@ def widest_input(model: nn.Module) -> int | None:
     RoBERTa and its kin number the real tokens alone, so padding does not count there.
     """
     limit, learned, padding_counts = _positions(model)
-    return limit if learned and padding_counts else None
+    return limit - front_positions(model, {}) if limit is not None and learned and padding_counts else None
 
 
 def _positions(model: nn.Module) -> tuple[int | None, bool, bool]:

@@ -138,6 +138,14 @@ def test_a_language_model_with_too_few_positions_is_named(tmp_path):
     assert "`input_ids` is of 13 positions; expected at most 8, the positions of the teacher" in str(error)
 
 
+def test_virtual_tokens_take_positions_of_the_teacher(tmp_path):
+    peft = pytest.importorskip("peft")
+    teacher = gpt2(GPT2LMHeadModel, pad_token_id=0, n_positions=16, id2label=None)
+    teacher = peft.get_peft_model(teacher, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    error = failing(teacher, tmp_path, "causal_lm")
+    assert "`input_ids` is of 13 positions; expected at most 12, the positions of the teacher" in str(error)
+
+
 def test_rotary_positions_have_no_end(tmp_path):
     teacher = llama(pad_token_id=0, max_position_embeddings=4)
     student = tiny.models("classification")[0]
@@ -205,9 +213,17 @@ def test_any_error_of_its_forward_says_that_it_was_the_teacher(fault, tmp_path):
 
 
 def test_an_input_that_the_batch_lacks_is_named(tmp_path):
-    class Needs(nn.Module):
-        def forward(self, input_ids: Any, audio: Any) -> Any:
+    class Part(nn.Module):
+        def forward(self, input_ids: Any, audio: Any, attention_mask: Any = None) -> Any:
             return input_ids
+
+    class Needs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.part(**inputs)
 
     error = failing(Needs(), tmp_path)
     assert type(error) is TypeError
