@@ -415,7 +415,12 @@ class FirstLook(_InFrontOf):
         if not head.has_formula and self.compute_loss_func is None:
             return HardLoss(True, head, f"the model's own, as for every model of the task {head.name!r}")
         if not smoothed and (not sharded or self.model_wrapped is not self.model or self.is_in_train):
-            found = self._compare_losses(student, head, batch, accepted, sharded)
+            try:
+                found = self._compare_losses(student, head, batch, accepted, sharded)
+            except ValueError:  # labels that are none to the task, and something to the loss that was asked for
+                if wanted != "model" and self.compute_loss_func is None:
+                    raise
+                found = HardLoss(True, head)
         if self.compute_loss_func is not None:
             line = "the script's compute_loss_func, with upstream's num_items_in_batch"
             return (found or HardLoss(True, head))._replace(own=True, line=line)

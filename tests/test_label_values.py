@@ -294,3 +294,26 @@ def test_a_classifier_whose_head_was_replaced(tmp_path):
     run = tiny.trainer("classification", tmp_path, pair=(student, teacher), max_steps=1)
     run.train()
     assert len(tiny.logged(run, "hard_loss")) == 1
+
+
+class IgnoresMinusOne(BertForSequenceClassification):
+    """Its own loss knows another value for no label."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        logits = super().forward(input_ids=input_ids, attention_mask=attention_mask).logits
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels, ignore_index=-1)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def test_a_loss_of_the_models_own_may_read_other_labels(tmp_path):
+    data = changed("classification", 3, with_labels(-1))
+    torch.manual_seed(0)
+    pair = tuple(IgnoresMinusOne(tiny.bert_config()) for _ in range(2))
+    batch = tiny.pad(data[:8])
+    with torch.no_grad():
+        expected = float(pair[0](**batch).loss)
+    with pytest.raises(ValueError, match="`labels` is -1 at position 3"):
+        tiny.trainer("classification", tmp_path, data=data, pair=pair).train()
+    run = tiny.trainer("classification", tmp_path, data=data, pair=pair, kd_hard_loss="model", max_steps=1)
+    run.train()
+    assert tiny.logged(run, "hard_loss")[0] == pytest.approx(expected, rel=1e-5)
