@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import Shown, fail, warn
-from .inputs import vocabulary_rows
+from .inputs import text_config, vocabulary_rows
 
 logger = logging.getLogger(__name__)
 
@@ -208,9 +208,8 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
         _check_tokenizers(ours.get_vocab(), theirs.get_vocab(), a, b)
         return "tokenizers"
     compared = False
-    mine, its = getattr(student, "config", None), getattr(teacher, "config", None)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id"):
-        a, b = getattr(mine, name, None), getattr(its, name, None)
+        a, b = (_special_ids(model, name) for model in (student, teacher))
         if a is None or b is None:
             continue
         compared = True
@@ -284,6 +283,12 @@ def vocabulary_line(ours: int, theirs: int, known_by: str | None) -> str:
         f"vocabularies of {ours:,} (student) and {theirs:,} (teacher) ids, compared by their {known_by}: soft loss and "
         f"agreement are over the {min(ours, theirs):,} common ids; the {side}'s other {extra:,} are left out{alone}"
     )
+
+
+def _special_ids(model: nn.Module, name: str) -> Any:
+    """By the config, or by that of the language model within: those of a vision-language model stand there alone."""
+    found = getattr(getattr(model, "config", None), name, None)
+    return getattr(text_config(model), name, None) if found is None else found
 
 
 def _ids(value: int | list[int]) -> set[int]:

@@ -191,3 +191,31 @@ def test_a_teacher_of_another_kind_is_a_module(tmp_path):
     expected = ours("llava", tmp_path, max_steps=1)
     expected.train()
     assert tiny.logged(trainer, "loss") == tiny.logged(expected, "loss")
+
+
+@pytest.mark.parametrize("name", ["whisper", "llava", "qwen2_vl"])
+def test_a_cache_gives_what_the_live_teacher_gives(name, tmp_path):
+    pair(name)[1].save_pretrained(tmp_path / "teacher")
+    live = ours(name, tmp_path / "live", kd_loss_implementation="full")
+    cached = ours(name, tmp_path, teacher=str(tmp_path / "teacher"), teacher_cache_dir=str(tmp_path / "cache"))
+    for trainer in (live, cached):
+        trainer.train()
+    assert tiny.logged(cached, "loss") == pytest.approx(tiny.logged(live, "loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vision-encoder-decoder", "paligemma"])
+def test_check_finds_nothing_wrong(name, tmp_path):
+    findings = ours(name, tmp_path).check()
+    assert not [row for row in findings if row.status == "error"], findings
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm", "whisper"])
+def test_another_tokenizer_is_seen_in_the_config_of_the_language_model(name, tmp_path):
+    teacher = pair(name)[1]
+    getattr(teacher.config, "text_config", teacher.config).pad_token_id = 4
+    if name == "smolvlm":
+        teacher.config.pad_token_id = 4
+    with pytest.raises(
+        ValueError, match="`teacher_model` is a model with pad_token_id 4; expected 0 as in the student"
+    ):
+        ours(name, tmp_path, teacher=teacher).train()
