@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from kd_trainer import CachedTeacher, DistillationTrainer
 from kd_trainer.cache import part_of
 from kd_trainer.cache_store import CacheError
-from tests import tiny
+from tests import cache_more_run, launch, tiny
 from tests.test_cache import build, cache
 
 NAMES: list[Any] = ["glue/dev", "../x", "..", ".", "", " ", "a b", "ü", "MNLI", "mnli", "a:b", "a\\b", "con", "x" * 300,
@@ -230,3 +231,27 @@ def test_a_cache_without_a_folder_cannot_be_added_to(tmp_path):
     reader: DistillationTrainer = build("classification", tmp_path / "run", pair=pair)
     with pytest.raises(ValueError, match="`teacher_cache_dir` is None; expected a folder"):
         reader.build_teacher_cache(held_out())
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp2", "zero3"])
+def test_two_processes(config, tmp_path):
+    """The same numbers as one process, from the teacher at hand (where it is not sharded) and from what was built."""
+    if config == "zero3":
+        pytest.importorskip("deepspeed")
+    root = Path(__file__).parent.parent
+    options = ["--num_processes", "2", "--mixed_precision", "no"]
+    launch.by_config(
+        root / f"configs/accelerate/{config}.yaml", options, "cache_more_run.py", str(tmp_path), "causal_lm+hidden"
+    )
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    cache_more_run.main(alone, "causal_lm+hidden")
+    expected = json.loads((alone / "found-0.json").read_text())
+    assert expected["built"] == pytest.approx(expected["at_hand"], rel=1e-5)
+    for process in range(2):
+        found = json.loads((tmp_path / f"found-{process}.json").read_text())
+        assert found["world_size"] == 2
+        assert found["built"] == pytest.approx(expected["built"], rel=1e-4)
+        assert ("test_soft_loss" in found["at_hand"]) == (config == "ddp_cpu")
+        assert "that gives other outputs for rows" in found["refused"]
