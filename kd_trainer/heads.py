@@ -599,7 +599,7 @@ class FrameHead(Head):
 
     @staticmethod
     def _fail_different(student: Tensor, teacher: Tensor) -> None:
-        if student.shape[:-1] == teacher.shape[:-1]:
+        if student.shape[1] == teacher.shape[1]:
             Head._fail_different(student, teacher)
         fail(
             "teacher_model",
