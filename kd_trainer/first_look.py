@@ -151,11 +151,6 @@ class Fit(NamedTuple):
     by_num_items: bool = False  # its sum is divided by upstream's num_items_in_batch: see `own_loss.HardLoss`
     required: frozenset[str] = frozenset()  # names of columns without which the student's forward cannot be called
 
-    @property
-    def takes_num_items(self) -> bool:
-        """Whether upstream's num_items_in_batch is needed."""
-        return self.own_loss or self.by_num_items
-
 
 class FirstLook(_InFrontOf):
     """Loads the teacher and looks at the first batch; `trainer.DistillationMixin` sets what is declared here."""
@@ -442,8 +437,9 @@ class FirstLook(_InFrontOf):
         called = cast(nn.Module, self.model_wrapped) if sharded else student
 
         def forward(inputs: dict[str, Any]) -> Any:
+            own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}  # a forward may write
             with same_random_numbers(self.args.device), torch.no_grad():
-                return called(**inputs)
+                return called(**own)
 
         with as_in_training(student):
             weight = router_weight(student)

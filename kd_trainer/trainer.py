@@ -372,9 +372,9 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             self._refuse_packed(fit.head, batch)
         each = [objective.count(fit.head, batch) for batch in batches]
         counts = Counts(sum(c.hard for c in each), sum(c.soft for c in each), sum(c.rows for c in each))
-        if fit.takes_num_items and num_items is None:
+        if self._takes_num_items(fit) and num_items is None:
             num_items = super()._get_num_items_in_batch(batches, device)
-        by_items = fit.by_num_items and num_items is not None
+        by_items = fit.by_num_items and self._always_hard and num_items is not None
         counts = counts._replace(num_items=num_items, micro_batches=len(batches), by_num_items=by_items)
         if not self._started:
             self._started = True
@@ -398,8 +398,13 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Upstream's where the hard loss is divided by it. Else None: `get_batch_samples` counts for training, and
         evaluation counts its own batch without a collective."""
-        needed = self._fit is not None and self._fit.takes_num_items
+        needed = self._fit is not None and self._takes_num_items(self._fit)
         return super()._get_num_items_in_batch(batch_samples, device) if needed else None
+
+    def _takes_num_items(self, fit: Fit) -> bool:
+        """Whether upstream's num_items_in_batch divides the hard loss: one of the model's own, or, to be the stock
+        Trainer with `kd_alpha` 0, a formula whose labels upstream counts otherwise."""
+        return fit.own_loss or (fit.by_num_items and self._always_hard)
 
     def _over_processes(self, counts: Counts, device: torch.device) -> Counts:
         """The counts summed over the processes: one reduce a step."""
@@ -457,7 +462,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         counts = num_items_in_batch if num_items_in_batch is not None else objective.count(fit.head, inputs)
         if not isinstance(num_items_in_batch, Counts):
             self._refuse_packed(fit.head, inputs)
-        if fit.takes_num_items and not isinstance(counts, Counts):  # upstream's, in evaluation
+        if self._takes_num_items(fit) and not isinstance(counts, Counts):  # upstream's, in evaluation
             counts = self._with_num_items(fit, objective.count(fit.head, inputs), num_items_in_batch)
         if not isinstance(counts, Counts):
             mend = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
@@ -524,7 +529,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
 
     def _with_num_items(self, fit: Fit, counts: Counts, num_items: Any) -> Counts:
         """The counts of a batch of an evaluation with upstream's number, which is one of all processes."""
-        if fit.by_num_items:
+        if not fit.own_loss:
             shared = self.args.average_tokens_across_devices
             scale = self.accelerator.num_processes // self.get_tp_size() if shared else 1
             return counts._replace(num_items=num_items / scale, by_num_items=True)

@@ -468,3 +468,19 @@ def test_labels_that_upstream_counts_otherwise(accumulate, tmp_path):
         sums = [(own.model(**b).loss * (b["labels"][:, 1:] != -100).sum()).item() for b in batches]
     counted = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     assert evaluated["eval_perplexity"] == pytest.approx(math.exp(sum(sums) / counted), rel=1e-5)
+
+
+def test_a_student_that_writes_into_its_inputs_does_not_change_the_batch(tmp_path):
+    class Writes(Weighted):
+        def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None):
+            outputs = super().forward(input_ids.clone(), attention_mask.clone(), labels=labels)
+            input_ids.zero_()
+            return outputs
+
+    torch.manual_seed(0)
+    batch = tiny.pad(tiny.rows("classification", 4))
+    before = batch["input_ids"].clone()
+    args = tiny.arguments(tmp_path, kd_alpha=0.0)
+    model = Writes(tiny.bert_config(initializer_range=0.5))
+    DistillationTrainer(model=model, args=args, train_dataset=[], data_collator=tiny.pad)._look_at(batch)
+    assert torch.equal(batch["input_ids"], before)
