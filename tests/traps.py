@@ -47,8 +47,8 @@ TRAPS = {
     3: Trap(
         "W multiplies hard and soft exactly once",
         "kd_trainer/trainer.py",
-        "scale=self.accelerator.num_processes // self.get_tp_size()",
-        "scale=1",
+        "        scale = self.accelerator.num_processes // self.get_tp_size()\n        return",
+        "        scale = 1\n        return",
         "tests/test_denominators.py -k two_processes_change",
     ),
     4: Trap(
@@ -89,14 +89,14 @@ TRAPS = {
     9: Trap(
         "shift_labels are used as they stand",
         "kd_trainer/heads.py",
-        'return inputs["shift_labels"]',
+        'return _signed(inputs["shift_labels"])',
         'return F.pad(inputs["shift_labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]',
         "tests/test_trainer.py -k shift_labels",
     ),
     10: Trap(
         "training and evaluation without labels give a loss",
         "kd_trainer/trainer.py",
-        "if self.teacher is None or all(inputs.get(name) is not None for name in self.label_names):",
+        "if self.teacher is None or labelled:",
         "if True:",
         "tests/test_trainer.py -k label_free",
     ),
@@ -181,7 +181,7 @@ TRAPS = {
     22: Trap(
         "packing's columns reach both models",
         "kd_trainer/inputs.py",
-        "names |= set(TransformersKwargs.__annotations__) - NOT_INPUTS",
+        "names |= set(TransformersKwargs.__annotations__) | _documented(open_ended[0].annotation)",
         "pass",
         "tests/test_packing.py -k both_models",
     ),
