@@ -360,7 +360,7 @@ Z = torch.zeros(2, 3)
         (lambda: forward_kl(torch.zeros(2, 0), torch.zeros(2, 0)), ValueError, "at least one class"),
         (lambda: forward_kl(torch.tensor(0.0), torch.tensor(0.0)), ValueError, "at least one class"),
         (lambda: forward_kl(Z, Z.long()), TypeError, "`teacher_logits` is of dtype torch.int64; expected logits"),
-        (lambda: forward_kl([0.0], Z), TypeError, "`student_logits` is list; expected a tensor"),
+        (lambda: forward_kl([0.0], Z), TypeError, "`student_logits` is of type list; expected a tensor"),
         (
             lambda: divergence_terms("foward_kl", Z, Z),
             ValueError,
