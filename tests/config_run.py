@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from kd_trainer import CachedTeacher, offline
-from tests import backend_run, test_multiple_choice, tiny
+from tests import backend_run, test_multiple_choice, test_speech_frames, tiny
 from tests.launch import leave
 
 BERTS = (
@@ -35,7 +35,8 @@ BERTS = (
     "token_classification",
     "multiple_choice",
 )
-TASKS = (*BERTS, "masked_lm", "causal_lm", "seq2seq_lm", "plain")
+SPEECH = ("audio_frame_classification", "ctc")
+TASKS = (*BERTS, *SPEECH, "masked_lm", "causal_lm", "seq2seq_lm", "plain")
 # The teacher's outputs are built into a cache of this format first, by all processes, and read in training.
 CACHED = ("causal_lm+hidden", "classification+logits")
 # The layers that FSDP2 shards, where the model's own list would part a tied weight: see the comment in fsdp2.yaml.
@@ -74,10 +75,14 @@ def build(task: str, folder: Path, **arguments: Any) -> Any:
         pair = distilbert(16), distilbert(24)
     elif task == "multiple_choice":
         pair = tuple(BertForMultipleChoice(tiny.bert_config(hidden, initializer_range=0.5)) for hidden in (16, 24))
+    elif task in SPEECH:
+        pair = test_speech_frames.pair_of(task)
     else:
         pair = tiny.models(task)
     if task == "multiple_choice":
         data = test_multiple_choice.rows()
+    elif task in SPEECH:
+        data = test_speech_frames.rows_of(task)
     else:
         data = tiny.rows("causal_lm" if task in ("seq2seq_lm", "masked_lm") else task)
     settings = {"kd_reduction": "tokenmean", "max_steps": 4, **arguments}

@@ -26,8 +26,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from kd_trainer import Seq2SeqDistillationTrainer, Seq2SeqDistillationTrainingArguments
 from kd_trainer.heads import HEADS
-from tests import test_multiple_choice, tiny
-from tests.config_run import bart, distilbert
+from tests import test_multiple_choice, test_speech_frames, tiny
+from tests.config_run import SPEECH, bart, distilbert
 
 LABELS = ("labels", "start_positions", "end_positions")
 
@@ -60,12 +60,16 @@ def pair(task: str) -> Any:
         return distilbert(16), distilbert(24)
     if task == "multiple_choice":
         return tuple(BertForMultipleChoice(tiny.bert_config(hidden)) for hidden in (16, 24))
+    if task in SPEECH:
+        return test_speech_frames.pair_of(task)
     return tiny.models(task)
 
 
 def rows(task: str, *, labelled: bool = True) -> list[dict[str, Any]]:
     if task == "multiple_choice":
         made = test_multiple_choice.rows(11)
+    elif task in SPEECH:
+        made = test_speech_frames.rows_of(task, 11)
     else:
         made = tiny.rows("causal_lm" if task in ("seq2seq_lm", "masked_lm") else task, 11, seed=2)
     if labelled:
@@ -80,8 +84,9 @@ def predict(task: str, folder: Any, data: Any, gives: str | None = None, **setti
 
     def add(module: Any, inputs: Any, outputs: Any) -> Any:
         if gives == "tuple":
-            first = outputs if isinstance(outputs, torch.Tensor) else outputs["logits"]
-            return (first, *extras().values())
+            given = {"logits": outputs} if isinstance(outputs, torch.Tensor) else outputs
+            first = [given[name] for name in ("loss", "logits") if given.get(name) is not None]
+            return (*first, *extras().values())
         named = {"logits": outputs} if isinstance(outputs, torch.Tensor) else outputs
         return {k: v for k, v in named.items() if v is not None} | extras()
 

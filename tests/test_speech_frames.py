@@ -245,6 +245,15 @@ def frame_trainer(folder: Any, **kwargs: Any) -> Any:
     return ours(folder, "wav2vec2", frame_rows(), (diarization(16), diarization(24)), **kwargs)
 
 
+def pair_of(task: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    return pair("wav2vec2") if task == "ctc" else (diarization(16), diarization(24))
+
+
+def rows_of(task: str, count: int = 32) -> list[dict[str, Any]]:
+    return rows("wav2vec2", count) if task == "ctc" else frame_rows(count)
+
+
 def test_one_class_a_frame_with_alpha_zero_is_the_stock_trainer(tmp_path):
     torch.manual_seed(0)
     expected = Trainer(
