@@ -182,6 +182,7 @@ def by_autograd(setting: Setting, student: torch.Tensor, teacher: torch.Tensor, 
 
 
 @needs_triton
+@pytest.mark.launch
 def test_the_kernel():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     made = subprocess.run([sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True, timeout=240)
