@@ -175,6 +175,7 @@ class FirstLook(_InFrontOf):
         return self.is_in_train or student.training
 
     _student_columns: frozenset[str]  # those that upstream keeps
+    _each_alone = False  # whether a process may stop at what it finds, so that the others must not wait: in `check()`
 
     @contextmanager
     def _refusals_wait(self) -> Iterator[None]:
@@ -296,8 +297,9 @@ class FirstLook(_InFrontOf):
             if head.over_tokens and classes != theirs:
                 shared = common_ids(classes, theirs, known_by)
                 notes = (vocabulary_line(classes, theirs, known_by),)
-        if targets is not None:
-            self._check_first_labels(student, head, batch, targets, theirs)
+        with self._stop_together():
+            if targets is not None:
+                self._check_first_labels(student, head, batch, targets, theirs)
         model = cast(nn.Module, self.model)
         accepted = accepted_inputs(student, label_names=self.label_names, withheld=self._withheld_columns())
         hard = self._whose_hard_loss(student, head, batch, accepted)
@@ -344,6 +346,22 @@ class FirstLook(_InFrontOf):
         expected = f"{', '.join(map(repr, missing))} too, which the forward of {type(model).__name__} cannot do without"
         side = "student" if argument == "model" else "teacher"
         fail("inputs", Shown(f"a batch that has {there} for the {side}"), expected, fix)
+
+    @contextmanager
+    def _stop_together(self) -> Iterator[None]:
+        """Where a process is refused its labels, the others stop too: they would wait for it in the comparison."""
+        refusal: Exception | None = None
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            refusal = error
+        if self.accelerator.num_processes > 1 and not self._each_alone:
+            stopped = torch.tensor(float(refusal is not None), device=self.args.device)
+            if float(self.accelerator.reduce(stopped, reduction="sum")) and refusal is None:
+                shown = Shown("refused on another process, whose error names them")
+                fail("labels", shown, "labels that fit the task on every process", "See the error of that process.")
+        if refusal is not None:
+            raise refusal
 
     def _check_first_labels(
         self, student: nn.Module, head: Head, batch: Mapping[str, Any], targets: Tensor, theirs: int | None
@@ -445,7 +463,7 @@ class FirstLook(_InFrontOf):
             weight = router_weight(student)
             counts_shifted = self._loss_shifts_labels if self.model_accepts_loss_kwargs else None
             found = Comparison(forward, student, head, accepted, weight, counts_shifted).look(batch)
-        if self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1 or self._each_alone:
             return found
         mine = [False] * 5
         if found is not None:

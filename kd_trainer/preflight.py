@@ -687,11 +687,12 @@ def _as_it_was(trainer: Any) -> Iterator[None]:
     student = trainer.accelerator.unwrap_model(trainer.model)
     training = {module for module in student.modules() if module.training}
     gradients = [(p, p.grad) for p in student.parameters()]
-    lent = ("_fit", "_window", "_finite", "_packing", "_evaluation", "teacher")
+    lent = ("_fit", "_window", "_finite", "_packing", "_evaluation", "_each_alone", "teacher")
     kept = {name: getattr(trainer, name) for name in lent}
     problem_type = getattr(getattr(student, "config", None), "problem_type", None)
     loaders = list(trainer.accelerator._dataloaders)
     mode = "off" if trainer._finite.mode == "off" else "step"
+    trainer._each_alone = not is_sharded(trainer)
     trainer._finite = FiniteWatch(mode, trainer.args.process_index)
     try:
         with same_random_numbers(trainer.args.device), unchanged_buffers(student):
