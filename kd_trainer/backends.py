@@ -130,3 +130,12 @@ def _shard_zero3(model: nn.Module, plugin: Any) -> nn.Module:
         deepspeed.utils.set_z3_leaf_modules(model, leaves)
     engine, *_ = deepspeed.initialize(model=model, config=zero3_config(plugin.deepspeed_config, model))
     return engine
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what FSDP2 keeps gathered behind a forward for a backward that does not come; nothing elsewhere."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .backends import reshard
 from .cache import CachedTeacher
 from .cache_identity import tokenizer_identity
 from .cache_manifest import head_of
@@ -463,6 +464,8 @@ class FirstLook(_InFrontOf):
             weight = router_weight(student)
             counts_shifted = self._loss_shifts_labels if self.model_accepts_loss_kwargs else None
             found = Comparison(forward, student, head, accepted, weight, counts_shifted).look(batch)
+        if self.accelerator.is_fsdp2:
+            reshard(called)
         if self.accelerator.num_processes == 1 or self._each_alone:
             return found
         mine = [False] * 5
