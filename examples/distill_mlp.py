@@ -10,12 +10,14 @@ Every option of the JSON can be given on the command line too. After Ctrl-C, `--
 """
 
 import dataclasses
+import gc
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import psutil
+from accelerate import PartialState
 from transformers import AutoModelForImageClassification, Trainer, set_seed
 
 from kd_trainer import (
@@ -170,6 +172,8 @@ def main() -> None:
         }
         shown = ", ".join(f"{name} {seconds:.0f}" for name, seconds in parts.items())
         print(f"\n{sum(parts.values()):.0f} s: {shown}")
+    gc.collect()  # what torch wraps around a student goes before the group of processes
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ always in the same order, held out by file.
 import ast
 import copy
 import dataclasses
+import gc
 import statistics
 import sysconfig
 import zlib
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import datasets
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_model
@@ -142,6 +144,8 @@ def run_seeds(run_seed: Callable, columns: dict[str, str], args, example) -> Non
         runs.append(run_seed(dataclasses.replace(args, seed=seed, **folders), example))
     if args.process_index == 0:
         print_comparison(columns, runs)
+    gc.collect()  # what torch wraps around a student goes before the group of processes
+    PartialState().destroy_process_group()
 
 
 def print_comparison(columns: dict[str, str], runs: list[dict[str, dict[str, float]]]) -> None:

@@ -5,6 +5,7 @@ Expected test accuracy: teacher 95.8%, before (plain student) 60.1%, after (dist
 """
 
 import torch
+from accelerate import PartialState
 from datasets import concatenate_datasets  # new:
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -37,3 +38,4 @@ run("before", Trainer(model(64), args, train_dataset=few, **shared))
 args = DistillationTrainingArguments("outputs/minimal", max_steps=140, kd_alpha=0.7, **settings)  # new:
 rows = concatenate_datasets([few, data["unlabelled"]])  # new: rows without labels, from which only a teacher can teach
 run("after", DistillationTrainer(model(64), args, teacher_model=teacher, train_dataset=rows, **shared))  # new:
+PartialState().destroy_process_group()  # an interpreter that ends with one may abort
