@@ -1,11 +1,9 @@
 """A Trainer script before and after the swap: the lines marked `# new:` are the whole change.
 Expected test accuracy: teacher 95.8%, before (plain student) 60.1%, after (distilled student) 84.7%.
-
     python examples/minimal.py     # about 13 seconds on one CPU core; `accelerate launch examples/minimal.py` works too
 """
 
 import torch
-from accelerate import PartialState
 from datasets import concatenate_datasets  # new:
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -38,4 +36,4 @@ run("before", Trainer(model(64), args, train_dataset=few, **shared))
 args = DistillationTrainingArguments("outputs/minimal", max_steps=140, kd_alpha=0.7, **settings)  # new:
 rows = concatenate_datasets([few, data["unlabelled"]])  # new: rows without labels, from which only a teacher can teach
 run("after", DistillationTrainer(model(64), args, teacher_model=teacher, train_dataset=rows, **shared))  # new:
-PartialState().destroy_process_group()  # an interpreter that ends with one may abort
+torch.distributed.is_initialized() and torch.distributed.destroy_process_group()  # else the end may abort
