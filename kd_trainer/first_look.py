@@ -175,6 +175,13 @@ class FirstLook(_InFrontOf):
         # Outside of `train` and `evaluate` the mode is all there is to tell; a DeepSpeed engine's own is always True.
         return self.is_in_train or student.training
 
+    def unwrapped_student(self) -> nn.Module:
+        """The student without what processes and compilers put around it."""
+        model = cast(nn.Module, self.model)
+        # accelerate's own search reads the metadata of installed packages first, which costs more than a small step.
+        wrapped = hasattr(model, "module") or hasattr(model, "_orig_mod")
+        return self.accelerator.unwrap_model(model) if wrapped else model
+
     _student_columns: frozenset[str]  # those that upstream keeps
     _each_alone = False  # whether a process may stop at what it finds, so that the others must not wait: in `check()`
 
@@ -218,7 +225,7 @@ class FirstLook(_InFrontOf):
 
     def _load_live(self, given: nn.Module | str | Path) -> LiveTeacher:
         kd = self.kd_args
-        student = self.accelerator.unwrap_model(self.model)
+        student = self.unwrapped_student()
         head = head_for(student, kd.kd_task, self._loss_shifts_labels)
         if isinstance(given, str) and given == ADAPTER_OFF:
             of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_compile": kd.teacher_compile}
@@ -243,7 +250,7 @@ class FirstLook(_InFrontOf):
                 self._check_columns("model", fit.student, batch)
             return fit
         check_batch(batch)
-        student = self.accelerator.unwrap_model(self.model)
+        student = self.unwrapped_student()
         check_router(student)
         self._check_columns("model", student, batch)
         if isinstance(self.teacher, LiveTeacher) and not self._always_hard:
@@ -620,7 +627,7 @@ class FirstLook(_InFrontOf):
     def _common_widths(self, batch: Mapping[str, Any], mine: tuple[int, ...]) -> tuple[int, ...]:
         """Of the widths of a teacher's tensors those that a tensor of the student has too: the classes are the same."""
         student = cast(nn.Module, self.model_wrapped)
-        accepted = accepted_inputs(self.accelerator.unwrap_model(self.model), label_names=self.label_names)
+        accepted = accepted_inputs(self.unwrapped_student(), label_names=self.label_names)
         with torch.no_grad(), same_random_numbers(self.args.device), self.accelerator.autocast():
             found = widths_of(student(**model_inputs(batch, accepted)))
         return tuple(width for width in mine if width in found)

@@ -9,6 +9,7 @@ A new task is a new entry of `HEADS`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -87,7 +88,7 @@ class Head:
         """The logits in what a model returned; `argument` is "model" or "teacher_model", for the error."""
         return logits_of(outputs, argument, self.wanted)
 
-    @property
+    @functools.cached_property
     def wanted(self) -> Wanted:
         """What is known of the logits, to find them among a model's outputs."""
         return Wanted(self.dims, self.widths, max(self.at_least, 2 if self.softmax else 0))

@@ -249,8 +249,10 @@ def front_positions(model: Any, inputs: Mapping[str, Any]) -> int:
 
 def behind_front(positions: Tensor, model: Any, inputs: Mapping[str, Any]) -> Tensor:
     """[B, S, ...] of the inputs' own positions, of [B, front + S, ...]; what has no positions [B, C] stays."""
+    if positions.dim() < 3:
+        return positions
     count = front_positions(model, inputs)
-    return positions[:, count:] if count and positions.dim() > 2 else positions
+    return positions[:, count:] if count else positions
 
 
 def text_config(model: nn.Module) -> Any:

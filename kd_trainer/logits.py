@@ -49,6 +49,8 @@ def logits_of(outputs: Any, argument: str, wanted: Wanted | None = None) -> Tens
     """
     if isinstance(outputs, Tensor):
         return outputs
+    if isinstance(outputs, Mapping) and isinstance(logits := outputs.get("logits"), Tensor):  # nearly always
+        return logits
     found = _named(outputs)
     if isinstance(found.get("logits"), Tensor):
         return found["logits"]

@@ -179,7 +179,7 @@ class OfflineTeacher(FirstLook):
             torch.cuda.empty_cache()
 
     def _fit_student(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
+        return self.unwrapped_student()
 
     def _live_teacher(self) -> LiveTeacher:
         """The teacher itself, loaded where a finished cache had made that unnecessary."""

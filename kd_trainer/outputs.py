@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .sparse import Samples, TopK
@@ -39,6 +40,11 @@ class TeacherOutput:
         sparse = None if self.sparse is None else type(self.sparse)(*map(change, self.sparse))
         logits, hidden = (None if x is None else change(x) for x in (self.logits, self.hidden))
         return TeacherOutput(logits, hidden, sparse, self.head)
+
+    def to(self, device: torch.device) -> TeacherOutput:
+        """The same on a device; itself where it is there."""
+        one = next(x for x in (self.logits, self.hidden, *(self.sparse or ())) if x is not None)
+        return self if one.device == device else self.each(lambda tensor: tensor.to(device))
 
     def reordered(self, order: Tensor) -> TeacherOutput:
         """The same with class order[i] in place i; not of hidden states."""

@@ -178,7 +178,7 @@ class _Findings:
 
 
 def _look_at_models(trainer: Any, findings: _Findings) -> None:
-    student, teacher, args = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher, trainer.args
+    student, teacher, args = trainer.unwrapped_student(), trainer.teacher, trainer.args
     with findings.attempt("settings"):
         trainer._read_settings()
         if not trainer._refused:  # else the teacher is missing for a reason that is told already
@@ -204,7 +204,7 @@ def _look_at_models(trainer: Any, findings: _Findings) -> None:
 
 def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) -> Fit | None:
     """Everything that the batch tells; None where the models could not be run on it."""
-    student, teacher, kd = trainer.accelerator.unwrap_model(trainer.model), trainer.teacher, trainer.kd_args
+    student, teacher, kd = trainer.unwrapped_student(), trainer.teacher, trainer.kd_args
     before, head, known_by = len(findings.rows), None, None
     with findings.attempt("data"):
         check_batch(batch)
@@ -241,7 +241,7 @@ def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) 
 
 
 def _look_at_task(trainer: Any, findings: _Findings, head: Head, batch: Mapping[str, Any]) -> None:
-    student, tokenizer = trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+    student, tokenizer = trainer.unwrapped_student(), trainer.processing_class
     taught = trainer._teacher_module()
     objective, _ = trainer._objective(training=True)
     pad_id = _pad_id(tokenizer, student)
@@ -684,7 +684,7 @@ def _now(trainer: Any) -> float:
 @contextmanager
 def _as_it_was(trainer: Any) -> Iterator[None]:
     """Afterwards the student's buffers, gradients and modes, the random numbers and the trainer are what they were."""
-    student = trainer.accelerator.unwrap_model(trainer.model)
+    student = trainer.unwrapped_student()
     training = {module for module in student.modules() if module.training}
     gradients = [(p, p.grad) for p in student.parameters()]
     lent = ("_fit", "_window", "_finite", "_packing", "_evaluation", "_each_alone", "teacher")

@@ -229,8 +229,8 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
         self._last_settings = self._settings_now()
 
-    def _settings_now(self) -> list[Any]:
-        return [getattr(self.args, name, None) for name in _SETTINGS]
+    def _settings_now(self) -> tuple[Any, ...]:
+        return tuple(map(vars(self.args).get, _SETTINGS))
 
     def _follow_settings(self) -> None:
         """Reads the arguments again where a script or a callback has changed them since."""
@@ -344,7 +344,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             "formula": formulas[0],
             "teacher": cached.get("name") if teacher is None else name_of(teacher),
             "teacher_parameters": cached.get("parameters") if teacher is None else count_parameters(teacher),
-            "student_parameters": count_parameters(self.accelerator.unwrap_model(self.model)),
+            "student_parameters": count_parameters(self.unwrapped_student()),
             **{f.name.removeprefix("kd_"): getattr(kd, f.name) for f in dataclasses.fields(kd) if f.name[:3] == "kd_"},
         }
 
@@ -371,7 +371,9 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         for batch in batches:
             self._refuse_packed(fit.head, batch)
         each = [objective.count(fit.head, batch) for batch in batches]
-        counts = Counts(sum(c.hard for c in each), sum(c.soft for c in each), sum(c.rows for c in each))
+        counts = each[0]
+        if len(each) > 1:
+            counts = Counts(sum(c.hard for c in each), sum(c.soft for c in each), sum(c.rows for c in each))
         if self._takes_num_items(fit) and num_items is None:
             num_items = super()._get_num_items_in_batch(batches, device)
         by_items = fit.by_num_items and self._always_hard and num_items is not None
@@ -477,7 +479,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         outputs = model(**model_inputs(inputs, fit.accepted), **labels)
         logits = behind_front(fit.head.logits(outputs, "model"), fit.student, inputs)
         own_hard = self._own_hard_loss(fit, outputs, inputs, counts) if fit.own_loss else None
-        said = None if said is None else said.each(lambda tensor: tensor.to(logits.device))
+        said = None if said is None else said.to(logits.device)
         taught = None if said is None else said.sparse or said.logits
         parts = objective(
             fit.head,
@@ -623,7 +625,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
                     hidden = behind_front(hidden, fit.student, inputs)
                     if taught.positions != hidden.shape[:-1]:
                         raise NotPlain("student and teacher give hidden states for different positions")
-                    on_device = taught.each(lambda tensor: tensor.to(hidden.device))
+                    on_device = taught.to(hidden.device)
                     side, ids = student_side(ours, weight, bias), fit.common_ids
                     if counted is not None and counted[1] > 0:
                         own, rows = counted
@@ -748,7 +750,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         if self._fit is not None and self._fit.model is self.model:
             accepted = self._fit.accepted
         else:  # dear, where DeepSpeed is installed
-            accepted = accepted_inputs(self.accelerator.unwrap_model(self.model), label_names=self.label_names)
+            accepted = accepted_inputs(self.unwrapped_student(), label_names=self.label_names)
         taken = model_inputs(inputs, accepted)
         own = {name: value for name, value in inputs.items() if name in taken or name in self.label_names}
         loss, tokens, labels = super().prediction_step(distilled, own, False, ignore_keys=ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
