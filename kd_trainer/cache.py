@@ -24,7 +24,7 @@ from .cache_formats import Format, check_columns, decode, format_of, output
 from .cache_manifest import check_links, check_settings, head_of
 from .cache_signatures import DERIVED, ROW, SHARED, TOKEN, flat, is_own, kinds_of, refuse_column, signatures
 from .cache_store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Rows, Store, damaged, foreign, is_finished
-from .checks import Shown, fail, message
+from .checks import fail, message
 from .heads import Head
 from .inputs import ROW_ID, TEACHER_PREFIX, begins_next, real_tokens
 from .outputs import TeacherOutput
@@ -96,7 +96,7 @@ def numbered(features: Any) -> Taken:
     rows = features.features if isinstance(features, Taken) else features
     if not isinstance(rows, list) or not have_ids(rows):
         expected = f"rows with a column {ROW_ID!r}: whole numbers, each once"
-        fail("train_dataset", Shown("a stream of rows without a number"), expected, "Number them, or use a Dataset.")
+        fail("train_dataset", "a stream of rows without a number", expected, "Number them, or use a Dataset.")
     return Taken([int(row[ROW_ID]) for row in rows], [{k: v for k, v in row.items() if k != ROW_ID} for row in rows])
 
 
@@ -273,7 +273,7 @@ class CachedCollator:
             row = int(rows.row_ids[wrong[0]])
             because = ROWS_DIFFER
             mend = "Train on the data that the cache was built from, or name another teacher_cache_dir to build one."
-            shown = Shown(f"giving a row {row} that differs from the one the teacher read")
+            shown = f"giving a row {row} that differs from the one the teacher read"
             raise CacheError(message("train_dataset", shown, "the rows of the teacher cache", mend, because=because))
 
 
@@ -287,7 +287,7 @@ def rows_in_a_row(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[sl
         return None
     starts = [0, *(begins_next(batch, mask)[0].nonzero().flatten() + 1).tolist()] if len(mask) == 1 else []
     if len(starts) != count:
-        shown = Shown(f"one that makes {len(mask)} rows of {count}")
+        shown = f"one that makes {len(mask)} rows of {count}"
         because = "what the teacher said is joined row by row"
         expected = (
             "a row of the batch for each row of the dataset, or one row with position_ids that tell where each begins"
@@ -319,7 +319,7 @@ def check_objective(kept: Format, divergence: str, temperatures: Sequence[float]
     if kept.name == "sampled" and divergence != "forward_kl":
         because = "samples are unbiased only where the loss is linear in the teacher's probabilities"
         expected = "'forward_kl' with a teacher cache of format sampled"
-        fail("kd_divergence", divergence, expected, f"Set it to forward_kl. {other}", because=because)
+        fail("kd_divergence", repr(divergence), expected, f"Set it to forward_kl. {other}", because=because)
 
 
 class CachedTeacher:
@@ -349,7 +349,7 @@ class CachedTeacher:
 
     def __init__(self, path: str | Path) -> None:
         if not isinstance(path, (str, Path)) or not str(path).strip():
-            shown = path if path is None or isinstance(path, str) else Shown(f"of type {type(path).__name__}")
+            shown = path if path is None or isinstance(path, str) else f"of type {type(path).__name__}"
             expected, mend = "the folder of a finished teacher cache, or a dataset of the hub", "Pass its path."
             fail("path", shown, expected, mend, error=ValueError if isinstance(path, str) else TypeError)
         self.path = _local(path)
@@ -362,7 +362,7 @@ class CachedTeacher:
         if not folders:
             begun = list(self.path.glob(f"*/{BUILDING}")) if self.path.is_dir() else []
             mend = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
-            shown = Shown(f"{str(path)!r}, {'which is unfinished' if begun else 'which holds none'}")
+            shown = f"{str(path)!r}, {'which is unfinished' if begun else 'which holds none'}"
             raise CacheError(message("teacher_cache", shown, "the folder of a finished teacher cache", mend))
         root = None if self.path in folders.values() else self.path
         self.parts = {name: open_part(folder, root) for name, folder in folders.items()}
@@ -378,7 +378,7 @@ class CachedTeacher:
                 one, other = (m["teacher"]["weights"] if what == "teacher" else m.get(what)
                               for m in (store.manifest, first.manifest))  # fmt: skip
                 if one != other:
-                    shown = Shown(f"one whose part {str(store.folder)!r} has {what} {one}")
+                    shown = f"one whose part {str(store.folder)!r} has {what} {one}"
                     mend = "Build one of them again in an empty folder, with the teacher and settings of the other."
                     raise CacheError(message("teacher_cache", shown, f"{other}, as {str(first.folder)!r} has", mend))
 
@@ -479,4 +479,4 @@ def _local(path: str | Path) -> Path:
         mend = "Check the path for a typing error."
         said = (str(error).splitlines() or [""])[0]
         expected = f"a folder, or a dataset of the hub ({type(error).__name__}: {said})"
-        raise CacheError(message("teacher_cache", str(path), expected, mend)) from error
+        raise CacheError(message("teacher_cache", repr(str(path)), expected, mend)) from error

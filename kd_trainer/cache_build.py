@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from .cache import NumberedRows, Read, Reading, Taken
 from .cache_formats import SPARSE, encode, format_of, room_for, to_numpy
 from .cache_store import Rows, ShardWriter, written_shards
-from .checks import Shown, fail, message
+from .checks import fail, message
 from .finite import bad_rows
 from .fused_arguments import Side, cast_as_autocast, chunk_rows
 from .fused_forward import NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
@@ -269,9 +269,7 @@ def _check_columns(
     """Raises ValueError for a batch with columns that those which were looked at before had not."""
     new = sorted(set(columns_read(batch, speaker.teacher.inputs(inputs))) - set(settings["columns_read"]))
     if new:
-        shown = Shown(
-            f"one that makes {', '.join(new)} in some batches and not in those of the rows that were looked at"
-        )
+        shown = f"one that makes {', '.join(new)} in some batches and not in those of the rows that were looked at"
         because = "a teacher cache could not notice that they have changed"
         fix = "Give these columns in every batch, or train with the live teacher."
         fail("data_collator", shown, "the same columns in all batches", fix, because=because)
@@ -301,7 +299,7 @@ def check_rows_unseen(trainer: Any, speaker: Speaker, reading: Reading, rows: Ta
     room = 5e-2 if alone.dtype.itemsize < 4 else 1e-3
     behind = behind[len(behind) - len(alone) :]
     if len(alone) and float((behind - alone).abs().max()) > room * float(alone.abs().max()):
-        shown = Shown("one that makes one long row of several, and the teacher lets them see each other")
+        shown = "one that makes one long row of several, and the teacher lets them see each other"
         mend = "Use DataCollatorWithFlattening with its position_ids and a teacher that keeps to them, or pad the rows."
         fail("data_collator", shown, "rows of which the teacher says the same in any company", mend)
 
@@ -309,7 +307,7 @@ def check_rows_unseen(trainer: Any, speaker: Speaker, reading: Reading, rows: Ta
 def fail_no_product(speaker: Speaker) -> NoReturn:
     because = "the logits of " + type(speaker.teacher.model).__name__ + " are more than its output head's product"
     mend = "Set it to topk or logits."
-    fail("teacher_cache_format", "hidden", "another format with this teacher", mend, because=because)
+    fail("teacher_cache_format", "'hidden'", "another format with this teacher", mend, because=because)
 
 
 def _uniform(settings: Mapping[str, Any], first_row: int, count: int) -> Tensor:
@@ -330,7 +328,7 @@ def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
         else:
             bad = not all(map(math.isfinite, values.aminmax()))
         if bad:
-            shown = Shown(f"giving NaN or inf on rows {row_ids[0]} to {row_ids[-1]} of the data")
+            shown = f"giving NaN or inf on rows {row_ids[0]} to {row_ids[-1]} of the data"
             mend = "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs."
             fail("teacher_model", shown, "finite outputs", mend)
 
@@ -341,7 +339,7 @@ def what_the_disk_refuses(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        shown = Shown(f"{str(folder)!r}, where a file could not be written ({error})")
+        shown = f"{str(folder)!r}, where a file could not be written ({error})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
             expected = f"room for it ({shutil.disk_usage(there).free / 1e6:,.0f} MB are free)"

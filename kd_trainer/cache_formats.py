@@ -77,18 +77,22 @@ def check_format(name: str, k: int | None, dtype: str | None, *, softmax: bool, 
         check_choice("teacher_cache_dtype", dtype, (*DTYPES, "uint8"))
     if name in SPARSE and not softmax:
         expected = f"'logits' for the task {task!r}, whose outputs are no softmax over classes"
-        fail("teacher_cache_format", name, expected, "Set it to logits.")
+        fail("teacher_cache_format", repr(name), expected, "Set it to logits.")
     if name == "hidden" and not over_tokens:
-        fail("teacher_cache_format", name, "'logits', 'topk' or 'sampled' where the task is no language model's",
+        fail("teacher_cache_format", repr(name), "'logits', 'topk' or 'sampled' where the task is no language model's",
              "Set it to logits: it is exact too.")  # fmt: skip
     if k is not None and name not in SPARSE:
-        fail("teacher_cache_k", k, f"no value with teacher_cache_format {name!r}, which keeps all", "Leave it out.")
+        fail(
+            "teacher_cache_k", repr(k), f"no value with teacher_cache_format {name!r}, which keeps all", "Leave it out."
+        )
     if dtype is not None and name == "sampled":
-        fail("teacher_cache_dtype", dtype, "no value with teacher_cache_format 'sampled'", "Leave it out.")
+        fail("teacher_cache_dtype", repr(dtype), "no value with teacher_cache_format 'sampled'", "Leave it out.")
     if dtype not in (None, "float16", "uint8") and name == "topk":
-        fail("teacher_cache_dtype", dtype, "'float16' or 'uint8' with teacher_cache_format 'topk'", "Leave it out.")
+        fail(
+            "teacher_cache_dtype", repr(dtype), "'float16' or 'uint8' with teacher_cache_format 'topk'", "Leave it out."
+        )
     if dtype == "uint8" and name != "topk":
-        fail("teacher_cache_dtype", dtype, "'uint8' with teacher_cache_format 'topk' alone", "Leave it out.")
+        fail("teacher_cache_dtype", repr(dtype), "'uint8' with teacher_cache_format 'topk' alone", "Leave it out.")
 
 
 def room_for(kept: Format, count: int, said: Tensor) -> dict[str, Tensor]:
@@ -135,7 +139,7 @@ def _check_range(columns: Mapping[str, Tensor]) -> None:
     """Raises ValueError where 8 bits would be spread over an infinite range."""
     if "range" in columns and bool(columns["range"].isinf().any()):
         because = "a class among the k has no probability at all, and 8 bits are spread between the first and the last"
-        fail("teacher_cache_dtype", "uint8", "'float16' for this teacher", "Leave it out.", because=because)
+        fail("teacher_cache_dtype", "'uint8'", "'float16' for this teacher", "Leave it out.", because=because)
 
 
 def _in_8_bits(log_probs: Tensor, ends: Tensor) -> Tensor:

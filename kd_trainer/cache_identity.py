@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .cache_store import CacheError
-from .checks import Shown, fail, message
+from .checks import fail, message
 from .compatibility import tokenizer_of
 from .describe import name_of
 from .files import digest
@@ -137,7 +137,7 @@ def output_kwargs(init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if opaque := _opaque(value):
             because = "a teacher cache could not tell it from another one"
             fix = "Give it as text, numbers, lists and objects of these."
-            shown = Shown(f"one whose {name} has an object of type {opaque}")
+            shown = f"one whose {name} has an object of type {opaque}"
             fail("teacher_model_init_kwargs", shown, "values that JSON can hold", fix, because=because)
     found = hidden(as_json(kept))
     if isinstance(found.get("dtype"), str):
@@ -282,7 +282,7 @@ def compare(where: Path, kept: Mapping[str, Any], asked: Mapping[str, tuple[str,
         for part in place.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if value != now:
-            shown = Shown(f"one with {what} {_short(now)}")
+            shown = f"one with {what} {_short(now)}"
             expected = f"{what} {_short(value)}, of which the teacher cache {str(where)!r} was built"
             other = "Or name another teacher_cache_dir: one is built there."
             raise CacheError(message(argument, shown, expected, f"{mend} {other}"))
@@ -312,7 +312,7 @@ def compare_teachers(where: Path, kept: Mapping[str, Any], now: Mapping[str, Any
     if not missing:
         return None
     if teacher.get("name") != now["name"]:
-        shown = Shown(f"{now['name']!r}, whose weights are not on this machine")
+        shown = f"{now['name']!r}, whose weights are not on this machine"
         expected = f"the name {teacher.get('name')!r}, by which the teacher cache {str(where)!r} was built"
         fix = "To read the cache without its teacher give teacher_model=CachedTeacher(folder) and no teacher_cache_dir."
         raise CacheError(message("teacher_model", shown, expected, fix, because="nothing else could be compared"))

@@ -17,7 +17,7 @@ from typing import Any
 
 from .cache_formats import DTYPES, FORMATS, SPARSE
 from .cache_signatures import KINDS
-from .checks import Shown, message
+from .checks import message
 from .heads import HEADS, Head
 
 _LARGEST = 2**53  # of a count or a number of bytes: beyond it a float no longer holds every integer
@@ -59,7 +59,7 @@ def check_links(folder: Path, root: Path | None = None) -> None:
     for path in _links(folder):
         target = Path(os.path.realpath(path))
         if not any(target == each or each in target.parents for each in allowed):
-            shown = Shown(f"{str(folder)!r} with the symbolic link {str(path)!r} to {str(target)!r}")
+            shown = f"{str(folder)!r} with the symbolic link {str(path)!r} to {str(target)!r}"
             fix = "Copy the file into the folder, or remove the link."
             because = "a cache must not read, overwrite or upload files elsewhere"
             raise CacheError(message("teacher_cache", shown, "files inside the folder", fix, because=because))
@@ -186,7 +186,7 @@ def _at(content: Mapping[str, Any], field: str) -> Any:
 def _refuse(path: Path, field: str, value: Any, expected: str, because: str | None = None) -> None:
     text = "no value" if value is _ABSENT else repr(value)
     text = text if len(text) <= 120 else f"{text[:117]}..."
-    shown = Shown(f"{str(path)!r} with {text} for {field!r}")
+    shown = f"{str(path)!r} with {text} for {field!r}"
     raise CacheError(message("teacher_cache", shown, expected, BUILD_AGAIN, because=because))
 
 

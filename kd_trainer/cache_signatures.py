@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .checks import Shown, fail
+from .checks import fail
 from .inputs import TEACHER_PREFIX, token_mask
 
 # How a column of a batch belongs to its rows. It is found once, from some rows collated together and each alone, so
@@ -118,7 +118,7 @@ def refuse_column(name: str, value: Any, rows: int) -> NoReturn:
     because = "a teacher cache could not notice that a row of the data has changed"
     fix = "Give it row by row, or train with the live teacher."
     expected = "an entry of it for each row, or the rows' own entries one behind the other"
-    fail("data_collator", Shown(f"one that makes {name} {shape} of {rows} rows"), expected, fix, because=because)
+    fail("data_collator", f"one that makes {name} {shape} of {rows} rows", expected, fix, because=because)
 
 
 def is_own(value: Tensor, alone: Sequence[Any]) -> bool:
@@ -317,5 +317,5 @@ def _of_any(value: Any) -> bytes:
         return f"{type(value).__name__} {len(text)} ".encode() + text
     because = "a teacher cache could not notice that a row of the data has changed"
     fix = "Give numbers, texts, tensors and lists of these, or train with the live teacher."
-    shown = Shown(f"one that makes objects of type {type(value).__name__}")
+    shown = f"one that makes objects of type {type(value).__name__}"
     fail("data_collator", shown, "values that can be compared", fix, because=because)

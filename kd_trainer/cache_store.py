@@ -42,7 +42,7 @@ from .cache_manifest import (
     shard_index,
     shard_name,
 )
-from .checks import Shown, message
+from .checks import message
 from .files import atomic_file, digest, write_atomically
 
 LAYOUT = 3  # of the folder; another number is another program's
@@ -286,7 +286,7 @@ def _read_sealed(path: Path) -> dict[str, Any]:
         whole = isinstance(content, dict) and content["sealed"] == _seal(content)
     except FileNotFoundError:
         raise CacheError(
-            message("teacher_cache", str(path.parent), f"a folder with {path.name}", BUILD_AGAIN)
+            message("teacher_cache", repr(str(path.parent)), f"a folder with {path.name}", BUILD_AGAIN)
         ) from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
         whole, content = False, {}
@@ -295,7 +295,7 @@ def _read_sealed(path: Path) -> dict[str, Any]:
         cause = None
     if not whole:
         told = message(
-            "teacher_cache", str(path), "the file as it was written", BUILD_AGAIN, because="it was changed or cut"
+            "teacher_cache", repr(str(path)), "the file as it was written", BUILD_AGAIN, because="it was changed or cut"
         )
         raise CacheError(told) from cause
     return content
@@ -322,7 +322,7 @@ def read_manifest(folder: Path, root: Path | None = None) -> dict[str, Any]:
     if not is_finished(folder):
         begun = (folder / BUILDING).exists()
         mend = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
-        shown = Shown(f"{str(folder)!r}, {'which is unfinished' if begun else 'which has no ' + MANIFEST}")
+        shown = f"{str(folder)!r}, {'which is unfinished' if begun else 'which has no ' + MANIFEST}"
         raise CacheError(message("teacher_cache", shown, "a finished cache", mend))
     manifest = _of_this_layout(_read_sealed(folder / MANIFEST))
     check_manifest(folder / MANIFEST, manifest)
@@ -333,7 +333,7 @@ def _of_this_layout(manifest: dict[str, Any]) -> dict[str, Any]:
     layout = manifest.get("layout")
     if layout != LAYOUT or isinstance(layout, bool):
         mend = "Read it with that version of kd_trainer, or build it again in an empty folder."
-        shown = Shown(f"of layout {str(layout)[:80]}, from kd_trainer {str(manifest.get('kd_trainer'))[:80]}")
+        shown = f"of layout {str(layout)[:80]}, from kd_trainer {str(manifest.get('kd_trainer'))[:80]}"
         raise CacheError(message("teacher_cache", shown, f"layout {LAYOUT}", mend))
     return manifest
 
@@ -370,12 +370,12 @@ def damaged(name: str, reason: str) -> str:
         "Start a training with teacher_model and teacher_cache_dir: that shard alone is built again. Without the "
         "teacher, fetch the file again."
     )
-    return message("teacher_cache", Shown(f"damaged in {name}"), "the file as it was written", mend, because=reason)
+    return message("teacher_cache", f"damaged in {name}", "the file as it was written", mend, because=reason)
 
 
 def foreign(name: str, reason: str) -> str:
     """The message on a file that is as its manifest notes it, and not what this package writes."""
-    shown = Shown(f"one whose {name} this package did not write")
+    shown = f"one whose {name} this package did not write"
     return message("teacher_cache", shown, "the file of a cache", BUILD_AGAIN, because=reason)
 
 
@@ -454,7 +454,7 @@ class Store:
         if not 0 <= place < len(self):
             mend = "Train on the rows that the cache was built from, or build one for these."
             expected = f"a row of the teacher cache, which has {len(self):,}"
-            raise CacheError(message("train_dataset", Shown(f"asked for row {row_id}"), expected, mend))
+            raise CacheError(message("train_dataset", f"asked for row {row_id}", expected, mend))
         index = bisect.bisect_right(self._starts, place) - 1
         return index, place - self._starts[index]
 

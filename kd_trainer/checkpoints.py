@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .checks import Shown, fail, message, warn
+from .checks import fail, message, warn
 from .files import digest, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class CompleteCheckpoints(_InFrontOf):
                 whole, _ = newest_resumable(named.parent)
                 mend = f"Resume from {whole}, the newest whole one." if whole else "There is no whole one beside it."
                 mend += " Its weights alone, where they are whole: from_pretrained, and train from the start."
-                fail("resume_from_checkpoint", str(named), "a whole checkpoint", mend, because=flaw)
+                fail("resume_from_checkpoint", repr(str(named)), "a whole checkpoint", mend, because=flaw)
         if not (found / MANIFEST).exists():
             warn(logger, "[kd_trainer] %s has no %s: whether its files are whole is not known.", found, MANIFEST)
         elif _manifest(found)["processes"] != self.args.world_size:
@@ -241,7 +241,7 @@ class CompleteCheckpoints(_InFrontOf):
             if not folder.exists():
                 _mark(folder).unlink(missing_ok=True)
         free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.is_dir() else 0.0
-        shown = Shown(f"not written: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        shown = f"not written: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         whole, _ = newest_resumable(folder.parent)
         last = f"{whole.name} is whole: go on with" if whole else "There is no other; without one it starts anew:"
         mend = f"{last} trainer.train(resume_from_checkpoint={bool(whole)}) when there is room."
@@ -256,7 +256,7 @@ class CompleteCheckpoints(_InFrontOf):
             reason = damage(Path(best))
             if reason is not None and (Path(best) / MANIFEST).exists():
                 mend = "The model as the training left it is in the trainer: save it with trainer.save_model()."
-                fail("best_model_checkpoint", best, "a whole checkpoint", mend, because=reason)
+                fail("best_model_checkpoint", repr(best), "a whole checkpoint", mend, because=reason)
             return best
 
         self._on_main_process(check)

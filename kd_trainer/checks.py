@@ -25,31 +25,36 @@ class Message(str):
     mend: str = ""  # how to mend it
 
 
-def message(argument: str, value: Any, expected: str, mend: str, *, because: str | None = None) -> Message:
-    """The house form of an error message, without secrets; strings as values are shown quoted."""
-    shown = value if isinstance(value, Shown) else repr(hidden(value, argument))
+def message(argument: str, shown: Any, expected: str, fix: str, *, because: str | None = None) -> Message:
+    """The house form of an error message, without secrets.
+
+    Args:
+        shown: of the value. Text is printed as it stands: a shape, a class name, `quoted(value)`; all else by its repr.
+    """
+    shown, fix = hidden(shown, argument), scrub(fix)
+    shown = shown if isinstance(shown, str) else repr(shown)
     reason = f", because {because}" if because else ""
-    mend = scrub(mend)
-    made = Message(scrub(f"`{argument}` is {shown}; expected {expected}{reason}. ") + mend)
-    made.mend = mend
+    made = Message(scrub(f"`{argument}` is {shown}; expected {expected}{reason}. ") + fix)
+    made.mend = fix
     return made
 
 
-class Shown(str):
-    """A value that `message` prints as it stands, without quotes (a shape, a class name, a count)."""
+def quoted(value: Any) -> str:
+    """A value as Python writes it, without the secrets that it holds by name."""
+    return repr(hidden(value))
 
 
 def fail(
     argument: str,
-    value: Any,
+    shown: Any,
     expected: str,
-    mend: str,
+    fix: str,
     *,
     because: str | None = None,
     error: type[Exception] = ValueError,
 ) -> NoReturn:
     """Raises `error` (ValueError for a value, TypeError for a type, RuntimeError for a state) in the house form."""
-    raise error(message(argument, value, expected, mend, because=because))
+    raise error(message(argument, shown, expected, fix, because=because))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -63,7 +68,12 @@ def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
     choices = choices if isinstance(choices, (dict, tuple)) else list(choices)
     if not isinstance(value, str) or value not in choices:
         near = nearest(value, choices) if isinstance(value, str) else ""
-        fail(argument, value, "one of " + ", ".join(map(repr, choices)), near or f"Set `{argument}` to one of these.")
+        fail(
+            argument,
+            quoted(value),
+            "one of " + ", ".join(map(repr, choices)),
+            near or f"Set `{argument}` to one of these.",
+        )
 
 
 def check_number(
@@ -93,10 +103,10 @@ def check_number(
     else:
         expected = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
     if isinstance(value, int) and not _is_finite(value):
-        value = Shown(f"a whole number of {value.bit_length()} bits")
+        value = f"a whole number of {value.bit_length()} bits"
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         wrong_type = f"Give `{argument}` as a number, not as {type(value).__name__}."
-        fail(argument, value, expected, wrong_type, error=TypeError)
+        fail(argument, quoted(value), expected, wrong_type, error=TypeError)
     fail(argument, value, expected, f"Set `{argument}` to a value in that range.")
 
 
@@ -112,7 +122,7 @@ def check_tensor(argument: str, value: Any, expected: str = "a tensor") -> None:
     from torch import Tensor
 
     if not isinstance(value, Tensor):
-        shown = value if value is None else Shown(f"of type {type(value).__name__}")
+        shown = value if value is None else f"of type {type(value).__name__}"
         fail(argument, shown, expected, f"Pass `{argument}` as a tensor, e.g. torch.tensor(...).", error=TypeError)
 
 
@@ -122,7 +132,7 @@ def check_temperature(argument: str, value: Any) -> None:
         return
     check_number(argument, value, low=0, open_low=True)
     because = "its square, the factor of the soft loss, is no number of float32"
-    fail(argument, Shown(f"{value:g}"), "a number from 1e-18 to 1e+18", "Usual are 1 to 10.", because=because)
+    fail(argument, f"{value:g}", "a number from 1e-18 to 1e+18", "Usual are 1 to 10.", because=because)
 
 
 # In which launchers tell a process its number.

@@ -110,7 +110,12 @@ def _named(text: str) -> tuple[str | None, str]:
     if not name.strip() or not folder:
         from .checks import fail
 
-        fail("run", text, "NAME=DIR or DIR", "Write both sides of the equals sign, for example teacher=out/teacher.")
+        fail(
+            "run",
+            repr(text),
+            "NAME=DIR or DIR",
+            "Write both sides of the equals sign, for example teacher=out/teacher.",
+        )
     return name.strip(), folder
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .checks import Shown, fail, warn
+from .checks import fail, quoted, warn
 from .inputs import text_config, vocabulary_rows
 
 logger = logging.getLogger(__name__)
@@ -71,12 +71,12 @@ def match_classes(
     if ours is None or theirs is None:
         if remap:
             side = "student" if ours is None else "teacher"
-            _fail_remap(Shown(f"names of the classes in both models (the {side} is a model without id2label)"))
+            _fail_remap(f"names of the classes in both models (the {side} is a model without id2label)")
         return Classes(None, None)
     if len(ours) != len(theirs):
         fail(
             argument,
-            Shown(f"{what} with {len(theirs)} classes ({listed(theirs)})"),
+            f"{what} with {len(theirs)} classes ({listed(theirs)})",
             f"{len(ours)} classes as the student has ({listed(ours)})",
             "Give both models the same num_labels and id2label.",
         )
@@ -93,7 +93,7 @@ def match_classes(
         mend = "Set kd_remap_labels to true to reorder the teacher's classes by name."
         fail(
             argument,
-            Shown(f"{what} in which class {theirs[place]!r} has id {place}"),
+            f"{what} in which class {theirs[place]!r} has id {place}",
             f"id {moved[0]} as in the student ({listed(ours)}; the teacher has {listed(theirs)})",
             mend if permuted else "Give both configs the same id2label.",
             because="the student would learn one class as another",
@@ -151,7 +151,7 @@ def class_names(model: Any) -> dict[int, str] | None:
     try:
         return {int(i): str(name) for i, name in items}
     except (TypeError, ValueError):
-        fail("id2label", names, "whole numbers as its keys", "Write it as {0: name, 1: name, ...}.")
+        fail("id2label", quoted(names), "whole numbers as its keys", "Write it as {0: name, 1: name, ...}.")
 
 
 def without_names(ours: Mapping[int, str], theirs: Mapping[int, str]) -> bool:
@@ -215,7 +215,7 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
         compared = True
         if not _ids(a) & _ids(b):
             because = "different special ids mean different tokenizers"
-            shown = Shown(f"a model with {name} {b}")
+            shown = f"a model with {name} {b}"
             fail("teacher_model", shown, f"{a} as in the student", _COMPARE, because=because)
     a, b = (vocabulary_rows(model, measured=True) for model in (student, teacher))
     if a is not None and b is not None and b < a:
@@ -236,7 +236,7 @@ def _check_tokenizers(ours: Mapping[str, int], theirs: Mapping[str, int], a: int
         wrong = min(moved, key=lambda t: ours.get(t, theirs.get(t, 0)))
         fail(
             "teacher_model",
-            Shown(f"a model whose tokenizer has {len(theirs)} tokens, {wrong!r} with id {theirs.get(wrong)}"),
+            f"a model whose tokenizer has {len(theirs)} tokens, {wrong!r} with id {theirs.get(wrong)}",
             f"the tokens of processing_class ({len(ours)}, {wrong!r} with id {ours.get(wrong)})",
             _SAME_TOKENS,
             because="the teacher would read the student's input_ids as other words",
@@ -250,7 +250,7 @@ def _check_tokenizers(ours: Mapping[str, int], theirs: Mapping[str, int], a: int
 
 def _fail_smaller(rows: int, expected: str, mend: str) -> NoReturn:
     because = "some of the student's input_ids would be outside its embedding"
-    fail("teacher_model", Shown(f"a model with vocab_size {rows}"), expected, mend, because=because)
+    fail("teacher_model", f"a model with vocab_size {rows}", expected, mend, because=because)
 
 
 def common_ids(ours: int, theirs: int, known_by: str | None) -> int | None:
@@ -272,7 +272,7 @@ def common_ids(ours: int, theirs: int, known_by: str | None) -> int | None:
     if known_by == "tokenizers" or (known_by is not None and max(ours, theirs) % 8 == 0):
         return min(ours, theirs)
     because = "nothing tells that class i of one means class i of the other"
-    fail("teacher_model", Shown(f"a model of {theirs} token ids"), f"{ours} as the student", _COMPARE, because=because)
+    fail("teacher_model", f"a model of {theirs} token ids", f"{ours} as the student", _COMPARE, because=because)
 
 
 def vocabulary_line(ours: int, theirs: int, known_by: str | None) -> str:

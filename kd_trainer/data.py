@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import torch
 from datasets.table import InMemoryTable
 
-from .checks import Shown, check_number, fail
+from .checks import check_number, fail, quoted
 from .reductions import IGNORE_INDEX
 
 UNLABELLED = "unlabelled"
@@ -31,7 +31,7 @@ LABEL_NAMES = ("labels", "label")
 def check_count(argument: str, value: Any, low: int = 1) -> None:
     """Raises unless `value` is an int >= `low`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        fail(argument, value, f"a whole number >= {low}", f"Give `{argument}` as an int.", error=TypeError)
+        fail(argument, quoted(value), f"a whole number >= {low}", f"Give `{argument}` as an int.", error=TypeError)
     check_number(argument, value, low=low)
 
 
@@ -166,7 +166,7 @@ def _flat_values(column: pa.ChunkedArray, name: str) -> tuple[pa.Array, list[int
             array = array.storage
         if array.null_count:
             row = pc.index(pc.is_null(array), True).as_py() // int(np.prod(shape[1:]))
-            fail(f"column {name}", Shown(f"null in row {row}"), "a value in every row", "Fill or drop such rows.")
+            fail(f"column {name}", f"null in row {row}", "a value in every row", "Fill or drop such rows.")
         if isinstance(array, pa.FixedSizeListArray):
             width = array.type.list_size
         elif isinstance(array, (pa.ListArray, pa.LargeListArray)):
@@ -177,7 +177,7 @@ def _flat_values(column: pa.ChunkedArray, name: str) -> tuple[pa.Array, list[int
                 row = at // int(np.prod(shape[1:]))
                 fail(
                     f"column {name}",
-                    Shown(f"{lengths[at]} numbers in row {row}"),
+                    f"{lengths[at]} numbers in row {row}",
                     f"{width} in every row, as in row 0",
                     "Pad or crop the rows to one length, or leave the column out.",
                 )
@@ -188,7 +188,7 @@ def _flat_values(column: pa.ChunkedArray, name: str) -> tuple[pa.Array, list[int
     if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_boolean(array.type)):
         fail(
             f"column {name}",
-            Shown(f"of type {array.type}"),
+            f"of type {array.type}",
             "numbers",
             "Leave the column out.",
             error=TypeError,
@@ -225,7 +225,7 @@ class TensorRows(torch.utils.data.Dataset):
     def __init__(self, columns: Mapping[str, torch.Tensor]) -> None:
         lengths = {name: len(tensor) for name, tensor in columns.items()}
         if len(set(lengths.values())) != 1:
-            fail("columns", Shown(f"{lengths} (rows)"), "at least one column, all of one length", "Align the columns.")
+            fail("columns", f"{lengths} (rows)", "at least one column, all of one length", "Align the columns.")
         self.columns = dict(columns)
         self._length = next(iter(lengths.values()))
 
@@ -270,7 +270,7 @@ def as_tensors(dataset: datasets.Dataset) -> TensorRows:
     """
     if not isinstance(dataset, datasets.Dataset):
         mend = "Pick one split of a DatasetDict; an IterableDataset has to be read into a Dataset first."
-        fail("dataset", Shown(f"a {type(dataset).__name__}"), "a datasets.Dataset", mend, error=TypeError)
+        fail("dataset", f"a {type(dataset).__name__}", "a datasets.Dataset", mend, error=TypeError)
     table = dataset.with_format("arrow")[:]
     columns = {}
     for name in dataset.column_names:
@@ -325,7 +325,7 @@ class Source(NamedTuple):
     shown: str
 
     def refuse(self, found: str, expected: str, mend: str) -> NoReturn:
-        fail(self.argument, Shown(f"{self.shown} with {found}"), expected, mend)
+        fail(self.argument, f"{self.shown} with {found}", expected, mend)
 
 
 def label_name(columns: Sequence[str], source: Source) -> str:
@@ -366,7 +366,12 @@ def split_labelled(dataset: datasets.Dataset, num_labelled: int, *, seed: int = 
     classes, counts = np.unique(labels[labels != IGNORE_INDEX], return_counts=True)
     check_count("num_labelled", num_labelled)
     if num_labelled > counts.sum():
-        fail("num_labelled", num_labelled, f"at most {counts.sum()}, the labelled rows of `dataset`", "Ask for fewer.")
+        fail(
+            "num_labelled",
+            num_labelled,
+            f"at most {counts.sum()}, the labelled rows of `dataset`",
+            "Ask for fewer.",
+        )
     check_count("seed", seed, low=0)
     exact = counts * (num_labelled / counts.sum())
     share = np.floor(exact).astype(np.int64)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Shown, check_tensor, fail
+from .checks import check_tensor, fail
 from .divergences import kl_terms
 
 
@@ -32,7 +32,7 @@ def _check_same_shape(**tensors: Tensor) -> None:
         if a.shape != b.shape:
             fail(
                 first,
-                Shown(f"of shape {list(a.shape)} and `{name}` of shape {list(b.shape)}"),
+                f"of shape {list(a.shape)} and `{name}` of shape {list(b.shape)}",
                 "equal shapes",
                 "Expand one of them yourself if it shall be repeated.",
             )
@@ -42,7 +42,7 @@ def _check(argument: str, valid: Tensor, value: Tensor, expected: str, mend: str
     """Raises ValueError with the first offending value unless all of `valid` holds (NaN never does)."""
     if not bool(valid.all()):
         index = tuple(int(i) for i in (~valid).nonzero()[0])
-        shown = Shown(f"{value[index].item():g} at index {list(index)}")
+        shown = f"{value[index].item():g} at index {list(index)}"
         fail(argument, shown, expected, mend)
 
 
@@ -155,14 +155,14 @@ def _cholesky(covariance: Tensor, argument: str) -> Tensor:
     if not torch.allclose(covariance, covariance.mT):
         fail(
             argument,
-            Shown("not symmetric"),
+            "not symmetric",
             "a symmetric matrix",
             f"Symmetrise it: 0.5 * ({argument} + its transpose).",
         )
     factor, info = torch.linalg.cholesky_ex(covariance)
     if bool((info != 0).any()):
         order = int(info.flatten()[info.flatten() != 0][0])
-        shown = Shown(f"not positive definite (its leading minor of order {order} is not)")
+        shown = f"not positive definite (its leading minor of order {order} is not)"
         fail(argument, shown, "a positive definite covariance", "Add a small multiple of the identity to it.")
     return factor
 
@@ -196,9 +196,7 @@ def kl_full_gaussian(p_mean: Tensor, p_covariance: Tensor, q_mean: Tensor, q_cov
         check_tensor(name, covariance)
         if covariance.shape != (*p_mean.shape, dimensions):
             shape = [*p_mean.shape, dimensions]
-            fail(
-                name, Shown(f"of shape {list(covariance.shape)}"), f"shape {shape}", "Give one [D, D] matrix per mean."
-            )
+            fail(name, f"of shape {list(covariance.shape)}", f"shape {shape}", "Give one [D, D] matrix per mean.")
     p_factor, q_factor = _cholesky(p_covariance, "p_covariance"), _cholesky(q_covariance, "q_covariance")
     whitened = torch.linalg.solve_triangular(q_factor, p_factor, upper=False)  # its squared norm is the trace
     offset = torch.linalg.solve_triangular(q_factor, (q_mean - p_mean).unsqueeze(-1), upper=False)
@@ -270,7 +268,7 @@ def monte_carlo_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> MonteCarloKL:
     """
     _check_same_shape(p_log_probs=p_log_probs, q_log_probs=q_log_probs)
     if p_log_probs.dim() == 0 or p_log_probs.shape[0] < 2:
-        shown = Shown(f"of shape {list(p_log_probs.shape)}")
+        shown = f"of shape {list(p_log_probs.shape)}"
         fail("p_log_probs", shown, "at least two samples in the first dimension", "Draw more samples from P.")
     log_ratio = p_log_probs - q_log_probs
     return MonteCarloKL(log_ratio.mean(0), log_ratio.std(0) / log_ratio.shape[0] ** 0.5)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import Shown, check_choice, check_number, check_temperature, check_tensor, fail
+from .checks import check_choice, check_number, check_temperature, check_tensor, fail
 
 # Elements in one block of rows. One thread wants its buffers in the nearest cache; several threads wait for each other
 # at the end of every operation (for long, where other processes use the cores), so they get fewer and larger blocks;
@@ -89,7 +89,7 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
         if not logits.is_floating_point():
             fail(
                 argument,
-                Shown(f"of dtype {logits.dtype}"),
+                f"of dtype {logits.dtype}",
                 "logits of a floating dtype",
                 "Pass the scores before the softmax, not class ids.",
                 error=TypeError,
@@ -97,7 +97,7 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
     if student_logits.shape != teacher_logits.shape:
         fail(
             "student_logits",
-            Shown(f"of shape {list(student_logits.shape)} and `teacher_logits` of shape {list(teacher_logits.shape)}"),
+            f"of shape {list(student_logits.shape)} and `teacher_logits` of shape {list(teacher_logits.shape)}",
             "equal shapes [..., V]",
             "Give both sides the same positions and the same classes, in the same order.",
             because="a divergence compares them class by class",
@@ -105,7 +105,7 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
     if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
         fail(
             "student_logits",
-            Shown(f"of shape {list(student_logits.shape)}"),
+            f"of shape {list(student_logits.shape)}",
             "at least one class in the last dimension",
             "Pass logits [..., V].",
         )
@@ -118,7 +118,7 @@ def check_divergence(divergence: str, beta: float | None) -> float:
         if beta is not None:
             fail(
                 "beta",
-                beta,
+                repr(beta),
                 f"None with divergence '{divergence}'",
                 "Leave `beta` out, or choose one of " + ", ".join(map(repr, _DEFAULT_BETA)) + ".",
                 because="this divergence has no beta",
@@ -250,7 +250,7 @@ class _FirstDerivativeOnly(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
         fail(
             "student_logits",
-            Shown("differentiated twice"),
+            "differentiated twice",
             "at most a first derivative of a divergence of large logits",
             "Use `divergence_terms(divergence, ...).sum(-1)`, the plain formula, for second derivatives.",
             because="only the gradient is kept",

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .backends import layer_classes
-from .checks import Shown, fail, message
+from .checks import fail, message
 from .divergences import BLOCK_ACCELERATOR
 from .first_look import SMALL_VOCABULARY
 from .fused_arguments import CHUNK_ROWS, chunk_rows, group_rows
@@ -104,7 +104,7 @@ class FakeStep:
         try:
             self._run(student, teacher, head, batch, _output_heads(student, teacher, head, way))
         except (RuntimeError, NotImplementedError) as error:
-            shown = Shown(f"a {type(student).__name__}, which does not run on tensors without contents")
+            shown = f"a {type(student).__name__}, which does not run on tensors without contents"
             said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             mend = "Measure a few steps of a smaller pair instead."
             text = message("student", shown, "a forward that depends on shapes alone", mend, because=said)
@@ -324,7 +324,7 @@ def _output_heads(student: nn.Module, teacher: nn.Module, head: Head, way: str) 
     rows = vocabulary_rows(student, written=True)
     if way == "fused" and not head.over_tokens:
         expected = "'auto' or 'full' where the task is no language model's"
-        fail("kd_loss_implementation", way, expected, "Leave it at 'auto'.")
+        fail("kd_loss_implementation", repr(way), expected, "Leave it at 'auto'.")
     if way == "full" or not head.over_tokens or (way == "auto" and rows is not None and rows < SMALL_VOCABULARY):
         return None
     try:
@@ -333,7 +333,7 @@ def _output_heads(student: nn.Module, teacher: nn.Module, head: Head, way: str) 
         if way == "auto":
             return None
         mend = "Set it to auto: it takes full logits where it must."
-        fail("kd_loss_implementation", way, "'auto' or 'full' with these models", mend, because=str(reason))
+        fail("kd_loss_implementation", repr(way), "'auto' or 'full' with these models", mend, because=str(reason))
 
 
 def _counted(tensor: Tensor, head: Head) -> Tensor:

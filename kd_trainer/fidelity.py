@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .checks import Shown, check_number, fail, message
+from .checks import check_number, fail, message
 from .divergences import forward_kl
 from .reductions import IGNORE_INDEX
 
@@ -36,7 +36,7 @@ def _tensor(argument: str, values: Array) -> torch.Tensor:
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:  # text, None, rows of unequal length
-        shown = values if values is None else Shown(f"of type {type(values).__name__}")
+        shown = values if values is None else f"of type {type(values).__name__}"
         told = message(argument, shown, "numbers: a tensor, an array or lists", "Give all rows the same length.")
         raise TypeError(told) from error
 
@@ -45,11 +45,11 @@ def _logits(argument: str, logits: Array) -> torch.Tensor:
     """[..., C] as float64 [N, C]: a metric is read to more digits than bf16 holds, and costs nothing."""
     logits = _tensor(argument, logits).detach()
     if logits.dim() < 2:
-        fail(argument, Shown(f"of shape {list(logits.shape)}"), "[N, C]", "Give one row of logits per example.")
+        fail(argument, f"of shape {list(logits.shape)}", "[N, C]", "Give one row of logits per example.")
     if not logits.is_floating_point():
         fail(
             argument,
-            Shown(f"of dtype {logits.dtype}"),
+            f"of dtype {logits.dtype}",
             "floating point logits",
             "Give the model's raw outputs, not class ids.",
             error=TypeError,
@@ -62,9 +62,9 @@ def _labelled(logits: Array, labels: Array) -> tuple[torch.Tensor, torch.Tensor]
     rows = _logits("logits", logits)
     targets = _tensor("labels", labels).to(rows.device).reshape(-1)
     if targets.is_floating_point():
-        fail("labels", Shown(f"of dtype {targets.dtype}"), "integer class ids", "Cast them to int64.", error=TypeError)
+        fail("labels", f"of dtype {targets.dtype}", "integer class ids", "Cast them to int64.", error=TypeError)
     if len(targets) != len(rows):
-        fail("labels", Shown(f"{len(targets)} rows"), f"{len(rows)} rows, as in `logits`", "Give one label per row.")
+        fail("labels", f"{len(targets)} rows", f"{len(rows)} rows, as in `logits`", "Give one label per row.")
     counted = targets != IGNORE_INDEX
     rows, targets = rows[counted], targets[counted].long()
     wrong = (targets < 0) | (targets >= rows.shape[-1])
@@ -85,7 +85,7 @@ def _pair(student_logits: Array, teacher_logits: Array) -> tuple[torch.Tensor, t
     if student.shape != teacher.shape:
         fail(
             "teacher_logits",
-            Shown(f"of shape {list(teacher.shape)}"),
+            f"of shape {list(teacher.shape)}",
             f"{list(student.shape)}, the shape of the student's logits",
             "Run both models on the same rows, in the same order.",
         )
@@ -157,7 +157,7 @@ def reliability_bins(logits: Array, labels: Array, bins: int = 15) -> Reliabilit
     """
     check_number("bins", bins, low=1)
     if not isinstance(bins, int):
-        fail("bins", bins, "a whole number", "Give `bins` as an int.", error=TypeError)
+        fail("bins", repr(bins), "a whole number", "Give `bins` as an int.", error=TypeError)
     rows, targets = _labelled(logits, labels)
     confidence, predicted = rows.softmax(-1).max(-1)
     right = (predicted == targets).double()

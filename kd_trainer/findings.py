@@ -22,7 +22,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from .cache import CachedTeacher
-from .checks import Message, Shown, fail, leave_progress_bar, warn
+from .checks import Message, fail, leave_progress_bar, warn
 from .compatibility import Classes, listed, without_names
 from .describe import count_parameters, describe, times
 from .first_look import SMALL_VOCABULARY, Fit
@@ -224,7 +224,7 @@ def check_student_ids(student: nn.Module, batch: Mapping[str, Any]) -> None:
     if wrong.numel():
         mend = "Call student.resize_token_embeddings(len(tokenizer)), or take the student's own tokenizer."
         expected = f"0 to {rows - 1}, the rows of the student's embedding"
-        fail("input_ids", Shown(f"{int(wrong[0])} in the batch"), expected, mend)
+        fail("input_ids", f"{int(wrong[0])} in the batch", expected, mend)
 
 
 def about_labels(

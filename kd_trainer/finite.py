@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Shown, fail
+from .checks import fail
 
 
 class Fault(NamedTuple):
@@ -92,7 +92,7 @@ class FiniteWatch:
         fault = self._fault
         if fault is not None and counts[2]:
             because = f"the loss at step {step}, process {self.process}, is not finite"
-            found = Shown(f"{fault.found} in rows [{named[2]}] of the batch")
+            found = f"{fault.found} in rows [{named[2]}] of the batch"
             fail(fault.argument, found, fault.expected, fault.fix, because=because, error=RuntimeError)
         sides = []
         for side, shown, count in zip(("student", "teacher"), named, counts, strict=False):
@@ -103,7 +103,7 @@ class FiniteWatch:
         cause = "; ".join(sides) or mass
         fail(
             "loss",
-            Shown(f"not finite at step {step}, process {self.process}: {cause}"),
+            f"not finite at step {step}, process {self.process}: {cause}",
             "finite numbers from both models",
             "Lower the learning rate or use bf16/float32; kd_check_finite sets when this is looked for.",
             error=RuntimeError,

@@ -25,7 +25,7 @@ from .backends import reshard
 from .cache import CachedTeacher
 from .cache_identity import tokenizer_identity
 from .cache_manifest import head_of
-from .checks import Shown, fail, warn
+from .checks import fail, quoted, warn
 from .compatibility import (
     Classes,
     check_same_tokens,
@@ -204,14 +204,14 @@ class FirstLook(_InFrontOf):
         kd, named = self.kd_args, self.kd_args.teacher_model_name_or_path
         if given is not None and named is not None and str(given) != named:
             expected = "nothing beside the argument teacher_model of the trainer"
-            fail("teacher_model_name_or_path", named, expected, "Give the teacher once.")
+            fail("teacher_model_name_or_path", repr(named), expected, "Give the teacher once.")
         self._given_teacher = given = named if given is None else given
         self._require_teacher(given)
         if isinstance(given, CachedTeacher):
             of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_cache_dir": kd.teacher_cache_dir}
             for name, value in of_another.items():
                 if value:
-                    fail(name, value, "nothing with a CachedTeacher, which has all of it", "Leave it out.")
+                    fail(name, quoted(value), "nothing with a CachedTeacher, which has all of it", "Leave it out.")
             return given
         if given is None:
             return None
@@ -232,7 +232,7 @@ class FirstLook(_InFrontOf):
             for name, value in of_another.items():
                 if value:
                     because = "the teacher is the student's own base"
-                    fail(name, value, f"nothing with the teacher {given!r}", "Leave it out.", because=because)
+                    fail(name, quoted(value), f"nothing with the teacher {given!r}", "Leave it out.", because=because)
             return AdapterOffTeacher(student, over_tokens=head is not None and head.over_tokens)
         teacher = load_teacher(given, student, kd.teacher_kwargs)
         check_separate(student, teacher)
@@ -353,7 +353,7 @@ class FirstLook(_InFrontOf):
             )
         expected = f"{', '.join(map(repr, missing))} too, which the forward of {type(model).__name__} cannot do without"
         side = "student" if argument == "model" else "teacher"
-        fail("inputs", Shown(f"a batch that has {there} for the {side}"), expected, fix)
+        fail("inputs", f"a batch that has {there} for the {side}", expected, fix)
 
     @contextmanager
     def _stop_together(self) -> Iterator[None]:
@@ -366,7 +366,7 @@ class FirstLook(_InFrontOf):
         if self.accelerator.num_processes > 1 and not self._each_alone:
             stopped = torch.tensor(float(refusal is not None), device=self.args.device)
             if float(self.accelerator.reduce(stopped, reduction="sum")) and refusal is None:
-                shown = Shown("refused on another process, whose error names them")
+                shown = "refused on another process, whose error names them"
                 fail("labels", shown, "labels that fit the task on every process", "See the error of that process.")
         if refusal is not None:
             raise refusal
@@ -451,7 +451,7 @@ class FirstLook(_InFrontOf):
             if found is None and (head.targets(batch) is not None or smoothed):
                 reason = "label_smoothing_factor replaces it" if smoothed else "its forward gives no loss for labels"
                 mend = "Leave it at 'auto', or let the model's forward return its loss."
-                fail("kd_hard_loss", wanted, "'auto' or 'task' with this model", mend, because=reason)
+                fail("kd_hard_loss", repr(wanted), "'auto' or 'task' with this model", mend, because=reason)
             return (found or HardLoss(True, head))._replace(own=True, line="the model's own, as kd_hard_loss asks")
         return found or HardLoss(False, head)
 
@@ -519,7 +519,7 @@ class FirstLook(_InFrontOf):
         if head is None or not head.over_tokens:
             if wanted == "fused":
                 expected = "'auto' or 'full' where the task is no language model's"
-                fail("kd_loss_implementation", wanted, expected, "Leave it at 'auto'.")
+                fail("kd_loss_implementation", repr(wanted), expected, "Leave it at 'auto'.")
             return None, ()
         rows = vocabulary_rows(student, written=True)
         if wanted == "auto" and rows is not None and rows < SMALL_VOCABULARY:
@@ -540,7 +540,7 @@ class FirstLook(_InFrontOf):
         if self.kd_args.kd_loss_implementation == "fused":
             expected = "'auto' or 'full' with these models"
             mend = "Set kd_loss_implementation to auto: it takes full logits where it must."
-            fail("kd_loss_implementation", "fused", expected, mend, because=str(reason))
+            fail("kd_loss_implementation", "'fused'", expected, mend, because=str(reason))
         return f"full logits: {reason}"
 
     def _check_tokens(
@@ -553,7 +553,7 @@ class FirstLook(_InFrontOf):
         if apart and head is not None and head.dims == 3 and head.name != "seq2seq_lm":
             because = f"the task {head.name!r} compares position i of one with position i of the other"
             mend = "Take a teacher with the student's tokenizer and no teacher_input_ids."
-            shown = Shown("a column of the batch")
+            shown = "a column of the batch"
             fail("teacher_input_ids", shown, "no tokens of the teacher's own", mend, because=because)
         known_by = None
         reads = "input_ids" in batch or (head is not None and (head.over_tokens or not head.has_formula))
@@ -577,10 +577,10 @@ class FirstLook(_InFrontOf):
         kept = head_of(manifest)
         if head is not None and head.name != kept.name:
             mend = "Train a student of that task, or build a cache for this one."
-            fail("teacher_cache", Shown(f"one for the task {kept.name!r}"), f"{head.name!r}, the student's", mend)
+            fail("teacher_cache", f"one for the task {kept.name!r}", f"{head.name!r}, the student's", mend)
         if kept.token_level and self.kd_args.kd_positions != manifest["positions"]:
             expected = f"{manifest['positions']!r}, the positions that the teacher cache holds"
-            fail("kd_positions", self.kd_args.kd_positions, expected, f"Set it to {manifest['positions']}.")
+            fail("kd_positions", repr(self.kd_args.kd_positions), expected, f"Set it to {manifest['positions']}.")
         ends = (self.kd_args.kd_temperature, self.kd_args.kd_temperature_end)
         teacher.check_objective(self.kd_args.kd_divergence, [end for end in ends if end is not None])
         known_by, ours = manifest["known_by"], tokenizer_identity(self.processing_class)
@@ -589,7 +589,7 @@ class FirstLook(_InFrontOf):
                 because = "class i of one would mean another token than class i of the other"
                 mend = "Train with the tokenizer that made the cache."
                 expected = "the tokens of the teacher cache (their hashes differ)"
-                fail("processing_class", Shown("a tokenizer of other tokens"), expected, mend, because=because)
+                fail("processing_class", "a tokenizer of other tokens", expected, mend, because=because)
             known_by = "tokenizers"
         return kept, manifest["vocabulary"], known_by
 
@@ -650,7 +650,7 @@ class FirstLook(_InFrontOf):
         if bad and (self._finite.mode != "off" or len(bad) == logits.shape[0]):
             fail(
                 "teacher_model",
-                Shown(f"giving NaN or inf on rows {bad[:8]} of the first batch"),
+                f"giving NaN or inf on rows {bad[:8]} of the first batch",
                 "finite logits",
                 "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs.",
             )
@@ -678,18 +678,24 @@ class FirstLook(_InFrontOf):
         kd, smoothing = self.kd_args, self.args.label_smoothing_factor
         if not head.tempered and kd.kd_divergence != "forward_kl":
             expected = "'forward_kl' (the default) in a regression, whose soft loss is the squared error"
-            fail("kd_divergence", kd.kd_divergence, expected, "Leave it out.")
+            fail("kd_divergence", repr(kd.kd_divergence), expected, "Leave it out.")
         if kd.kd_remap_labels and head.name not in CLASSIFICATIONS:
             because = "its outputs are no classes with names of their own"
             fail("kd_remap_labels", True, f"False for the task {head.name!r}", "Leave it out.", because=because)
         if not head.has_formula and kd.kd_hard_loss == "task":
             expected = f"'auto' or 'model' for the task {head.name!r}"
             because = "its hard loss is the model's own"
-            fail("kd_hard_loss", kd.kd_hard_loss, expected, "Leave it out.", because=because)
+            fail("kd_hard_loss", repr(kd.kd_hard_loss), expected, "Leave it out.", because=because)
         if kd.teacher_cache_dir is not None and not head.cacheable:
             because = "which frames count is known to the student alone"
             expected = f"None for the task {head.name!r}"
-            fail("teacher_cache_dir", kd.teacher_cache_dir, expected, "Train with the live teacher.", because=because)
+            fail(
+                "teacher_cache_dir",
+                repr(kd.teacher_cache_dir),
+                expected,
+                "Train with the live teacher.",
+                because=because,
+            )
         if smoothing > 0 and not head.softmax:
             fail("label_smoothing_factor", smoothing, f"0 for the task {head.name!r}", "Leave it out.")
 
@@ -734,4 +740,4 @@ class PackingWatch:
     def _refuse() -> NoReturn:
         because = "rows of a packed batch are no longer sequences"
         expected, mend = "'tokenmean' with packed batches", "Set kd_reduction to tokenmean."
-        fail("kd_reduction", "batchmean", expected, mend, because=because)
+        fail("kd_reduction", "'batchmean'", expected, mend, because=because)

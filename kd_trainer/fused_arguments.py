@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import Shown, check_number, check_temperature, check_tensor, fail
+from .checks import check_number, check_temperature, check_tensor, fail
 from .divergences import check_divergence
 from .reductions import IGNORE_INDEX, divide, select_positions
 from .sparse import Samples, TopK
@@ -237,7 +237,12 @@ def _check_numbers(g: dict[str, Any]) -> None:
     for name in ("student_scale", "teacher_scale"):
         check_number(name, g[name], low=0, open_low=True)
     if g["chunk_rows"] is not None and (not isinstance(g["chunk_rows"], int) or g["chunk_rows"] < 1):
-        fail("chunk_rows", g["chunk_rows"], "a whole number of positions, at least 1", "Leave it out for the default.")
+        fail(
+            "chunk_rows",
+            repr(g["chunk_rows"]),
+            "a whole number of positions, at least 1",
+            "Leave it out for the default.",
+        )
 
 
 def _check_types(g: dict[str, Any]) -> None:
@@ -250,7 +255,7 @@ def _check_types(g: dict[str, Any]) -> None:
     common = g["common_ids"]
     if common is not None and (isinstance(common, bool) or not isinstance(common, int)):
         mend = "Count the ids that both share."
-        fail("common_ids", common, "a whole number of ids, at least 1", mend, error=TypeError)
+        fail("common_ids", repr(common), "a whole number of ids, at least 1", mend, error=TypeError)
 
 
 def _check_shapes(g: dict[str, Any]) -> None:
@@ -264,13 +269,13 @@ def _check_shapes(g: dict[str, Any]) -> None:
         "the teacher in one form: teacher_hidden with teacher_weight, teacher_logits, teacher_top_k or teacher_samples"
     )
     if len(given) != 1:
-        shown = Shown(" and ".join(given[1:]) + " given as well" if given else "None, and no other form is given")
+        shown = " and ".join(given[1:]) + " given as well" if given else "None, and no other form is given"
         fail("teacher_hidden", shown, expected, "Leave the others out.", error=TypeError)
     if (g["teacher_hidden"] is None) != (g["teacher_weight"] is None):
         mend = "Give both or neither."
         fail(
             "teacher_weight",
-            Shown("given alone" if given != ["teacher_hidden"] else "None"),
+            "given alone" if given != ["teacher_hidden"] else "None",
             expected,
             mend,
             error=TypeError,
@@ -282,27 +287,27 @@ def _check_shapes(g: dict[str, Any]) -> None:
     elif g["teacher_logits"] is not None:
         vocabulary = g["teacher_logits"].shape[-1]
     if g["common_ids"] is None and vocabulary != weight.shape[0]:
-        shown = Shown(f"of {vocabulary} ids where the student has {weight.shape[0]}")
+        shown = f"of {vocabulary} ids where the student has {weight.shape[0]}"
         mend = "If the first ids mean the same tokens in both, say how many: common_ids."
         fail(owner, shown, "equal vocabularies", mend, because="they are compared id by id")
     if g["common_ids"] is not None and not 1 <= g["common_ids"] <= min(vocabulary, weight.shape[0]):
         expected = f"1 to {min(vocabulary, weight.shape[0])}, the smaller vocabulary"
-        fail("common_ids", g["common_ids"], expected, "Count the ids that both share.")
+        fail("common_ids", repr(g["common_ids"]), expected, "Count the ids that both share.")
     columns = {"labels": g["labels"], "soft_mask": g["soft_mask"]}
     if given[0] in ("teacher_top_k", "teacher_samples"):
         columns[given[0]] = _check_sparse(given[0], forms[given[0]], positions, g["common_ids"] or weight.shape[0])
         if given[0] == "teacher_samples" and g["divergence"] != "forward_kl":
             because = "their estimate is unbiased only where the loss is linear in the teacher's probabilities"
             mend = "Give teacher_top_k for the other divergences."
-            fail("divergence", g["divergence"], "'forward_kl' with teacher_samples", mend, because=because)
+            fail("divergence", repr(g["divergence"]), "'forward_kl' with teacher_samples", mend, because=because)
     else:
         columns[given[0]] = forms[given[0]][..., 0] if forms[given[0]].dim() == 2 else forms[given[0]]
     for name, column in columns.items():
         if column is not None and tuple(column.shape) != (positions,):
-            shown = Shown(f"of shape {list(column.shape)}")
+            shown = f"of shape {list(column.shape)}"
             fail(name, shown, f"one row for each of the {positions} positions", "Flatten batch and sequence alike.")
     if g["labels"] is not None and g["labels"].is_floating_point():
-        fail("labels", Shown(f"of dtype {g['labels'].dtype}"), "integer ids", "Cast to int64.", error=TypeError)
+        fail("labels", f"of dtype {g['labels'].dtype}", "integer ids", "Cast to int64.", error=TypeError)
     _check_range("labels", g["labels"], weight.shape[0])
 
 
@@ -311,32 +316,30 @@ def _check_sparse(name: str, given: Any, positions: int, vocabulary: int) -> Ten
     samples = name == "teacher_samples"
     parts = "ids, the top and the entropy" if samples else "ids, log-probabilities and log of the tail's mass"
     if len(given) != 3:
-        fail(name, Shown(f"a tuple of {len(given)}"), parts, "Give all three.")
+        fail(name, f"a tuple of {len(given)}", parts, "Give all three.")
     ids, second, last = given
     if ids.dim() != 2 or ids.shape[0] != positions or second.shape != (ids.shape[:1] if samples else ids.shape):
-        shown = Shown(f"of shapes {list(ids.shape)} and {list(second.shape)}")
+        shown = f"of shapes {list(ids.shape)} and {list(second.shape)}"
         columns = f"[{positions}, n] and tops [{positions}]" if samples else f"and log-probabilities [{positions}, k]"
         fail(name, shown, f"ids {columns}", "Give one row a position.")
     if ids.is_floating_point() or ids.shape[1] < 1 or (samples and second.is_floating_point()):
-        fail(
-            name, Shown(f"with ids of {ids.dtype}, {ids.shape[1]} a row"), "integer ids, at least one", "Cast to int64."
-        )
+        fail(name, f"with ids of {ids.dtype}, {ids.shape[1]} a row", "integer ids, at least one", "Cast to int64.")
     if not samples and ids.shape[1] > vocabulary:
         mend = "Keep at most as many as there are."
-        fail(name, Shown(f"of {ids.shape[1]} ids a row"), f"1 to {vocabulary} distinct ids", mend)
+        fail(name, f"of {ids.shape[1]} ids a row", f"1 to {vocabulary} distinct ids", mend)
     return last
 
 
 def _check_product(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for argument, tensor in ((f"{name}_hidden", hidden), (f"{name}_weight", weight)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            shown = Shown(f"of dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__)
+            shown = f"of dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
             fail(argument, shown, "a floating tensor", "Pass the hidden states and the head's weight.", error=TypeError)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        shown = Shown(f"of shape {list(hidden.shape)} with {name}_weight of shape {list(weight.shape)}")
+        shown = f"of shape {list(hidden.shape)} with {name}_weight of shape {list(weight.shape)}"
         fail(f"{name}_hidden", shown, "[N, H] and [V, H]", "Flatten batch and sequence; give the head of this model.")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        fail(f"{name}_bias", Shown(f"of shape {list(bias.shape)}"), f"[{weight.shape[0]}]", "Give the head's own bias.")
+        fail(f"{name}_bias", f"of shape {list(bias.shape)}", f"[{weight.shape[0]}]", "Give the head's own bias.")
 
 
 def _check_range(name: str, ids: Tensor | None, vocabulary: int, or_none: bool = True) -> None:
@@ -347,4 +350,4 @@ def _check_range(name: str, ids: Tensor | None, vocabulary: int, or_none: bool =
     wrong = wrong & (ids != IGNORE_INDEX) if or_none else wrong
     if wrong.any():
         expected = f"ids from 0 to {vocabulary - 1}" + (f", or {IGNORE_INDEX} for no label" if or_none else "")
-        fail(name, Shown(f"a tensor that holds {int(ids[wrong][0])}"), expected, "Take the ids of this vocabulary.")
+        fail(name, f"a tensor that holds {int(ids[wrong][0])}", expected, "Take the ids of this vocabulary.")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import Shown, fail
+from .checks import fail
 from .heads import HEADS, Head
 from .inputs import front_positions
 
@@ -164,7 +164,7 @@ def refuse_other_purposes(model: nn.Module) -> None:
             offers = "" if outputs is None else f", with the outputs {', '.join(outputs)}"
             fail(
                 "model",
-                Shown(f"a {type(model).__name__} for {purpose}{offers}"),
+                f"a {type(model).__name__} for {purpose}{offers}",
                 f"a model with class logits for one of the tasks {', '.join(HEADS)}",
                 "Take a model with such an output head. Or let a module of your own return such logits as 'logits', "
                 "and set kd_task.",
@@ -202,7 +202,7 @@ def check_virtual_tokens(model: nn.Module, head: Head, argument: str) -> None:
     elif head.name == "seq2seq_lm" and kind == "MULTITASK_PROMPT_TUNING":
         because = "PEFT runs it with labels alone, not with decoder_input_ids"
     if because is not None:
-        shown = Shown(f"a model with {peft.num_virtual_tokens} virtual tokens ({kind})")
+        shown = f"a model with {peft.num_virtual_tokens} virtual tokens ({kind})"
         fail(argument, shown, f"LoRA or full weights for the task {head.name!r}", "Use LoRA.", because=because)
 
 
@@ -225,12 +225,12 @@ def by_problem_type(head: Head, student: nn.Module, kd_task: str | None, labels:
         return head
     known = config.problem_type
     if known is not None and known not in PROBLEM_TYPES:
-        fail("problem_type", known, "one of " + ", ".join(PROBLEM_TYPES), "Mend the student's config.")
+        fail("problem_type", repr(known), "one of " + ", ".join(PROBLEM_TYPES), "Mend the student's config.")
     if kd_task is not None:
         name = kd_task
         if known is not None and PROBLEM_TYPES[known] != name:
             expected = f"{PROBLEM_TYPES[known]!r}, as the student's config says (problem_type)"
-            fail("kd_task", kd_task, expected, "Leave it out, or change problem_type in the config.")
+            fail("kd_task", repr(kd_task), expected, "Leave it out, or change problem_type in the config.")
     elif known is not None:
         name = PROBLEM_TYPES[known]
     elif config.num_labels == 1:
@@ -247,7 +247,7 @@ def head_from_logits(logits: Tensor) -> Head:
     if logits.dim() not in names:
         fail(
             "teacher_model",
-            Shown(f"giving logits of shape {tuple(logits.shape)}"),
+            f"giving logits of shape {tuple(logits.shape)}",
             "[batch, classes] or [batch, sequence, classes]",
             "Return such logits, or set kd_task.",
         )

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import Shown, fail, message
+from .checks import fail, message
 from .finite import Fault
 from .inputs import begins_next, main_input, real_tokens, tells_sequences, token_mask
 from .logits import Wanted, logits_of
@@ -106,7 +106,7 @@ class Head:
         if labels.is_floating_point():
             fail(
                 self.label_names[0],
-                Shown(f"of dtype {labels.dtype} and shape {tuple(labels.shape)}"),
+                f"of dtype {labels.dtype} and shape {tuple(labels.shape)}",
                 f"integer class ids for the task {self.name!r}",
                 "Cast the column to int64, or name the task of such labels: kd_task multi_label_classification or "
                 "regression.",
@@ -233,7 +233,7 @@ class Head:
         wrong = self.wrong(targets, None).reshape(-1)
         if wrong.any():
             place = int(wrong.nonzero()[0])
-            shown = Shown(f"{int(targets.reshape(-1)[place])} at position {place} of the batch")
+            shown = f"{int(targets.reshape(-1)[place])} at position {place} of the batch"
             expected = f"class ids from 0 on, or {IGNORE_INDEX} for no label"
             fix = f"Correct the label column; an unlabelled row is {IGNORE_INDEX}, not -1."
             fail(self.label_names[0], shown, expected, fix)
@@ -257,7 +257,7 @@ class Head:
         if student.dim() != self.dims:
             fail(
                 "model",
-                Shown(f"giving logits of shape {tuple(student.shape)}"),
+                f"giving logits of shape {tuple(student.shape)}",
                 f"{self.dims} dimensions for the task {self.name!r}",
                 "Set kd_task to the task that the model has.",
             )
@@ -273,7 +273,7 @@ class Head:
         if targets is not None and targets.shape != expected:
             fail(
                 "labels",
-                Shown(f"of shape {tuple(targets.shape)}"),
+                f"of shape {tuple(targets.shape)}",
                 f"{tuple(expected)}, for logits of shape {tuple(student.shape)}",
                 "Check the label column and the data collator.",
             )
@@ -291,7 +291,7 @@ class Head:
             )
         fail(
             "teacher_model",
-            Shown(f"giving logits of shape {tuple(teacher.shape)}"),
+            f"giving logits of shape {tuple(teacher.shape)}",
             f"the student's shape {tuple(student.shape)}",
             fix,
             because=because,
@@ -355,7 +355,7 @@ class MultiLabelHead(Head):
         shown = f"a row with {IGNORE_INDEX} beside other values (row {row} of the batch)"
         if len(odd):
             shown = f"{float(odd[0]):g} in row {row} of the batch"
-        fail(self.label_names[0], Shown(shown), self._rule, "Fill the row or mask all of it.")
+        fail(self.label_names[0], shown, self._rule, "Fill the row or mask all of it.")
 
     @property
     def _rule(self) -> str:
@@ -411,7 +411,7 @@ class RegressionHead(Head):
         try:
             return F.gaussian_nll_loss(wide, mean, variance, reduction="none").mean(-1).sum()
         except ValueError as error:
-            shown, mend = Shown(f"{float(variance.min()):g} at least once"), "Let it return exp of a log-variance."
+            shown, mend = f"{float(variance.min()):g} at least once", "Let it return exp of a log-variance."
             told = message("variance", shown, "numbers >= 0 from the teacher", mend)
             raise ValueError(told) from error
 
@@ -436,7 +436,7 @@ class RegressionHead(Head):
             return
         row = int(wrong.nonzero()[0])
         infinite = bool(targets[row].isinf().any())
-        shown = Shown(f"{'infinite' if infinite else 'NaN beside other values'} in row {row} of the batch")
+        shown = f"{'infinite' if infinite else 'NaN beside other values'} in row {row} of the batch"
         fail(self.label_names[0], shown, self._rule, "Fill the row or mask all of it.")
 
     @property
@@ -485,7 +485,7 @@ class QuestionAnsweringHead(Head):
         if not isinstance(start, Tensor) or not isinstance(end, Tensor):
             expected = 'the logits of start and end: "start_logits" and "end_logits" [batch, sequence]'
             mend = "Wrap the model so that its forward returns them, or set kd_task to its task."
-            fail(argument, Shown(f"a model that returns {offer}"), expected, mend, error=TypeError)
+            fail(argument, f"a model that returns {offer}", expected, mend, error=TypeError)
         return torch.stack([start, end], 1)
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -495,7 +495,7 @@ class QuestionAnsweringHead(Head):
             return None
         for name, x in zip(self.label_names, both, strict=True):
             if x is not None and (x.is_floating_point() or x.dtype == torch.bool):
-                shown, mend = Shown(f"of dtype {x.dtype}"), "Cast the column to int64."
+                shown, mend = f"of dtype {x.dtype}", "Cast the column to int64."
                 fail(name, shown, "integer positions", mend, error=TypeError)
         positions = torch.stack([_signed(x.reshape(-1)) for x in both if x is not None], 1)
         ids = inputs.get("input_ids")
@@ -527,7 +527,7 @@ class QuestionAnsweringHead(Head):
         wrong = (targets < 0) & (targets != IGNORE_INDEX)
         if wrong.any():
             row, side = wrong.nonzero()[0].tolist()
-            shown = Shown(f"{int(targets[row, side])} in row {row} of the batch")
+            shown = f"{int(targets[row, side])} in row {row} of the batch"
             expected = f"a position from 0 on, or {IGNORE_INDEX} for no label"
             fail(self.label_names[side], shown, expected, "Correct the column.")
 
@@ -547,7 +547,7 @@ class QuestionAnsweringHead(Head):
     def _fail_different(student: Tensor, teacher: Tensor) -> None:
         fail(
             "teacher_model",
-            Shown(f"giving logits for {teacher.shape[-1]} positions"),
+            f"giving logits for {teacher.shape[-1]} positions",
             f"{student.shape[-1]}, the student's",
             "Take a teacher that reads the student's tokens.",
             because="position i of one must be position i of the other",
@@ -595,7 +595,7 @@ class FrameHead(Head):
     def _frames(self) -> Callable[[Tensor], Tensor]:
         if self.frames is None:
             expected = "a task whose frames the model can count (a speech model of transformers)"
-            fail("kd_task", self.name, expected, "Take such a model, or kd_task token_classification.")
+            fail("kd_task", repr(self.name), expected, "Take such a model, or kd_task token_classification.")
         return self.frames
 
     @staticmethod
@@ -604,7 +604,7 @@ class FrameHead(Head):
             Head._fail_different(student, teacher)
         fail(
             "teacher_model",
-            Shown(f"giving logits for {teacher.shape[1]} frames"),
+            f"giving logits for {teacher.shape[1]} frames",
             f"{student.shape[1]}, the student's",
             "Take a teacher whose feature encoder has the student's strides and reads the student's samples.",
             because="frame i of one must be frame i of the other",
@@ -703,7 +703,7 @@ def check_label_range(targets: Tensor, num_classes: int, name: str = "labels") -
         place = int(wrong.nonzero()[0])
         fail(
             name,
-            Shown(f"{int(flat[place])} at position {place} of the batch"),
+            f"{int(flat[place])} at position {place} of the batch",
             f"0 to {num_classes - 1} (the logits have {num_classes} classes), or {IGNORE_INDEX} for no label",
             f"Mend the label column; an unlabelled row is {IGNORE_INDEX}, not -1.",
         )

@@ -13,7 +13,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from .checks import Shown, fail
+from .checks import fail
 from .reductions import IGNORE_INDEX
 
 # Keys of a batch that are targets or bookkeeping, never a model's input.
@@ -39,12 +39,12 @@ def check_batch(batch: Any) -> None:
     """Raises where a batch is no mapping, or where its labels have a name under which nobody would look for them."""
     if not isinstance(batch, Mapping):
         mend = "Let the data collator return a dict."
-        fail("inputs", Shown(f"a batch of type {type(batch).__name__}"), "a mapping of columns", mend, error=TypeError)
+        fail("inputs", f"a batch of type {type(batch).__name__}", "a mapping of columns", mend, error=TypeError)
     misnamed = [name for name in ("label", "label_ids") if name in batch]
     if misnamed and "labels" not in batch:
         fail(
             "inputs",
-            Shown(f"a batch with the column {misnamed[0]!r} and without 'labels'"),
+            f"a batch with the column {misnamed[0]!r} and without 'labels'",
             "the class ids in 'labels'",
             f"Rename the column {misnamed[0]!r}, or take the default data collator, which does.",
             because="the labels would be ignored",
@@ -78,7 +78,7 @@ def main_input(inputs: Mapping[str, Any]) -> Tensor:
     found = min(others, key=lambda value: (value.dim() == 1, len(value) == 1), default=None)
     if found is None:
         keys = ", ".join(inputs)
-        fail("inputs", Shown(f"a batch with the keys {keys}"), "at least one tensor", "Check the collator.")
+        fail("inputs", f"a batch with the keys {keys}", "at least one tensor", "Check the collator.")
     return found
 
 

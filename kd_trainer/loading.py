@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .checks import Shown, fail, warn
+from .checks import fail, warn
 from .data import LABEL_NAMES, UNLABELLED, Source, as_dataset, check_count, column_of, label_name
 from .reductions import IGNORE_INDEX
 
@@ -34,10 +34,10 @@ def _read(argument: str, value: str) -> datasets.Dataset:
     kind = FILE_TYPES.get(path.suffix.lower())
     if kind is None:
         mend = "Convert it, or load it yourself and pass the Dataset to Trainer."
-        fail(argument, str(value), "a file ending in " + ", ".join(FILE_TYPES), mend)
+        fail(argument, repr(str(value)), "a file ending in " + ", ".join(FILE_TYPES), mend)
     if not path.is_file():
         mend = "Check the path; a relative one starts at the current directory."
-        fail(argument, str(value), "an existing file", mend, error=FileNotFoundError)
+        fail(argument, repr(str(value)), "an existing file", mend, error=FileNotFoundError)
     # One chunk for the whole csv: the type of a column that is 0 in the first 10,000 rows is known only at the end.
     options = {"chunksize": 2**31} if kind == "csv" else {}
     try:
@@ -46,7 +46,7 @@ def _read(argument: str, value: str) -> datasets.Dataset:
         cause = _first_line(error.__cause__ or error)
         fail(
             argument,
-            str(value),
+            repr(str(value)),
             f"a readable {kind} file with at least one row",
             "Repair or rewrite the file.",
             because=f"reading says: {cause}",
@@ -59,7 +59,7 @@ def _read_named(name: str, config_name: str | None) -> datasets.DatasetDict:
     except Exception as error:
         fail(
             "dataset_name",
-            name,
+            repr(name),
             "a dataset of the hub or a local folder",
             "Check the name and the connection, or give files.",
             because=f"`datasets` says: {_first_line(error)}",
@@ -190,7 +190,7 @@ def load_classification(
     given = {name: value for name, value in files.items() if value is not None}
     if (dataset_name is None) == (not given):
         both = "nothing" if dataset_name is None else f"{dataset_name!r} beside {', '.join(f'{n}_file' for n in given)}"
-        fail("dataset_name", Shown(both), "either files or a dataset's name", "Give `train_file` or `dataset_name`.")
+        fail("dataset_name", both, "either files or a dataset's name", "Give `train_file` or `dataset_name`.")
     if dataset_name is not None:
         raw = dict(_read_named(dataset_name, dataset_config_name))
         sources = {name: Source("dataset_name", f"{dataset_name!r} (split {name})") for name in raw}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .checks import Shown, fail
+from .checks import fail
 
 
 class Wanted(NamedTuple):
@@ -74,7 +74,7 @@ def logits_of(outputs: Any, argument: str, wanted: Wanted | None = None) -> Tens
         _fail_ambiguous(several, argument, wanted or Wanted())
     fail(
         argument,
-        Shown(f"a model that returns {offer}"),
+        f"a model that returns {offer}",
         'logits: a tensor, a tuple that holds it, or a mapping with the key "logits"',
         "Wrap the model so that its forward returns them.",
         error=TypeError,
@@ -108,7 +108,7 @@ def _fail_ambiguous(several: _Candidates, argument: str, wanted: Wanted) -> None
     try:
         fail(
             argument,
-            Shown(f"a model that returns several tensors that may be its logits ({listed})"),
+            f"a model that returns several tensors that may be its logits ({listed})",
             f'one that fits the task{known}, or a mapping with the key "logits"',
             "Let its forward return the logits alone, or name them: {'logits': logits, ...}.",
             error=error,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import Shown, check_choice, check_number, check_temperature, check_tensor, fail
+from .checks import check_choice, check_number, check_temperature, check_tensor, fail
 from .distributions import kl_categorical
 from .divergences import DIVERGENCES, check_divergence, check_logits, divergence_terms
 from .reductions import REDUCTIONS, as_mask, divide, masked_sum, reduce_terms, reduce_total, select_positions
@@ -25,7 +25,7 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
     """Raises unless `labels` are integer class ids, one per position of `logits` [..., V]."""
     check_tensor("labels", labels, "integer class ids")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        shown = Shown(f"of dtype {labels.dtype}")
+        shown = f"of dtype {labels.dtype}"
         fail("labels", shown, "integer class ids", "Call `.long()` on labels, not on probabilities.", error=TypeError)
     as_mask(labels, logits.shape[:-1], argument="labels")
 
@@ -78,7 +78,7 @@ class SoftTargetLoss(nn.Module):
         check_divergence(divergence, beta)
         check_choice("reduction", reduction, REDUCTIONS)
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            fail("ignore_index", ignore_index, "a whole number", "Leave it at -100.", error=TypeError)
+            fail("ignore_index", repr(ignore_index), "a whole number", "Leave it at -100.", error=TypeError)
         self.temperature, self.divergence, self.beta = temperature, divergence, beta
         self.reduction, self.ignore_index = reduction, ignore_index
 
@@ -95,7 +95,7 @@ class SoftTargetLoss(nn.Module):
         check_logits(student_logits, teacher_logits)
         shape = student_logits.shape
         if len(shape) < 2:
-            shown = Shown(f"of shape {list(shape)}")
+            shown = f"of shape {list(shape)}"
             fail("student_logits", shown, "at least [B, V]", "Add the batch dimension: `logits.unsqueeze(0)`.")
         counted = None if mask is None else as_mask(mask, shape[:-1])
         if labels is not None:
@@ -172,10 +172,10 @@ class KLDivergenceLoss(nn.Module):
         for name, probs in named.items():
             check_tensor(name, probs, "a tensor of probabilities [N, C]")
             if not probs.is_floating_point():
-                fail(name, Shown(f"of dtype {probs.dtype}"), "floating", f"Call `{name}.float()`.", error=TypeError)
+                fail(name, f"of dtype {probs.dtype}", "floating", f"Call `{name}.float()`.", error=TypeError)
         if target_probs.shape != predicted_probs.shape or target_probs.dim() != 2:
             shapes = f"of shape {list(target_probs.shape)} and `predicted_probs` of shape {list(predicted_probs.shape)}"
-            fail("target_probs", Shown(shapes), "both [N, C]", "Give one row of class probabilities per example.")
+            fail("target_probs", shapes, "both [N, C]", "Give one row of class probabilities per example.")
         if self.validate:
             for name, probs in named.items():
                 _check_rows(name, probs.detach())
@@ -207,7 +207,7 @@ def _check_rows(argument: str, probs: Tensor) -> None:
     for trouble, rows in troubles.items():
         if bool(rows.any()):
             row = int(rows.nonzero()[0])
-            shown = Shown(f"no distribution: row {row} {trouble.format(total=totals[row].item())}")
+            shown = f"no distribution: row {row} {trouble.format(total=totals[row].item())}"
             mend = "Apply a softmax to logits, or divide each row by its sum; `validate=False` skips the check."
             fail(argument, shown, "rows that are finite, non-negative and sum to 1", mend)
 
@@ -314,7 +314,7 @@ def _check_ids(labels: Tensor, classes: int, ignore_index: int) -> None:
         return
     lowest, highest = (int(x) for x in labels.aminmax())
     if lowest < 0 or highest >= classes:
-        shown = Shown(f"{lowest if lowest < 0 else highest} at some position")
+        shown = f"{lowest if lowest < 0 else highest} at some position"
         mend = f"Mark what has no label with {ignore_index}; check that the model has an output for every class."
         fail("labels", shown, f"class ids in [0, {classes - 1}]", mend)
 
@@ -365,10 +365,10 @@ def fit_temperature(
     rows = select_positions(logits.detach(), labelled).double()
     kept = select_positions(labels, labelled).long()
     if rows.shape[0] == 0:
-        shown = Shown(f"{ignore_index} at every position")
+        shown = f"{ignore_index} at every position"
         fail("labels", shown, "at least one label", "Fit the temperature on labelled data.")
     if not bool(rows.isfinite().all()):
-        fail("logits", Shown("not finite everywhere"), "finite logits", "Look for NaN or inf in the model's output.")
+        fail("logits", "not finite everywhere", "finite logits", "Look for NaN or inf in the model's output.")
     _check_ids(kept, rows.shape[-1], ignore_index)
     return _newton_in_bracket(rows, rows.gather(1, kept.unsqueeze(1)), minimum, maximum)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from .backends import HALVES
-from .checks import Shown, check_choice, check_number, fail, message
+from .checks import check_choice, check_number, fail, message, quoted
 from .fake_step import FakeStep, without_contents
 from .head_choice import PROBLEM_TYPES, auto_class_of, auto_classes
 from .heads import HEADS, Head
@@ -111,9 +111,9 @@ def estimate_memory(
     if kd_task is not None:
         check_choice("kd_task", kd_task, HEADS)
     if teacher_bits not in (None, 8, 4):
-        fail("teacher_bits", teacher_bits, "8, 4 or None", "Leave it out for a teacher that is not quantised.")
+        fail("teacher_bits", repr(teacher_bits), "8, 4 or None", "Leave it out for a teacher that is not quantised.")
     if backend == "single" and processes != 1:
-        fail("processes", processes, "1 with the backend 'single'", "Name another backend, such as 'ddp'.")
+        fail("processes", repr(processes), "1 with the backend 'single'", "Name another backend, such as 'ddp'.")
     ours = _model("student", student, kd_task)
     theirs = ours if isinstance(teacher, str) and teacher == ADAPTER_OFF else _model("teacher", teacher, kd_task)
     dtypes = _dtypes(backend, PRECISIONS[mixed_precision], ours, theirs, student_dtype, teacher_dtype)
@@ -213,7 +213,7 @@ def _model(argument: str, given: Any, kd_task: str | None) -> nn.Module:
             config = transformers.AutoConfig.from_pretrained(given)
         except (OSError, ValueError) as error:
             expected = f"a folder, a file or a hub name whose config can be loaded ({str(error).splitlines()[0]})"
-            text = message(argument, str(given), expected, "Check it for a typing error.")
+            text = message(argument, repr(str(given)), expected, "Check it for a typing error.")
             raise ValueError(text) from error
     task = "classification" if kd_task in PROBLEM_TYPES.values() else kd_task
     named = (getattr(config, "architectures", None) or [None])[0]
@@ -225,7 +225,7 @@ def _model(argument: str, given: Any, kd_task: str | None) -> nn.Module:
                     with torch.device("meta"):
                         model = model_class(config)
                     return model.to(config.dtype) if isinstance(config.dtype, torch.dtype) else model
-    shown = Shown(f"a {type(config).__name__} with the architecture {named}")
+    shown = f"a {type(config).__name__} with the architecture {named}"
     if task is not None:
         fail(argument, shown, f"a config of a model for the task {task!r}", "Give such a config, or another kd_task.")
     tasks = ", ".join(HEADS)
@@ -235,7 +235,7 @@ def _model(argument: str, given: Any, kd_task: str | None) -> nn.Module:
 def _head(model: nn.Module, kd_task: str | None) -> Head:
     known = auto_class_of(model)
     if known is None and kd_task is None:
-        shown = Shown(f"a {type(model).__name__}, which no Auto class knows")
+        shown = f"a {type(model).__name__}, which no Auto class knows"
         fail("student", shown, "a model whose task is known", f"Name it, kd_task: {', '.join(HEADS)}.")
     return known[0] if known is not None else HEADS[str(kd_task)]
 
@@ -273,7 +273,7 @@ def _dtypes(
 def _dtype(argument: str, given: torch.dtype | str | None) -> torch.dtype | None:
     dtype = getattr(torch, given, None) if isinstance(given, str) else given
     if given is not None and not isinstance(dtype, torch.dtype):
-        fail(argument, given, "a dtype of torch or its name", "Write it as 'bfloat16' or 'float32'.")
+        fail(argument, quoted(given), "a dtype of torch or its name", "Write it as 'bfloat16' or 'float32'.")
     return dtype
 
 

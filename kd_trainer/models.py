@@ -18,14 +18,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .checks import Shown, check_choice, check_number, fail
+from .checks import check_choice, check_number, fail, quoted
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
 def _check_width(argument: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        fail(argument, value, "a whole number >= 1", f"Give `{argument}` as an int.", error=TypeError)
+        fail(argument, quoted(value), "a whole number >= 1", f"Give `{argument}` as an int.", error=TypeError)
     check_number(argument, value, low=1)
 
 
@@ -75,7 +75,9 @@ class MLPConfig(PreTrainedConfig):
             )
         _check_width("num_features", self.num_features)
         if not isinstance(self.hidden_sizes, (list, tuple)):
-            fail("hidden_sizes", self.hidden_sizes, "a list of widths", "Write one width as [64].", error=TypeError)
+            fail(
+                "hidden_sizes", repr(self.hidden_sizes), "a list of widths", "Write one width as [64].", error=TypeError
+            )
         for index, width in enumerate(self.hidden_sizes):
             _check_width(f"hidden_sizes[{index}]", width)
         self.hidden_sizes = list(self.hidden_sizes)  # JSON has no tuples: saved and loaded configs compare equal
@@ -150,14 +152,14 @@ class MLPForImageClassification(PreTrainedModel):
         if features.shape[1] != self.config.num_features:
             fail(
                 "features",
-                Shown(f"{features.shape[1]} numbers per row"),
+                f"{features.shape[1]} numbers per row",
                 f"{self.config.num_features} (`num_features` of the config)",
                 "Flatten or crop the rows to that size, or build the model with `MLPConfig(num_features=...)`.",
             )
         if not features.is_floating_point():
             fail(
                 "features",
-                Shown(f"of dtype {features.dtype}"),
+                f"of dtype {features.dtype}",
                 "floating point numbers",
                 "Scale integer pixels first: `features.float() / 255`.",
                 error=TypeError,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Shown, fail
+from .checks import fail
 from .fused_linear import FusedLoss, fused_linear_distillation
 from .heads import Head
 from .inputs import main_input
@@ -204,7 +204,7 @@ class Objective:
         if targets is not None and targets.shape != shape:
             fail(
                 "labels",
-                Shown(f"of shape {tuple(targets.shape)}"),
+                f"of shape {tuple(targets.shape)}",
                 f"{tuple(shape)}, one for each position of the model's hidden states",
                 "Check the label column and the data collator.",
             )

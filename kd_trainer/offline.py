@@ -74,7 +74,7 @@ from .cache_store import (
     reopen,
     written_notes,
 )
-from .checks import Shown, fail, message, warn
+from .checks import fail, message, warn
 from .describe import count_parameters
 from .files import write_atomically
 from .first_look import SMALL_VOCABULARY, FirstLook, Fit, classes_have_names, same_random_numbers
@@ -189,7 +189,7 @@ class OfflineTeacher(FirstLook):
                 given = self._module()
             if given is None:
                 fix = "Call build_teacher_cache before train(), hold the module in the script, or give it by path."
-                shown = Shown("a module that nothing holds any more")
+                shown = "a module that nothing holds any more"
                 fail("teacher_model", shown, "the teacher, to be asked about more data", fix, error=RuntimeError)
             self.teacher, self._fit = self._load_live(given), None
         return self.teacher
@@ -331,7 +331,7 @@ class OfflineTeacher(FirstLook):
         ):
             return
         rows = f"rows {read.row_ids[0]} to {read.row_ids[-1]}"
-        shown = Shown(f"one that gives other outputs for {rows} than those that are kept")
+        shown = f"one that gives other outputs for {rows} than those that are kept"
         expected = f"the teacher of which the cache {str(folder)!r} was built (its weights and settings are the same)"
         fix = "Give that teacher, with the same hooks and code, or name another teacher_cache_dir."
         raise CacheError(message("teacher_model", shown, expected, fix))
@@ -352,7 +352,7 @@ class OfflineTeacher(FirstLook):
         reasons = {store.manifest["shards"][index]["name"]: reason for index, reason in sorted(found.items())}
         if not may_write:
             name, reason = next(iter((reasons or {HEAD: "it is not as it was written"}).items()))
-            shown = Shown(f"{str(store.folder)!r}, damaged in {name} ({reason}) and not to be written to")
+            shown = f"{str(store.folder)!r}, damaged in {name} ({reason}) and not to be written to"
             mend = "Fetch the file again, or set it to another folder."
             raise CacheError(message("teacher_cache_dir", shown, "a whole cache, or a folder to mend it in", mend))
         if self.is_world_process_zero():
@@ -385,9 +385,7 @@ class OfflineTeacher(FirstLook):
         if _signed(read) != _signed(reading(_features(used, _SAMPLE_ROWS))):
             because = "what the teacher said of one reading would be taken for another"
             mend = "Apply it once, before the training (dataset.map), or train with the live teacher."
-            shown = Shown(
-                "one whose rows differ from one reading to the next (random augmentation, masking or padding)"
-            )
+            shown = "one whose rows differ from one reading to the next (random augmentation, masking or padding)"
             fail(
                 f"{'train' if part == TRAIN else 'eval'}_dataset",
                 shown,
@@ -453,7 +451,7 @@ class OfflineTeacher(FirstLook):
             classes, k = fit.common_ids or classes, k or DEFAULT_K[name]
             if k >= classes:
                 expected, mend = f"1 to {classes - 1}, fewer than there are classes", "Lower it, or keep logits."
-                fail("teacher_cache_k", k, expected, mend)
+                fail("teacher_cache_k", repr(k), expected, mend)
             return Format(name, classes, k, float(kd.kd_temperature), asked or "float16"), extra
         if name == "hidden":
             if product is None:
@@ -492,7 +490,7 @@ class OfflineTeacher(FirstLook):
         missing, free = (rows or 0) * row_bytes - there, shutil.disk_usage(parent).free
         if missing > free:
             mend = "Make room, or keep less: teacher_cache_format topk or sampled, or a smaller teacher_cache_k."
-            shown = Shown(f"{str(where)!r} with {free / 1e6:,.0f} MB free")
+            shown = f"{str(where)!r} with {free / 1e6:,.0f} MB free"
             expected = f"about {missing / 1e6:,.0f} MB for {rows:,} rows of format {settings['format']}"
             raise RuntimeError(message("teacher_cache_dir", shown, expected, mend))
 
@@ -554,7 +552,7 @@ class OfflineTeacher(FirstLook):
         if different:
             because = ROWS_DIFFER
             mend = "Train on the data that the cache was built from, or name another teacher_cache_dir."
-            shown = Shown(f"one whose row {different[0]} differs from the one the teacher read")
+            shown = f"one whose row {different[0]} differs from the one the teacher read"
             expected = f"the rows of the teacher cache {str(folder)!r}"
             raise CacheError(message(data, shown, expected, mend, because=because))
 

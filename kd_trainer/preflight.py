@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import CachedTeacher
-from .checks import Shown, fail
+from .checks import fail
 from .compatibility import class_names, match_classes
 from .findings import (
     Finding,
@@ -646,7 +646,7 @@ def _prepared(trial: Trial, batch: Mapping[str, Any]) -> dict[str, Any]:
 def _first_batch(trainer: Any) -> dict[str, Any]:
     batch = next(iter(_batches(trainer, trainer.get_train_dataloader(), 1)), None)
     if batch is None:
-        fail("train_dataset", Shown("without a single batch"), "rows", "Check how it is loaded and filtered.")
+        fail("train_dataset", "without a single batch", "rows", "Check how it is loaded and filtered.")
     return batch
 
 

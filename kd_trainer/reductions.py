@@ -16,7 +16,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .checks import Shown, check_choice, check_tensor, fail
+from .checks import check_choice, check_tensor, fail
 
 IGNORE_INDEX = -100  # a label that is none, as in torch and transformers
 REDUCTIONS = ("none", "sum", "mean", "batchmean", "tokenmean")
@@ -54,7 +54,7 @@ def as_mask(mask: Tensor, shape: torch.Size | tuple[int, ...], *, argument: str 
     if tuple(mask.shape) != tuple(shape):
         fail(
             argument,
-            Shown(f"of shape {list(mask.shape)}"),
+            f"of shape {list(mask.shape)}",
             f"one entry per position, shape {list(shape)}",
             f"Give `{argument}` the logits' shape without the last dimension.",
         )

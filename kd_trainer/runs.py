@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from . import fidelity
-from .checks import Shown, fail
+from .checks import fail
 from .divergences import jsd, reverse_kl
 from .files import write_atomically
 
@@ -170,12 +170,18 @@ def load_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
     """
     folder = Path(path)
     if not folder.is_dir():
-        fail("run", str(path), "an existing folder", "Give the output_dir of a Trainer run.", error=FileNotFoundError)
+        fail(
+            "run",
+            repr(str(path)),
+            "an existing folder",
+            "Give the output_dir of a Trainer run.",
+            error=FileNotFoundError,
+        )
     found = {file: _find(folder, file) for file in _LOOKED_FOR}
     if not any(found.values()):
         fail(
             "run",
-            str(path),
+            repr(str(path)),
             "the output folder of a Trainer run, with at least one of " + ", ".join(_LOOKED_FOR),
             "Give the run's output_dir (trainer.save_state, save_metrics and save_model write these files).",
             error=FileNotFoundError,
@@ -210,9 +216,14 @@ def _read_json(path: Path | None) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        fail("run", str(path), f"a JSON file ({error})", "Mend or remove the file; it may be cut off by a killed run.")
+        fail(
+            "run",
+            repr(str(path)),
+            f"a JSON file ({error})",
+            "Mend or remove the file; it may be cut off by a killed run.",
+        )
     if not isinstance(value, dict):
-        fail("run", str(path), "a JSON object", "Mend or remove the file.")
+        fail("run", repr(str(path)), "a JSON object", "Mend or remove the file.")
     return value
 
 
@@ -228,7 +239,7 @@ def _count_parameters(path: Path | None) -> int | None:
             with safe_open(file, framework="pt") as tensors:
                 total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            fail("run", str(file), f"a safetensors file ({error})", "Save the model again, or remove the file.")
+            fail("run", repr(str(file)), f"a safetensors file ({error})", "Save the model again, or remove the file.")
     return total
 
 
@@ -239,9 +250,9 @@ def _read_predictions(path: Path | None) -> Predictions | None:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        fail("run", str(path), f"a safetensors file ({error})", mend)
+        fail("run", repr(str(path)), f"a safetensors file ({error})", mend)
     if not {"logits", "labels"} <= tensors.keys():
-        fail("run", str(path), f"tensors `logits` and `labels`, not {sorted(tensors)}", mend)
+        fail("run", repr(str(path)), f"tensors `logits` and `labels`, not {sorted(tensors)}", mend)
     predictions = Predictions(tensors["logits"], tensors["labels"])
     _check_predictions(str(path), predictions)
     return predictions
@@ -250,9 +261,9 @@ def _read_predictions(path: Path | None) -> Predictions | None:
 def _check_predictions(argument: str, predictions: Predictions) -> None:
     logits, labels = predictions
     if logits.dim() != 2:
-        fail(argument, Shown(f"logits {list(logits.shape)}"), "logits [N, C]", "Give one row of logits per test row.")
+        fail(argument, f"logits {list(logits.shape)}", "logits [N, C]", "Give one row of logits per test row.")
     if labels.shape != logits.shape[:1]:
-        shapes = Shown(f"logits {list(logits.shape)} with labels {list(labels.shape)}")
+        shapes = f"logits {list(logits.shape)} with labels {list(labels.shape)}"
         fail(argument, shapes, "one label per row of logits", "Give labels [N], -100 where a row has none.")
 
 
@@ -298,7 +309,7 @@ def _teacher_of(run: Run, index: int, teachers: Sequence[Run]) -> Run | None:
     if len(teachers) > 1 and index >= len(teachers):
         fail(
             "runs",
-            Shown(f"{len(teachers)} teachers and at least {index + 1} runs named {run.name!r}"),
+            f"{len(teachers)} teachers and at least {index + 1} runs named {run.name!r}",
             "one teacher for all, or one per seed",
             "Give the teachers and the students in the same order of seeds.",
         )
@@ -366,7 +377,7 @@ def _check_same_rows(run: Run, other: Run) -> None:
         return
     fail(
         "runs",
-        Shown(f"{str(run.path)!r} and {str(other.path)!r}, with {reason}"),
+        f"{str(run.path)!r} and {str(other.path)!r}, with {reason}",
         f"the same test rows in every {PREDICTIONS_FILE}",
         "Predict both on the same test data, in the same order.",
     )

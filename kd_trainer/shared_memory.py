@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .checks import Shown, fail
+from .checks import fail
 
 _FIX = "Load the teacher as a model of its own, e.g. copy.deepcopy(model) of the trained one"
 
@@ -34,7 +34,7 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
     """
     if student is teacher:
         because = "the student would be compared with itself"
-        fail("teacher_model", Shown("the student itself"), "a second model", f"{_FIX}.", because=because)
+        fail("teacher_model", "the student itself", "a second model", f"{_FIX}.", because=because)
     held = _Memory([*teacher.parameters(), *teacher.buffers()])
     trained = [name for name, p in student.named_parameters() if p.requires_grad and held.has(p)]
     if trained:
@@ -48,7 +48,7 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> dict[str, Tensor]:
 
 def _fail_shared(what: str, keep: str) -> NoReturn:
     because = "training the student would change its teacher"
-    shown = Shown(f"a model that shares {what}")
+    shown = f"a model that shares {what}"
     fail("teacher_model", shown, "memory of its own there", f"{_FIX}, or {keep}.", because=because)
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import Shown, check_temperature, fail
+from .checks import check_temperature, fail
 from .divergences import BLOCK_ACCELERATOR, check_divergence, log_prob_terms
 from .sparse_cpu import columns_of, draw_on_cpu, draw_room, top_k_on_cpu, top_k_room
 
@@ -74,7 +74,7 @@ def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
     """
     classes = _check_logits(logits, temperature)
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= classes:
-        fail("k", k, f"a whole number from 1 to {classes}, the vocabulary", "Keep fewer ids, or all of them.")
+        fail("k", repr(k), f"a whole number from 1 to {classes}, the vocabulary", "Keep fewer ids, or all of them.")
     rows = logits.detach().reshape(-1, classes)
     room = top_k_room(len(rows), k)
     if top_k_on_cpu(rows, k, temperature, room):
@@ -118,15 +118,15 @@ def draw_samples(logits: Tensor, n: int, *, temperature: float = 1.0, uniform: T
     """
     classes = _check_logits(logits, temperature)
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        fail("n", n, "a whole number of draws, at least 1", "Take 50 for a start.")
+        fail("n", repr(n), "a whole number of draws, at least 1", "Take 50 for a start.")
     shape = logits.shape[:-1]
     if not isinstance(uniform, Tensor) or uniform.shape != shape:
         shown = f"of shape {list(uniform.shape)}" if isinstance(uniform, Tensor) else type(uniform).__name__
-        fail("uniform", Shown(shown), f"one number for each position, {list(shape)}", "Use `torch.rand` of that shape.")
+        fail("uniform", shown, f"one number for each position, {list(shape)}", "Use `torch.rand` of that shape.")
     # On CPU alone: elsewhere looking would wait for the device.
     if uniform.device.type == "cpu" and uniform.numel() and not (uniform.min() >= 0 and uniform.max() < 1):
         shown = f"a tensor from {uniform.min().item():g} to {uniform.max().item():g}"
-        fail("uniform", Shown(shown), "numbers in [0, 1)", "Use `torch.rand`.")
+        fail("uniform", shown, "numbers in [0, 1)", "Use `torch.rand`.")
     offsets = uniform.reshape(-1).to(logits.device, _double(logits))
     rows = logits.detach().reshape(-1, classes)
     room = draw_room(len(rows), n)
@@ -346,12 +346,12 @@ def _check_logits(logits: Tensor, temperature: float, name: str = "logits") -> i
     """Returns V."""
     check_temperature("temperature", temperature)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        shown = Shown(f"of dtype {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__)
+        shown = f"of dtype {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
         mend = "Pass the scores before the softmax, not class ids."
         fail(name, shown, "a tensor of logits of a floating dtype", mend, error=TypeError)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         mend = "Pass logits [..., V]."
-        fail(name, Shown(f"of shape {list(logits.shape)}"), "at least one class in the last dimension", mend)
+        fail(name, f"of shape {list(logits.shape)}", "at least one class in the last dimension", mend)
     return logits.shape[-1]
 
 
@@ -363,7 +363,7 @@ def _check_taught(
     if narrow.shape != shape or any(column.shape != (*shape, *ids[-1:]) for column in wide):
         shown = " and ".join(f"`{name}` of shape {list(x.shape)}" for name, x in taught._asdict().items())
         expected = f"one row for each of the student's positions {list(shape)}"
-        fail("taught", Shown(shown), expected, "Give both sides the same positions.")
+        fail("taught", shown, expected, "Give both sides the same positions.")
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

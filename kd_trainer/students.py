@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
-from .checks import Shown, fail, message
+from .checks import fail, message, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +91,7 @@ def student_from_teacher(
     stacks = _find_stacks(model)
     if decoder_layers is not None and len(stacks) == 1:
         because = f"{type(model).__name__} has one stack of layers, {stacks[0].path}"
-        fail("decoder_layers", decoder_layers, "None", "Choose its layers with `layers`.", because=because)
+        fail("decoder_layers", repr(decoder_layers), "None", "Choose its layers with `layers`.", because=because)
     kept = {}
     for stack in stacks:
         own = decoder_layers is not None and stack.is_decoder
@@ -112,12 +112,14 @@ def _load(path: str | Path) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         expected = f"a transformers model, or the folder or hub name of one ({said})"
-        raise type(error)(message("teacher", str(path), expected, "Check the path for a typing error.")) from error
+        raise type(error)(
+            message("teacher", repr(str(path)), expected, "Check the path for a typing error.")
+        ) from error
     model_class = next((cls for name in named if (cls := getattr(transformers, name, None)) is not None), None)
     if model_class is None:
         because = f"its config names the architectures {named}"
         mend = "Load it with its own class and pass the model."
-        fail("teacher", str(path), "a checkpoint of a class of transformers", mend, because=because)
+        fail("teacher", repr(str(path)), "a checkpoint of a class of transformers", mend, because=because)
     return model_class.from_pretrained(path)
 
 
@@ -126,13 +128,13 @@ def _check_teacher(model: Any) -> None:
 
     if not isinstance(model, PreTrainedModel):
         mend = "Give a transformers model, a folder or a hub name; of a PEFT model, `model.merge_and_unload()`."
-        fail("teacher", Shown(type(model).__name__), "a PreTrainedModel or a path", mend, error=TypeError)
+        fail("teacher", type(model).__name__, "a PreTrainedModel or a path", mend, error=TypeError)
     if getattr(model, "quantization_method", None) is not None:
         mend = "Load the teacher without quantization_config for this; the trainer may then use the quantised one."
-        fail("teacher", Shown(f"quantised ({model.quantization_method})"), "weights that can be trained", mend)
+        fail("teacher", f"quantised ({model.quantization_method})", "weights that can be trained", mend)
     if any(parameter.is_meta for parameter in model.parameters()):
         mend = "Load it without offloading (device_map) for this."
-        fail("teacher", Shown("a model with weights on the meta device"), "weights in memory", mend)
+        fail("teacher", "a model with weights on the meta device", "weights in memory", mend)
 
 
 def _find_stacks(model: PreTrainedModel) -> list[_Stack]:
@@ -154,7 +156,7 @@ def _find_stacks(model: PreTrainedModel) -> list[_Stack]:
     found = ", ".join(f"{path} ({len(layers)})" for path, layers in lists.items()) or "none"
     fail(
         "teacher",
-        Shown(f"{type(model).__name__} with these lists of modules: {found}"),
+        f"{type(model).__name__} with these lists of modules: {found}",
         "one list of layers (or an encoder's and a decoder's) whose length stands in the config",
         "Build the student from a config of your own and copy what you need.",
         because="which of them are its hidden layers cannot be told",
@@ -177,18 +179,24 @@ def _indices(argument: str, spec: Any, length: int) -> list[int]:
         return [(2 * i * (length - 1) + count - 1) // (2 * max(count - 1, 1)) for i in range(count)]
     expected = f'ascending layer indices from 0 to {length - 1}, or "every_k" with k >= 1'
     if isinstance(spec, str):
-        fail(argument, spec, expected, 'Write "every_2" for half of the layers.')
+        fail(argument, quoted(spec), expected, 'Write "every_2" for half of the layers.')
     whole = isinstance(spec, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in spec)
     if not whole:
-        fail(argument, spec, expected, "Write the indices as a list, such as [0, 2, 5].", error=TypeError)
+        fail(argument, quoted(spec), expected, "Write the indices as a list, such as [0, 2, 5].", error=TypeError)
     indices = list(spec)
     if not indices:
-        fail(argument, spec, expected, "Keep at least one layer.")
+        fail(argument, quoted(spec), expected, "Keep at least one layer.")
     outside = [i for i in indices if not 0 <= i < length]
     if outside:
-        fail(argument, spec, expected, f"Leave out {outside[0]}.", because=f"the teacher has {length} layers there")
+        fail(
+            argument,
+            quoted(spec),
+            expected,
+            f"Leave out {outside[0]}.",
+            because=f"the teacher has {length} layers there",
+        )
     if indices != sorted(set(indices)):
-        fail(argument, spec, expected, "Name every layer once, in the teacher's order.")
+        fail(argument, quoted(spec), expected, "Name every layer once, in the teacher's order.")
     return indices
 
 
@@ -222,7 +230,7 @@ def _build(model: PreTrainedModel, kept: dict[_Stack, list[int]]) -> PreTrainedM
     if wrong:
         fail(
             "layers",
-            list(kept.values()) if len(kept) > 1 else next(iter(kept.values())),
+            repr(list(kept.values()) if len(kept) > 1 else next(iter(kept.values()))),
             "layers that fit their new places in the student",
             "Keep the first layers, or others of the kind that the teacher has at those places.",
             because=f"these weights are missing, left over or of another shape: {', '.join(wrong[:4])}",

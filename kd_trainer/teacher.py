@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .backends import prepare_teacher
-from .checks import Shown, fail, message, warn
+from .checks import fail, message, quoted, warn
 from .head_choice import auto_class_of, auto_classes
 from .heads import HEADS, Head, logits_of
 from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs
@@ -229,17 +229,17 @@ def check_adapters(student: nn.Module, *, over_tokens: bool) -> None:
     own = "Give the teacher as a model of its own, e.g. by path."
     if not layers:
         mend = f"Add adapters with peft first; a folder of that name is './{ADAPTER_OFF}'."
-        shown = Shown(f"'{ADAPTER_OFF}' with a student of type {type(student).__name__}")
+        shown = f"'{ADAPTER_OFF}' with a student of type {type(student).__name__}"
         fail("teacher_model", shown, "a student with adapters in its layers (LoRA and its kin)", mend)
     adapters = adapter_parameters(student)
     moving = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in adapters]
     if moving:
-        shown = Shown(f"'{ADAPTER_OFF}' with a student that trains {', '.join(moving[:4])}")
+        shown = f"'{ADAPTER_OFF}' with a student that trains {', '.join(moving[:4])}"
         because = f"these {len(moving)} parameters are the teacher's too and would move with the student"
         fail("teacher_model", shown, "all but the adapters frozen", "Freeze them. Or: " + own, because=because)
     saved = [n for n, m in student.named_modules() if _is_adapter_layer(m) and hasattr(m, "modules_to_save")]
     if saved and not over_tokens:
-        shown = Shown(f"'{ADAPTER_OFF}' with a classifier in modules_to_save ({saved[0]})")
+        shown = f"'{ADAPTER_OFF}' with a classifier in modules_to_save ({saved[0]})"
         because = "the base's own classifier may be newly initialised and teach noise"
         fail("teacher_model", shown, "a classifier without modules_to_save", own, because=because)
 
@@ -303,17 +303,17 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
     if isinstance(teacher_model, nn.Module):
         if init_kwargs:
             mend = "Leave it out, or give the teacher by path."
-            fail("teacher_model_init_kwargs", init_kwargs, "nothing where the teacher is a module", mend)
+            fail("teacher_model_init_kwargs", quoted(init_kwargs), "nothing where the teacher is a module", mend)
         return teacher_model
     if not isinstance(teacher_model, (str, Path)):
-        shown = Shown(f"of type {type(teacher_model).__name__}")
+        shown = f"of type {type(teacher_model).__name__}"
         fail("teacher_model", shown, "a torch module, a folder or a hub name", "Load the model first.", error=TypeError)
     path = str(teacher_model)
     known = auto_class_of(student)
     if known is None or known[1] is None:
         fail(
             "teacher_model",
-            path,
+            repr(path),
             "a module, because no Auto class of transformers has a student of type " + type(student).__name__,
             "Load the teacher yourself and give the module.",
         )
@@ -327,7 +327,7 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
         said = f"{auto_class.__name__} can load ({type(error).__name__}: {line})"
         if init_kwargs and isinstance(error, (TypeError, RuntimeError, ImportError)):
             expected, mend = f"arguments with which {said}", "Check their names and values."
-            raise ValueError(message("teacher_model_init_kwargs", init_kwargs, expected, mend)) from cause
+            raise ValueError(message("teacher_model_init_kwargs", quoted(init_kwargs), expected, mend)) from cause
         mend = "Check the path for a typing error."
         if any(Path(path).glob("*.bin")):
             mend = (
@@ -340,14 +340,14 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
                 '{"trust_remote_code": true}.'
             )
         expected = f"a folder with config.json and safetensors weights, or a hub name, that {said}"
-        raise ValueError(message("teacher_model", path, expected, mend)) from cause
+        raise ValueError(message("teacher_model", repr(path), expected, mend)) from cause
     if init_kwargs.get("device_map") is not None and getattr(model, "hf_device_map", None) is None:
         model.hf_device_map = {"": model.device}  # upstream notes a map of several devices only
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if fresh:
         fail(
             "teacher_model",
-            path,
+            repr(path),
             "a checkpoint already fine-tuned for the student's task",
             f"Fine-tune the teacher first, or name a checkpoint that has the head of {type(model).__name__}.",
             because=f"these of its weights would be newly initialised and teach noise: {', '.join(fresh[:4])}",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import Shown, fail
+from .checks import fail
 
 
 def floating_dtypes(model: nn.Module) -> list[torch.dtype]:
@@ -76,7 +76,7 @@ class TeacherBatch:
         elif written:
             fail(
                 "teacher_model",
-                Shown(f"a model whose forward writes into its input {written[0][0]!r}"),
+                f"a model whose forward writes into its input {written[0][0]!r}",
                 "a forward that leaves its inputs as they are, as on the first batch",
                 "Let it write into a copy (.clone()).",
                 because="the student reads the same tensors",

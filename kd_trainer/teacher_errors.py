@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import Message, Shown, fail, message
+from .checks import Message, fail, message
 from .inputs import front_positions, text_config, vocabulary_rows
 
 _TABLE_OF_POSITIONS = re.compile(r"(.*\.)?(wpe|\w*position\w*)")
@@ -62,7 +62,7 @@ def check_widths(inputs: Mapping[str, Any], limit: int) -> None:
         if isinstance(ids, Tensor) and ids.dim() >= 2 and ids.shape[-1] > limit:
             fail(
                 name,
-                Shown(f"of {ids.shape[-1]} positions"),
+                f"of {ids.shape[-1]} positions",
                 f"at most {limit}, the positions of the teacher (max_position_embeddings)",
                 f"Cut the texts: max_length={limit}, truncation=True in the tokenizer's call. Or take a teacher with "
                 "more positions.",
@@ -97,7 +97,9 @@ def check_padding(teacher: nn.Module, inputs: Mapping[str, Any], student_pad: in
         row = int((found != real).nonzero()[0])
         token = int(ids[row, found[row]]) if found[row] > real[row] else pad
         because = f"{type(teacher).__name__} would read row {row} at the token {int(found[row])}, not {int(real[row])}"
-        fail(argument, pad, f"{token}, the id of the padding (attention_mask 0) in the batch", fix, because=because)
+        fail(
+            argument, pad, f"{token}, the id of the padding (attention_mask 0) in the batch", fix, because=because
+        )
 
 
 def check_ids(inputs: Mapping[str, Any], rows: int) -> None:
@@ -111,7 +113,7 @@ def check_ids(inputs: Mapping[str, Any], rows: int) -> None:
             mend = "Take a teacher whose tokenizer has that token, or leave the token (a pad token?) out of the data."
             fail(
                 name,
-                Shown(f"{int(wrong[0])} in a batch"),
+                f"{int(wrong[0])} in a batch",
                 f"0 to {rows - 1}, the rows of the teacher's embedding",
                 mend,
             )
@@ -146,14 +148,14 @@ def explain(teacher: nn.Module, inputs: Mapping[str, Any], error: Exception) -> 
     missing = re.search(r"missing \d+ required [\w-]+ arguments?: (.*)", cause) if kind is TypeError else None
     surplus = re.search(r"unexpected keyword argument '(\w+)'", cause) if kind is TypeError else None
     if missing:
-        shown = Shown(f"a {name}, whose forward needs {missing[1]}; the batch has {columns}")
+        shown = f"a {name}, whose forward needs {missing[1]}; the batch has {columns}"
         expected, fix = "a model that reads the batch", f"Add it to the batch as a teacher_* column. ({text})"
     elif surplus:
-        shown = Shown(f"a {name}, part of which does not take {surplus[1]}")
+        shown = f"a {name}, part of which does not take {surplus[1]}"
         expected = f"a model that reads the batch ({columns})"
         fix = f"Remove the column, or wrap the teacher in a module that leaves {surplus[1]} out. ({text})"
     else:
-        shown = Shown(f"a {name}, whose forward failed on {columns or 'the batch'} ({text})")
+        shown = f"a {name}, whose forward failed on {columns or 'the batch'} ({text})"
         expected, fix = "a model that reads the batch", _OWN_COLUMNS
     return kind(message("teacher_model", shown, expected, fix))
 
@@ -170,7 +172,7 @@ def _check_image_size(teacher: nn.Module, inputs: Mapping[str, Any]) -> None:
     if not isinstance(pixels, Tensor) or len(wanted) != 2 or list(pixels.shape[-2:]) == wanted:
         return
     mend = "Give the teacher images of its own size, from its image processor, in the column teacher_pixel_values."
-    shown = Shown(f"images of {pixels.shape[-2]} x {pixels.shape[-1]}")
+    shown = f"images of {pixels.shape[-2]} x {pixels.shape[-1]}"
     fail("pixel_values", shown, f"{wanted[0]} x {wanted[1]} for the teacher", mend)
 
 
@@ -181,6 +183,6 @@ def _out_of_memory(inputs: Mapping[str, Any], error: Exception) -> Exception:
         "Lower the batch size (gradient_accumulation_steps makes up for it), or load the teacher smaller: "
         'teacher_model_init_kwargs {"dtype": "bfloat16"}, or in 8 or 4 bits.'
     )
-    shown = Shown(f"out of memory in its forward on a batch of {shape}")
+    shown = f"out of memory in its forward on a batch of {shape}"
     text = message("teacher_model", shown, "room for it beside the student", mend)
     return type(error)(f"{text} ({error})")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .checks import Shown, fail
+from .checks import fail
 from .inputs import TEACHER_PREFIX
 
 
@@ -46,13 +46,18 @@ def add_teacher_inputs(
         trainer = DistillationTrainer(..., data_collator=TeacherCollator(collator, teacher_tokenizer))
     """
     if not hasattr(dataset, "map"):
-        shown = dataset if dataset is None else Shown(f"of type {type(dataset).__name__}")
+        shown = dataset if dataset is None else f"of type {type(dataset).__name__}"
         mend = "Make one of it: datasets.Dataset.from_list(rows)."
         fail("dataset", shown, "a dataset of the datasets library", mend, error=TypeError)
     _check_callable("teacher_tokenizer", teacher_tokenizer, "the teacher's tokenizer, or a callable like it")
     names = [columns] if isinstance(columns, str) else list(columns) if isinstance(columns, Sequence) else []
     if len(names) not in (1, 2):
-        fail("columns", columns, "the name of a column of text, or of two", "Name the columns that the student reads.")
+        fail(
+            "columns",
+            repr(columns),
+            "the name of a column of text, or of two",
+            "Name the columns that the student reads.",
+        )
     known = getattr(dataset, "column_names", None)
     for split, there in known.items() if isinstance(known, Mapping) else [("dataset", known)]:
         if there is None:  # a stream does not always know its columns
@@ -60,7 +65,7 @@ def add_teacher_inputs(
         missing = [name for name in names if name not in there]
         if missing:
             mend = "Add the teacher's inputs before the text is removed."
-            fail("columns", missing[0], f"a column of {split} ({', '.join(there)})", mend)
+            fail("columns", repr(missing[0]), f"a column of {split} ({', '.join(there)})", mend)
     cut: dict[str, Any] = {"max_length": max_length} if max_length is not None else {}
     limit = getattr(teacher_tokenizer, "model_max_length", 0)
     if max_length is not None or 0 < limit < 10**9:  # beyond it there is none
@@ -75,7 +80,7 @@ def add_teacher_inputs(
 
 def _check_callable(argument: str, value: Any, expected: str) -> None:
     if not callable(value):
-        shown = value if value is None else Shown(f"of type {type(value).__name__}")
+        shown = value if value is None else f"of type {type(value).__name__}"
         fail(argument, shown, expected, f"Pass `{argument}` itself, not its name or its result.", error=TypeError)
 
 
@@ -112,7 +117,7 @@ class TeacherCollator:
         names = set(taught[0])
         if any(set(row) != names for row in taught):
             mend = "Add them to the whole dataset with add_teacher_inputs."
-            fail("features", Shown("rows of which some lack teacher columns"), "the same columns in all", mend)
+            fail("features", "rows of which some lack teacher columns", "the same columns in all", mend)
         tokens = names & {TEACHER_PREFIX + name for name in self._token_names()}
         for chosen, collate in ((tokens, self._pad), (names - tokens, self._stack)):
             if chosen:

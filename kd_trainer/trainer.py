@@ -25,7 +25,7 @@ from transformers.utils import is_sagemaker_mp_enabled
 from .cache import CachedCollator, CachedTeacher
 from .cache_store import Store
 from .checkpoints import CompleteCheckpoints
-from .checks import Shown, fail, leave_progress_bar, message, warn
+from .checks import fail, leave_progress_bar, message, warn
 from .describe import card_section, count_parameters, name_of, start_block
 from .files import write_atomically
 from .findings import Finding, has_errors, print_findings
@@ -147,7 +147,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         if wrong:
             fail(
                 "bases",
-                Shown(f"of {cls.__name__} with {wrong[0].__name__} before DistillationMixin"),
+                f"of {cls.__name__} with {wrong[0].__name__} before DistillationMixin",
                 "DistillationMixin (or DistillationTrainer) first",
                 f"Write class {cls.__name__}(DistillationMixin, {wrong[0].__name__}).",
                 because=f"the loss of {wrong[0].__name__} would be used and the teacher never asked",
@@ -159,7 +159,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             mend = f"Move it into {cls.__name__}, where super().compute_loss(...) is the distillation loss."
             fail(
                 "bases",
-                Shown(f"of {cls.__name__} with {lost[0].__name__}, which has a compute_loss of its own"),
+                f"of {cls.__name__} with {lost[0].__name__}, which has a compute_loss of its own",
                 "a Trainer class without one behind DistillationMixin",
                 next((_LIBRARIES[root] for root in map(_library, lost) if root in _LIBRARIES), mend),
                 because="DistillationMixin's would be used and this one never called",
@@ -187,7 +187,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             behind = next(c for c in type(self).__mro__ if issubclass(c, Trainer) and not issubclass(c, OfflineTeacher))
             mend = "Write a dataclass Args(DistillationArguments, TheOtherArguments) and build the args of it."
             expected = f"the arguments of {behind.__name__} with DistillationArguments in front"
-            raise TypeError(message("args", Shown(f"of type {type(args).__name__}"), expected, mend)) from error
+            raise TypeError(message("args", f"of type {type(args).__name__}", expected, mend)) from error
         _refuse_lone_processes(self.args)  # which upstream makes where none are given
         self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
         self._read_settings()
@@ -259,13 +259,13 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         loss_type = getattr(self.args, "loss_type", "nll")
         if loss_type != "nll":
             expected = "'nll' (the default), the hard loss of the distillation"
-            fail("loss_type", loss_type, expected, "Leave it out; kd_alpha weighs the losses.")
+            fail("loss_type", repr(loss_type), expected, "Leave it out; kd_alpha weighs the losses.")
         if self.args.n_gpu > 1:
             mend = "Start the script with `accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
             fail("n_gpu", self.args.n_gpu, "1 GPU for each process, not nn.DataParallel", mend)
         if self.compute_loss_func is not None and self.kd_args.kd_hard_loss == "task":
             expected = "'auto' with a compute_loss_func, which is the hard loss then"
-            fail("kd_hard_loss", "task", expected, "Leave out one of the two.")
+            fail("kd_hard_loss", "'task'", expected, "Leave out one of the two.")
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
             fail("parallelism_config", "Ulysses sequence parallelism", "none", "Switch sequence parallelism off.")
@@ -558,7 +558,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             found = own_loss(outputs)
             if found is None:
                 mend = "Return it whenever labels are given, or set kd_hard_loss to task."
-                shown = Shown("a model that returns no loss for a batch with labels")
+                shown = "a model that returns no loss for a batch with labels"
                 fail("model", shown, "the loss that it returned for the first batch", mend, error=RuntimeError)
             loss = without_extras(found, outputs, fit.student, None, router_weight(fit.student))
         targets = fit.head.targets(inputs)
@@ -594,7 +594,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         said = cast(CachedTeacher, self.teacher).output(inputs)
         if said is None and training:
             mend = "Let the Trainer make the dataloader, or train with the live teacher."
-            shown = Shown("a batch without what the teacher said")
+            shown = "a batch without what the teacher said"
             expected = "the columns that the trainer's own dataloader adds from the teacher cache"
             fail("inputs", shown, expected, mend, error=RuntimeError)
         if said is None and not self._told_uncached and self.live_teacher_at_hand() is None:
@@ -902,7 +902,7 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
         if not isinstance(args, Seq2SeqTrainingArguments):
             fail(
                 "args",
-                Shown(f"of type {type(args).__name__}"),
+                f"of type {type(args).__name__}",
                 "Seq2SeqDistillationTrainingArguments",
                 "Build the arguments with that class; it has the same fields and those of generation.",
                 error=TypeError,
@@ -951,7 +951,7 @@ def _refuse_no_trainer(cls: type, other: type | None) -> NoReturn:
     roots = [_library(c) for c in cls.__mro__]
     fail(
         "bases",
-        Shown(shown),
+        shown,
         "DistillationMixin in front of a transformers.Trainer",
         next((_LIBRARIES[root] for root in roots if root in _LIBRARIES), mend),
         because="it overrides what that class calls",

@@ -24,7 +24,7 @@ import transformers
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from .cache_formats import DTYPES, FORMATS
-from .checks import check_choice, check_number, check_temperature, fail, nearest
+from .checks import check_choice, check_number, check_temperature, fail, nearest, quoted
 from .divergences import DIVERGENCES
 from .heads import HEADS
 from .redaction import SecretiveDict, hidden, is_secret_name
@@ -48,7 +48,13 @@ def refuse_borrowed_names(kwargs: dict[str, Any], known: Any = ()) -> None:
     """Raises TypeError for `alpha` and `temperature`: elsewhere they mean the opposite, so they are never guessed."""
     for name, meaning in _BORROWED.items():
         if name in kwargs and name not in known:
-            fail(name, kwargs[name], f"the argument {meaning}", "Rename it in the training arguments.", error=TypeError)
+            fail(
+                name,
+                quoted(kwargs[name]),
+                f"the argument {meaning}",
+                "Rename it in the training arguments.",
+                error=TypeError,
+            )
 
 
 def has_accelerator() -> bool:
@@ -192,7 +198,7 @@ class DistillationArguments:
         if not self.kd_divergence.startswith(("jsd", "skew")):
             fail(
                 "kd_beta",
-                self.kd_beta,
+                repr(self.kd_beta),
                 f"no value with kd_divergence {self.kd_divergence!r}, which has no beta",
                 "Leave it out, or choose kd_divergence jsd, skew_forward_kl or skew_reverse_kl.",
             )
@@ -204,7 +210,10 @@ class DistillationArguments:
         k = self.teacher_cache_k
         if k is not None and k < 1:
             fail(
-                "teacher_cache_k", k, "a whole number, at least 1", "Leave it out for 64 (topk) or 50 draws (sampled)."
+                "teacher_cache_k",
+                repr(k),
+                "a whole number, at least 1",
+                "Leave it out for 64 (topk) or 50 draws (sampled).",
             )
         if self.kd_run == "cache" and self.teacher_cache_dir is None:
             fail("teacher_cache_dir", None, "a folder with kd_run 'cache'", "Set it to where the cache shall be.")
@@ -216,7 +225,12 @@ class DistillationArguments:
             }
             for name, value in given.items():
                 if value is not None:
-                    fail(name, value, "no value without teacher_cache_dir", "Set teacher_cache_dir, or leave it out.")
+                    fail(
+                        name,
+                        quoted(value),
+                        "no value without teacher_cache_dir",
+                        "Set teacher_cache_dir, or leave it out.",
+                    )
 
     def _check_schedule(self) -> None:
         ends = {name: getattr(self, name) for name in ("kd_alpha_end", "kd_temperature_end")}
@@ -227,10 +241,13 @@ class DistillationArguments:
             check_temperature("kd_temperature_end", self.kd_temperature_end)
         if given and self.kd_schedule == "constant":
             name, value = next(iter(given.items()))
-            fail(name, value, "no value with kd_schedule 'constant'", "Set kd_schedule to linear or cosine.")
+            fail(name, quoted(value), "no value with kd_schedule 'constant'", "Set kd_schedule to linear or cosine.")
         if not given and self.kd_schedule != "constant":
             fail(
-                "kd_schedule", self.kd_schedule, "'constant' without an end", "Set kd_alpha_end or kd_temperature_end."
+                "kd_schedule",
+                repr(self.kd_schedule),
+                "'constant' without an end",
+                "Set kd_alpha_end or kd_temperature_end.",
             )
 
     def _read_teacher_kwargs(self) -> None:
@@ -240,10 +257,10 @@ class DistillationArguments:
                 given = json.loads(given)
             except json.JSONDecodeError as error:
                 mend = 'Write it as \'{"dtype": "bfloat16"}\'.'
-                fail("teacher_model_init_kwargs", given, f"a JSON object ({error})", mend)
+                fail("teacher_model_init_kwargs", quoted(given), f"a JSON object ({error})", mend)
         if given is not None and not (isinstance(given, dict) and all(isinstance(name, str) for name in given)):
             mend = 'Write it as {"dtype": "bfloat16"}.'
-            fail("teacher_model_init_kwargs", given, "a JSON object: names and values", mend, error=TypeError)
+            fail("teacher_model_init_kwargs", quoted(given), "a JSON object: names and values", mend, error=TypeError)
         self.teacher_model_init_kwargs = None if given is None else SecretiveDict(given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -306,7 +323,7 @@ def _as_declared(entry: Any, value: Any) -> Any:
     if bool in kinds:
         if not isinstance(value, bool):
             how = "without quotes" if isinstance(value, str) else "true or false (in Python True or False)"
-            fail(name, value, "true or false", f"Write {'it ' * isinstance(value, str)}{how}.", error=TypeError)
+            fail(name, quoted(value), "true or false", f"Write {'it ' * isinstance(value, str)}{how}.", error=TypeError)
     elif float in kinds:
         if isinstance(value, Real) and not isinstance(value, (bool, int)):
             return float(value)
@@ -315,15 +332,15 @@ def _as_declared(entry: Any, value: Any) -> Any:
     elif int in kinds:
         if isinstance(value, bool) or not isinstance(value, int):
             mend = f"Give `{name}` as a whole number, not as {type(value).__name__}."
-            fail(name, value, "a whole number, at least 1", mend, error=TypeError)
+            fail(name, quoted(value), "a whole number, at least 1", mend, error=TypeError)
     elif name in _FOLDERS:  # other texts are choices, which `check_choice` compares
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         kind = "a folder" if name == "teacher_cache_dir" else "a folder or a hub name"
         if not isinstance(value, str):
             mend = f"Give `{name}` as text, not as {type(value).__name__}."
-            fail(name, value, kind, mend, error=TypeError)
+            fail(name, quoted(value), kind, mend, error=TypeError)
         if not value.strip():
-            fail(name, value, kind, "Leave it out (null in JSON) for none.")
+            fail(name, quoted(value), kind, "Leave it out (null in JSON) for none.")
     return value
 
 
@@ -372,9 +389,9 @@ def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:
     for cls in dataclass_types:
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
             mend = "Pass the class itself, e.g. DistillationTrainingArguments."
-            fail("dataclass_types", cls, "classes of arguments (dataclasses)", mend, error=TypeError)
+            fail("dataclass_types", repr(cls), "classes of arguments (dataclasses)", mend, error=TypeError)
     if argv is not None and (not isinstance(argv, (list, tuple)) or not all(isinstance(word, str) for word in argv)):
-        fail("argv", argv, "a list of words", "Split the command line: shlex.split(text).", error=TypeError)
+        fail("argv", quoted(argv), "a list of words", "Split the command line: shlex.split(text).", error=TypeError)
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)  # a field half typed is a typing error
     known = {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
@@ -388,7 +405,7 @@ def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:
     if rest:
         options = [word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
         _check_keys(dict.fromkeys(options, "(option)"), known, "option")
-        fail("argv", rest, "options of the form --field value", "Give the JSON file first, then the options.")
+        fail("argv", quoted(rest), "options of the form --field value", "Give the JSON file first, then the options.")
     values = vars(namespace)
     parsed = [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in dataclass_types]
     return parsed[0] if len(parsed) == 1 else tuple(parsed)
@@ -397,13 +414,15 @@ def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:
 def _read_json(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         mend = "Check the path; it is relative to the folder the script is started in."
-        fail("config file", path, "an existing JSON file", mend, error=FileNotFoundError)
+        fail("config file", repr(path), "an existing JSON file", mend, error=FileNotFoundError)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        fail("config file", path, f"valid JSON ({error})", "Mend the file at that line.")
+        fail("config file", repr(path), f"valid JSON ({error})", "Mend the file at that line.")
     if not isinstance(content, dict):
-        fail("config file", path, f"a JSON object, got a {type(content).__name__}", 'Write {"field": value, ...}.')
+        fail(
+            "config file", repr(path), f"a JSON object, got a {type(content).__name__}", 'Write {"field": value, ...}.'
+        )
     return content
 
 
@@ -412,4 +431,4 @@ def _check_keys(given: dict[str, Any], known: set[str], what: str) -> None:
     for name, value in given.items():
         if name not in known:
             mend = nearest(name, known) or "Remove it."
-            fail(name, value, f"no such {what}: none of the argument classes has that field", mend)
+            fail(name, quoted(value), f"no such {what}: none of the argument classes has that field", mend)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_trainer.checks import Shown, check_choice, check_number, fail, message, nearest
+from kd_trainer.checks import check_choice, check_number, fail, message, nearest, quoted
 from kd_trainer.files import write_atomically
 
 # ---- checks ----
@@ -18,8 +18,8 @@ from kd_trainer.files import write_atomically
 
 def test_message_has_the_house_form():
     assert message("a", 3, "a number < 2", "Set it lower.") == "`a` is 3; expected a number < 2. Set it lower."
-    assert message("a", "x", "y", "Mend.") == "`a` is 'x'; expected y. Mend."
-    assert message("a", Shown("of shape (2, 3)"), "y", "Mend.") == "`a` is of shape (2, 3); expected y. Mend."
+    assert message("a", quoted("x"), "y", "Mend.") == "`a` is 'x'; expected y. Mend."
+    assert message("a", "of shape (2, 3)", "y", "Mend.") == "`a` is of shape (2, 3); expected y. Mend."
     assert message("a", None, "y", "Mend.", because="of z") == "`a` is None; expected y, because of z. Mend."
 
 

@@ -137,7 +137,7 @@ def test_arguments_that_cannot_be_read(given):
 
 def test_a_key_of_a_json_file_that_nobody_knows(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"output_dir": "x", "hf_token": ODD}))
-    with pytest.raises(ValueError, match="`hf_token` is '<hidden>'; expected no such key"):
+    with pytest.raises(ValueError, match="`hf_token` is <hidden>; expected no such key"):
         parse_args(DistillationTrainingArguments, argv=[str(tmp_path / "config.json")])
     with pytest.raises(ValueError, match="hf_token") as error:
         parse_args(DistillationTrainingArguments, argv=["--hf_token", ODD])
