@@ -31,12 +31,12 @@ from .cache import NumberedRows, Read, Reading, Taken
 from .cache_formats import SPARSE, encode, format_of, room_for, to_numpy
 from .cache_store import Rows, ShardWriter, written_shards
 from .checks import fail, message
-from .finite import bad_rows
 from .fused_arguments import Side, cast_as_autocast, chunk_rows
 from .fused_forward import NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
 from .heads import Head
 from .inputs import TEACHER_PREFIX
 from .native import PAYS_FROM
+from .reductions import bad_rows
 
 logger = logging.getLogger(__name__)
 

@@ -23,11 +23,10 @@ from torch import nn
 from .cache_store import CacheError
 from .checks import fail, message
 from .compatibility import tokenizer_of
-from .describe import name_of
-from .files import digest
+from .files import as_json, digest
+from .model_facts import name_of
 from .redaction import hidden, scrub
 from .teacher import ADAPTER_OFF, adapter_modules, adapter_parameters
-from .training_args import as_json
 
 
 def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Module) -> dict[str, Any]:

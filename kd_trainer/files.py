@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their digests. Imports: the standard library only."""
+"""Files written whole or not at all, their digests, and values as JSON has them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 
 def digest(path: Path, *, sync: bool = False, by: Callable[[], Any] = hashlib.sha256) -> str:
@@ -62,3 +65,20 @@ def _new_file(path: Path) -> tuple[int, Path]:
         temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
         with contextlib.suppress(FileExistsError):
             return os.open(temporary, flags, 0o666), temporary
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON has it: objects by their own `to_dict`, or by their name."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): as_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [as_json(each) for each in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Enum):
+        return as_json(value.value)
+    if hasattr(value, "to_dict") and not isinstance(value, type):
+        return as_json(value.to_dict())
+    return str(value).removeprefix("torch.")

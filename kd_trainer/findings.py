@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from .cache import CachedTeacher
 from .checks import Message, fail, leave_progress_bar, warn
 from .compatibility import Classes, listed, without_names
-from .describe import count_parameters, describe, times
 from .first_look import SMALL_VOCABULARY, Fit
 from .heads import Head
 from .inputs import NOT_INPUTS, TEACHER_PREFIX, vocabulary_rows
+from .model_facts import count_parameters, describe, times
 from .objective import Objective
 from .redaction import scrub
 from .reductions import IGNORE_INDEX, divide

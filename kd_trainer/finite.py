@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import fail
-
-
-class Fault(NamedTuple):
-    """What in a batch makes a loss that is not finite, whatever the models give."""
-
-    rows: Tensor  # bool [B], on the device
-    argument: str
-    found: str  # "`argument` is {found} in rows [..]"
-    expected: str
-    fix: str
+from .heads import Fault
+from .reductions import bad_rows, is_bad
 
 
 class FiniteWatch:
@@ -70,7 +61,7 @@ class FiniteWatch:
         entries = [torch.as_tensor(step, device=ok.device)]
         seen = fault()
         self._fault = seen or self._fault
-        sides = [None if logits is None else _is_bad(logits) for logits in (student, teacher)]
+        sides = [None if logits is None else is_bad(logits) for logits in (student, teacher)]
         for bad in (*sides, None if seen is None else seen.rows):
             bad = ok.new_zeros(1) if bad is None else bad
             entries += [bad.sum(), bad.int().argmax()]
@@ -108,14 +99,3 @@ class FiniteWatch:
             "Lower the learning rate or use bf16/float32; kd_check_finite sets when this is looked for.",
             error=RuntimeError,
         )
-
-
-def bad_rows(logits: Tensor) -> list[int]:
-    """Indices of the rows of a batch in which a position holds NaN, +inf, or nothing but -inf."""
-    return _is_bad(logits).nonzero().flatten().tolist()
-
-
-def _is_bad(logits: Tensor) -> Tensor:
-    # The maximum is NaN or inf where any entry is, and a single -inf is a class that the model excludes on purpose.
-    peaks = logits.detach().amax(-1)
-    return ~torch.isfinite(peaks).reshape(peaks.shape[0], -1).all(-1)

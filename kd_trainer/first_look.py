@@ -37,7 +37,7 @@ from .compatibility import (
     vocabulary_line,
     warned,
 )
-from .finite import FiniteWatch, bad_rows
+from .finite import FiniteWatch
 from .fused_forward import NotPlain, OutputHead, few_products
 from .head_choice import CLASSIFICATIONS, by_problem_type, check_virtual_tokens, head_for, head_from_logits
 from .heads import Head
@@ -56,6 +56,7 @@ from .inputs import (
 )
 from .logits import AmbiguousOutputs, Wanted, logits_of, widths_of
 from .own_loss import Comparison, HardLoss
+from .reductions import bad_rows
 from .router import check_router, notes_on_own_losses, router_weight
 from .shared_memory import check_separate, watch_shared_buffers
 from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, load_teacher

@@ -12,18 +12,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import fail, message
-from .finite import Fault
 from .inputs import begins_next, main_input, real_tokens, tells_sequences, token_mask
 from .logits import Wanted, logits_of
 from .losses import SoftTargetLoss
 from .reductions import IGNORE_INDEX, divide, wrong_labels
+
+
+class Fault(NamedTuple):
+    """What in a batch makes a loss that is not finite, whatever the models give."""
+
+    rows: Tensor  # bool [B], on the device
+    argument: str
+    found: str  # "`argument` is {found} in rows [..]"
+    expected: str
+    fix: str
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,10 @@ from .cache_store import (
     written_notes,
 )
 from .checks import fail, message, warn
-from .describe import count_parameters
 from .files import write_atomically
 from .first_look import SMALL_VOCABULARY, FirstLook, Fit, classes_have_names, same_random_numbers
 from .heads import HEADS
+from .model_facts import count_parameters
 from .teacher import ADAPTER_OFF, LiveTeacher
 
 logger = logging.getLogger(__name__)

@@ -170,3 +170,15 @@ def reduce_terms(terms: Tensor, mask: Tensor | None = None, *, reduction: str = 
         return terms.masked_fill(~as_mask(mask, terms.shape[:-1]).unsqueeze(-1), 0.0)
     rows = select_positions(terms, mask)
     return reduce_total(masked_sum(rows), reduction, shape=terms.shape, positions=rows.shape[0])
+
+
+def bad_rows(logits: Tensor) -> list[int]:
+    """Indices of the rows of a batch in which a position holds NaN, +inf, or nothing but -inf."""
+    return is_bad(logits).nonzero().flatten().tolist()
+
+
+def is_bad(logits: Tensor) -> Tensor:
+    """True for each row in which a position holds NaN, +inf, or nothing but -inf."""
+    # The maximum is NaN or inf where any entry is, and a single -inf is a class that the model excludes on purpose.
+    peaks = logits.detach().amax(-1)
+    return ~torch.isfinite(peaks).reshape(peaks.shape[0], -1).all(-1)

@@ -97,9 +97,7 @@ def check_padding(teacher: nn.Module, inputs: Mapping[str, Any], student_pad: in
         row = int((found != real).nonzero()[0])
         token = int(ids[row, found[row]]) if found[row] > real[row] else pad
         because = f"{type(teacher).__name__} would read row {row} at the token {int(found[row])}, not {int(real[row])}"
-        fail(
-            argument, pad, f"{token}, the id of the padding (attention_mask 0) in the batch", fix, because=because
-        )
+        fail(argument, pad, f"{token}, the id of the padding (attention_mask 0) in the batch", fix, because=because)
 
 
 def check_ids(inputs: Mapping[str, Any], rows: int) -> None:

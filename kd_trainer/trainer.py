@@ -26,7 +26,7 @@ from .cache import CachedCollator, CachedTeacher
 from .cache_store import Store
 from .checkpoints import CompleteCheckpoints
 from .checks import fail, leave_progress_bar, message, warn
-from .describe import card_section, count_parameters, name_of, start_block
+from .describe import card_section, start_block
 from .files import write_atomically
 from .findings import Finding, has_errors, print_findings
 from .finite import FiniteWatch
@@ -37,6 +37,7 @@ from .fused_linear import FusedLoss, release_memory
 from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
+from .model_facts import count_parameters, name_of
 from .objective import Counts, Objective, Parts, scheduled
 from .offline import OfflineTeacher
 from .outputs import TeacherOutput

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Real
@@ -26,6 +25,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 from .cache_formats import DTYPES, FORMATS
 from .checks import check_choice, check_number, check_temperature, fail, nearest, quoted
 from .divergences import DIVERGENCES
+from .files import as_json
 from .heads import HEADS
 from .redaction import SecretiveDict, hidden, is_secret_name
 
@@ -342,23 +342,6 @@ def _as_declared(entry: Any, value: Any) -> Any:
         if not value.strip():
             fail(name, quoted(value), kind, "Leave it out (null in JSON) for none.")
     return value
-
-
-def as_json(value: Any) -> Any:
-    """The value as JSON has it: objects by their own `to_dict`, or by their name."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): as_json(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [as_json(each) for each in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Enum):
-        return as_json(value.value)
-    if hasattr(value, "to_dict") and not isinstance(value, type):
-        return as_json(value.to_dict())
-    return str(value).removeprefix("torch.")
 
 
 @dataclass(repr=False)

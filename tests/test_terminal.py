@@ -13,7 +13,8 @@ import pytest
 
 import kd_trainer
 from kd_trainer.checks import is_first_process, leave_progress_bar, warn
-from kd_trainer.describe import card_section, times
+from kd_trainer.describe import card_section
+from kd_trainer.model_facts import times
 from tests import tiny
 
 PACKAGE = Path(kd_trainer.__file__).parent
