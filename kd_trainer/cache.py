@@ -25,7 +25,7 @@ from .cache_manifest import check_links, check_settings, head_of
 from .cache_signatures import DERIVED, ROW, SHARED, TOKEN, flat, is_own, kinds_of, refuse_column, signatures
 from .cache_store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Rows, Store, damaged, foreign, is_finished
 from .checks import fail, message
-from .heads import Head
+from .head import Head
 from .inputs import ROW_ID, TEACHER_PREFIX, begins_next, real_tokens
 from .outputs import TeacherOutput
 

@@ -33,7 +33,7 @@ from .cache_store import Rows, ShardWriter, written_shards
 from .checks import fail, message
 from .fused_arguments import Side, cast_as_autocast, chunk_rows
 from .fused_forward import NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
-from .heads import Head
+from .head import Head
 from .inputs import TEACHER_PREFIX
 from .native import PAYS_FROM
 from .reductions import bad_rows

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .heads import Head
+from .head import Head
 from .model_facts import count_parameters, describe, times
 from .objective import Counts, Objective
 from .reductions import divide

@@ -28,7 +28,7 @@ from .first_look import SMALL_VOCABULARY
 from .fused_arguments import CHUNK_ROWS, chunk_rows, group_rows
 from .fused_forward import NotPlain, OutputHead
 from .fused_linear import keeps_tiles
-from .heads import Head
+from .head import Head
 from .inputs import accepted_inputs, behind_front, model_inputs, vocabulary_rows
 from .losses import SoftTargetLoss
 from .teacher import LiveTeacher, adapters_off

@@ -25,7 +25,7 @@ from .cache import CachedTeacher
 from .checks import Message, fail, leave_progress_bar, warn
 from .compatibility import Classes, listed, without_names
 from .first_look import SMALL_VOCABULARY, Fit
-from .heads import Head
+from .head import Head
 from .inputs import NOT_INPUTS, TEACHER_PREFIX, vocabulary_rows
 from .model_facts import count_parameters, describe, times
 from .objective import Objective

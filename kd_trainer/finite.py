@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import fail
-from .heads import Fault
+from .head import Fault
 from .reductions import bad_rows, is_bad
 
 

@@ -39,8 +39,8 @@ from .compatibility import (
 )
 from .finite import FiniteWatch
 from .fused_forward import NotPlain, OutputHead, few_products
+from .head import Head
 from .head_choice import CLASSIFICATIONS, by_problem_type, check_virtual_tokens, head_for, head_from_logits
-from .heads import Head
 from .inputs import (
     TEACHER_PREFIX,
     Accepted,

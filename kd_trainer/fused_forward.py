@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .fused_arguments import cap_and_scale
 from .fused_linear import FusedLoss
-from .heads import logits_of
 from .inputs import text_config
+from .logits import logits_of
 
 _SAMPLE = 16  # positions of a row whose product is looked at
 _SIZES = (0.1, 1.0, 10.0, 100.0)  # of the known logits, each at one position: a cap shows in the large ones

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .checks import fail
 from .fused_linear import FusedLoss, fused_linear_distillation
-from .heads import Head
+from .head import Head
 from .inputs import main_input
 from .joint import is_small, joint_loss
 from .losses import SoftTargetLoss

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .heads import Head
+from .head import Head
 from .inputs import Accepted, behind_front, model_inputs, text_config
 from .reductions import IGNORE_INDEX, select_positions
 

@@ -45,8 +45,8 @@ from .findings import (
 )
 from .finite import FiniteWatch
 from .first_look import Fit, classes_have_names, same_random_numbers, unchanged_buffers
+from .head import Head
 from .head_choice import by_problem_type, head_for
-from .heads import Head
 from .inputs import (
     TEACHER_PREFIX,
     accepted_inputs,

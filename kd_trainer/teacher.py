@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from .backends import prepare_teacher
 from .checks import fail, message, quoted, warn
 from .head_choice import auto_class_of, auto_classes
-from .heads import HEADS, Head, logits_of
+from .heads import HEADS, Head
 from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs
+from .logits import logits_of
 from .redaction import scrub, secrets_in
 from .teacher_batch import TeacherBatch, floating_dtypes
 from .teacher_errors import check_ids, check_widths, explain, widest_input

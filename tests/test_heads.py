@@ -27,9 +27,11 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
+from kd_trainer.head import check_label_range
 from kd_trainer.head_choice import auto_class_of, head_for, head_from_logits
-from kd_trainer.heads import HEADS, check_label_range, logits_of
+from kd_trainer.heads import HEADS
 from kd_trainer.inputs import Accepted, accepted_inputs, check_batch, main_input, model_inputs
+from kd_trainer.logits import logits_of
 from kd_trainer.models import MLPConfig, MLPForImageClassification
 from tests import tiny
 

@@ -33,6 +33,7 @@ ORDER = [
     "fused_linear",
     "inputs",
     "logits",
+    "head",
     "heads",
     "finite",
     "head_choice",

@@ -74,7 +74,7 @@ TRAPS = {
     ),
     7: Trap(
         "a causal count uses labels[..., 1:]",
-        "kd_trainer/heads.py",
+        "kd_trainer/head.py",
         "[..., 1:] if self.shifted else labels",
         "[..., :-1] if self.shifted else labels",
         "tests/test_trainer.py -k first_loss",
@@ -88,8 +88,8 @@ TRAPS = {
     ),
     9: Trap(
         "shift_labels are used as they stand",
-        "kd_trainer/heads.py",
-        'return _signed(inputs["shift_labels"])',
+        "kd_trainer/head.py",
+        'return signed(inputs["shift_labels"])',
         'return F.pad(inputs["shift_labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]',
         "tests/test_trainer.py -k shift_labels",
     ),
@@ -293,7 +293,7 @@ TRAPS = {
     ),
     38: Trap(
         "label smoothing is the stock smoother's",
-        "kd_trainer/heads.py",
+        "kd_trainer/head.py",
         "label_smoothing=label_smoothing,\n            )",
         "label_smoothing=0.0,\n            )",
         "tests/test_trainer.py -k label_smoothing",
