@@ -1,8 +1,7 @@
 """Checkpoints that are whole or known not to be: a manifest written last, checked before anything is read.
 
-For: `trainer.py`; `CompleteCheckpoints` works in front of any `Trainer`. Leaves what is in a checkpoint to upstream.
-The stock Trainer resumes from a checkpoint that a kill has cut, with a fresh optimizer or other random numbers, and
-says nothing. Imports: checks, files, transformers.
+For: `trainer.py`, which owns a `Checkpoints`. Leaves what is in a checkpoint to upstream. The stock Trainer resumes
+from a checkpoint that a kill has cut, with a fresh optimizer or other random numbers, and says nothing.
 """
 
 from __future__ import annotations
@@ -11,25 +10,21 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import broadcast_object_list
-from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .checks import fail, message, warn
 from .files import digest, write_atomically
+from .processes import on_main_process
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:  # at run time the mixin has no base of its own, so that it fits in front of any Trainer class
-    _InFrontOf = Trainer
-else:
-    _InFrontOf = object
 
 MANIFEST = "checkpoint_manifest.json"
 
@@ -43,25 +38,16 @@ _NEEDED = {
 
 def begin(folder: Path) -> None:
     """Marks `folder` as unfinished, beside it: another Trainer's checkpoint has no manifest either, and no mark."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(_mark(folder), "This checkpoint was not written to its end: no training resumes from it.\n")
     (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def finish(folder: Path, *, step: int, processes: int, resumable: bool) -> None:
-    """Writes the manifest of `folder`: every file with its size and SHA-256, synced to the disk before.
-
-    Args:
-        step: optimizer steps done.
-        processes: how many processes trained; each has its own random numbers.
-        resumable: False where the checkpoint holds the model alone (`save_only_model`).
-    """
+    """Writes the manifest of `folder`: every file with its size and SHA-256, synced to the disk before."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-        digests = list(pool.map(lambda path: digest(path, sync=True), paths))
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, digests, strict=True)
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
+        for path, sha256 in _digests(paths, sync=True)
     }
     manifest = {"format": 1, "step": step, "processes": processes, "resumable": resumable, "files": files}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1))
@@ -72,44 +58,29 @@ def damage(folder: Path) -> str | None:
     """What is missing from `folder` or differs from its manifest; None where the checkpoint is whole."""
     if not folder.is_dir():
         return "there is no such folder"
-    if not (folder / MANIFEST).exists():
+    try:
+        manifest = _manifest(folder)
+    except ValueError:
+        return f"{MANIFEST} cannot be read"
+    if manifest is None:
         if _mark(folder).exists():
             return "it was not written to its end"
         lacks = (what for what, names in _NEEDED.items() if not any(any(folder.glob(name)) for name in names))
         return next((f"{what} is missing" for what in lacks), None)
-    try:
-        manifest = _manifest(folder)
-        files = {_inside(folder, name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-        wrong = [each for each in files.values() if type(each[0]) is not int or not isinstance(each[1], str)]
-        if wrong or type(manifest["processes"]) is not int or not isinstance(manifest["resumable"], bool):
-            raise TypeError("a value of another type")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{MANIFEST} cannot be read"
-    for path, (size, _) in files.items():  # first: it reads no file
+    for path, (size, _) in manifest.files.items():  # first: it reads no file
         if not path.is_file():
             return f"{path.name} is missing"
         if path.stat().st_size != size:
             return f"{path.name} has {path.stat().st_size} bytes, of {size} that were written"
-    with ThreadPoolExecutor() as pool:
-        digests = pool.map(digest, files)
-        changed = [path.name for path, digest in zip(files, digests, strict=True) if digest != files[path][1]]
+    changed = [path.name for path, sha256 in _digests(list(manifest.files)) if sha256 != manifest.files[path][1]]
     return f"{changed[0]} is not what was written (its SHA-256 differs)" if changed else None
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The file of a manifest; ValueError where its name leads out of the folder."""
-    parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts:
-        raise ValueError(name)
-    return folder / name
 
 
 def not_resumable(folder: Path) -> str | None:
     """Why a training cannot go on from `folder` as if it had never stopped; None where it can."""
     found = damage(folder)
-    if found is None and (folder / MANIFEST).exists() and not _manifest(folder)["resumable"]:
-        return "it holds the model alone (save_only_model)"
-    return found
+    manifest = _manifest(folder) if found is None else None
+    return "it holds the model alone (save_only_model)" if manifest and not manifest.resumable else found
 
 
 def newest_resumable(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
@@ -131,136 +102,103 @@ def rotate(output_dir: Path, limit: int | None, newest: Path, best: str | None) 
     surplus = 0 if not limit or limit < 0 else max(0, len(folders) - max(limit - len(kept), 0))
     for folder in folders[:surplus]:
         begin(folder)  # from here on it is no checkpoint any more, however far the deletion comes
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            _mark(folder).unlink(missing_ok=True)
+        _delete(folder)
 
 
-class CompleteCheckpoints(_InFrontOf):
-    """A `Trainer`'s checkpoints end with a manifest, and it resumes from whole ones alone.
+class Checkpoints(NamedTuple):
+    """A trainer's checkpoints: each ends with a manifest, and training resumes from whole ones alone."""
 
-    `train(resume_from_checkpoint=True)` takes the newest whole checkpoint; one that is named and is not whole is
-    refused. A checkpoint without a manifest (of a Trainer without this class) is taken with a warning where no part of
-    it is missing. One process of those that save hashes the files of all, after a barrier.
+    args: Any  # the trainer's
+    accelerator: Any
 
-    Raises:
-        ValueError: the checkpoint to resume from is not whole, or there is none.
-        RuntimeError: a checkpoint could not be written; which one is the last whole one.
-    """
+    def resume_from(self, named: str | bool | None) -> str | bool | None:
+        """The checkpoint to resume from, every file of it read: `named`, or the newest whole one for True.
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`, from a checkpoint that was checked."""
-        if resume_from_checkpoint:
-            named = None if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-            resume_from_checkpoint = self._on_main_process(lambda: self._checked(named))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        A checkpoint without a manifest (of another Trainer) is taken with a warning where no part of it is missing.
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's; nothing for a run that was resumed at its end, where upstream would take one step more."""
-        if self.is_in_train and 0 < self.state.max_steps <= self.state.global_step:
-            self.control.should_training_stop = True
-            return [], None
-        return super().get_batch_samples(*args, **kwargs)
+        Raises:
+            ValueError: the checkpoint is not whole, or there is none; in every process.
+        """
+        return on_main_process(self.accelerator, partial(self._checked, named)) if named else named
 
-    def _checked(self, named: Path | None) -> str:
-        """The checkpoint to resume from, every file of it read: the one that is named, or the newest."""
-        output_dir = Path(str(self.args.output_dir))
-        if named is None:
-            found, refused = newest_resumable(output_dir)
-            for name, reason in refused.items():
-                warn(logger, "[kd_trainer] %s is passed over: %s.", name, reason)
-            if found is None:
-                mend = "Train from the start: leave resume_from_checkpoint out."
-                because = "; ".join(f"of {name}: {reason}" for name, reason in refused.items()) or None
-                fail("resume_from_checkpoint", True, f"a whole checkpoint in {output_dir}", mend, because=because)
-        else:
-            found = named
-            flaw = not_resumable(named)
-            if flaw is not None:
-                whole, _ = newest_resumable(named.parent)
-                mend = f"Resume from {whole}, the newest whole one." if whole else "There is no whole one beside it."
-                mend += " Its weights alone, where they are whole: from_pretrained, and train from the start."
-                fail("resume_from_checkpoint", repr(str(named)), "a whole checkpoint", mend, because=flaw)
-        if not (found / MANIFEST).exists():
-            warn(logger, "[kd_trainer] %s has no %s: whether its files are whole is not known.", found, MANIFEST)
-        elif _manifest(found)["processes"] != self.args.world_size:
-            warn(
-                logger,
-                "[kd_trainer] %s was written by %d processes and goes on with %d: orders and random numbers will "
-                "differ from those of a run that was never stopped.",
-                found,
-                _manifest(found)["processes"],
-                self.args.world_size,
-            )
-        return str(found)
+    def _checked(self, named: str | bool) -> str:
+        whole, refused = newest_resumable(Path(self.args.output_dir)) if named is True else (Path(str(named)), {})
+        for name, reason in refused.items():
+            warn(logger, "[kd_trainer] %s is passed over: %s.", name, reason)
+        if whole is None:
+            mend = "Train from the start: leave resume_from_checkpoint out."
+            because = "; ".join(f"of {name}: {reason}" for name, reason in refused.items()) or None
+            expected = f"a whole checkpoint in {Path(self.args.output_dir)}"
+            fail("resume_from_checkpoint", True, expected, mend, because=because)
+        flaw = None if named is True else not_resumable(whole)
+        if flaw is not None:
+            other, _ = newest_resumable(whole.parent)
+            mend = f"Resume from {other}, the newest whole one." if other else "There is no whole one beside it."
+            mend += " Its weights alone, where they are whole: from_pretrained, and train from the start."
+            fail("resume_from_checkpoint", repr(str(whole)), "a whole checkpoint", mend, because=flaw)
+        manifest, now = _manifest(whole), self.args.world_size
+        if manifest is None:
+            warn(logger, "[kd_trainer] %s has no %s: whether its files are whole is not known.", whole, MANIFEST)
+        elif manifest.processes != now:
+            line = "[kd_trainer] %s was written by %d processes and goes on with %d: orders and random numbers will "
+            line += "differ from those of a run that was never stopped."
+            warn(logger, line, whole, manifest.processes, now)
+        return str(whole)
 
-    def _on_main_process(self, ask: Callable[[], Any]) -> Any:
-        """The answer of the main process; its ValueError or RuntimeError is raised in every process."""
-        answer: list[Any] = [None, None]
-        if self.accelerator.is_main_process:
-            try:
-                answer[0] = ask()
-            except (ValueError, RuntimeError) as error:
-                answer[1] = error
-        broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+    @contextmanager
+    def saving(self, run_dir: str, state: Any) -> Iterator[None]:
+        """Around upstream's writing of a checkpoint; then the manifest, and only then older ones are deleted.
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Upstream's; then the manifest, and only then older checkpoints are deleted."""
-        run_dir = Path(self._get_output_dir(trial=trial))
-        folder = run_dir / f"checkpoint-{self.state.global_step}"
-        limit = self.args.save_total_limit
+        Raises:
+            RuntimeError: it could not be written; what there is of it is removed, and the last whole one is named.
+        """
+        args, folder = self.args, Path(run_dir, f"checkpoint-{state.global_step}")
+        limit = args.save_total_limit
         try:
-            if self.args.should_save:
+            if args.should_save:
                 begin(folder)
             self.accelerator.wait_for_everyone()
-            self.args.save_total_limit = None  # upstream would delete the last whole one before this one is
-            super()._save_checkpoint(model, trial)
-            self.args.save_total_limit = limit
-            if self.args.should_save and (folder / TRAINING_ARGS_NAME).exists():
-                torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the limit in it
+            args.save_total_limit = None  # upstream would delete the last whole one before this one is
+            yield
+            args.save_total_limit = limit
+            if args.should_save and (folder / TRAINING_ARGS_NAME).exists():
+                torch.save(args, folder / TRAINING_ARGS_NAME)  # with the limit in it
             self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                resumable = not self.args.save_only_model
-                finish(folder, step=self.state.global_step, processes=self.args.world_size, resumable=resumable)
+            if args.should_save:
+                resumable = not args.save_only_model
+                finish(folder, step=state.global_step, processes=args.world_size, resumable=resumable)
         except Exception as error:  # each library that writes raises another kind
             if (folder / MANIFEST).exists():  # written last: it is whole, the error is another's, as of a data worker
                 raise
-            self._tell_unwritten(folder, error)
+            if args.should_save:
+                _delete(folder)
+            raise RuntimeError(_unwritten(folder, error)) from error
         finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            rotate(run_dir, limit, folder, self.state.best_model_checkpoint)
+            args.save_total_limit = limit
+        if args.should_save:
+            rotate(Path(run_dir), limit, folder, state.best_model_checkpoint)
 
-    def _tell_unwritten(self, folder: Path, error: Exception) -> None:
-        """Removes what there is of `folder` and raises RuntimeError with what to go on from."""
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
-                _mark(folder).unlink(missing_ok=True)
-        free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.is_dir() else 0.0
-        shown = f"not written: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        whole, _ = newest_resumable(folder.parent)
-        last = f"{whole.name} is whole: go on with" if whole else "There is no other; without one it starts anew:"
-        mend = f"{last} trainer.train(resume_from_checkpoint={bool(whole)}) when there is room."
-        expected = f"room and permission for it in {folder.parent} ({free:,.0f} MB are free)"
-        raise RuntimeError(message(folder.name, shown, expected, mend)) from error
+    def check_best(self, best: str) -> None:
+        """Raises ValueError in every process where the best checkpoint is not what its manifest says."""
 
-    def _load_best_model(self) -> None:
-        """Upstream's, of a checkpoint that was checked."""
-        best = str(self.state.best_model_checkpoint)
-
-        def check() -> str:
+        def check() -> None:
             reason = damage(Path(best))
             if reason is not None and (Path(best) / MANIFEST).exists():
                 mend = "The model as the training left it is in the trainer: save it with trainer.save_model()."
                 fail("best_model_checkpoint", repr(best), "a whole checkpoint", mend, because=reason)
-            return best
 
-        self._on_main_process(check)
-        super()._load_best_model()
+        on_main_process(self.accelerator, check)
+
+
+def _unwritten(folder: Path, error: Exception) -> str:
+    """The message of a checkpoint that could not be written, with what to go on from."""
+    free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.is_dir() else 0.0
+    shown = f"not written: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    whole, _ = newest_resumable(folder.parent)
+    last = f"{whole.name} is whole: go on with" if whole else "There is no other; without one it starts anew:"
+    mend = f"{last} trainer.train(resume_from_checkpoint={bool(whole)}) when there is room."
+    expected = f"room and permission for it in {folder.parent} ({free:,.0f} MB are free)"
+    return message(folder.name, shown, expected, mend)
 
 
 def _by_step(output_dir: Path) -> list[Path]:
@@ -272,5 +210,35 @@ def _mark(folder: Path) -> Path:
     return folder.with_name(folder.name + ".unfinished")
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+def _delete(folder: Path) -> None:
+    """Deletes a marked checkpoint; the mark stays where part of it does."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        _mark(folder).unlink(missing_ok=True)
+
+
+def _digests(paths: list[Path], *, sync: bool = False) -> list[tuple[Path, str]]:
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return list(zip(paths, pool.map(partial(digest, sync=sync), paths), strict=True))
+
+
+class _Manifest(NamedTuple):
+    processes: int
+    resumable: bool
+    files: dict[Path, tuple[int, str]]  # bytes and SHA-256
+
+
+def _manifest(folder: Path) -> _Manifest | None:
+    """None where there is none; ValueError where it cannot be read, or the name of a file leads out of `folder`."""
+    if not (folder / MANIFEST).exists():
+        return None
+    try:
+        read = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {Path(name): (entry["bytes"], entry["sha256"]) for name, entry in read["files"].items()}
+        typed = type(read["processes"]) is int and isinstance(read["resumable"], bool)
+        typed &= all(type(size) is int and isinstance(sha256, str) for size, sha256 in files.values())
+        if not typed or any(not name.parts or name.is_absolute() or ".." in name.parts for name in files):
+            raise ValueError
+        return _Manifest(read["processes"], read["resumable"], {folder / name: files[name] for name in files})
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError from error

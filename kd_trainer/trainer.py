@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import RemoveColumnsCollator
-from transformers.utils import is_sagemaker_mp_enabled
 
 from .cache import CachedCollator, CachedTeacher
 from .cache_store import Store
-from .checkpoints import CompleteCheckpoints
+from .checkpoints import Checkpoints
 from .checks import fail, leave_progress_bar, message, warn
 from .describe import card_section, start_block
 from .files import write_atomically
@@ -43,10 +42,11 @@ from .offline import OfflineTeacher
 from .outputs import TeacherOutput
 from .own_loss import label_columns, own_loss, without_extras
 from .preflight import examine, is_sharded
+from .processes import on_main_process, refuse_lone_processes
 from .reductions import divide
 from .router import router_weight, with_router_loss
 from .teacher import LiveTeacher
-from .training_args import DistillationArguments, has_accelerator, refuse_borrowed_names
+from .training_args import DistillationArguments, refuse_borrowed_names
 from .window import Evaluation, Window, as_tensor, named, perplexity, with_existence
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,6 @@ _FREE_SETTINGS = frozenset({"kd_alpha", "kd_alpha_end", "kd_beta", "kd_schedule"
 _FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
 _NO_ROWS = Counts(0, 0, 0)
 
-# In which a launcher says how many processes it started, as accelerate reads them.
-_LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
 # What helps with the trainers of other libraries, whose losses are not a task's loss on logits.
 _LIBRARIES = {
     "sentence_transformers": "Train embeddings with that library's own distillation losses, such as MSELoss on the "
@@ -116,7 +112,7 @@ _LIBRARIES = {
 }
 
 
-class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
+class DistillationMixin(OfflineTeacher):
     """Puts distillation in front of any `Trainer` class: `class MyKD(DistillationMixin, MyTrainer)`.
 
     Args:
@@ -179,7 +175,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             _refuse_no_trainer(type(self), None)
         refuse_borrowed_names(kwargs)
         if args is not None:
-            _refuse_lone_processes(args)
+            refuse_lone_processes(args)
         try:
             super().__init__(model, args, *trainer_args, **kwargs)
         except TypeError as error:  # SFTTrainer builds its own class of arguments from the fields of ours
@@ -189,7 +185,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
             mend = "Write a dataclass Args(DistillationArguments, TheOtherArguments) and build the args of it."
             expected = f"the arguments of {behind.__name__} with DistillationArguments in front"
             raise TypeError(message("args", f"of type {type(args).__name__}", expected, mend)) from error
-        _refuse_lone_processes(self.args)  # which upstream makes where none are given
+        refuse_lone_processes(self.args)  # which upstream makes where none are given
         self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
         self._read_settings()
         self._refused: list[Exception] = []
@@ -298,9 +294,10 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         """Ends the process: 1 where the check found an error, else 0."""
         raise SystemExit(int(has_errors(self._check(batch=batch))))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results.
 
+        It resumes from whole checkpoints alone: True takes the newest; a named one that is not whole is a ValueError.
         With `kd_run` "check" it runs `check` instead, with "cache" `build_teacher_cache`, and raises SystemExit.
         """
         if DistillationArguments.of(self.args).kd_run == "check":
@@ -319,7 +316,7 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         self._started, self._window = False, Window(self.args.device)
         self._finite = FiniteWatch(self._finite.mode, self._finite.process)
         try:
-            result = super().train(*args, **kwargs)
+            result = super().train(self._checkpoints.resume_from(resume_from_checkpoint), *args, **kwargs)
         finally:
             release_memory()
             for callback in self.callback_handler.callbacks:
@@ -357,10 +354,30 @@ class DistillationMixin(OfflineTeacher, CompleteCheckpoints):
         """Name and size of the teacher whose outputs are read from disk; empty without."""
         return self.teacher.manifest["teacher"] if isinstance(self.teacher, CachedTeacher) else {}
 
+    # ---- checkpoints ----
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.args, self.accelerator)  # a hyperparameter search replaces the accelerator
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._checkpoints.saving(self._get_output_dir(trial=trial), self.state):
+            super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        self._checkpoints.check_best(str(self.state.best_model_checkpoint))
+        super()._load_best_model()
+
+    def _on_main_process(self, ask: Callable[[], Any]) -> Any:
+        return on_main_process(self.accelerator, ask)
+
     # ---- counting: once for each optimizer step ----
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Upstream's batches of one optimizer step, with the denominators of its losses instead of one number."""
+        if self.is_in_train and 0 < self.state.max_steps <= self.state.global_step:
+            self.control.should_training_stop = True  # resumed at its end: upstream would take one step more
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -916,21 +933,6 @@ class _AndTheTeachers(list):
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or str(name).startswith(TEACHER_PREFIX)
-
-
-def _refuse_lone_processes(args: Any) -> None:
-    """Raises ValueError where a launcher started several processes and each would train the whole job alone."""
-    started = {name: int(value) for name in _LAUNCHED if (value := os.environ.get(name, "")).isdigit()}
-    name = max(started, key=lambda each: started[each], default="")
-    if not name or started[name] < 2 or args.world_size > 1 or is_sagemaker_mp_enabled():
-        return
-    because = f"{name} is {started[name]} and the arguments see one process: each would train the whole job alone "
-    because += "and write over the files of the others"
-    if has_accelerator() and args.device.type != "mps":
-        mend = f"Start the script with accelerate launch or torchrun, or unset {name}; on the CPU set use_cpu."
-        fail(name, started[name], "1, the number of processes that the arguments see", mend, because=because)
-    mend = "Set use_cpu to true in the arguments (those of kd_trainer have it where there is no accelerator)."
-    fail("use_cpu", args.use_cpu, "true for several processes on the CPU", mend, because=because)
 
 
 def _library(cls: type) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback
 
-from kd_trainer.checkpoints import MANIFEST, CompleteCheckpoints, damage, finish, newest_resumable, rotate
+from kd_trainer.checkpoints import MANIFEST, Checkpoints, damage, finish, newest_resumable, rotate
 from tests import tiny
 from tests.kills import survive, weights, whole
 from tests.launch import shared_folder
@@ -184,9 +184,15 @@ def test_the_stock_trainer_reads_our_checkpoints(run_folder):
     assert stock.state.global_step == 6
 
 
-def test_in_front_of_the_stock_trainer(tmp_path):
-    class Careful(CompleteCheckpoints, Trainer):
-        pass
+def test_with_the_stock_trainer_too(tmp_path):
+    class Careful(Trainer):
+        def train(self, resume_from_checkpoint=None, *args, **kwargs):
+            checkpoints = Checkpoints(self.args, self.accelerator)
+            return super().train(checkpoints.resume_from(resume_from_checkpoint), *args, **kwargs)
+
+        def _save_checkpoint(self, model, trial):
+            with Checkpoints(self.args, self.accelerator).saving(self._get_output_dir(trial=trial), self.state):
+                super()._save_checkpoint(model, trial)
 
     pair = {"model": tiny.models("classification")[0], "train_dataset": tiny.rows("classification")}
     for steps in (4, 6):

@@ -63,6 +63,7 @@ ORDER = [
     "plots",
     "report",
     "window",
+    "processes",
     "checkpoints",
     "cache_signatures",
     "cache_manifest",
