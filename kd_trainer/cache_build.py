@@ -3,8 +3,6 @@
 For: `offline.py`, which calls it from the trainer. A shard holds whole batches of consecutive rows, so that it is the
 same bytes whoever builds it and however often the building was interrupted.
 Letters: B rows, S positions, N kept positions, V classes, H hidden size.
-Imports: cache, cache_formats, cache_store, checks, files, finite, fused_arguments, fused_forward, fused_linear, heads,
-inputs, native; tqdm.
 """
 
 from __future__ import annotations
@@ -13,11 +11,9 @@ import errno
 import itertools
 import logging
 import math
+import operator
 import shutil
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
@@ -26,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
 
 from .cache import NumberedRows, Read, Reading, Taken
 from .cache_formats import SPARSE, encode, format_of, room_for, to_numpy
-from .cache_store import Rows, ShardWriter, written_shards
+from .cache_store import Rows, joined, write_shard, written_shards
 from .checks import fail, message
 from .fused_arguments import Side, cast_as_autocast, chunk_rows
 from .fused_forward import NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
@@ -41,7 +38,6 @@ from .reductions import bad_rows
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20
-_WAITING = 16  # parts of shards that may wait for the disk
 _MOST_ROWS = 1024  # positions whose logits are made and encoded at once on CPU: more leave its cache
 
 
@@ -220,19 +216,19 @@ def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, set
         mine = plan(len(dataset), settings, have, rank, world, together=together)
         todo = zip(mine.shards, loader(trainer, dataset, mine.batches, reading), strict=True)
         total = sum(len(batch) for batch, shard in zip(mine.batches, mine.shards, strict=True) if shard >= 0)
-    writer = _Writer(folder, rank == 0 or not isinstance(dataset, IterableDataset) or not together)
-    bar = _Progress(part, total, args.disable_tqdm or rank > 0)
-    try:
-        for index, read in todo:
-            rows = ask(trainer, speaker, settings, read)
-            if index >= 0:
-                writer.add(index, rows)
-                bar.add(rows)
-            del rows, read  # nothing is held while the teacher is asked for the next
-        writer.end()
-    finally:
-        bar.close()
-        writer.close()
+    writes = rank == 0 or not together or not isinstance(dataset, IterableDataset)
+    with tqdm(total=total, desc=f"teacher cache: {part}", unit=" rows", disable=args.disable_tqdm or rank > 0) as bar:
+        for index, reads in itertools.groupby(todo, key=operator.itemgetter(0)):
+            parts: list[Rows] = []
+            for _, read in reads:
+                rows = ask(trainer, speaker, settings, read)
+                if index >= 0 and writes:
+                    parts.append(rows)
+                    bar.update(len(rows.row_ids))
+                del rows, read  # nothing is held while the teacher is asked for the next
+            if parts:
+                with translate_os_errors(folder):
+                    write_shard(folder, index, joined(parts))
 
 
 def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read) -> Rows:
@@ -334,7 +330,7 @@ def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
 
 
 @contextmanager
-def what_the_disk_refuses(folder: Path) -> Iterator[None]:
+def translate_os_errors(folder: Path) -> Iterator[None]:
     """Raises RuntimeError for an OSError inside, which only writes to the folder of a cache."""
     try:
         yield
@@ -348,77 +344,3 @@ def what_the_disk_refuses(folder: Path) -> Iterator[None]:
             expected = "a folder that this run may write to"
             mend = "Set it to another folder. (One with a finished cache of the same data may be read-only.)"
         raise RuntimeError(message("teacher_cache_dir", shown, expected, mend)) from error
-
-
-class _Writer:
-    """Writes shards as their rows come; a thread waits for the disk meanwhile."""
-
-    def __init__(self, folder: Path, writes: bool) -> None:
-        self.folder, self.writes = folder, writes
-        self._thread = ThreadPoolExecutor(1)
-        self._waits: deque[Future] = deque()  # what the thread does, in order
-        self._index = -1
-        self._shard: ShardWriter | None = None
-
-    def add(self, index: int, rows: Rows) -> None:
-        """Takes the next rows of a shard; those of another shard end the last one."""
-        if not self.writes:
-            return
-        if index != self._index:
-            self._end_shard()
-            self._index = index
-        with what_the_disk_refuses(self.folder):
-            self._shard = self._shard or ShardWriter(self.folder, index)
-            due = self._shard.add(rows)
-        if due:
-            self._later(self._shard.sync)
-
-    def _end_shard(self) -> None:
-        shard, self._shard = self._shard, None
-        if shard is not None:
-            self._later(shard.end)
-
-    def _later(self, do: Callable[[], None]) -> None:
-        self._waits.append(self._thread.submit(do))
-        self._raise_errors(_WAITING)
-
-    def _raise_errors(self, left: int) -> None:
-        """Waits until no more than so many are left to do."""
-        with what_the_disk_refuses(self.folder):
-            while self._waits and (len(self._waits) > left or self._waits[0].done()):
-                self._waits.popleft().result()
-
-    def end(self) -> None:
-        """Waits until all is on disk."""
-        self._end_shard()
-        self._raise_errors(0)
-
-    def close(self) -> None:
-        """Gives up a shard that was not ended."""
-        self._thread.shutdown(wait=True)
-        if self._shard is not None:
-            self._shard.give_up()
-
-
-class _Progress:
-    """A bar with what is left, tokens a second and bytes."""
-
-    def __init__(self, part: str, total: int | None, disable: bool) -> None:
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(total=total, desc=f"teacher cache: {part}", unit=" rows", disable=disable)
-        self._begun, self._tokens, self._bytes = time.perf_counter(), 0, 0
-
-    def add(self, rows: Rows) -> None:
-        if self._bar.disable:
-            return
-        self._tokens += int(rows.counts.sum())
-        self._bytes += sum(column.nbytes for column in rows.columns.values()) + 16 * len(rows.row_ids)
-        seconds = max(time.perf_counter() - self._begun, 1e-9)
-        self._bar.update(len(rows.row_ids))
-        self._bar.set_postfix_str(
-            f"{self._tokens / seconds:,.0f} positions/s, {self._bytes / 1e6:,.1f} MB", refresh=False
-        )
-
-    def close(self) -> None:
-        self._bar.close()

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .cache_store import CacheError
+from .cache_manifest import CacheError, json_sha256
 from .checks import fail, message
 from .compatibility import tokenizer_of
 from .files import as_json, digest
@@ -78,7 +78,7 @@ def _of_path(path: str, init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     config, found = folder / "config.json", ""
     if config.is_file():
         found = _of_config(json.loads(config.read_text(encoding="utf-8")))
-    return {"weights": _hash(weights) if whole else None, "config": found}
+    return {"weights": json_sha256(weights) if whole else None, "config": found}
 
 
 def _listed(index: Path) -> set[str]:
@@ -195,7 +195,7 @@ def _of_module(model: nn.Module, without: set[int]) -> dict[str, Any]:
     return {
         "weights": found.hexdigest(),
         "config": _of_config(config.to_dict() if hasattr(config, "to_dict") else {}),
-        "classes": _hash([[name, type(module).__qualname__] for name, module in modules]),
+        "classes": json_sha256([[name, type(module).__qualname__] for name, module in modules]),
         "attributes": _attributes(modules),
     }
 
@@ -217,7 +217,7 @@ _WITHOUT_EFFECT = frozenset(
 
 def _of_config(config: Mapping[str, Any]) -> str:
     kept = {name: value for name, value in config.items() if not (name in _WITHOUT_EFFECT or "drop" in name)}
-    return _hash(json.loads(json.dumps(kept, default=str, sort_keys=True)))
+    return json_sha256(json.loads(json.dumps(kept, default=str, sort_keys=True)))
 
 
 def _attributes(modules: list[tuple[str, nn.Module]]) -> dict[str, str]:
@@ -230,7 +230,7 @@ def _attributes(modules: list[tuple[str, nn.Module]]) -> dict[str, str]:
             text = None if name[:1] == "_" or name in _WITHOUT_EFFECT or "drop" in name else _text_of(value)
             if text is not None:
                 found.setdefault(name, []).append([path, text])
-    return {name: _hash(values) for name, values in sorted(found.items())}
+    return {name: json_sha256(values) for name, values in sorted(found.items())}
 
 
 def _text_of(value: Any) -> str | None:
@@ -247,14 +247,10 @@ def _text_of(value: Any) -> str | None:
     return None
 
 
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
-
-
 def tokenizer_identity(processing_class: Any) -> str | None:
     """A hash of the map from tokens to ids; None where there is no tokenizer."""
     tokenizer = tokenizer_of(processing_class)
-    return None if tokenizer is None else _hash(sorted(tokenizer.get_vocab().items()))
+    return None if tokenizer is None else json_sha256(sorted(tokenizer.get_vocab().items()))
 
 
 def collation(data_collator: Any, processing_class: Any) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""What a teacher cache's JSON files may hold: plain file names, known types and sizes, no links out of the folder.
+"""The manifest of a teacher cache: written with its own hash, refused where anything in it cannot be right.
 
-For: `cache_store.py` and `cache.py`. A cache may come from a stranger: what is read from its manifest names files that
-are read, written and removed, so every value is checked before it is used.
-Imports: cache_formats, cache_signatures, checks, heads.
+A cache may come from a stranger. What its manifest names is read, written and removed, so every value is checked before
+it is used: plain file names, known types and sizes, no links out of the folder.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import re
@@ -18,8 +19,10 @@ from typing import Any
 from .cache_formats import DTYPES, FORMATS, SPARSE
 from .cache_signatures import KINDS
 from .checks import message
+from .files import write_atomically
 from .heads import HEADS, Head
 
+LAYOUT = 4  # of the folder and its shards; another number is another program's
 _LARGEST = 2**53  # of a count or a number of bytes: beyond it a float no longer holds every integer
 BUILD_AGAIN = "Build the cache again in an empty folder, or fetch it again."
 
@@ -36,6 +39,42 @@ def shard_index(name: str) -> int | None:
     """The index in the file name of a shard or of the note beside it; None where the name is no such name."""
     found = re.fullmatch(r"data-([0-9]{5,9})\.(arrow|json)", name)
     return int(found[1]) if found and Path(shard_name(int(found[1]))).stem == Path(name).stem else None
+
+
+# ---- files ----
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a manifest, finished or not, with a hash of all of it."""
+    write_atomically(path, json.dumps({**content, "sha256": json_sha256(content)}, indent=2, sort_keys=True))
+
+
+def json_sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` was given.
+
+    Raises:
+        CacheError: it was changed or cut, or is of another layout.
+    """
+    content, cause = {}, None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        content = found if isinstance(found, dict) else {}
+    except (ValueError, RecursionError) as error:
+        cause = error
+    layout, version = content.get("layout"), str(content.get("kd_trainer"))[:80]
+    if type(layout) is int and layout != LAYOUT:  # first: another layout may keep its hash elsewhere
+        fix = "Read it with that version of kd_trainer, or build it again in an empty folder."
+        shown = f"{str(path.parent)!r} of layout {str(layout)[:80]}, from kd_trainer {version}"
+        raise CacheError(message("teacher_cache", shown, f"layout {LAYOUT}", fix))
+    if content.pop("sha256", None) != json_sha256(content):
+        because = "it was changed or cut"
+        told = message("teacher_cache", repr(str(path)), "the file as it was written", BUILD_AGAIN, because=because)
+        raise CacheError(told) from cause
+    return content
 
 
 # ---- links ----

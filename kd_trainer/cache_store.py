@@ -1,29 +1,24 @@
-"""Teacher outputs on disk: Arrow shards under a sealed manifest, written whole or not at all, checked when first read.
+"""Teacher outputs on disk: Arrow shards, memory-mapped, beside a manifest that holds their hashes.
 
-For: `cache.py` and `cache_build.py`. Knows rows, columns and files; what the numbers mean is `cache_formats.py`'s.
-Imports: cache_manifest, checks, files, datasets, pyarrow, xxhash.
+Knows rows, columns and files; `cache_formats.py` knows what the numbers mean. A folder holds:
 
-A folder holds:
     manifest.json      the settings, size and XXH3-128 of each shard; written last: a folder without it is unfinished
     building.json      the settings while it is unfinished
     README.md          a card; `datasets.load_dataset(folder)` reads it
     head.safetensors   with hidden states alone: the teacher's output head
     data/              `datasets.load_from_disk(folder / "data")`: data-00000.arrow, ...
 
-A row of the data has `row_id`, `signature` (a hash of what the teacher read), and its columns: a list with an entry of
-fixed width for each of the row's positions.
+A shard is one record batch. A row has `row_id`, `signature` (a hash of what the teacher read), and its columns: a list
+with an entry of fixed width for each of the row's positions.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import hashlib
 import io
 import json
-import mmap
 import os
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -39,17 +34,16 @@ from .cache_manifest import (
     check_manifest,
     check_settings,
     check_shard,
+    read_json,
     shard_index,
     shard_name,
+    write_json,
 )
 from .checks import message
 from .files import atomic_file, digest, write_atomically
 
-LAYOUT = 3  # of the folder; another number is another program's
 MANIFEST, BUILDING, HEAD, DATA = "manifest.json", "building.json", "head.safetensors", "data"
-_OPEN_FILES = 64
-_UNSYNCED = 2**23  # bytes of a shard that may wait for the disk: its end need not wait for all of it
-_AT_ONCE = 2**21  # bytes of the columns of a record batch, at least: each costs a third of a millisecond
+_TOTALS = ("total_rows", "total_positions", "total_bytes")
 
 
 class Rows(NamedTuple):
@@ -67,8 +61,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
         return parts[0]
     ids, signatures, counts = (np.concatenate([part[i] for part in parts]) for i in range(3))
     names = parts[0].columns
-    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
-    return Rows(ids, signatures, counts, columns)
+    return Rows(ids, signatures, counts, {n: np.concatenate([part.columns[n] for part in parts]) for n in names})
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -90,68 +83,32 @@ def begin(folder: Path, settings: dict[str, Any], root: Path | None = None) -> d
     for left in [left for where, patterns in written for pattern in patterns for left in where.glob(pattern)]:
         left.unlink(missing_ok=True)  # of a killed process; whoever builds holds the lock
     if not path.exists():
-        write_atomically(path, _sealed(settings))
-    noted = _of_this_layout(_read_sealed(path))
+        write_json(path, settings)
+    noted = read_json(path)
     check_settings(path, noted, complete=False)
     return noted
 
 
-class ShardWriter:
-    """Writes a shard while its rows come, with its digest beside it: to a temporary name, synced, renamed; first the
-    digest. The same rows in the same parts make the same bytes. It may be ended by another thread."""
-
-    def __init__(self, folder: Path, index: int) -> None:
-        self.path = folder / DATA / shard_name(index)
-        self._whole = atomic_file(self.path)
-        self._file = self._whole.__enter__()
-        self._sink = _Hashed(self._file)
-        self._writer: Any = None
-        self._waiting: list[Rows] = []
-        self._waiting_bytes = 0  # of a small batch thousands may wait
-        self._rows = self._positions = 0
-
-    def add(self, rows: Rows) -> bool:
-        """Writes the next rows. Returns whether it is time to `sync`."""
-        self._waiting.append(rows)
-        self._waiting_bytes += sum(column.nbytes for column in rows.columns.values())
-        before = self._sink.size
-        if self._waiting_bytes >= _AT_ONCE:
-            self._write_waiting()
-        return before // _UNSYNCED < self._sink.size // _UNSYNCED
-
-    def _write_waiting(self) -> None:
-        together, self._waiting, self._waiting_bytes = joined(self._waiting), [], 0
-        batch = _record_batch(together)
-        self._writer = self._writer or pa.ipc.new_stream(pa.PythonFile(self._sink, "w"), batch.schema)
-        self._writer.write_batch(batch)
-        self._rows, self._positions = self._rows + len(together.row_ids), self._positions + int(together.counts.sum())
-
-    def sync(self) -> None:
-        """Waits until what was written is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def end(self) -> None:
-        """Writes what is left; afterwards all is on the disk, or an exception leaves nothing."""
-        try:
-            if self._waiting:
-                self._write_waiting()
-            self._writer.close()
-            entry = {"name": self.path.name, "rows": self._rows, "positions": self._positions, "bytes": self._sink.size}
-            write_atomically(self.path.with_suffix(".json"), _sealed(entry | {"xxh3": self._sink.xxh3.hexdigest()}))
-        except BaseException:
-            self.give_up()
-            raise
-        self._whole.__exit__(None, None, None)
-
-    def give_up(self) -> None:
-        """Leaves no file."""
-        with contextlib.suppress(OSError):  # a full disk refuses what waits in the file's buffer
-            self._whole.__exit__(GeneratorExit, GeneratorExit(), None)
+def write_shard(folder: Path, index: int, rows: Rows) -> None:
+    """Writes a shard, whole or not at all; first a note with its hash. The same rows make the same bytes."""
+    starts = pa.array(np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int32))
+    arrays = {"row_id": pa.array(rows.row_ids), "signature": pa.array(rows.signatures)}
+    for name, values in rows.columns.items():
+        entries = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        arrays[name] = pa.ListArray.from_arrays(starts, entries)
+    batch = pa.RecordBatch.from_pydict(arrays)
+    path = folder / DATA / shard_name(index)
+    with atomic_file(path) as file:
+        hashed = _Hashed(file)
+        with pa.ipc.new_stream(pa.PythonFile(hashed, "w"), batch.schema) as writer:
+            writer.write_batch(batch)
+        file.flush()  # a full disk is an error before the note is written
+        note = {"name": path.name, "rows": batch.num_rows, "positions": int(rows.counts.sum()), "bytes": hashed.size}
+        write_atomically(path.with_suffix(".json"), json.dumps(note | {"xxh3": hashed.xxh3.hexdigest()}))
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is written on, and the size and digest of what was written."""
+    """A file that is written on, and the size and hash of what was written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size, self.xxh3 = file, 0, xxhash.xxh3_128()  # ten times as fast as SHA-256
@@ -160,19 +117,9 @@ class _Hashed(io.RawIOBase):
         return True
 
     def write(self, content: Any) -> int:
-        content = memoryview(content)
         self.xxh3.update(content)
-        self.size += content.nbytes
+        self.size += memoryview(content).nbytes
         return self.file.write(content)
-
-
-def _record_batch(rows: Rows) -> pa.RecordBatch:
-    offsets = pa.array(np.concatenate([[0], np.cumsum(rows.counts)]).astype(np.int32))
-    arrays = {"row_id": pa.array(rows.row_ids), "signature": pa.array(rows.signatures)}
-    for name, values in rows.columns.items():
-        entries = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
-        arrays[name] = pa.ListArray.from_arrays(offsets, entries)
-    return pa.RecordBatch.from_pydict(arrays)
 
 
 def written_notes(folder: Path) -> dict[int, dict[str, Any]]:
@@ -180,15 +127,13 @@ def written_notes(folder: Path) -> dict[int, dict[str, Any]]:
     found = {}
     for note in sorted((folder / DATA).glob("data-*.json")):
         index = shard_index(note.name)
-        if index is None:
-            continue
         try:
-            entry = _read_sealed(note)
-            check_shard(note, index, entry)
-        except CacheError:
+            entry = json.loads(note.read_text(encoding="utf-8"))
+            if index is not None and isinstance(entry, dict):
+                check_shard(note, index, entry)
+                found[index] = entry
+        except (ValueError, RecursionError):  # cut or changed: that shard is built again
             continue
-        entry.pop("sealed")
-        found[index] = entry
     return found
 
 
@@ -201,32 +146,22 @@ def first_rows(folder: Path, count: int) -> tuple[int, Rows] | None:
     """(index, first rows) of the first whole shard of an unfinished cache; None where it has none yet."""
     for index, entry in sorted(written_notes(folder).items()):
         if damage(folder, entry) is None:
-            path = folder / DATA / entry["name"]
-            with path.open("rb", buffering=0) as file:
-                shard = _opened(file, path)
-                rows = range(min(count, len(shard.row_ids)))
-                columns = {
-                    name: np.concatenate([shard.read(file, name, row) for row in rows]) for name in shard.columns
-                }
-            own = slice(0, len(rows))
-            return index, Rows(shard.row_ids[own], shard.signatures[own], shard.counts[own], columns)
+            shard = _mapped(folder / DATA / entry["name"], entry)
+            return index, _gathered([(shard, row) for row in range(min(count, len(shard.row_ids)))])
     return None
 
 
 def reopen(folder: Path, manifest: Mapping[str, Any], damaged: set[int]) -> None:
     """Makes an unfinished cache of a finished one, in which the damaged shards are missing."""
-    settings = {k: v for k, v in manifest.items() if k not in ("shards", "sealed", "head_sha256", *_TOTALS)}
     for index, entry in enumerate(manifest["shards"]):
         note = (folder / DATA / entry["name"]).with_suffix(".json")
         if index in damaged:
             note.unlink(missing_ok=True)
         else:
-            write_atomically(note, _sealed(entry))
-    write_atomically(folder / BUILDING, _sealed(settings))
+            write_atomically(note, json.dumps(entry))
+    settings = {name: value for name, value in manifest.items() if name not in ("shards", "head_sha256", *_TOTALS)}
+    write_json(folder / BUILDING, settings)
     (folder / MANIFEST).unlink()
-
-
-_TOTALS = ("total_rows", "total_positions", "total_bytes")
 
 
 def damage(folder: Path, entry: Mapping[str, Any]) -> str | None:
@@ -239,17 +174,16 @@ def damage(folder: Path, entry: Mapping[str, Any]) -> str | None:
     return None if digest(path, by=xxhash.xxh3_128) == entry["xxh3"] else "its content has changed since it was written"
 
 
-def finish(folder: Path, settings: dict[str, Any], shards: Sequence[dict[str, Any]], card: str) -> None:
+def finish(folder: Path, settings: dict[str, Any], card: str) -> None:
     """Writes what makes the folder a cache; the manifest last."""
     import datasets
 
-    names = [entry["name"] for entry in shards]
-    with pa.OSFile(str(folder / DATA / names[0])) as file:
+    shards = [entry for _, entry in sorted(written_notes(folder).items())]
+    with pa.OSFile(str(folder / DATA / shards[0]["name"])) as file:
         schema = pa.ipc.open_stream(file).schema
-    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
-    info.write_to_directory(str(folder / DATA))
+    datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema)).write_to_directory(str(folder / DATA))
     state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in names],
+        "_data_files": [{"filename": entry["name"]} for entry in shards],
         "_fingerprint": hashlib.sha256("".join(entry["xxh3"] for entry in shards).encode()).hexdigest()[:16],
         "_format_columns": None,
         "_format_kwargs": {},
@@ -261,7 +195,7 @@ def finish(folder: Path, settings: dict[str, Any], shards: Sequence[dict[str, An
     write_atomically(folder / "README.md", card)
     totals = {key: sum(entry[key.removeprefix("total_")] for entry in shards) for key in _TOTALS}
     head = {"head_sha256": digest(folder / HEAD)} if (folder / HEAD).exists() else {}
-    write_atomically(folder / MANIFEST, _sealed({**settings, **totals, **head, "shards": list(shards)}))
+    write_json(folder / MANIFEST, {**settings, **totals, **head, "shards": shards})
     clean(folder)
 
 
@@ -269,36 +203,6 @@ def clean(folder: Path) -> None:
     """Removes what a finished cache needs no more."""
     for left in [folder / BUILDING, *(folder / DATA).glob("data-*.json")]:
         left.unlink(missing_ok=True)
-
-
-def _sealed(content: Mapping[str, Any]) -> str:
-    return json.dumps({**content, "sealed": _seal(content)}, indent=2, sort_keys=True)
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in content.items() if key != "sealed"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode("utf-8")).hexdigest()
-
-
-def _read_sealed(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        whole = isinstance(content, dict) and content["sealed"] == _seal(content)
-    except FileNotFoundError:
-        raise CacheError(
-            message("teacher_cache", repr(str(path.parent)), f"a folder with {path.name}", BUILD_AGAIN)
-        ) from None
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
-        whole, content = False, {}
-        cause: Exception | None = error
-    else:
-        cause = None
-    if not whole:
-        told = message(
-            "teacher_cache", repr(str(path)), "the file as it was written", BUILD_AGAIN, because="it was changed or cut"
-        )
-        raise CacheError(told) from cause
-    return content
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -321,56 +225,20 @@ def read_manifest(folder: Path, root: Path | None = None) -> dict[str, Any]:
     check_links(folder, root)
     if not is_finished(folder):
         begun = (folder / BUILDING).exists()
-        mend = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
+        fix = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
         shown = f"{str(folder)!r}, {'which is unfinished' if begun else 'which has no ' + MANIFEST}"
-        raise CacheError(message("teacher_cache", shown, "a finished cache", mend))
-    manifest = _of_this_layout(_read_sealed(folder / MANIFEST))
+        raise CacheError(message("teacher_cache", shown, "a finished cache", fix))
+    manifest = read_json(folder / MANIFEST)
     check_manifest(folder / MANIFEST, manifest)
     return manifest
 
 
-def _of_this_layout(manifest: dict[str, Any]) -> dict[str, Any]:
-    layout = manifest.get("layout")
-    if layout != LAYOUT or isinstance(layout, bool):
-        mend = "Read it with that version of kd_trainer, or build it again in an empty folder."
-        shown = f"of layout {str(layout)[:80]}, from kd_trainer {str(manifest.get('kd_trainer'))[:80]}"
-        raise CacheError(message("teacher_cache", shown, f"layout {LAYOUT}", mend))
-    return manifest
-
-
-class _Column(NamedTuple):
-    """Where a column lies in a shard."""
-
-    dtype: np.dtype
-    width: int
-    places: np.ndarray  # [rows] int64: each row's first byte in the file
-
-
-class _Shard(NamedTuple):
-    """What a checked shard holds and where; its file may be closed."""
-
-    name: str
-    row_ids: np.ndarray
-    signatures: np.ndarray
-    counts: np.ndarray  # [rows] positions
-    columns: dict[str, _Column]
-
-    def read(self, file: Any, name: str, row: int) -> np.ndarray:
-        """A column of a row [positions, width]."""
-        dtype, width, places = self.columns[name]
-        size = int(self.counts[row]) * width * dtype.itemsize
-        content = _read_at(file, size, int(places[row]))
-        if len(content) != size:
-            raise CacheError(damaged(self.name, "it was cut while it was read"))
-        return np.frombuffer(content, dtype).reshape(-1, width)
-
-
 def damaged(name: str, reason: str) -> str:
-    mend = (
+    fix = (
         "Start a training with teacher_model and teacher_cache_dir: that shard alone is built again. Without the "
         "teacher, fetch the file again."
     )
-    return message("teacher_cache", f"damaged in {name}", "the file as it was written", mend, because=reason)
+    return message("teacher_cache", f"damaged in {name}", "the file as it was written", fix, because=reason)
 
 
 def foreign(name: str, reason: str) -> str:
@@ -380,7 +248,7 @@ def foreign(name: str, reason: str) -> str:
 
 
 class Store:
-    """A finished cache, read row by row, neither loaded nor mapped; shards are checked when first read or changed.
+    """A finished cache, memory-mapped; a shard is checked when it is first read, and again when its file changes.
 
     Args:
         folder: as `finish` left it; root: the folder above it that the user named (see `check_links`).
@@ -395,14 +263,14 @@ class Store:
     def __init__(self, folder: Path, root: Path | None = None) -> None:
         self.folder, self.manifest = folder, read_manifest(folder, root)
         shards = self.manifest["shards"]
+        self._paths = [str(folder / DATA / entry["name"]) for entry in shards]
         self._starts = np.concatenate([[0], np.cumsum([entry["rows"] for entry in shards])]).tolist()
         self._checked: dict[int, tuple[int, int, int]] = {}  # the file that was found whole, as `_stamp` knows it
-        self._shards: dict[int, _Shard] = {}  # of these; small beside the files
-        self._open: OrderedDict[int, BinaryIO] = OrderedDict()  # the files used last
+        self._shards: dict[int, _Shard] = {}  # of these
         self._places: dict[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_shards": {}}  # each process opens its own files
+        return {**self.__dict__, "_shards": {}}  # each process maps the files by itself
 
     def __len__(self) -> int:
         return self.manifest["total_rows"]
@@ -411,10 +279,8 @@ class Store:
         """Reads these shards whole; of the damaged ones, why. The others are read whole again only if they change."""
         found = {}
         for index in indices:
-            entry = self.manifest["shards"][index]
-            path = self.folder / DATA / entry["name"]
-            stamp = _stamp(path.stat()) if path.is_file() else None  # before it is read: a change meanwhile shows
-            if (reason := damage(self.folder, entry)) is not None:
+            stamp = _stamp(self._paths[index])  # before it is read: a change meanwhile shows
+            if reason := damage(self.folder, self.manifest["shards"][index]):
                 found[index] = reason
             elif stamp is not None:
                 self._checked[index] = stamp
@@ -432,133 +298,96 @@ class Store:
             CacheError: a row that is not in the cache; a damaged shard.
         """
         places = [self._locate(int(row_id)) for row_id in row_ids]
-        counts, signatures = np.zeros(len(places), np.int64), np.zeros(len(places), np.uint64)
-        parts: dict[str, list[np.ndarray]] = {}
-        for at in sorted(range(len(places)), key=places.__getitem__):  # shard by shard: one file at a time is enough
-            index, row = places[at]
-            file, shard = self._shard(index)
-            counts[at], signatures[at] = shard.counts[row], shard.signatures[row]
-            for name in shard.columns:
-                parts.setdefault(name, [np.zeros(0)] * len(places))[at] = shard.read(file, name, row)
-        columns = {name: np.concatenate(read) for name, read in parts.items()}
-        return Rows(np.asarray(row_ids), signatures, counts, columns)
+        shards = {index: self._shard(index) for index in dict.fromkeys(index for index, _ in places)}
+        return _gathered([(shards[index], row) for index, row in places])
 
     def _locate(self, row_id: int) -> tuple[int, int]:
         """The shard of a row and its place in it."""
         place = row_id
         if self.manifest["row_ids"] != "position":
             if self._places is None:
-                ids = np.concatenate([self._shard(i)[1].row_ids for i in range(len(self._starts) - 1)])
+                ids = np.concatenate([self._shard(index).row_ids for index in range(len(self._paths))])
                 self._places = {int(one): i for i, one in enumerate(ids)}
             place = self._places.get(row_id, -1)
         if not 0 <= place < len(self):
-            mend = "Train on the rows that the cache was built from, or build one for these."
+            fix = "Train on the rows that the cache was built from, or build one for these."
             expected = f"a row of the teacher cache, which has {len(self):,}"
-            raise CacheError(message("train_dataset", f"asked for row {row_id}", expected, mend))
+            raise CacheError(message("train_dataset", f"asked for row {row_id}", expected, fix))
         index = bisect.bisect_right(self._starts, place) - 1
         return index, place - self._starts[index]
 
-    def _shard(self, index: int) -> tuple[BinaryIO, _Shard]:
-        """The open file of a shard, which is as it was checked, and what it holds."""
-        file = self._open.get(index)
-        if file is not None and _stamp(os.fstat(file.fileno())) == self._checked[index]:
-            self._open.move_to_end(index)
-            return file, self._shards[index]
-        if file is not None:
-            self._open.pop(index).close()
-        entry = self.manifest["shards"][index]
-        path = self.folder / DATA / entry["name"]
-        if not path.is_file():
-            raise CacheError(damaged(str(path), "the file is missing"))
-        file = path.open("rb", buffering=0)
-        try:
-            stamp = _stamp(os.fstat(file.fileno()))
-            if stamp != self._checked.get(index):
-                if reason := self.check([index]).get(index):
-                    raise CacheError(damaged(str(path), reason))
-                self._checked[index] = stamp
-                self._shards.pop(index, None)
-            if index not in self._shards:
-                self._shards[index] = self._read_places(file, path, entry)
-        except BaseException:
-            file.close()
-            raise
-        self._open[index] = file
-        if len(self._open) > _OPEN_FILES:
-            self._open.popitem(last=False)[1].close()
-        return file, self._shards[index]
-
-    def _read_places(self, file: BinaryIO, path: Path, entry: Mapping[str, Any]) -> _Shard:
-        """Raises CacheError for a file that is as it was written but no shard of this cache."""
-        try:
-            shard = _opened(file, path)
-            alike = [(name, column.dtype, column.width) for name, column in shard.columns.items()]
-            known = next(iter(self._shards.values()), shard)
-            if alike != [(name, column.dtype, column.width) for name, column in known.columns.items()]:
-                raise ValueError("its columns are not those of the other shards")
-            if (len(shard.row_ids), int(shard.counts.sum())) != (entry["rows"], entry["positions"]):
-                raise ValueError("it has other rows or positions than its manifest says")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, pa.ArrowException) as error:
-            raise CacheError(foreign(str(path), (str(error).splitlines() or [type(error).__name__])[0])) from error
-        return shard
+    def _shard(self, index: int) -> _Shard:
+        """A shard, whose file is as it was checked: a mapped file that was cut must not be read."""
+        stamp = _stamp(self._paths[index])
+        if stamp is None or stamp != self._checked.get(index):
+            self._shards.pop(index, None)
+            if reason := self.check([index]).get(index):
+                raise CacheError(damaged(self._paths[index], reason))
+        if index not in self._shards:
+            shard = _mapped(Path(self._paths[index]), self.manifest["shards"][index])
+            if shard.form() != next(iter(self._shards.values()), shard).form():
+                raise CacheError(foreign(self._paths[index], "its columns are not those of the other shards"))
+            self._shards[index] = shard
+        return self._shards[index]
 
 
-def _stamp(found: os.stat_result) -> tuple[int, int, int]:
-    """Tells whether a file was written since: all that can be known without reading it."""
+class _Shard(NamedTuple):
+    """The rows of a shard; all of it is mapped: the system reads a page when it is used."""
+
+    row_ids: np.ndarray
+    signatures: np.ndarray
+    starts: np.ndarray  # [rows + 1] the first position of each row, and their number
+    columns: dict[str, np.ndarray]  # [positions, width]
+
+    def form(self) -> list[tuple[str, np.dtype, int]]:
+        return [(name, values.dtype, values.shape[1]) for name, values in self.columns.items()]
+
+
+def _gathered(rows: Sequence[tuple[_Shard, int]]) -> Rows:
+    """Copies of some rows of some shards, in this order."""
+    spans = [(shard.columns, slice(shard.starts[row], shard.starts[row + 1])) for shard, row in rows]
+    row_ids = np.array([shard.row_ids[row] for shard, row in rows])
+    signatures = np.array([shard.signatures[row] for shard, row in rows])
+    counts = np.array([span.stop - span.start for _, span in spans], np.int64)
+    names = spans[0][0]
+    return Rows(row_ids, signatures, counts, {n: np.concatenate([c[n][span] for c, span in spans]) for n in names})
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    """Tells whether a file was written since: all that can be known without reading it; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _opened(file: BinaryIO, path: Path) -> _Shard:
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    content = pa.py_buffer(mapped)
-    parts = [_of_batch(batch, content, path) for batch in pa.ipc.open_stream(content)]
-    del content
-    mapped.close()  # after an error, whose traceback holds the buffer, it is closed with that
-    first = parts[0]
-    columns = {}
-    for name, column in first.columns.items():
-        columns[name] = column._replace(places=np.concatenate([part.columns[name].places for part in parts]))
-    return first._replace(
-        row_ids=np.concatenate([part.row_ids for part in parts]),
-        signatures=np.concatenate([part.signatures for part in parts]),
-        counts=np.concatenate([part.counts for part in parts]),
-        columns=columns,
-    )
+def _mapped(path: Path, entry: Mapping[str, Any]) -> _Shard:
+    """Maps a shard; CacheError for a file that is as its manifest notes it and not what `write_shard` writes."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            (batch,) = pa.ipc.open_stream(file)
+        batch.validate(full=True)
+        if batch.nbytes > entry["bytes"]:
+            raise ValueError("it is compressed")
+        row_ids, signatures = (np.asarray(batch.column(name)) for name in ("row_id", "signature"))
+        if row_ids.dtype != np.int64 or signatures.dtype != np.uint64:
+            raise ValueError("row_id is no int64 or signature no uint64")
+        columns = {name: batch.column(name) for name in batch.schema.names if name not in ("row_id", "signature")}
+        starts = [np.asarray(column.offsets) for column in columns.values()]
+        if not starts or any(not np.array_equal(each, starts[0]) for each in starts):
+            raise ValueError("it has no columns, or columns of other positions than the first")
+        if (batch.num_rows, int(starts[0][-1]) - int(starts[0][0])) != (entry["rows"], entry["positions"]):
+            raise ValueError("it has other rows or positions than its manifest says")
+        return _Shard(row_ids, signatures, starts[0], {name: _entries(name, c) for name, c in columns.items()})
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, pa.ArrowException) as error:
+        raise CacheError(foreign(str(path), (str(error).splitlines() or [type(error).__name__])[0])) from error
 
 
-def _of_batch(batch: pa.RecordBatch, content: pa.Buffer, path: Path) -> _Shard:
-    """What a record batch holds of the shard that is mapped; ValueError for what `ShardWriter` does not write."""
-    batch.validate(full=True)
-    row_ids, signatures = (np.array(batch.column(name)) for name in ("row_id", "signature"))
-    if row_ids.dtype != np.int64 or signatures.dtype != np.uint64:
-        raise ValueError("row_id is no int64 or signature no uint64")
-    counts, columns = None, {}
-    for name in batch.schema.names:
-        if name in ("row_id", "signature"):
-            continue
-        column = batch.column(name)
-        entries = column.values
-        flat, offsets = entries.values, np.array(column.offsets)
-        numbers = pa.types.is_integer(flat.type) or pa.types.is_floating(flat.type)
-        if not numbers or column.null_count or entries.null_count or flat.null_count:
-            raise ValueError(f"{name} has entries that are no numbers")
-        dtype, width = np.dtype(flat.type.to_pandas_dtype()), entries.type.list_size
-        size, place, buffer = int(offsets[-1]) * width * dtype.itemsize, 0, flat.buffers()[1]
-        if size and buffer is not None:  # nothing lies nowhere
-            place = buffer.address - content.address + (flat.offset + entries.offset * width) * dtype.itemsize
-        if not 0 <= place <= place + size <= content.size:
-            raise ValueError(f"{name} lies outside of the file")
-        columns[name] = _Column(dtype, width, place + offsets[:-1].astype(np.int64) * (width * dtype.itemsize))
-        if counts is not None and not np.array_equal(counts, np.diff(offsets)):
-            raise ValueError(f"{name} has other positions than the columns before it")
-        counts = np.diff(offsets)
-    if counts is None:
-        raise ValueError("it has no columns")
-    return _Shard(str(path), row_ids, signatures, counts, columns)
-
-
-def _read_at(file: Any, size: int, offset: int) -> bytes:
-    if hasattr(os, "pread"):  # processes that share the file do not move each other's place in it
-        return os.pread(file.fileno(), size, offset)
-    file.seek(offset)
-    return file.read(size)
+def _entries(name: str, column: pa.ListArray) -> np.ndarray:
+    """[positions, width] of a column, not copied."""
+    entries = column.values
+    values = entries.values.to_numpy(zero_copy_only=True)  # raises where one is missing
+    if column.null_count or entries.null_count or values.dtype.kind not in "iuf":
+        raise ValueError(f"{name} has entries that are no numbers")
+    return values.reshape(-1, entries.type.list_size)

@@ -51,16 +51,15 @@ from .cache_build import (
     columns_read,
     fail_no_product,
     on_device,
-    what_the_disk_refuses,
+    translate_os_errors,
 )
 from .cache_formats import DEFAULT_K, DTYPES, Format, card, check_format, far_apart, format_of
 from .cache_identity import collation, compare, compare_teachers, teacher_identity, tokenizer_identity
-from .cache_manifest import check_links, check_settings, settings_of_head
+from .cache_manifest import LAYOUT, check_links, check_settings, settings_of_head
 from .cache_store import (
     BUILDING,
     DATA,
     HEAD,
-    LAYOUT,
     MANIFEST,
     CacheError,
     Rows,
@@ -72,7 +71,6 @@ from .cache_store import (
     is_finished,
     read_manifest,
     reopen,
-    written_notes,
 )
 from .checks import fail, message, warn
 from .files import write_atomically
@@ -225,7 +223,7 @@ class OfflineTeacher(FirstLook):
 
         def acquire() -> bool | None:
             check_links(where / f".{part}.lock", where)  # it would be emptied
-            with what_the_disk_refuses(where):
+            with translate_os_errors(where):
                 where.mkdir(parents=True, exist_ok=True)
                 try:
                     lock.acquire(timeout=0)
@@ -358,7 +356,7 @@ class OfflineTeacher(FirstLook):
         if self.is_world_process_zero():
             for name, reason in reasons.items():
                 warn(logger, "[kd_trainer] teacher cache %s: %s is built again: %s", store.folder, name, reason)
-            with what_the_disk_refuses(store.folder):
+            with translate_os_errors(store.folder):
                 reopen(store.folder, store.manifest, set(found))
         self.accelerator.wait_for_everyone()
         return True
@@ -496,12 +494,12 @@ class OfflineTeacher(FirstLook):
 
     def _begin(self, folder: Path, settings: dict[str, Any], part: str, dataset: Any) -> dict[str, Any]:
         begun = (folder / BUILDING).exists()
-        with what_the_disk_refuses(folder):
+        with translate_os_errors(folder):
             noted = begin(folder, settings, folder.parent)
         if begun:
             check_settings(folder / BUILDING, noted, complete=True)
             self._compare(folder, noted, part, dataset)
-        return {key: value for key, value in noted.items() if key != "sealed"}
+        return noted
 
     def _check_fits(self, store: Store, part: str, dataset: Any) -> None:
         self._compare(store.folder, store.manifest, part, dataset)
@@ -571,15 +569,14 @@ class OfflineTeacher(FirstLook):
         tensors = speaker.head_tensors(getattr(torch, settings["head_dtype"]))
 
         def write() -> None:
-            with what_the_disk_refuses(folder):
+            with translate_os_errors(folder):
                 write_atomically(folder / HEAD, save(tensors))
 
         self._on_main_process(write)
 
     def _finish(self, folder: Path, settings: dict[str, Any], part: str) -> None:
-        notes = written_notes(folder)
-        with what_the_disk_refuses(folder):
-            finish(folder, settings, [notes[index] for index in sorted(notes)], card(settings))
+        with translate_os_errors(folder):
+            finish(folder, settings, card(settings))
 
     # ---- reading ----
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ class Places:
     def __init__(self, folder: Path, kill_at: int | None, half: bool) -> None:
         self.folder, self.kill_at, self.half = str(folder.absolute()), kill_at, half
         self.seen: list[str] = []
-        self._lock = threading.Lock()  # shards are written by a thread
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -41,14 +39,13 @@ class Places:
             return
         if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
             return
-        with self._lock:
-            self.seen.append(f"{event} {Path(arguments[0]).name}")
-            if len(self.seen) - 1 == self.kill_at:
-                cut = self.half and event == "os.rename"  # by then all is written
-                if cut:
-                    os.truncate(arguments[0], Path(arguments[0]).stat().st_size // 2)
-                print(f"killed before {self.seen[-1]}{', half written' if cut else ''}", flush=True)
-                os.kill(os.getpid(), signal.SIGKILL)
+        self.seen.append(f"{event} {Path(arguments[0]).name}")
+        if len(self.seen) - 1 == self.kill_at:
+            cut = self.half and event == "os.rename"  # by then all is written
+            if cut:
+                os.truncate(arguments[0], Path(arguments[0]).stat().st_size // 2)
+            print(f"killed before {self.seen[-1]}{', half written' if cut else ''}", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(out: str, kept: str, rank: int, port: int | None, kill_at: int | None, half: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kd_trainer import CachedTeacher, DistillationTrainer
 from kd_trainer.cache_identity import teacher_identity
-from kd_trainer.cache_store import CacheError
+from kd_trainer.cache_store import CacheError, read_manifest, reopen
 from tests import tiny
 from tests.test_cache import build, cache, losses
 
@@ -125,16 +125,14 @@ def test_an_unfinished_cache_does_not_go_on_with_another_teacher(form, tmp_path,
     more = {"kd_temperature": 1.0} if form == "sampled" else {}
     of(tmp_path, Net(), tmp_path / "cache", form, **more).build_teacher_cache()
     folder = tmp_path / "cache/train"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    from kd_trainer.cache_store import reopen
-
+    manifest = read_manifest(folder)
     reopen(folder, manifest, {0, 2})
     with pytest.raises(
         CacheError, match=r"`teacher_model` is one that gives other outputs for rows 8 to 15 than those"
     ):
         of(tmp_path, hooked(), tmp_path / "cache", form, **more).train()
     of(tmp_path, Net(), tmp_path / "cache", form, **more).build_teacher_cache()
-    assert json.loads((folder / "manifest.json").read_text()) == manifest
+    assert read_manifest(folder) == manifest
 
 
 def test_dropout_and_the_like_are_no_part_of_it():

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import tracemalloc
-from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -15,20 +14,21 @@ import pyarrow as pa
 import pytest
 
 from kd_trainer import cache_store
+from kd_trainer.cache_manifest import LAYOUT
 from kd_trainer.cache_store import (
     CacheError,
     Rows,
-    ShardWriter,
     Store,
     begin,
     finish,
     is_finished,
     read_manifest,
     reopen,
+    write_shard,
     written_shards,
 )
 
-SETTINGS = {"layout": cache_store.LAYOUT, "kd_trainer": "0", "row_ids": "position", "format": "logits"}
+SETTINGS = {"layout": LAYOUT, "kd_trainer": "0", "row_ids": "position", "format": "logits"}
 SHARDS = ((0, 1, 2, 3), (4, 5, 6), (7,))
 
 
@@ -43,30 +43,12 @@ def rows(ids: tuple[int, ...], seed: int = 0) -> Rows:
     return Rows(np.array(ids, np.int64), draw.integers(0, 2**64, len(ids), dtype=np.uint64), counts, columns)
 
 
-def write_shard(folder: Path, index: int, parts: Iterable[Rows]) -> None:
-    shard = ShardWriter(folder, index)
-    try:
-        for part in parts:
-            if shard.add(part):
-                shard.sync()
-    except BaseException:
-        shard.give_up()
-        raise
-    shard.end()
-
-
 def build(folder: Path, settings: dict | None = None, shards=SHARDS) -> Path:
     settings = settings or SETTINGS
     begin(folder, settings)
     for index, ids in enumerate(shards):
-        write_shard(folder, index, [rows(ids)])
-    notes = cache_store.written_notes(folder)
-    finish(
-        folder,
-        settings,
-        [notes[i] for i in sorted(notes)],
-        "---\nconfigs:\n- config_name: default\n  data_files: data/*.arrow\n---\n",
-    )
+        write_shard(folder, index, rows(ids))
+    finish(folder, settings, "---\nconfigs:\n- config_name: default\n  data_files: data/*.arrow\n---\n")
     return folder
 
 
@@ -92,81 +74,51 @@ def test_rows_come_back_in_any_order(tmp_path, asked):
         np.testing.assert_array_equal(found[i], expected[i])
 
 
-def split(whole: Rows, at: int) -> list[Rows]:
-    """The same rows in parts of `at` rows."""
-    starts = np.concatenate([[0], np.cumsum(whole.counts)])
-    found = []
-    for first in range(0, len(whole.row_ids), at):
-        rows_of, last = slice(first, first + at), min(first + at, len(whole.row_ids))
-        columns = {name: values[starts[first] : starts[last]] for name, values in whole.columns.items()}
-        found.append(Rows(*(x[rows_of] for x in whole[:3]), columns))
-    return found
-
-
-@pytest.mark.parametrize(("at", "at_once", "batches"), [(1, 1, 3), (2, 16, 2), (3, 10**9, 1)])  # row 0 is empty
-def test_a_shard_may_come_in_parts(at, at_once, batches, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_store, "_AT_ONCE", at_once)
+def test_a_shard_is_one_record_batch_whatever_its_parts(tmp_path):
     begin(tmp_path, SETTINGS)
     for index, ids in enumerate(SHARDS):
-        write_shard(tmp_path, index, iter(split(rows(ids), at)))
-    notes = cache_store.written_notes(tmp_path)
-    finish(tmp_path, SETTINGS, [notes[i] for i in range(len(SHARDS))], "")
-    store, expected = Store(tmp_path), cache_store.joined([one(row) for row in (7, 0, 5, 4, 3, 6)])
-    found = store.take([7, 0, 5, 4, 3, 6])
-    for name, values in expected.columns.items():
-        np.testing.assert_array_equal(found.columns[name], values)
-    for i in range(3):
-        np.testing.assert_array_equal(found[i], expected[i])
+        write_shard(tmp_path, index, cache_store.joined([one(row) for row in ids]))
+    finish(tmp_path, SETTINGS, "")
+    store = Store(tmp_path)
     assert store.manifest["total_rows"] == 8
     assert store.manifest["total_positions"] == sum(int(rows(ids).counts.sum()) for ids in SHARDS)
     read = datasets.load_from_disk(str(tmp_path / "data"))
     assert read["row_id"][:] == list(range(8))
     assert read[5]["ids"] == one(5).columns["ids"].tolist()
-    with pa.OSFile(str(tmp_path / "data/data-00000.arrow")) as file:
-        assert len(list(pa.ipc.open_stream(file))) == batches
+    build(tmp_path / "whole")
+    for index in range(len(SHARDS)):
+        name = f"data/data-0000{index}.arrow"
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        with pa.OSFile(str(tmp_path / name)) as file:
+            assert len(list(pa.ipc.open_stream(file))) == 1
 
 
-def test_a_shard_goes_to_the_disk_while_it_grows(tmp_path, monkeypatch):
-    """At most so many bytes wait for the disk, whatever the size of a shard; the bytes are the same."""
-    parts, sizes = [one(row) for row in range(8)], []
-    real = os.fsync
-
-    def noted(handle: int) -> None:
-        sizes.append(os.fstat(handle).st_size)
-        real(handle)
-
-    monkeypatch.setattr(cache_store, "_AT_ONCE", 1)
-    monkeypatch.setattr(os, "fsync", noted)
-    for name, unsynced in (("at the end", 2**23), ("while it grows", 2000)):
-        monkeypatch.setattr(cache_store, "_UNSYNCED", unsynced)
-        begin(tmp_path / name, SETTINGS)
-        sizes.clear()
-        write_shard(tmp_path / name, 0, parts)
-        synced = sorted(size for size in sizes if size > 1000)  # the note beside it is smaller
-        assert len(synced) == 1 if unsynced == 2**23 else len(synced) > 2
-        assert all(after - before < unsynced + 2000 for before, after in zip([0, *synced], synced, strict=False))
-    whole, growing = (tmp_path / name / "data" / "data-00000.arrow" for name in ("at the end", "while it grows"))
-    assert whole.read_bytes() == growing.read_bytes()
-    assert synced[-1] == whole.stat().st_size
+def test_a_shard_is_synced_once_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_size), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(Path(new).name), replace(old, new)))
+    begin(tmp_path, SETTINGS)
+    done.clear()
+    write_shard(tmp_path, 0, rows(SHARDS[0]))
+    sizes = [(tmp_path / "data" / name).stat().st_size for name in ("data-00000.json", "data-00000.arrow")]
+    assert done == [sizes[0], "data-00000.json", sizes[1], "data-00000.arrow"]
 
 
-def test_a_shard_that_is_given_up_leaves_nothing(tmp_path):
+def test_a_shard_that_is_given_up_leaves_nothing(tmp_path, monkeypatch):
     begin(tmp_path, SETTINGS)
 
-    def parts():
-        yield rows(SHARDS[0])
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(cache_store, "write_atomically", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_shard(tmp_path, 0, parts())
+        write_shard(tmp_path, 0, rows(SHARDS[0]))
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_an_unfinished_cache_of_another_layout_does_not_go_on(tmp_path, monkeypatch):
-    with monkeypatch.context() as before:
-        before.setattr(cache_store, "LAYOUT", 1)
-        begin(tmp_path, {**SETTINGS, "layout": 1})
-    with pytest.raises(CacheError, match=r"of layout 1, from kd_trainer 0; expected layout 3"):
+def test_an_unfinished_cache_of_another_layout_does_not_go_on(tmp_path):
+    (tmp_path / "building.json").write_text(json.dumps({**SETTINGS, "layout": 3, "sealed": "0" * 64}))
+    with pytest.raises(CacheError, match=r"of layout 3, from kd_trainer 0; expected layout 4\. .* or build it again"):
         begin(tmp_path, SETTINGS)
 
 
@@ -174,16 +126,8 @@ def test_a_store_that_is_sent_to_another_process_opens_its_own_files(tmp_path):
     store = Store(build(tmp_path))
     store.take([0])
     again = pickle.loads(pickle.dumps(store))
-    assert not again._open
+    assert not again._shards
     np.testing.assert_array_equal(again.take([5]).columns["ids"], one(5).columns["ids"])
-
-
-def test_few_files_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_store, "_OPEN_FILES", 1)
-    store = Store(build(tmp_path))
-    for row in (0, 7, 5, 1):
-        np.testing.assert_array_equal(store.take([row]).columns["ids"], one(row).columns["ids"])
-        assert len(store._open) == 1
 
 
 def test_rows_with_numbers_of_their_own(tmp_path):
@@ -223,7 +167,7 @@ def test_two_buildings_are_the_same_bytes_and_leave_nothing_behind(tmp_path):
 def test_an_unfinished_building_knows_its_whole_shards(tmp_path):
     begin(tmp_path, SETTINGS)
     for index, ids in enumerate(SHARDS):
-        write_shard(tmp_path, index, [rows(ids)])
+        write_shard(tmp_path, index, rows(ids))
     assert written_shards(tmp_path) == {0, 1, 2}
     (tmp_path / "data/data-00001.arrow").unlink()  # killed between the digest and the shard
     with (tmp_path / "data/data-00002.arrow").open("ab") as file:
@@ -245,14 +189,8 @@ def test_a_damaged_shard_is_taken_out_and_written_again(tmp_path):
     reopen(tmp_path, store.manifest, {1})
     assert not is_finished(tmp_path)
     assert written_shards(tmp_path) == {0, 2}
-    write_shard(tmp_path, 1, [rows(SHARDS[1])])
-    notes, noted = cache_store.written_notes(tmp_path), begin(tmp_path, SETTINGS)
-    finish(
-        tmp_path,
-        {k: v for k, v in noted.items() if k != "sealed"},
-        [notes[i] for i in range(3)],
-        before["README.md"].decode(),
-    )
+    write_shard(tmp_path, 1, rows(SHARDS[1]))
+    finish(tmp_path, begin(tmp_path, SETTINGS), before["README.md"].decode())
     assert files(tmp_path) == before
 
 
@@ -301,7 +239,7 @@ def test_a_shard_that_is_cut_later_gives_no_numbers(tmp_path):
         lambda text: text[:-20],
         lambda text: "",
         lambda text: "[]",
-        lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "sealed"}),
+        lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "sha256"}),
     ],
 )
 def test_an_edited_manifest_is_refused(tmp_path, edit):
@@ -313,11 +251,12 @@ def test_an_edited_manifest_is_refused(tmp_path, edit):
         Store(tmp_path)
 
 
-def test_a_layout_of_tomorrow_is_refused(tmp_path, monkeypatch):
-    with monkeypatch.context() as tomorrow:
-        tomorrow.setattr(cache_store, "LAYOUT", 99)
-        build(tmp_path, {**SETTINGS, "layout": 99, "kd_trainer": "9.9"})
-    with pytest.raises(CacheError, match=r"of layout 99, from kd_trainer 9\.9; expected layout 3"):
+@pytest.mark.parametrize("layout", [3, 99])
+def test_another_layout_is_refused(layout, tmp_path):
+    path = build(tmp_path) / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layout": layout, "kd_trainer": "9.9"}))
+    told = rf"of layout {layout}, from kd_trainer 9\.9; expected layout 4\. .* build it again in an empty folder"
+    with pytest.raises(CacheError, match=told):
         Store(tmp_path)
 
 
@@ -333,9 +272,8 @@ def test_a_large_cache_is_not_held_in_memory(tmp_path):
     for index in range(8):
         ids = np.arange(index * 32, index * 32 + 32, dtype=np.int64)
         values[:, 0] = index
-        write_shard(tmp_path, index, [Rows(ids, ids.astype(np.uint64), np.full(32, 32), {"hidden": values})])
-    notes = cache_store.written_notes(tmp_path)
-    finish(tmp_path, SETTINGS, [notes[i] for i in range(8)], "")
+        write_shard(tmp_path, index, Rows(ids, ids.astype(np.uint64), np.full(32, 32), {"hidden": values}))
+    finish(tmp_path, SETTINGS, "")
     del values
     store, most = Store(tmp_path), 0
     tracemalloc.start()
@@ -348,10 +286,8 @@ def test_a_large_cache_is_not_held_in_memory(tmp_path):
     assert most < 16e6
 
 
-@pytest.mark.parametrize("open_files", [1, 64])
-def test_a_batch_may_touch_more_shards_than_files_are_open(open_files, tmp_path, monkeypatch):
+def test_a_batch_may_touch_many_shards(tmp_path):
     """Each row of its own shard, in any order, some twice; a changed shard is found all the same."""
-    monkeypatch.setattr(cache_store, "_OPEN_FILES", open_files)
     shards = tuple((i,) for i in range(150))
     store = Store(build(tmp_path, shards=shards))
     for seed in range(2):
@@ -361,19 +297,16 @@ def test_a_batch_may_touch_more_shards_than_files_are_open(open_files, tmp_path,
             np.testing.assert_array_equal(found.columns[name], values)
         for i in range(3):
             np.testing.assert_array_equal(found[i], expected[i])
-        assert len(store._open) == open_files
     flip(tmp_path / "data/data-00070.arrow", 0.5)
     with pytest.raises(CacheError, match=r"damaged in .*data-00070\.arrow; .* its content has changed"):
         store.take(list(range(150)))
 
 
-def test_a_shard_is_read_whole_once_however_many_there_are(tmp_path, monkeypatch):
-    """Its file may be closed and opened again; what lies where in it stays known."""
-    monkeypatch.setattr(cache_store, "_OPEN_FILES", 2)
+def test_a_shard_is_read_whole_once(tmp_path, monkeypatch):
     read: list[str] = []
-    real = cache_store._opened
-    monkeypatch.setattr(cache_store, "_opened", lambda file, path: read.append(path.name) or real(file, path))
+    real = cache_store.damage
+    monkeypatch.setattr(cache_store, "damage", lambda folder, entry: read.append(entry["name"]) or real(folder, entry))
     store = Store(build(tmp_path, shards=tuple((i,) for i in range(9))))
     for _ in range(3):
         store.take(list(range(9)))
-    assert sorted(read) == [f"data-0000{i}.arrow" for i in range(9)]
+    assert read == [f"data-0000{i}.arrow" for i in range(9)]

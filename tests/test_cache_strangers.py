@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from kd_trainer import CachedTeacher, checkpoints, offline
 from kd_trainer.cache import CachedCollator, NumberedRows
-from kd_trainer.cache_manifest import FIELDS, shard_index
-from kd_trainer.cache_store import CacheError, _seal, written_notes
+from kd_trainer.cache_manifest import FIELDS, shard_index, write_json
+from kd_trainer.cache_store import CacheError, written_notes
 from kd_trainer.files import digest
 from tests import tiny
 from tests.test_cache import build, cache
@@ -44,11 +44,11 @@ def copy(caches: dict[str, Path], to: Path, form: str = "logits") -> Path:
 
 
 def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Edits a JSON file of a cache as one does who knows how it is sealed."""
+    """Edits a JSON file of a cache as one does who knows how it is hashed."""
     content = json.loads(path.read_text())
     change(content)
-    content["sealed"] = _seal(content)
-    path.write_text(json.dumps(content))
+    del content["sha256"]
+    write_json(path, content)
 
 
 def rebuild(folder: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_note_of_an_unfinished_cache_names_the_shard_beside_it(name, caches, t
     folder = copy(caches, tmp_path)
     (folder / "train/manifest.json").rename(folder / "train/building.json")
     note = {"name": name, "rows": 8, "positions": 9, "bytes": 8, "xxh3": xxhash.xxh3_128(b"precious").hexdigest()}
-    (folder / "train/data/data-00000.json").write_text(json.dumps({**note, "sealed": _seal(note)}))
+    (folder / "train/data/data-00000.json").write_text(json.dumps(note))
     (folder / "train/data/data-none.json").write_text("{}")
     (tmp_path / "outside.arrow").write_text("precious")
     assert written_notes(folder / "train") == {}
@@ -312,7 +312,7 @@ def test_numbers_that_contradict_each_other(case, caches, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, "7", '"x"', "null", "[]", "{}", "9" * 10_000, '{"sealed": NaN}', "\ud800"]
+    "text", ["[" * 100_000, "7", '"x"', "null", "[]", "{}", "9" * 10_000, '{"sha256": NaN}', "\ud800"]
 )
 @pytest.mark.parametrize("name", ["manifest.json", "building.json"])
 def test_a_manifest_that_is_no_object(name, text, caches, tmp_path):

@@ -54,7 +54,8 @@ from transformers import (
 )
 
 from kd_trainer import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
-from kd_trainer.cache_store import DATA, MANIFEST, _sealed, read_manifest
+from kd_trainer.cache_manifest import shard_name, write_json
+from kd_trainer.cache_store import DATA, MANIFEST, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 128
@@ -350,14 +351,13 @@ def repeat_cache(folder: Path, times: int) -> Path:
     entries = []
     for copy_ in range(times):
         for entry in manifest["shards"]:
-            name = entry["name"] if not copy_ else f"copy-{copy_:04d}-{entry['name']}"
+            name = shard_name(len(entries))
             if copy_:
                 shutil.copyfile(other / DATA / entry["name"], other / DATA / name)
             entries.append({**entry, "name": name})
-    manifest = {k: v for k, v in manifest.items() if k != "sealed"}
     totals = {f"total_{k}": times * manifest[f"total_{k}"] for k in ("rows", "positions", "bytes")}
     manifest |= {"shards": entries, **totals, "dataset": {**manifest["dataset"], "rows": totals["total_rows"]}}
-    (other / MANIFEST).write_text(_sealed(manifest))
+    write_json(other / MANIFEST, manifest)
     return other
 
 
