@@ -29,8 +29,13 @@ from transformers import (
     default_data_collator,
 )
 
-from kd_trainer import DistillationTrainer, DistillationTrainingArguments, parse_args, student_from_teacher
-from kd_trainer.interrupt import ResumableInterrupt
+from kd_trainer import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    ResumableInterrupt,
+    parse_args,
+    student_from_teacher,
+)
 
 COLUMNS = {
     "Parameters": ",.0f",

@@ -25,15 +25,20 @@ from kd_trainer import (
     DistillationTrainingArguments,
     MLPConfig,
     MLPForImageClassification,
+    ResumableInterrupt,
+    as_tensors,
+    build_report,
+    classification_metrics,
+    collate_tensors,
+    load_classification,
+    load_run,
+    newest_resumable,
     parse_args,
+    print_table,
+    save_predictions,
+    split_labelled,
     synthetic_classification,
 )
-from kd_trainer.checkpoints import newest_resumable
-from kd_trainer.data import as_tensors, collate_tensors, split_labelled
-from kd_trainer.interrupt import ResumableInterrupt
-from kd_trainer.loading import load_classification
-from kd_trainer.metrics import classification_metrics
-from kd_trainer.report import build_report, load_run, print_table, save_predictions
 
 
 @dataclass

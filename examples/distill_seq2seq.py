@@ -30,12 +30,12 @@ from transformers import (
 )
 
 from kd_trainer import (
+    ResumableInterrupt,
     Seq2SeqDistillationTrainer,
     Seq2SeqDistillationTrainingArguments,
     parse_args,
     student_from_teacher,
 )
-from kd_trainer.interrupt import ResumableInterrupt
 
 COLUMNS = {
     "Parameters": ",.0f",

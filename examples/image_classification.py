@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from kd_trainer import DistillationTrainer, DistillationTrainingArguments  # new:
-from kd_trainer.metrics import classification_metrics
+from kd_trainer import classification_metrics
 
 digits = load_digits()
 large = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1  # [1797, 1, 8, 8]

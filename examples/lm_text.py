@@ -22,7 +22,7 @@ from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, Trainer, set_seed
 
-from kd_trainer.checkpoints import newest_resumable
+from kd_trainer import newest_resumable
 
 END, PAD = "<|end|>", "<|pad|>"
 # The held-out text is measured with these, whatever the training's own settings are; alpha 0 alone is the baseline.

@@ -8,9 +8,7 @@ from datasets import concatenate_datasets  # new:
 from transformers import Trainer, TrainingArguments, set_seed
 
 from kd_trainer import DistillationTrainer, DistillationTrainingArguments  # new:
-from kd_trainer.data import synthetic_classification
-from kd_trainer.metrics import classification_metrics
-from kd_trainer.models import MLPConfig, MLPForImageClassification
+from kd_trainer import MLPConfig, MLPForImageClassification, classification_metrics, synthetic_classification
 
 data = synthetic_classification(num_train=4000, num_unlabelled=1000, signal=0.15)
 few = data["train"].select(range(200))  # the student's labelled rows; the teacher has had all 4,000

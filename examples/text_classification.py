@@ -23,13 +23,9 @@ from transformers import (
     set_seed,
 )
 
-from kd_trainer import (  # new:  # new:
-    DistillationTrainer,
-    DistillationTrainingArguments,
-    TeacherCollator,
-    add_teacher_inputs,
-)
-from kd_trainer.metrics import classification_metrics
+from kd_trainer import DistillationTrainer, DistillationTrainingArguments  # new:
+from kd_trainer import TeacherCollator, add_teacher_inputs  # new:
+from kd_trainer import classification_metrics
 
 PARTS = ("asyncio", "email", "importlib", "logging", "multiprocessing", "tkinter", "unittest", "xml")
 files = ((i, path) for i, part in enumerate(PARTS) for path in Path(sysconfig.get_path("stdlib"), part).rglob("*.py"))

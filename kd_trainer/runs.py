@@ -246,7 +246,7 @@ def _count_parameters(path: Path | None) -> int | None:
 def _read_predictions(path: Path | None) -> Predictions | None:
     if path is None:
         return None
-    mend = "Write it with kd_trainer.report.save_predictions."
+    mend = "Write it with kd_trainer.save_predictions."
     try:
         tensors = load_file(path)
     except SafetensorError as error:

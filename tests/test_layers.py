@@ -135,11 +135,16 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_the_tensor_functions_need_torch_only():
-    loaded = modules_after(
-        "from kd_trainer import DIVERGENCES, forward_kl, SoftTargetLoss, DistillationLoss, fit_temperature"
-    )
+    names = "DIVERGENCES, forward_kl, SoftTargetLoss, DistillationLoss, fit_temperature, kl_gaussian, monte_carlo_kl"
+    loaded = modules_after(f"from kd_trainer import {names}")
     assert "torch" in loaded
     assert not loaded & set(HEAVY)
+
+
+def test_a_divergence_costs_an_import_of_torch_and_of_little_more():
+    """Of other packages nothing, which holds for what any of them imports as well."""
+    before, after = (modules_after(f"import torch{more}") for more in ("", "\nfrom kd_trainer import forward_kl"))
+    assert {name for name in after - before if name not in sys.stdlib_module_names} == {"kd_trainer"}
 
 
 def test_the_package_itself_needs_nothing():
@@ -156,6 +161,18 @@ def test_public_names_resolve():
     assert set(kd_trainer.__all__) <= set(namespace)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = kd_trainer.no_such_name
+
+
+def test_no_public_name_is_a_file():
+    """Importing the file would put it in the place of what has its name."""
+    assert not set(kd_trainer.__all__) & set(FILES)
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse(Path(kd_trainer.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(node.module, alias.name, alias.asname) for node in block.body for alias in node.names}
+    assert seen == {(module, name, name) for module, names in kd_trainer._HOME.items() for name in names}
 
 
 def test_every_public_name_has_a_docstring():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import kd_trainer
 from kd_trainer import (
     DIVERGENCES,
     DistillationArguments,
@@ -69,6 +70,14 @@ def test_every_option_and_divergence_has_a_row():
         shown = rows[field.name].strip()
         assert shown == ("none" if field.default is None else str(field.default).lower()), field.name
     assert all(f"`{name}`" in text for name in DIVERGENCES)
+
+
+def test_users_type_names_of_the_package_and_not_of_its_files():
+    files = {path.stem for path in (ROOT / "kd_trainer").rglob("*")}
+    for page in [*map(ROOT.joinpath, PAGES), *(ROOT / "examples").glob("*.py")]:
+        found = set(re.findall(r"\bkd_trainer\.(\w+)", page.read_text(encoding="utf-8")))
+        assert not found & files, f"{page.name} names a file of the package"
+        assert found <= set(kd_trainer.__all__)
 
 
 def test_the_readme_is_short_and_has_two_setup_commands():

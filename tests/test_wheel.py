@@ -132,19 +132,15 @@ def test_the_command_is_installed(python, tmp_path):
 def test_the_c_code_compiles_from_the_wheel(python, tmp_path):
     code = """
 import kd_trainer, torch
-from kd_trainer.native import PAYS_FROM, compiled
-from kd_trainer.sparse_cpu import top_k_on_cpu, top_k_room
+from kd_trainer.native import compiled
 from kd_trainer.visit import Setting, visit
-student, teacher = torch.randn(2, 8, PAYS_FROM // 8)
+student, teacher = torch.randn(2, 8, 301)
 given = {"student": student, "teacher": teacher, "labels": None, "weights": torch.ones(8, 2)}
 setting = Setting("forward_kl", 0.5, 2.0, False)
 found = [visit(setting, **given, gradient=False, compiled=way).soft for way in (True, False)]
 torch.testing.assert_close(*(each.float() for each in found))
-room = top_k_room(8, 4)
-assert top_k_on_cpu(teacher, 4, 1.0, room)
-assert torch.equal(room["ids"], teacher.topk(4).indices)
 print(kd_trainer.__file__, compiled.cache_info().currsize)
 """
     path, libraries = run(python, "-c", code, cwd=tmp_path).split()
     assert Path(path).is_relative_to(python.parent.parent)
-    assert int(libraries) == len([name for name in FILES if name.endswith(".c")])
+    assert libraries == "1"  # and not the computation in torch twice

@@ -44,8 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_trainer import fused_linear
-from kd_trainer.fused_linear import fused_linear_distillation, fused_linear_distillation_plain
+from kd_trainer import fused_linear, fused_linear_distillation, fused_linear_distillation_plain
 
 T, ALPHA = 2.0, 0.7
 SHAPES = {

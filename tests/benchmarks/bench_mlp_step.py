@@ -28,9 +28,10 @@ from kd_trainer import (
     DistillationTrainingArguments,
     MLPConfig,
     MLPForImageClassification,
+    as_tensors,
+    collate_tensors,
     synthetic_classification,
 )
-from kd_trainer.data import as_tensors, collate_tensors
 
 BATCH, ALPHA, T = 32, 0.7, 3.0
 

@@ -27,8 +27,7 @@ from bench_fused import take_turns, wait_until_quiet
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kd_trainer import SoftTargetLoss
-from kd_trainer.fused_linear import fused_linear_distillation
+from kd_trainer import SoftTargetLoss, fused_linear_distillation
 
 T, ALPHA, VOCABULARY = 2.0, 0.7, 32_000
 
