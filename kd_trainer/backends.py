@@ -3,7 +3,6 @@
 For: `teacher.py`. One device, DDP, FSDP 1 and ZeRO 0 to 2 keep a whole teacher in every process; FSDP2 and DeepSpeed
 ZeRO-3 shard it. The teacher never passes through `accelerator.prepare`: the accelerator knows no model but the student,
 so that checkpoints, backward and the patch of autocast stay the student's.
-Imports: checks, accelerate and deepspeed (on use).
 """
 
 from __future__ import annotations

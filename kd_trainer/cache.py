@@ -3,7 +3,6 @@
 For: the trainer. A dataset whose rows are numbered, a collator that adds to each batch what the teacher said of its
 rows, and `CachedTeacher`, which stands where the live teacher stood. Building is `cache_build.py`'s business.
 Letters: B rows, S positions, N kept positions of a batch.
-Imports: cache_formats, cache_manifest, cache_signatures, cache_store, checks, heads, inputs, outputs; numpy, torch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 For: `cache_build.py`, which encodes, and `cache.py`, which decodes. Knows no files and no batches.
 Letters: N positions, V classes, H hidden size, k classes kept, n draws.
-Imports: checks, outputs, sparse, sparse_cpu, torch, numpy.
 
     logits     [N, V] in the teacher's dtype, or in half precision (relative error 2^-11 in float16, 2^-8 in bfloat16)
     hidden     [N, H], the same

@@ -1,7 +1,6 @@
 """What a teacher cache was made of, as values that can be compared: teacher, tokenizer, collation, data.
 
 For: `cache_build.py`, which notes them in the manifest and compares them before anything is read.
-Imports: cache_store, checks, compatibility, describe, files, redaction, teacher, training_args; transformers (on use).
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 For: `cache.py`, which collates rows, and `offline.py`, which notes how the columns of a batch belong to its rows.
 Letters: B rows, S positions of a batch.
-Imports: checks, inputs; numpy, torch, xxhash.
 """
 
 from __future__ import annotations

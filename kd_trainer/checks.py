@@ -1,7 +1,6 @@
 """Argument checks with one clear message each.
 
 For: every place where a bad value can be known before it trains wrongly. Leaves what is right or wrong to the caller.
-Imports: redaction.
 
 Every message reads: `argument` is VALUE; expected WHAT[, because CONSEQUENCE]. HOW TO MEND IT.
 """

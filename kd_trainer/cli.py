@@ -1,7 +1,7 @@
 """The `kd-trainer` command: `report` compares the output folders of any runs, `memory` tells what a step will take.
 
 For: the command line and its errors (one line, exit code 2). Leaves everything else to `report.py` and `memory.py`.
-Imports: the standard library; report or memory when a command runs, so that `--help` costs no import of torch.
+`report.py` and `memory.py` are imported when a command runs: `--help` costs no import of torch.
 """
 
 from __future__ import annotations

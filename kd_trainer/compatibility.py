@@ -1,7 +1,6 @@
 """Do teacher and student fit? Refuses what would train wrongly in silence, before the first step.
 
 For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared in `heads.py`, batch by batch.
-Imports: checks, inputs, transformers (on use).
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ For: examples, benchmarks and everyone whose rows are feature vectors of one len
 the columns `features` (float32, fixed length) and `labels` (int64, -100 = unlabelled), in torch format.
 Leaves to others: a user's own files (`loading.py`), text and tokenizers (the user's own script), models (`models.py`).
 Shapes: N rows, F features, C classes.
-Imports: checks, reductions; numpy, pyarrow, torch, datasets.
 
 Values go from numpy to Arrow to torch and never through Python lists.
 """

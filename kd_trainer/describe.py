@@ -1,7 +1,4 @@
-"""What a person reads: the block before the first step and the model card's section on the distillation.
-
-Imports: heads, model_facts, objective, reductions.
-"""
+"""What a person reads: the block before the first step and the model card's section on the distillation."""
 
 from __future__ import annotations
 

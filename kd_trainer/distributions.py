@@ -4,7 +4,6 @@ For: Bernoulli and categorical probabilities, Gaussians, the KL term of a VAE, a
 logits to `divergences.py` and means over a batch to the caller.
 Letters: ... batch dimensions; C classes; D dimensions of a Gaussian; N samples. P, the distribution under which the
 expectation is taken, comes first, as in `torch.distributions.kl_divergence(p, q)`.
-Imports: checks, divergences.
 """
 
 from __future__ import annotations

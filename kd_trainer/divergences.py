@@ -4,7 +4,6 @@ For: every loss that compares a student with a teacher, by name through the dict
 squared, masks, means (`reductions.py`) and settings (`losses.py`) to others.
 Letters: V classes or vocabulary; z_s, z_t student and teacher logits [..., V]; T temperature;
 p = softmax(z_t/T) the teacher's, q = softmax(z_s/T) the student's probabilities.
-Imports: checks only.
 
 Decided on purpose: sums are float32 or wider whatever the logits' dtype; 0 log 0 = 0; p > 0 where q = 0 gives +inf and
 never NaN; logits of -inf (excluded classes) are allowed on both sides as long as one class of the row is left. Where a

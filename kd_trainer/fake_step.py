@@ -4,8 +4,6 @@ For: `memory.py`. The teacher's forward, the student's, a stand-in for the loss 
 make is counted until it is gone, so that no architecture has a formula here. What FSDP2 and ZeRO-3 gather is counted
 beside it, module by module.
 Letters: N counted positions, H hidden size, V vocabulary; s and t of student and teacher.
-Imports: backends, checks, divergences, first_look, fused_arguments, fused_forward, fused_linear, heads, inputs, losses,
-teacher.
 """
 
 from __future__ import annotations

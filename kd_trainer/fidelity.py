@@ -3,7 +3,6 @@
 For: evaluation and reports: accuracy, agreement with and KL to the teacher, calibration error, negative log-likelihood.
 Leaves to others: the same as `evaluate` modules (`metrics.py`), tables and plots (`report.py`).
 Shapes: N rows, C classes, K bins. Logits [N, C] (leading dimensions are flattened), labels [N], -100 = unlabelled.
-Imports: checks, divergences, reductions; torch.
 """
 
 from __future__ import annotations

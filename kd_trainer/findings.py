@@ -2,8 +2,6 @@
 
 For: `preflight.py`, which gathers them and runs the models. What training would refuse is refused elsewhere and becomes
 a row here; what is added here is suspicious and not always wrong.
-Imports: cache, checks, compatibility, describe, first_look, heads, inputs, objective, redaction,
-reductions, teacher, teacher_errors; rich.
 """
 
 from __future__ import annotations

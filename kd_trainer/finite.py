@@ -1,6 +1,6 @@
 """NaN and inf: seen at once or noted on the device until the next log, and told with step, process, rows and side.
 
-For: `trainer.py` (`kd_check_finite`). Shapes: B rows; logits are [B, C] or [B, S, C]. Imports: checks.
+For: `trainer.py` (`kd_check_finite`). Shapes: B rows; logits are [B, C] or [B, S, C].
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """What is settled before the first step: the teacher, and on the first batch how it, the student and the task fit.
 
 For: `trainer.py`, whose mixin stands on the one here. Formulas and their counts are not its business.
-Imports: checks, compatibility, finite, fused_forward, head_choice, heads, inputs, router, shared_memory, teacher,
-teacher_errors, training_args, transformers.
 """
 
 from __future__ import annotations

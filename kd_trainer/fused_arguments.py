@@ -1,7 +1,6 @@
 """What the fused loss is asked: its arguments, checked, cut down to the counted positions and cast as autocast would.
 
 For: `fused_linear.py`, which computes it. Letters: N positions, V vocabulary, H hidden size.
-Imports: checks, divergences, reductions, sparse, visit, visit_sparse.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ fire as ever. The teacher's head keeps its hidden states instead. The first time
 logits, which must come out of it as `OutputHead` believes; otherwise `NotPlain` says why, and the caller takes full
 logits.
 Letters: B rows, S positions, H hidden size, V vocabulary.
-Imports: fused_arguments, fused_linear, heads, inputs.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ in place, the gradient at the student's logits, which is multiplied on at once. 
 products in all, three where the student's head is frozen, two without gradients; one less where the teacher is given
 as logits or, to `visit_sparse.py`, as top-k or samples.
 Letters: N positions, V vocabulary, H hidden size; s and t of student and teacher.
-Imports: divergences, fused_arguments, reductions, sparse, visit, visit_sparse.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Which head of `HEADS` a model has: by its Auto class, its config, its labels, or in the end by its logits.
 
 For: the trainer on the first batch, and the teacher, whom the same Auto class loads.
-Imports: checks, heads, inputs, transformers (the Auto classes, on use).
 """
 
 from __future__ import annotations

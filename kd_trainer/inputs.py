@@ -1,7 +1,7 @@
 """What of a batch goes into a model, and how many token ids the model knows.
 
 For: the trainer, the teacher and the heads. Leaves targets to `heads.py`.
-Shapes: B rows, S positions. Imports: checks, reductions, transformers (on use).
+Shapes: B rows, S positions.
 """
 
 from __future__ import annotations

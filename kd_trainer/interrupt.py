@@ -1,6 +1,6 @@
 """Ctrl-C that loses nothing: finish the step, write a checkpoint, say how to resume.
 
-For: any `Trainer` (`DistillationMixin` adds it by itself). Imports: transformers.
+For: any `Trainer` (`DistillationMixin` adds it by itself).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The fast path of `objective.py` for forward KL on CPU; `SoftTargetLoss` and the head's cross-entropy are its plain twin.
 A step of a small classifier is a few dozen operations on tiny tensors: recording and replaying each one for autograd
-would take a tenth of the whole step. Shapes: N positions, C classes. Imports: reductions.
+would take a tenth of the whole step. Shapes: N positions, C classes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 Leaves other kinds of data (text, images of several sizes) to the user's own script.
 Shapes: N rows, F features, C classes.
-Imports: checks, data, reductions; numpy, datasets.
 """
 
 from __future__ import annotations

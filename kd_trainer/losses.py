@@ -3,7 +3,6 @@
 For: those who write their own training loop, and the trainer's soft loss. Leaves formulas to `divergences.py` and
 `distributions.py`, masks and denominators to `reductions.py`.
 Letters: B rows (sequences), S positions, V classes or vocabulary, N rows of probabilities; T temperature.
-Imports: checks, divergences, distributions, reductions.
 """
 
 from __future__ import annotations

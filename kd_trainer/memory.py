@@ -2,7 +2,6 @@
 
 For: choosing a backend and a batch size before a run; `kd-trainer memory` prints it for every backend. What a step's
 forwards, loss and backward hold is found by `fake_step.py`; weights, gradients, optimizer and buckets are sums here.
-Imports: backends, checks, fake_step, head_choice, heads, teacher, transformers (on use).
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 Leaves the formulas to `fidelity.py` and what is logged during training to `trainer.py`.
 Shapes: N rows, C classes. Logits [N, C], labels [N], -100 = unlabelled.
-Imports: fidelity; datasets, evaluate.
 """
 
 from __future__ import annotations

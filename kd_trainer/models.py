@@ -4,7 +4,6 @@ For: examples, tests and benchmarks that need a real `transformers` model (confi
 of an `nn.Sequential`. Importing this file registers the pair with AutoConfig and AutoModelForImageClassification.
 Leaves to others: every loss but the plain hard loss on given labels (`losses.py`, `objective.py`), data (`data.py`).
 Shapes: B rows, F features, C classes.
-Imports: checks; torch, transformers.
 """
 
 from __future__ import annotations

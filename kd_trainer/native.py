@@ -2,7 +2,6 @@
 
 That takes a quarter of a second in each process, and nothing is kept on disk. Without a compiler, or where it fails,
 what calls this has another way in torch.
-Imports: torch.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@
 
 S_* are sums over THIS micro-batch, D_* count positions (or rows) over ALL micro-batches of the optimizer step and all
 processes, so the loss does not depend on how a batch is split. Leaves the counting across processes to `trainer.py`.
-Imports: checks, fused_linear, heads, inputs, joint, losses, outputs, reductions, sparse.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The trainer's side of a teacher cache: build what is missing, check that it fits, join it to the batches.
 
 For: `trainer.py`, whose mixin stands on the one here. Files and formats are not its business.
-Imports: cache, cache_build, cache_formats, cache_identity, cache_manifest, cache_store, checks, describe, files,
-first_look, heads, teacher; datasets, filelock.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 For: `cache_formats.py`, which writes and reads them, and `objective.py`, which makes losses of them.
 Letters: N positions, or [B, S] or [B] of a batch; V classes, H hidden size, k classes kept, n draws.
-Imports: sparse.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ For: `first_look.py`, which compares once, and `trainer.py`, which then takes th
 weigh classes, add penalties, shift its labels or not: `kd_alpha=0` has to be the stock `Trainer` for every one. Where
 its loss is the task's formula, the formula is used, since that does not depend on how a batch is split; otherwise its
 own loss is used.
-Shapes: B rows, S positions, C classes. Imports: heads, inputs, reductions.
+Shapes: B rows, S positions, C classes.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 For: PNG images as bytes, one colour per model in all of them, from a palette that colour-blind readers can tell apart.
 Leaves to others: reading folders, the numbers of the table and writing files (`report.py`).
 Shapes: N test rows, C classes; logits are [N, C], labels [N] with -100 = unlabelled.
-Imports: fidelity; torch, numpy; matplotlib only while drawing, on a canvas of its own (the user's backend stays).
+matplotlib is imported while drawing, on a canvas of its own: the user's backend stays.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 For: `trainer.py`. Gathers the rows of `findings.py` and those that need a forward pass: the loss and its gradient, the
 same loss of the batch in halves and padded further, what soft and hard loss weigh at the logits, the teacher beside the
 untrained student on the evaluation data. Nothing is trained; afterwards everything is as it was.
-Imports: cache, checks, compatibility, finite, findings, first_look, head_choice, heads, inputs, memory, objective,
-reductions, router, teacher, window; accelerate (on use).
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 For: every loss and the trainer; the only file that divides. Leaves formulas to `divergences.py` and the choice of
 counts over micro-batches and processes to the trainer.
 Letters: B rows (sequences), S positions, V classes, N counted positions.
-Imports: checks only.
 
 Uncounted positions may hold anything, NaN and inf included: they give neither value nor gradient. When nothing is
 counted, the result is 0 with a gradient path, never NaN.

@@ -2,7 +2,6 @@
 
 For: an honest answer to "what did distillation bring?", from the output folders of any runs, with spreads over seeds.
 Leaves to others: reading folders and the numbers (`runs.py`), the drawing (`plots.py`), training (`trainer.py`).
-Imports: checks, fidelity, runs, plots; rich.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The load-balancing loss of mixtures of experts, which upstream adds only where the model itself sees labels.
 
-For: `trainer.py`. Imports: checks, inputs, objective, reductions.
+For: `trainer.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ For: reading a folder into a `Run`, writing its test predictions, and the number
 its baseline, as `Row`s. What a folder does not hold is None, never guessed.
 Leaves to others: the formulas (`fidelity.py`, `divergences.py`), sentences, tables and pictures (`report.py`).
 Shapes: N test rows, C classes; logits are [N, C], labels [N] with -100 = unlabelled.
-Imports: checks, divergences, fidelity; torch, safetensors.
 """
 
 from __future__ import annotations

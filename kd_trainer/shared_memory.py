@@ -1,7 +1,7 @@
 """Does the teacher stay what it is while the student trains? Compares memory, not objects.
 
 For: `first_look.py`, before the first step. What both models may share is what does not change: parameters that are
-frozen in the student, and buffers that its forward does not update. Imports: checks.
+frozen in the student, and buffers that its forward does not update.
 """
 
 from __future__ import annotations

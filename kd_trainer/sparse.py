@@ -4,7 +4,6 @@ For: a cache of what a teacher said, far smaller than its logits. Leaves storing
 logits to `fused_linear.py`.
 Letters: V vocabulary, k ids kept, n draws; z_s, z_t student and teacher logits [..., V]; T temperature;
 p = softmax(z_t/T) the teacher's, q = softmax(z_s/T) the student's probabilities.
-Imports: checks, divergences, sparse_cpu.
 
 With a C compiler at hand `sparse_cpu.py` reads large tensors on CPU. Else `top_k` and `draw_samples` read the logits
 once, block of rows by block of rows, and keep of each row the maxima and sums of its C columns: column c holds the ids

@@ -1,7 +1,4 @@
-"""`sparse.py` on a processor with a C compiler: `sparse_cpu.c`, which reads each row while it is in the cache.
-
-Imports: checks, native.
-"""
+"""`sparse.py` on a processor with a C compiler: `sparse_cpu.c`, which reads each row while it is in the cache."""
 
 from __future__ import annotations
 

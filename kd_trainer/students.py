@@ -4,7 +4,6 @@ For: whoever has a teacher and no student yet; a student that starts from the te
 one drawn at random. Leaves training to `trainer.py`; a narrower student is a config of the user's own.
 Works for any transformers model whose config counts the entries of one stack of layers (decoder-only, encoder-only,
 vision) or of two (encoder-decoder): the stacks are found in the model, there is no table of architectures.
-Imports: checks; torch, transformers (on use).
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 For: `trainer.py`. Leaves what teacher and student must agree on to `compatibility.py`. The teacher is never registered
 with the accelerator and never a submodule of the student: checkpoints and optimizers do not know of it.
-Imports: backends, checks, head_choice, heads, inputs, redaction, teacher_batch, teacher_errors, transformers (on use).
 """
 
 from __future__ import annotations

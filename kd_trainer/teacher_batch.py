@@ -1,6 +1,6 @@
 """What the teacher's forward is given of a batch: in its dtype, on its device, and never to write in.
 
-For: `teacher.py`. The student reads the same tensors afterwards. Imports: checks.
+For: `teacher.py`. The student reads the same tensors afterwards.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 For: `teacher.py`. A check that costs nothing runs before each forward; the others explain a forward that failed: which
 side, which argument, how to fix it, with the original error as the cause.
-Shapes: B rows, S positions. Imports: checks, inputs.
+Shapes: B rows, S positions.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 For: `add_teacher_inputs` before training, `TeacherCollator` around the script's own collator. The trainer hands every
 column `teacher_<name>` to the teacher as `<name>`; nothing else reads them.
-Imports: checks, inputs, transformers (on use).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`DistillationTrainer`: a `Trainer` whose loss is the mixture of the labels' and a teacher's.
 
 For: any script that builds a `Trainer`. The mixin overrides where upstream computes, counts and logs the loss, and
-nothing else; formulas stand in the files below. Imports: everything below in the house's order, transformers.
+nothing else; formulas stand in the files below.
 """
 
 from __future__ import annotations

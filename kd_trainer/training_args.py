@@ -1,8 +1,7 @@
 """Settings of a distillation run: the `kd_*` and `teacher_*` fields, and the parser of "config.json --field value".
 
 For: users' JSON files and command lines. Leaves the meaning of the numbers to `objective.py` and the loading of the
-teacher to `teacher.py`. Imports: cache_formats, checks, divergences, heads,
-redaction, transformers.
+teacher to `teacher.py`.
 """
 
 import argparse

@@ -5,7 +5,6 @@ is plain torch, which visits blocks of rows that stay in the processor's cache; 
 to the same formulas in `visit_triton.py` (GPU) or `visit_cpu.py`.
 Letters: R rows, V vocabulary; s, t logits of student and teacher over T [R, V] less their row's maximum; es, et their
 exponentials; zs, zt the row sums of these; q = es/zs, p = et/zt.
-Imports: checks, native, reductions, visit_cpu, visit_triton (on use).
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 `torch.compile` makes loops of one sum at a time, each with calls of an exponential in it: this takes 0.5 to 0.6 times
 as long as those, and sums ten times as exactly.
-Imports: native.
 """
 
 from __future__ import annotations

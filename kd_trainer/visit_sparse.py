@@ -4,7 +4,6 @@ As `visit.py`, for a teacher of few ids a row. Most of a row has one gradient: a
 tile is read twice, for its sums and to be overwritten, and between lies work on the few ids alone. Of forward KL, the C
 code does all of it row by row, while a row is in the cache.
 Letters: R rows, V vocabulary, k ids of a row, kept or drawn; s logits of the student over T [R, V]; q = softmax(s).
-Imports: divergences, native, sparse, visit, visit_cpu.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 One program a row. It reads the row twice (KLs) or three times (divergences whose terms need p and q normalised), and
 of nothing but the row's losses is there a copy in memory. No atomics: equal input gives equal bits. The formulas are
 those of `visit.py`, to whose numbers the tests hold these; its letters hold here too.
-Imports: torch, and triton where it is installed; without it nothing here but `has_triton` may be called.
+Without triton nothing here but `has_triton` may be called.
 """
 
 from __future__ import annotations

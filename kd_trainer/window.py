@@ -1,6 +1,6 @@
 """The logged parts of the loss, from micro-batches to one log line, without waiting for the device at a step.
 
-For: `trainer.py`. Imports: torch only.
+For: `trainer.py`.
 """
 
 from __future__ import annotations

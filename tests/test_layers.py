@@ -123,6 +123,7 @@ def test_every_file_opens_with_what_it_is_for(name):
     text = ast.get_docstring(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")))
     assert text
     assert len(text.splitlines()[0]) > 20
+    assert "Imports:" not in text, "what a file imports is for its code to say"
 
 
 def modules_after(statement: str) -> set[str]:
