@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -21,6 +22,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from .bases import check_bases, not_logged, refuse_no_trainer
 from .cache import CachedCollator, CachedTeacher
 from .cache_store import Store
 from .checkpoints import Checkpoints
@@ -51,65 +53,11 @@ from .window import Evaluation, Window, as_tensor, named, perplexity, with_exist
 
 logger = logging.getLogger(__name__)
 
-# Upstream names without a promise of stability that the package relies on; a test looks each of them up.
-UPSTREAM_NAMES = {
-    "transformers.Trainer": (
-        "get_batch_samples",
-        "_get_num_items_in_batch",
-        "_prepare_inputs",
-        "_remove_unused_columns",
-        "_get_collator_with_removed_columns",
-        "_set_signature_columns_if_needed",
-        "_hp_search_setup",
-        "get_tp_size",
-        "get_cp_size",
-        "get_sp_size",
-        "loss_is_scaled_for_ga",
-        "prediction_step",
-        "evaluation_loop",
-        "_save_checkpoint",
-        "_load_best_model",
-        "_get_output_dir",
-    ),
-    "transformers.Seq2SeqTrainer": ("prediction_step",),
-    "transformers.AutoModelForCausalLM": ("_model_mapping",),
-    "transformers.utils.generic.TransformersKwargs": ("__annotations__",),
-    "accelerate.utils.fsdp_utils": ("fsdp2_prepare_model",),
-    "peft.tuners.tuners_utils.BaseTunerLayer": ("_disable_adapters", "adapter_layer_names"),
-}
-# Attributes that upstream's constructor sets and this file reads.
-UPSTREAM_ATTRIBUTES = (
-    "gather_function",
-    "label_names",
-    "label_smoother",
-    "_loss_shifts_labels",
-    "_signature_columns",
-    "accelerator",
-)
-
-
-# Trainers whose own compute_loss the mixin replaces on purpose, since what they compute is its hard loss; and what
-# they log no longer.
-REPLACED = {
-    "trl.trainer.sft_trainer.SFTTrainer": "SFTTrainer's entropy, mean_token_accuracy and num_tokens are not logged; "
-    "include_num_input_tokens_seen counts tokens, teacher_agreement and eval_perplexity tell how good the student is",
-}
-
-
 # What an evaluation or a step reads again where it has changed.
 _SETTINGS = (*(f.name for f in dataclasses.fields(DistillationArguments)), "label_smoothing_factor")
 # Settings that change nothing of what the first batch told; and those of which that is true without a teacher cache.
 _FREE_SETTINGS = frozenset({"kd_alpha", "kd_alpha_end", "kd_beta", "kd_schedule", "kd_check_finite", "kd_run"})
 _FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
-_NO_ROWS = Counts(0, 0, 0)
-
-# What helps with the trainers of other libraries, whose losses are not a task's loss on logits.
-_LIBRARIES = {
-    "sentence_transformers": "Train embeddings with that library's own distillation losses, such as MSELoss on the "
-    "teacher's embeddings, MarginMSELoss or DistillKLDivLoss, given to its trainer as loss=...",
-    "setfit": "SetFit has a DistillationTrainer of its own.",
-    "trl": "Take TRL's SFTTrainer; the losses of its other trainers are no task's loss on labels.",
-}
 
 
 class DistillationMixin(OfflineTeacher):
@@ -135,33 +83,7 @@ class DistillationMixin(OfflineTeacher):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not issubclass(cls, Trainer):
-            others = [c for c in cls.__mro__ if _is_another_trainer(c)]
-            if others:
-                _refuse_no_trainer(cls, others[0])
-        before = cls.__mro__[: cls.__mro__.index(DistillationMixin)]
-        wrong = [c for c in before if issubclass(c, Trainer) and not issubclass(c, DistillationMixin)]
-        if wrong:
-            fail(
-                "bases",
-                f"of {cls.__name__} with {wrong[0].__name__} before DistillationMixin",
-                "DistillationMixin (or DistillationTrainer) first",
-                f"Write class {cls.__name__}(DistillationMixin, {wrong[0].__name__}).",
-                because=f"the loss of {wrong[0].__name__} would be used and the teacher never asked",
-                error=TypeError,
-            )
-        behind = cls.__mro__[cls.__mro__.index(DistillationMixin) + 1 :]
-        lost = [c for c in behind if "compute_loss" in vars(c) and c is not Trainer and _full_name(c) not in REPLACED]
-        if lost:
-            mend = f"Move it into {cls.__name__}, where super().compute_loss(...) is the distillation loss."
-            fail(
-                "bases",
-                f"of {cls.__name__} with {lost[0].__name__}, which has a compute_loss of its own",
-                "a Trainer class without one behind DistillationMixin",
-                next((_LIBRARIES[root] for root in map(_library, lost) if root in _LIBRARIES), mend),
-                because="DistillationMixin's would be used and this one never called",
-                error=TypeError,
-            )
+        check_bases(cls, DistillationMixin)
 
     def __init__(
         self,
@@ -172,7 +94,7 @@ class DistillationMixin(OfflineTeacher):
         **kwargs: Any,
     ) -> None:
         if not isinstance(self, Trainer):
-            _refuse_no_trainer(type(self), None)
+            refuse_no_trainer(type(self))
         refuse_borrowed_names(kwargs)
         if args is not None:
             refuse_lone_processes(args)
@@ -400,20 +322,20 @@ class DistillationMixin(OfflineTeacher):
             self._started = True
             self._refuse_packed(fit.head, batches[0], now=True)
             if self.is_world_process_zero():
-                teacher = self._teacher_module()
-                last, _ = self._objective(training=False)
-                labelled = fit.head.targets(batches[0]) is not None
-                labelled |= fit.own_loss and any(batches[0].get(name) is not None for name in self.label_names)
-                cached = self.teacher.describe() if isinstance(self.teacher, CachedTeacher) else None
-                block = start_block(
-                    fit.student, teacher, fit.head, objective, last, counts, labelled=labelled, cached=cached
-                )
-                lost = [REPLACED[name] for name in map(_full_name, type(self).__mro__) if name in REPLACED]
-                leave_progress_bar()
-                hard = [f"hard loss: {fit.hard_loss}"] if fit.hard_loss else []
-                print("\n".join([block, *("[kd_trainer] " + note for note in (*hard, *fit.notes, *lost))]), flush=True)
+                self._print_start(fit, objective, batches[0], counts)
         self._window.steps += 1
         return batches, self._over_processes(counts, device)
+
+    def _print_start(self, fit: Fit, objective: Objective, batch: Mapping[str, Any], counts: Counts) -> None:
+        labelled = fit.head.targets(batch) is not None
+        labelled |= fit.own_loss and any(batch.get(name) is not None for name in self.label_names)
+        cached = self.teacher.describe() if isinstance(self.teacher, CachedTeacher) else None
+        (last, _), teacher = self._objective(training=False), self._teacher_module()
+        block = start_block(fit.student, teacher, fit.head, objective, last, counts, labelled=labelled, cached=cached)
+        hard = [f"hard loss: {fit.hard_loss}"] if fit.hard_loss else []
+        notes = (*hard, *fit.notes, *not_logged(type(self)))
+        leave_progress_bar()
+        print("\n".join([block, *("[kd_trainer] " + note for note in notes)]), flush=True)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Upstream's where the hard loss is divided by it. Else None: `get_batch_samples` counts for training, and
@@ -433,9 +355,11 @@ class DistillationMixin(OfflineTeacher):
         local = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts[:3]])
         same_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
         hard, soft, rows = self.accelerator.reduce(local, reduction="sum").div(same_batch).unbind()
-        # Gradients are averaged over processes: the scale makes it a sum again.
-        scale = self.accelerator.num_processes // self.get_tp_size()
-        return counts._replace(hard=hard, soft=soft, rows=rows, scale=scale)
+        return counts._replace(hard=hard, soft=soft, rows=rows, scale=self._scale())
+
+    def _scale(self) -> int:
+        """Gradients are averaged over processes: times this they are a sum again, where the counts are global."""
+        return self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1
 
     # ---- the loss ----
 
@@ -492,68 +416,51 @@ class DistillationMixin(OfflineTeacher):
             fused = self._fused_loss(fit, objective, model, inputs, counts)
             if fused is not None:
                 return (fused[0], _as_mapping(fused[1], fused[0])) if return_outputs else fused[0]
-        said = self._said(fit, inputs, model, training)
+        teacher = self._teacher_output(fit, inputs, model, training)
         labels = self._own_labels(fit, inputs, counts) if fit.own_loss else {}
         outputs = model(**model_inputs(inputs, fit.accepted), **labels)
         logits = behind_front(fit.head.logits(outputs, "model"), fit.student, inputs)
         own_hard = self._own_hard_loss(fit, outputs, inputs, counts) if fit.own_loss else None
-        said = None if said is None else said.to(logits.device)
-        taught = None if said is None else said.sparse or said.logits
-        parts = objective(
-            fit.head,
-            soft_loss,
-            logits,
-            taught,
-            inputs,
-            counts,
-            common_ids=fit.common_ids,
-            own_hard=own_hard,
-            takes_own=fit.own_loss,
-        )
+        teacher = None if teacher is None else teacher.to(logits.device)
+        terms = partial(objective, fit.head, soft_loss, common_ids=fit.common_ids)
+        taught = None if teacher is None else teacher.sparse or teacher.logits
+        parts = terms(logits, taught, inputs, counts, own_hard=own_hard, takes_own=fit.own_loss)
         parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
         self._finite.see(
-            parts.total, logits, None if said is None else said.logits, self.state.global_step,
+            parts.total, logits, None if teacher is None else teacher.logits, self.state.global_step,
             fault=lambda: fit.head.fault(inputs, logits.shape[-1]),
         )  # fmt: skip
-        counted = None if training or fit.own_loss else self._without_repeated(inputs, counts)
-        if counted is None:
-            self._collect(parts, aux, counts, training)
-        else:
-            own, rows = counted
-            counts = _NO_ROWS if rows == 0 else objective.count(fit.head, own)
-            once = parts.zeroed()
-            if rows > 0:
-                said = None if said is None else said.each(lambda tensor: tensor[:rows])
-                taught = None if said is None else said.sparse or said.logits
-                once = objective(fit.head, soft_loss, logits[:rows], taught, own, counts, common_ids=fit.common_ids)
-            self._collect(once, aux, counts, training)
+        own, counts, rows = self._without_repeated(fit, objective, inputs, counts, training)
+        once = parts if rows is None else parts.zeroed()
+        if rows:
+            teacher = None if teacher is None else teacher.each(lambda tensor: tensor[:rows])
+            once = terms(logits[:rows], None if teacher is None else teacher.sparse or teacher.logits, own, counts)
+        self._collect(once, aux, counts, training)
         return (parts.total, _as_mapping(outputs, parts.total)) if return_outputs else parts.total
 
-    def _without_repeated(self, inputs: dict[str, Any], counts: Counts) -> tuple[dict[str, Any], int] | None:
-        """(the batch, number of rows) without the rows that accelerate repeats to fill the last batches.
+    def _without_repeated(
+        self, fit: Fit, objective: Objective, inputs: dict[str, Any], counts: Counts, training: bool
+    ) -> tuple[dict[str, Any], Counts, int | None]:
+        """(batch, counts, number of rows) less the rows that accelerate repeats to fill an evaluation's last batches.
 
-        They stand at the end of the gathered rows, from which `gather_for_metrics` cuts them off. None where the batch
-        has none, or where processes share rows in another way.
+        They stand at the end of the gathered rows, from which `gather_for_metrics` cuts them off. The number is None
+        where the batch has none, where processes share rows in another way, and with a hard loss of the model's own.
         """
-        state, rows = self.accelerator.gradient_state, int(counts.rows)
-        alone = self.args.world_size == 1 or self._evaluation is None
-        if alone or not state.end_of_dataloader or state.remainder <= 0:
-            return None
-        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            return None
+        state, alone = self.accelerator.gradient_state, self.args.world_size == 1 or self._evaluation is None
+        if training or fit.own_loss or alone or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs, counts, None
+        rows = int(counts.rows)
         own = min(max(state.remainder - self.args.process_index * rows, 0), rows)
-        if own == rows:
-            return None
+        if own == rows or self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            return inputs, counts, None
         cut = {k: v[:own] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
-        return cut, own
+        return cut, objective.count(fit.head, cut) if own else Counts(0, 0, 0), own
 
     def _with_num_items(self, fit: Fit, counts: Counts, num_items: Any) -> Counts:
         """The counts of a batch of an evaluation with upstream's number, which is one of all processes."""
-        if not fit.own_loss:
-            shared = self.args.average_tokens_across_devices
-            scale = self.accelerator.num_processes // self.get_tp_size() if shared else 1
-            return counts._replace(num_items=num_items / scale, by_num_items=True)
-        return counts._replace(num_items=num_items)
+        if fit.own_loss:
+            return counts._replace(num_items=num_items)
+        return counts._replace(num_items=num_items / self._scale(), by_num_items=True)
 
     def _own_labels(self, fit: Fit, inputs: dict[str, Any], counts: Counts) -> dict[str, Any]:
         """What the stock Trainer passes to the model beside its inputs, so that it computes its own loss."""
@@ -582,15 +489,14 @@ class DistillationMixin(OfflineTeacher):
         targets = fit.head.targets(inputs)
         if targets is not None and fit.head.softmax:  # upstream's mean over no label is NaN
             loss = torch.where(fit.head.labelled(targets) > 0, loss, torch.zeros_like(loss))
-        by_items = counts.num_items is not None and (
-            self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        )
-        if by_items and self.args.average_tokens_across_devices:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        scaled = (self.model_accepts_loss_kwargs and by_items) or self.compute_loss_func is not None
-        return loss if scaled else loss / counts.micro_batches
+        given = self.compute_loss_func is not None
+        if counts.num_items is not None and (given or self.model_accepts_loss_kwargs):
+            return loss * self._scale()
+        return loss if given else loss / counts.micro_batches
 
-    def _said(self, fit: Fit, inputs: dict[str, Any], model: nn.Module, training: bool) -> TeacherOutput | None:
+    def _teacher_output(
+        self, fit: Fit, inputs: dict[str, Any], model: nn.Module, training: bool
+    ) -> TeacherOutput | None:
         """The teacher's logits, or what a cache holds instead of them; None where it is not asked."""
         if self.teacher is None or (self._always_hard and training):
             return None
@@ -630,30 +536,29 @@ class DistillationMixin(OfflineTeacher):
     ) -> tuple[Tensor, Any] | None:
         """`compute_loss` without logits; None where a model turns out to do more with its logits than is known."""
         assert fit.heads is not None
-        ours, theirs = fit.heads
+        student_head, teacher_head = fit.heads
         training = self._is_training_step(fit.student)
-        counted = None if training or fit.own_loss else self._without_repeated(inputs, counts)
-        once: list[FusedLoss] = []
+        own, own_counts, rows = self._without_repeated(fit, objective, inputs, counts, training)
+        once: FusedLoss | None = None
         try:
-            with self._taught_for_fused(theirs, inputs, model, training) as taught:
+            with self._taught_for_fused(teacher_head, inputs, model, training) as taught:
                 if taught is None:
                     return None
 
                 def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
+                    nonlocal once
                     hidden = behind_front(hidden, fit.student, inputs)
                     if taught.positions != hidden.shape[:-1]:
                         raise NotPlain("student and teacher give hidden states for different positions")
-                    on_device = taught.to(hidden.device)
-                    side, ids = student_side(ours, weight, bias), fit.common_ids
-                    if counted is not None and counted[1] > 0:
-                        own, rows = counted
-                        said, own_counts = on_device.each(lambda tensor: tensor[:rows]), objective.count(fit.head, own)
-                        kept = objective.fused(fit.head, hidden[:rows], said, side, own, own_counts, common_ids=ids)
-                        once[:] = [kept]
-                    return objective.fused(fit.head, hidden, on_device, side, inputs, counts, common_ids=ids)
+                    teacher, side = taught.to(hidden.device), student_side(student_head, weight, bias)
+                    sums = partial(objective.fused, fit.head, weights=side, common_ids=fit.common_ids)
+                    if rows:
+                        first = teacher.each(lambda tensor: tensor[:rows])
+                        once = sums(hidden[:rows], first, inputs=own, counts=own_counts)
+                    return sums(hidden, teacher, inputs=inputs, counts=counts)
 
                 computed, outputs, hidden = student_loss(
-                    lambda: model(**model_inputs(inputs, fit.accepted)), ours, loss
+                    lambda: model(**model_inputs(inputs, fit.accepted)), student_head, loss
                 )
         except NotPlain as reason:
             line = self._full_logits(reason)
@@ -666,14 +571,13 @@ class DistillationMixin(OfflineTeacher):
         seen = taught.logits if taught.hidden is None else taught.hidden
         self._finite.see(
             parts.total, hidden, seen, self.state.global_step, of="hidden states",
-            fault=lambda: fit.head.fault(inputs, ours.module.out_features),
+            fault=lambda: fit.head.fault(inputs, student_head.module.out_features),
         )  # fmt: skip
-        total = parts.total
-        if counted is not None:
-            counts = objective.count(fit.head, counted[0]) if once else _NO_ROWS
-            parts = objective.parts(once[0], counts, labelled=labelled) if once else parts.zeroed()
-        self._collect(parts, aux, counts, training)
-        return total, outputs
+        seen_once = parts if rows is None else parts.zeroed()
+        if once is not None:
+            seen_once = objective.parts(once, own_counts, labelled=labelled)
+        self._collect(seen_once, aux, own_counts, training)
+        return parts.total, outputs
 
     @contextmanager
     def _taught_for_fused(
@@ -935,40 +839,9 @@ class _AndTheTeachers(list):
         return super().__contains__(name) or str(name).startswith(TEACHER_PREFIX)
 
 
-def _library(cls: type) -> str:
-    """The package that a class comes from."""
-    return cls.__module__.partition(".")[0]
-
-
-def _is_another_trainer(cls: type) -> bool:
-    """Whether a class trains models without being a `Trainer` of transformers."""
-    own = _library(cls) == __name__.partition(".")[0] or issubclass(cls, (Trainer, DistillationMixin))
-    return not own and any(callable(vars(cls).get(name)) for name in ("train", "fit", "training_step", "compute_loss"))
-
-
-def _refuse_no_trainer(cls: type, other: type | None) -> NoReturn:
-    shown = f"of {cls.__name__} without transformers.Trainer"
-    if other is not None:
-        shown = f"of {cls.__name__} with {_full_name(other)}, which is no transformers.Trainer"
-    mend = f"Write class {cls.__name__}(DistillationMixin, Trainer); elsewhere use the losses alone: SoftTargetLoss."
-    roots = [_library(c) for c in cls.__mro__]
-    fail(
-        "bases",
-        shown,
-        "DistillationMixin in front of a transformers.Trainer",
-        next((_LIBRARIES[root] for root in roots if root in _LIBRARIES), mend),
-        because="it overrides what that class calls",
-        error=TypeError,
-    )
-
-
 def _times(mean: Tensor | float | None, count: Tensor | float) -> Tensor | float | None:
     """The sum that `divide` made a mean of; None where there is none."""
     return None if mean is None else mean * (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-
-
-def _full_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _tensors_alone(outputs: Any) -> Any:

@@ -64,6 +64,7 @@ ORDER = [
     "report",
     "window",
     "processes",
+    "bases",
     "checkpoints",
     "cache_signatures",
     "cache_manifest",

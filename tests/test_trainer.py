@@ -550,7 +550,7 @@ def test_nan_stops_with_step_rows_and_side(mode, side, tmp_path):
 def test_upstream_names_exist(tmp_path):
     import importlib
 
-    from kd_trainer.trainer import UPSTREAM_ATTRIBUTES, UPSTREAM_NAMES
+    from kd_trainer.bases import UPSTREAM_ATTRIBUTES, UPSTREAM_NAMES
 
     gone = []
     for owner, names in UPSTREAM_NAMES.items():

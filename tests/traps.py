@@ -47,8 +47,8 @@ TRAPS = {
     3: Trap(
         "W multiplies hard and soft exactly once",
         "kd_trainer/trainer.py",
-        "        scale = self.accelerator.num_processes // self.get_tp_size()\n        return",
-        "        scale = 1\n        return",
+        "return self.accelerator.num_processes // self.get_tp_size() if self.args.average_tokens_across_devices else 1",
+        "return 1",
         "tests/test_denominators.py -k two_processes_change",
     ),
     4: Trap(
@@ -202,9 +202,9 @@ TRAPS = {
     ),
     25: Trap(
         "a wrong order of bases raises",
-        "kd_trainer/trainer.py",
-        "        if wrong:\n",
-        "        if False:\n",
+        "kd_trainer/bases.py",
+        "    if wrong:\n",
+        "    if False:\n",
         "tests/test_trainer.py -k wrong_order",
     ),
     26: Trap(
