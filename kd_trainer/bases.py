@@ -1,12 +1,12 @@
-"""What may stand behind `DistillationMixin`, and the names of upstream that the package relies on.
+"""Which classes and options of upstream the mixin works with, and the names of upstream that the package relies on.
 
-For: `trainer.py`. Every refusal is a TypeError that names the class and what to write instead.
+For: `trainer.py`. Refusals name the class or the option, and what to write instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from transformers import Trainer
 
@@ -101,6 +101,31 @@ def refuse_no_trainer(cls: type, other: type | None = None) -> NoReturn:
     fix = f"Write class {cls.__name__}(DistillationMixin, Trainer); elsewhere use the losses alone: SoftTargetLoss."
     expected = "DistillationMixin in front of a transformers.Trainer"
     _refuse(cls, shown, expected, _advice(cls.__mro__, fix), "it overrides what that class calls")
+
+
+def check_options(args: Any, hard_loss: str, compute_loss_func: Any, accelerator: Any) -> None:
+    """Raises ValueError for options of upstream that the loss of the distillation cannot honour."""
+    loss_type = getattr(args, "loss_type", "nll")
+    if loss_type != "nll":
+        expected = "'nll' (the default), the hard loss of the distillation"
+        fail("loss_type", repr(loss_type), expected, "Leave it out; kd_alpha weighs the losses.")
+    if args.n_gpu > 1:
+        mend = "Start the script with `accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+        fail("n_gpu", args.n_gpu, "1 GPU for each process, not nn.DataParallel", mend)
+    if compute_loss_func is not None and hard_loss == "task":
+        expected = "'auto' with a compute_loss_func, which is the hard loss then"
+        fail("kd_hard_loss", "'task'", expected, "Leave out one of the two.")
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
+        fail("parallelism_config", "Ulysses sequence parallelism", "none", "Switch sequence parallelism off.")
+
+
+def check_smoothing(factor: float, label_names: Sequence[str]) -> None:
+    """Raises ValueError where upstream would not smooth the labels, which have other names."""
+    if factor > 0 and {"labels", "start_positions"}.isdisjoint(label_names):
+        expected = f"0 with the labels in {', '.join(map(repr, label_names))}"
+        mend = "Rename the column to 'labels', or set it to 0."
+        fail("label_smoothing_factor", factor, expected, mend, because="upstream smooths a column 'labels' alone")
 
 
 def not_logged(cls: type) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +21,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from .bases import check_bases, not_logged, refuse_no_trainer
+from .bases import check_bases, check_options, check_smoothing, not_logged, refuse_no_trainer
 from .cache import CachedCollator, CachedTeacher
 from .cache_store import Store
 from .checkpoints import Checkpoints
@@ -43,13 +42,13 @@ from .objective import Counts, Objective, Parts, scheduled
 from .offline import OfflineTeacher
 from .outputs import TeacherOutput
 from .own_loss import label_columns, own_loss, without_extras
+from .predictions import as_mapping, tensors_alone
 from .preflight import examine, is_sharded
 from .processes import on_main_process, refuse_lone_processes
-from .reductions import divide
 from .router import router_weight, with_router_loss
 from .teacher import LiveTeacher
 from .training_args import DistillationArguments, refuse_borrowed_names
-from .window import Evaluation, Window, as_tensor, named, perplexity, with_existence
+from .window import Evaluation, Window, named, named_by_row, perplexity, with_existence, with_existence_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +114,7 @@ class DistillationMixin(OfflineTeacher):
             self._refuse_what_cannot_work()
         if not self.label_names:  # a plain module's forward names no labels; the batch still has them
             self.label_names = ["labels"]
-        if self.args.label_smoothing_factor > 0 and {"labels", "start_positions"}.isdisjoint(self.label_names):
-            expected = f"0 with the labels in {', '.join(map(repr, self.label_names))}"
-            mend = "Rename the column to 'labels', or set it to 0."
-            because = "upstream smooths a column 'labels' alone"
-            fail("label_smoothing_factor", self.args.label_smoothing_factor, expected, mend, because=because)
+        check_smoothing(self.args.label_smoothing_factor, self.label_names)
         self.teacher: LiveTeacher | CachedTeacher | None = None
         self._given_teacher: Any = None
         self._ready_parts: dict[str, Store] = {}  # of the teacher cache: built or checked by this trainer
@@ -175,19 +170,7 @@ class DistillationMixin(OfflineTeacher):
         self._require_teacher(self.teacher)
 
     def _refuse_what_cannot_work(self) -> None:
-        loss_type = getattr(self.args, "loss_type", "nll")
-        if loss_type != "nll":
-            expected = "'nll' (the default), the hard loss of the distillation"
-            fail("loss_type", repr(loss_type), expected, "Leave it out; kd_alpha weighs the losses.")
-        if self.args.n_gpu > 1:
-            mend = "Start the script with `accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
-            fail("n_gpu", self.args.n_gpu, "1 GPU for each process, not nn.DataParallel", mend)
-        if self.compute_loss_func is not None and self.kd_args.kd_hard_loss == "task":
-            expected = "'auto' with a compute_loss_func, which is the hard loss then"
-            fail("kd_hard_loss", "'task'", expected, "Leave out one of the two.")
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
-            fail("parallelism_config", "Ulysses sequence parallelism", "none", "Switch sequence parallelism off.")
+        check_options(self.args, self.kd_args.kd_hard_loss, self.compute_loss_func, self.accelerator)
 
     def check(self, *, evaluate: bool = True) -> list[Finding]:
         """Looks for what would stop or spoil a training, runs one batch through both models, prints a table.
@@ -247,9 +230,8 @@ class DistillationMixin(OfflineTeacher):
         self._finite.raise_noted()
         self._packing.raise_noted()
         if self.teacher is not None and not self._always_hard and self.is_world_process_zero():
-            write_atomically(
-                Path(str(self.args.output_dir)) / "distillation.json", json.dumps(self.summary(), indent=2)
-            )
+            path = Path(str(self.args.output_dir)) / "distillation.json"
+            write_atomically(path, json.dumps(self.summary(), indent=2))
         return result
 
     def summary(self) -> dict[str, Any]:
@@ -373,13 +355,10 @@ class DistillationMixin(OfflineTeacher):
         alpha = scheduled(kd.kd_alpha, kd.kd_alpha_end, kd.kd_schedule, progress)
         temperature = scheduled(kd.kd_temperature, kd.kd_temperature_end, kd.kd_schedule, progress)
         if (alpha, temperature) not in self._objectives:
-            smoothing = self.args.label_smoothing_factor
-            objective = Objective(
-                alpha, temperature, kd.kd_divergence, kd.kd_beta, kd.kd_reduction, kd.kd_positions, smoothing
-            )
-            soft_loss = SoftTargetLoss(
-                temperature=temperature, divergence=kd.kd_divergence, beta=kd.kd_beta, reduction="sum"
-            )
+            divergence, beta, smoothing = kd.kd_divergence, kd.kd_beta, self.args.label_smoothing_factor
+            settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, smoothing)
+            objective = Objective(alpha, temperature, *settings)
+            soft_loss = SoftTargetLoss(temperature=temperature, divergence=divergence, beta=beta, reduction="sum")
             self._objectives = {(alpha, temperature): (objective, soft_loss)}
         return self._objectives[alpha, temperature]
 
@@ -406,8 +385,9 @@ class DistillationMixin(OfflineTeacher):
         counts = num_items_in_batch if num_items_in_batch is not None else objective.count(fit.head, inputs)
         if not isinstance(num_items_in_batch, Counts):
             self._refuse_packed(fit.head, inputs)
-        if self._takes_num_items(fit) and not isinstance(counts, Counts):  # upstream's, in evaluation
-            counts = self._with_num_items(fit, objective.count(fit.head, inputs), num_items_in_batch)
+        if self._takes_num_items(fit) and not isinstance(counts, Counts):  # an evaluation's, of all processes
+            items = num_items_in_batch if fit.own_loss else num_items_in_batch / self._scale()
+            counts = objective.count(fit.head, inputs)._replace(num_items=items, by_num_items=not fit.own_loss)
         if not isinstance(counts, Counts):
             mend = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
             fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", mend, error=TypeError)
@@ -415,7 +395,7 @@ class DistillationMixin(OfflineTeacher):
         if fit.heads is not None and (not return_outputs or self._loss_only):
             fused = self._fused_loss(fit, objective, model, inputs, counts)
             if fused is not None:
-                return (fused[0], _as_mapping(fused[1], fused[0])) if return_outputs else fused[0]
+                return (fused[0], as_mapping(fused[1], fused[0])) if return_outputs else fused[0]
         teacher = self._teacher_output(fit, inputs, model, training)
         labels = self._own_labels(fit, inputs, counts) if fit.own_loss else {}
         outputs = model(**model_inputs(inputs, fit.accepted), **labels)
@@ -436,7 +416,7 @@ class DistillationMixin(OfflineTeacher):
             teacher = None if teacher is None else teacher.each(lambda tensor: tensor[:rows])
             once = terms(logits[:rows], None if teacher is None else teacher.sparse or teacher.logits, own, counts)
         self._collect(once, aux, counts, training)
-        return (parts.total, _as_mapping(outputs, parts.total)) if return_outputs else parts.total
+        return (parts.total, as_mapping(outputs, parts.total)) if return_outputs else parts.total
 
     def _without_repeated(
         self, fit: Fit, objective: Objective, inputs: dict[str, Any], counts: Counts, training: bool
@@ -455,12 +435,6 @@ class DistillationMixin(OfflineTeacher):
             return inputs, counts, None
         cut = {k: v[:own] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
         return cut, objective.count(fit.head, cut) if own else Counts(0, 0, 0), own
-
-    def _with_num_items(self, fit: Fit, counts: Counts, num_items: Any) -> Counts:
-        """The counts of a batch of an evaluation with upstream's number, which is one of all processes."""
-        if fit.own_loss:
-            return counts._replace(num_items=num_items)
-        return counts._replace(num_items=num_items / self._scale(), by_num_items=True)
 
     def _own_labels(self, fit: Fit, inputs: dict[str, Any], counts: Counts) -> dict[str, Any]:
         """What the stock Trainer passes to the model beside its inputs, so that it computes its own loss."""
@@ -602,13 +576,9 @@ class DistillationMixin(OfflineTeacher):
         if training:
             self._window.add(row)
         elif self._evaluation is not None:
-            hard_count = counts.hard_divisor if self.kd_args.kd_reduction == "tokenmean" else counts.rows
-            soft_count = counts.soft if self.kd_args.kd_reduction == "tokenmean" else counts.rows
-            sums = (_times(hard, hard_count), counts.hard, _times(soft, soft_count), _times(agreement, counts.soft))
-            self._evaluation.sums.add((*sums, counts.rows, _times(router, counts.rows)))
+            self._evaluation.add(row, counts, tokenmean=self.kd_args.kd_reduction == "tokenmean")
             if self._fit is not None and (self._fit.head.token_level or self._fit.own_loss):
-                exists = torch.tensor([[part is not None for part in row]], device=parts.total.device)
-                values = torch.cat([as_tensor([row], parts.total.device), exists.float()], 1)
+                values = with_existence_of(row, parts.total.device)
                 self._evaluation.rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
 
     # ---- evaluation and logs ----
@@ -629,16 +599,11 @@ class DistillationMixin(OfflineTeacher):
             )
         finally:
             self._loss_only = self._predicting = False
-        outputs = _tensors_alone(outputs)
+        outputs = tensors_alone(outputs)
         return loss, outputs[0] if isinstance(outputs, tuple) and len(outputs) == 1 else outputs, labels
 
     def _prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None,
-        **gen_kwargs: Any,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any, **gen_kwargs: Any
     ) -> tuple[Any, Any, Any]:
         generates = isinstance(self, Seq2SeqTrainer) and getattr(self.args, "predict_with_generate", False)
         if generates and not prediction_loss_only:
@@ -694,7 +659,7 @@ class DistillationMixin(OfflineTeacher):
         are no labels, and with label smoothing, whose loss is no log-likelihood.
         """
         self._follow_settings()
-        outer, self._evaluation = self._evaluation, Evaluation([], Window(self.args.device))
+        outer, self._evaluation = self._evaluation, Evaluation(self.args.device)
         try:
             output = super().evaluation_loop(*args, **kwargs)
             self._packing.raise_noted()
@@ -714,12 +679,11 @@ class DistillationMixin(OfflineTeacher):
         if sums is None:  # a class in front has a compute_loss that does not call this one
             return {}
         both = self.accelerator.reduce(with_existence(sums, evaluation.sums.exists), reduction="sum")
-        (hard, labelled, soft, same, rows, router), exists = both.tolist()
+        totals, exists = both.tolist()
+        hard, labelled, rows = totals[0], totals[1], totals[4]
         by_row = not fit.head.token_level and not fit.own_loss
         if by_row:
-            hard_count = labelled if self.kd_args.kd_reduction == "tokenmean" else rows
-            means = [divide(hard, hard_count), divide(soft, rows), divide(same, rows), labelled, divide(router, rows)]
-            logged = named(means, prefix, [exists[0], exists[2], exists[3], exists[1], exists[5]])
+            logged = named_by_row(totals, exists, prefix, tokenmean=self.kd_args.kd_reduction == "tokenmean")
         else:
             weighed = torch.cat(evaluation.rows).mean(0).tolist()
             logged = named(weighed[:5], prefix, weighed[5:])
@@ -787,7 +751,7 @@ class DistillationMixin(OfflineTeacher):
         """`Trainer.create_model_card` with a section on the distillation: teacher, formula and the last results."""
         super().create_model_card(*args, **kwargs)
         path = Path(str(self.args.output_dir)) / "README.md"
-        if self.teacher is None or not self.is_world_process_zero() or not os.path.exists(path):
+        if self.teacher is None or not self.is_world_process_zero() or not path.exists():
             return
         text = path.read_text(encoding="utf-8")
         section = card_section(self.summary(), self.state.log_history)
@@ -822,13 +786,9 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
 
     def __init__(self, model: Any = None, args: Any = None, *trainer_args: Any, **kwargs: Any) -> None:
         if not isinstance(args, Seq2SeqTrainingArguments):
-            fail(
-                "args",
-                f"of type {type(args).__name__}",
-                "Seq2SeqDistillationTrainingArguments",
-                "Build the arguments with that class; it has the same fields and those of generation.",
-                error=TypeError,
-            )
+            fix = "Build the arguments with that class; it has the same fields and those of generation."
+            shown, expected = f"of type {type(args).__name__}", "Seq2SeqDistillationTrainingArguments"
+            fail("args", shown, expected, fix, error=TypeError)
         super().__init__(model, args, *trainer_args, **kwargs)
 
 
@@ -837,31 +797,3 @@ class _AndTheTeachers(list):
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or str(name).startswith(TEACHER_PREFIX)
-
-
-def _times(mean: Tensor | float | None, count: Tensor | float) -> Tensor | float | None:
-    """The sum that `divide` made a mean of; None where there is none."""
-    return None if mean is None else mean * (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-
-
-def _tensors_alone(outputs: Any) -> Any:
-    """Without what is no tensor (caches, text, None, ...), None if nothing is left: upstream joins all it is given."""
-    if isinstance(outputs, (list, tuple)):
-        kept = [tensors for value in outputs if (tensors := _tensors_alone(value)) is not None]
-        return (kept if isinstance(outputs, list) else tuple(kept)) if kept else None
-    if isinstance(outputs, Mapping):
-        named = {name: _tensors_alone(value) for name, value in outputs.items()}
-        named = {name: tensors for name, tensors in named.items() if tensors is not None}
-        return type(outputs)(named) if named else None  # type: ignore[call-arg]
-    return outputs if isinstance(outputs, Tensor) else None
-
-
-def _as_mapping(outputs: Any, loss: Tensor) -> Any:
-    """Upstream's `prediction_step` takes the values of a mapping, less "loss": so every kind of output becomes one."""
-    if isinstance(outputs, Tensor):
-        return {"loss": loss, "logits": outputs}
-    if isinstance(outputs, Mapping):
-        outputs["loss"] = loss  # type: ignore[index]
-        return outputs
-    scalars_dropped = [v for v in outputs if not (isinstance(v, Tensor) and v.dim() == 0)]
-    return {"loss": loss, **{f"output_{i}": v for i, v in enumerate(scalars_dropped)}}

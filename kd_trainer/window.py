@@ -6,10 +6,12 @@ For: `trainer.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .objective import Counts
+from .reductions import divide
 
 # hard, soft, agreement, the number of labels and the router's loss, detached; None where a part does not exist
 Row = tuple[Tensor | float | None, ...]
@@ -54,13 +56,25 @@ class Window:
 Sums = tuple[Tensor | float | None, ...]  # hard sum, labels, soft sum, agreement sum, rows, router's loss * rows
 
 
-@dataclass
 class Evaluation:
     """The parts of one evaluation, each row once: as upstream weighs its loss, and as sums over this process's rows."""
 
-    # Tasks by position: the parts of every batch and whether they exist, repeated and gathered as upstream's loss is.
-    rows: list[Tensor]
-    sums: Window  # of `Sums`
+    def __init__(self, device: torch.device) -> None:
+        self.sums = Window(device)  # of `Sums`
+        # Tasks by position: the parts of every batch and whether they exist, repeated and gathered as upstream's loss.
+        self.rows: list[Tensor] = []
+
+    def add(self, row: Row, counts: Counts, *, tokenmean: bool) -> None:
+        """Takes the parts of one batch as sums again; `tokenmean`: whether they were divided by positions."""
+        hard, soft, agreement, labels, router = row
+        hard_count, soft_count = (counts.hard_divisor, counts.soft) if tokenmean else (counts.rows, counts.rows)
+        sums = (_times(hard, hard_count), labels, _times(soft, soft_count), _times(agreement, counts.soft))
+        self.sums.add((*sums, counts.rows, _times(router, counts.rows)))
+
+
+def _times(mean: Tensor | float | None, count: Tensor | float) -> Tensor | float | None:
+    """The sum that `divide` made a mean of; None where there is none."""
+    return None if mean is None else mean * (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 def as_tensor(rows: list[Row], device: torch.device) -> Tensor:
@@ -92,10 +106,24 @@ def named(means: list[float], prefix: str, exists: list[float] | None = None) ->
     return {prefix + name: value for name, (value, is_there) in named.items() if is_there}
 
 
+def named_by_row(sums: list[float], exists: list[float], prefix: str, *, tokenmean: bool) -> dict[str, float]:
+    """The same of the sums over all rows of an evaluation, whatever the size of its batches."""
+    hard, labelled, soft, same, rows, router = sums
+    hard_mean = divide(hard, labelled if tokenmean else rows)
+    means = [hard_mean, divide(soft, rows), divide(same, rows), labelled, divide(router, rows)]
+    return named(means, prefix, [exists[i] for i in (0, 2, 3, 1, 5)])
+
+
 def with_existence(sums: Tensor, exists: list[bool]) -> Tensor:
     """[2, entries]: the sums, 0 where a part does not exist, over whether it exists; so processes can add them up."""
     known = torch.tensor(exists, device=sums.device)
     return torch.stack([sums.masked_fill(~known, 0.0), known.to(sums.dtype)])
+
+
+def with_existence_of(row: Row, device: torch.device) -> Tensor:
+    """[1, 2 * entries]: a row, 0 where a part does not exist, and whether it exists beside it."""
+    exists = torch.tensor([[part is not None for part in row]], device=device)
+    return torch.cat([as_tensor([row], device), exists.float()], 1)
 
 
 def perplexity(hard_sum: float, count: float) -> float:

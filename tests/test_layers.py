@@ -63,6 +63,7 @@ ORDER = [
     "plots",
     "report",
     "window",
+    "predictions",
     "processes",
     "bases",
     "checkpoints",

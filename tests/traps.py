@@ -109,14 +109,14 @@ TRAPS = {
     ),
     12: Trap(
         "predictions are the stock Trainer's",
-        "kd_trainer/trainer.py",
+        "kd_trainer/predictions.py",
         'outputs["loss"] = loss  # type: ignore[index]\n        return outputs',
         'return {"loss": loss, "logits": outputs["logits"], "again": outputs["logits"]}',
         "tests/test_trainer.py -k predictions",
     ),
     13: Trap(
         "tensor, tuple and dict outputs work in predict",
-        "kd_trainer/trainer.py",
+        "kd_trainer/predictions.py",
         "if isinstance(outputs, Tensor):\n        return",
         "if False:\n        return",
         "tests/test_trainer.py -k plain_modules",
@@ -279,9 +279,9 @@ TRAPS = {
     ),
     36: Trap(
         "perplexity is that of the hard loss",
-        "kd_trainer/trainer.py",
-        "sums = (_times(hard, hard_count), counts.hard, _times(soft, soft_count), _times(agreement, counts.soft))",
-        "sums = (_times(soft, hard_count), counts.hard, _times(soft, soft_count), _times(agreement, counts.soft))",
+        "kd_trainer/window.py",
+        "sums = (_times(hard, hard_count), labels, _times(soft, soft_count), _times(agreement, counts.soft))",
+        "sums = (_times(soft, hard_count), labels, _times(soft, soft_count), _times(agreement, counts.soft))",
         "tests/test_perplexity.py",
     ),
     37: Trap(
