@@ -32,7 +32,6 @@ from .fused_arguments import Side, cast_as_autocast, chunk_rows
 from .fused_forward import NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
 from .head import Head
 from .inputs import TEACHER_PREFIX
-from .native import PAYS_FROM
 from .reductions import bad_rows
 
 logger = logging.getLogger(__name__)
@@ -106,8 +105,8 @@ class Speaker:
             side = self._side(whole, states.dtype)
             plain = side.scale == 1 and side.softcap is None
             at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
-            if side.weight.is_cpu:  # no part, nor the rest, is too small for the C code
-                at_once = max(min(at_once, _MOST_ROWS), 2 * -(-PAYS_FROM // len(side.weight)))
+            if side.weight.is_cpu:
+                at_once = min(at_once, _MOST_ROWS)
             places = _places_of(mask)
             parts = places.chunk(max(1, -(-len(places) // at_once)))
             tile = side.weight.new_empty(len(parts[0]), len(side.weight))  # the teacher's own memory, just freed

@@ -5,9 +5,11 @@ Letters: N positions, V classes, H hidden size, k classes kept, n draws.
 
     logits     [N, V] in the teacher's dtype, or in half precision (relative error 2^-11 in float16, 2^-8 in bfloat16)
     hidden     [N, H], the same
-    topk       the k largest: ids in the fewest bits, log-probabilities at the temperature of the building in float16
-               (error |log p| / 2048) or 8 bits (half of (largest - smallest) / 255), the mass of the rest in float16
+    topk       the k largest: ids, log-probabilities at the temperature of the building and the log of the mass of the
+               rest, both in float16 (error |log p| / 2048)
     sampled    n ids drawn at that temperature, each of weight 1/n, the id on top, the exact entropy in float32
+
+Ids are uint16 up to 65,536 classes, uint32 above.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from torch import Tensor
 from .checks import check_choice, fail
 from .outputs import TeacherOutput
 from .sparse import Samples, TopK, draw_samples, top_k
-from .sparse_cpu import INTEGERS, draw_on_cpu, draw_room, top_k_on_cpu, top_k_room
 
 FORMATS = ("logits", "hidden", "topk", "sampled")
 SPARSE = ("topk", "sampled")
@@ -39,7 +40,7 @@ class Format(NamedTuple):
         classes: V, or the ids that student and teacher share where the format is sparse.
         k: classes kept of each position (topk), draws (sampled); None otherwise.
         temperature: of the distribution that is kept (sparse formats); None otherwise.
-        dtype: of logits, hidden states and top-k values: a name of `DTYPES`, or "uint8" (topk).
+        dtype: of logits, hidden states and top-k values: a name of `DTYPES`.
     """
 
     name: str
@@ -49,19 +50,13 @@ class Format(NamedTuple):
     dtype: str = "float32"
 
     @property
-    def bits(self) -> int:
-        """The fewest that hold an id."""
-        return max(1, (self.classes - 1).bit_length())
+    def id_dtype(self) -> torch.dtype:
+        return torch.uint16 if self.classes <= 2**16 else torch.uint32
 
-    def bytes_a_position(self, hidden_size: int = 0) -> float:
+    def bytes_a_position(self, hidden_size: int = 0) -> int:
         """Bytes on disk of one position, without the 20 or so of each row."""
-        if self.name in SPARSE:
-            assert self.k is not None
-            ids = -(-self.k * self.bits // 8)
-            if self.name == "sampled":
-                return ids + -(-self.bits // 8) + 4
-            return ids + self.k * (1 if self.dtype == "uint8" else 2) + (6 if self.dtype == "uint8" else 2)
-        return (hidden_size if self.name == "hidden" else self.classes) * DTYPES[self.dtype].itemsize
+        width = hidden_size if self.name == "hidden" else self.classes
+        return sum(column.nbytes for column in room_for(self, 1, torch.empty(0, width)).values())
 
 
 def format_of(manifest: Mapping[str, Any]) -> Format:
@@ -73,7 +68,7 @@ def check_format(name: str, k: int | None, dtype: str | None, *, softmax: bool, 
     """Raises ValueError where a format does not go with the task, with k or with the dtype."""
     check_choice("teacher_cache_format", name, FORMATS)
     if dtype is not None:
-        check_choice("teacher_cache_dtype", dtype, (*DTYPES, "uint8"))
+        check_choice("teacher_cache_dtype", dtype, DTYPES)
     if name in SPARSE and not softmax:
         expected = f"'logits' for the task {task!r}, whose outputs are no softmax over classes"
         fail("teacher_cache_format", repr(name), expected, "Set it to logits.")
@@ -86,12 +81,8 @@ def check_format(name: str, k: int | None, dtype: str | None, *, softmax: bool, 
         )
     if dtype is not None and name == "sampled":
         fail("teacher_cache_dtype", repr(dtype), "no value with teacher_cache_format 'sampled'", "Leave it out.")
-    if dtype not in (None, "float16", "uint8") and name == "topk":
-        fail(
-            "teacher_cache_dtype", repr(dtype), "'float16' or 'uint8' with teacher_cache_format 'topk'", "Leave it out."
-        )
-    if dtype == "uint8" and name != "topk":
-        fail("teacher_cache_dtype", repr(dtype), "'uint8' with teacher_cache_format 'topk' alone", "Leave it out.")
+    if dtype not in (None, "float16") and name == "topk":
+        fail("teacher_cache_dtype", repr(dtype), "'float16' with teacher_cache_format 'topk'", "Leave it out.")
 
 
 def room_for(kept: Format, count: int, said: Tensor) -> dict[str, Tensor]:
@@ -99,9 +90,10 @@ def room_for(kept: Format, count: int, said: Tensor) -> dict[str, Tensor]:
     if kept.name not in SPARSE:
         return {kept.name: torch.empty(count, said[:0].flatten(1).shape[1], dtype=DTYPES[kept.dtype])}
     assert kept.k is not None
+    columns = {"ids": (kept.k, kept.id_dtype), "log_probs": (kept.k, torch.float16), "log_tail": (1, torch.float16)}
     if kept.name == "sampled":
-        return draw_room(count, kept.k, bits=kept.bits)
-    return top_k_room(count, kept.k, bits=kept.bits, dtype=torch.uint8 if kept.dtype == "uint8" else torch.float16)
+        columns = {"ids": (kept.k, kept.id_dtype), "top": (1, kept.id_dtype), "entropy": (1, torch.float32)}
+    return {name: torch.empty(count, width, dtype=dtype) for name, (width, dtype) in columns.items()}
 
 
 def encode(kept: Format, said: Tensor, uniform: Tensor, out: Mapping[str, Tensor]) -> None:
@@ -111,41 +103,13 @@ def encode(kept: Format, said: Tensor, uniform: Tensor, out: Mapping[str, Tensor
         return
     assert kept.k is not None
     assert kept.temperature is not None
-    columns: dict[str, Tensor]
+    found: TopK | Samples
     if kept.name == "sampled":
-        if draw_on_cpu(said, kept.k, kept.temperature, uniform, out, bits=kept.bits):
-            return
-        drawn = draw_samples(said, kept.k, temperature=kept.temperature, uniform=uniform.to(said.device))
-        ids, top = (_pack(x, kept.bits) for x in (drawn.ids, drawn.top.unsqueeze(-1)))
-        columns = {"ids": ids, "top": top, "entropy": drawn.entropy.unsqueeze(-1)}
+        found = draw_samples(said, kept.k, temperature=kept.temperature, uniform=uniform)
     else:
-        if top_k_on_cpu(said, kept.k, kept.temperature, out, bits=kept.bits):
-            _check_range(out)
-            return
         found = top_k(said, kept.k, temperature=kept.temperature)
-        columns = {"ids": _pack(found.ids, kept.bits), "log_tail": found.log_tail.unsqueeze(-1)}
-        if "range" in out:
-            columns["range"] = found.log_probs[:, [0, -1]].half()
-            _check_range(columns)
-            columns["log_probs"] = _in_8_bits(found.log_probs, columns["range"])
-        else:
-            columns["log_probs"] = found.log_probs
-    for name, column in columns.items():
-        out[name].copy_(column)
-
-
-def _check_range(columns: Mapping[str, Tensor]) -> None:
-    """Raises ValueError where 8 bits would be spread over an infinite range."""
-    if "range" in columns and bool(columns["range"].isinf().any()):
-        because = "a class among the k has no probability at all, and 8 bits are spread between the first and the last"
-        fail("teacher_cache_dtype", "'uint8'", "'float16' for this teacher", "Leave it out.", because=because)
-
-
-def _in_8_bits(log_probs: Tensor, ends: Tensor) -> Tensor:
-    """Log-probabilities [N, k] as 0 to 255 between the last and the first of them."""
-    high, low = ends.float().unbind(-1)
-    step = ((high - low) / 255).clamp(min=1e-12).unsqueeze(-1)
-    return ((log_probs - low.unsqueeze(-1)) / step).round().clamp(0, 255).to(torch.uint8)
+    for name, column in found._asdict().items():
+        out[name].copy_(column.view(out[name].shape))
 
 
 def check_columns(kept: Format, columns: Mapping[str, np.ndarray], width: int) -> str | None:
@@ -202,16 +166,12 @@ def decode(kept: Format, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """Tensors [N, width] for a batch, all of integers: a backend that casts what is floating leaves them alone."""
     if kept.name not in SPARSE:
         return {kept.name: torch.from_numpy(columns[kept.name].copy()).view(_INTEGERS[DTYPES[kept.dtype]])}
-    assert kept.k is not None
-    ids = _unpack(columns["ids"], kept.bits, kept.k)
+    ids = torch.from_numpy(columns["ids"].astype(np.int32))
     if kept.name == "sampled":
-        top = _unpack(columns["top"], kept.bits, 1)
+        top = torch.from_numpy(columns["top"].astype(np.int32))
         return {"ids": ids, "top": top, "entropy": _bits(torch.from_numpy(columns["entropy"].copy()))}
-    values = torch.from_numpy(columns["log_probs"].astype(np.float32))
-    if kept.dtype == "uint8":
-        high, low = torch.from_numpy(columns["range"].astype(np.float32)).unbind(-1)
-        values = low.unsqueeze(-1) + values * ((high - low) / 255).clamp(min=1e-12).unsqueeze(-1)
-    buckets = torch.cat([values, torch.from_numpy(columns["log_tail"].astype(np.float32))], -1)
+    values, tail = (torch.from_numpy(columns[name].astype(np.float32)) for name in ("log_probs", "log_tail"))
+    buckets = torch.cat([values, tail], -1)
     # What rounding made of the k + 1 probabilities sums to one again: else the divergence of equals is not 0.
     buckets = buckets - buckets.logsumexp(-1, keepdim=True)
     return {
@@ -246,59 +206,22 @@ def to_numpy(column: Tensor) -> np.ndarray:
     return column.cpu().contiguous().numpy()
 
 
-def _pack(ids: Tensor, bits: int) -> Tensor:
-    """Ids [N, k] as uint8 [N, bytes]: little endian, `bits` each; 8, 16, 32 bits as such integers."""
-    if bits in INTEGERS:
-        return ids.cpu().to(INTEGERS[bits])
-    numbers = to_numpy(ids)
-    k = numbers.shape[1]
-    groups = np.zeros((len(numbers), -(-k // 8) * 8), np.uint64)
-    groups[:, :k] = numbers
-    groups = groups.reshape(len(numbers), groups.shape[1] // 8, 8)  # eight ids fill whole bytes
-    packed = np.zeros((*groups.shape[:2], bits), np.uint8)
-    for i in range(8):
-        first, shift = divmod(i * bits, 8)
-        shifted = groups[..., i] << np.uint64(shift)
-        for byte in range(-(-(shift + bits) // 8)):
-            packed[..., first + byte] |= (shifted >> np.uint64(8 * byte)).astype(np.uint8)
-    return torch.from_numpy(
-        np.ascontiguousarray(packed.reshape(len(numbers), groups.shape[1] * bits)[:, : -(-k * bits // 8)])
-    )
-
-
-def _unpack(packed: np.ndarray, bits: int, k: int) -> Tensor:
-    """int32 [N, k]."""
-    if bits in INTEGERS:
-        return torch.from_numpy(packed.astype(np.int32))
-    rows, size, groups = *packed.shape, -(-k // 8)
-    room = np.zeros(packed.size + groups * bits + 8, np.uint8)
-    room[: packed.size] = packed.reshape(-1)
-    numbers = np.empty((rows, groups, 8), np.int32)
-    for i in range(8):  # of each eight ids, which fill whole bytes
-        first, shift = divmod(i * bits, 8)
-        windows = np.ndarray((rows, groups), "<u8", room, first, (size, bits))
-        numbers[..., i] = (windows >> np.uint64(shift)) & np.uint64((1 << bits) - 1)
-    return torch.from_numpy(np.ascontiguousarray(numbers.reshape(rows, groups * 8)[:, :k]))
-
-
 def card(settings: dict[str, Any]) -> str:
     """README.md of a cache: what it holds and how to read it without this package."""
     kept = format_of(settings)
     temperature = "" if kept.temperature is None else f" at temperature {kept.temperature:g}"
     dtype = f"{kept.dtype} (as int16 of the same bits)" if kept.dtype == "bfloat16" else kept.dtype
-    ids = "whole numbers" if kept.bits in (8, 16, 32) else f"{kept.bits} bits each, little endian, packed into bytes"
-    spread = ": from 0 to 255 between the last and the first, which are in `range`" if kept.dtype == "uint8" else ""
     columns = {
         "logits": [f"`logits`: the teacher's {kept.classes:,} logits, {dtype}"],
         "hidden": [f"`hidden`: its final hidden state, {dtype}; `head.safetensors` makes logits of it"],
         "topk": [
-            f"`ids`: the {kept.k} likeliest of {kept.classes:,} classes, {ids}",
-            f"`log_probs`: their log-probabilities{temperature}, {dtype}{spread}",
+            f"`ids`: the {kept.k} likeliest of {kept.classes:,} classes",
+            f"`log_probs`: their log-probabilities{temperature}, {dtype}",
             "`log_tail`: the log of the probability of all others together",
         ],
         "sampled": [
-            f"`ids`: {kept.k} draws from its distribution over {kept.classes:,} classes{temperature}, {ids}",
-            "`top`: the likeliest class, written alike",
+            f"`ids`: {kept.k} draws from its distribution over {kept.classes:,} classes{temperature}",
+            "`top`: the likeliest class",
             "`entropy`: of that distribution, in nats",
         ],
     }[kept.name]

@@ -170,7 +170,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "classes": _whole(1, _IDS),
     "k": _or_null(_whole(1, _IDS)),
     "temperature": _or_null(_number(above=0)),
-    "dtype": _one_of(*DTYPES, "uint8"),
+    "dtype": _one_of(*DTYPES),
     "shape": _list_of(_whole(1, _IDS), 1),
     "vocabulary": _whole(1, _IDS),
     "common_ids": _or_null(_whole(1, _IDS)),
@@ -258,8 +258,6 @@ def check_settings(path: Path, settings: Mapping[str, Any], *, complete: bool) -
         _refuse(path, "k", k, f"1 to {classes - 1} {with_format}")
     if sparse and settings["temperature"] is None:
         _refuse(path, "temperature", None, f"a number {with_format}")
-    if settings["dtype"] == "uint8" and settings["format"] != "topk":
-        _refuse(path, "dtype", "uint8", f"one of {', '.join(map(repr, DTYPES))} {with_format}")
     if settings["shape"][-1] != vocabulary or classes > vocabulary:
         _refuse(path, "classes", classes, f"at most {vocabulary}, the last number of the shape {settings['shape']}")
     if settings["format"] == "hidden" and not (settings["hidden_size"] and settings["head_dtype"]):

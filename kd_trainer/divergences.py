@@ -136,12 +136,14 @@ def _check_temperature(temperature: float) -> None:
 # ---- from logits to nats --------------------------------------------------------------------------------------------
 
 
-def _log_probs(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+def log_probs(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """log softmax(z/T), in the dtype."""
     logits = logits.to(dtype)
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
-def _wide(*logits: Tensor) -> torch.dtype:
+def wide(*logits: Tensor) -> torch.dtype:
+    """float32, or the widest of the tensors' dtypes."""
     dtype = torch.float32
     for one in logits:
         dtype = torch.promote_types(dtype, one.dtype)
@@ -195,9 +197,9 @@ def log_prob_terms(divergence: str, log_p: Tensor, log_q: Tensor, beta: float) -
 
 
 def _terms(divergence: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, beta: float) -> Tensor:
-    dtype = _wide(student_logits, teacher_logits)
-    log_p = _log_probs(teacher_logits, temperature, dtype)
-    log_q = _log_probs(student_logits, temperature, dtype)
+    dtype = wide(student_logits, teacher_logits)
+    log_p = log_probs(teacher_logits, temperature, dtype)
+    log_q = log_probs(student_logits, temperature, dtype)
     return _TERMS[divergence](log_p, log_q, beta)
 
 
@@ -223,7 +225,7 @@ class _InBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, settings: tuple[str, float, float]) -> Tensor:
         gradient = torch.empty(
-            student_logits.shape, dtype=_wide(student_logits, teacher_logits), device=student_logits.device
+            student_logits.shape, dtype=wide(student_logits, teacher_logits), device=student_logits.device
         )
         values = _in_blocks(student_logits, teacher_logits, settings, gradient=gradient)
         ctx.save_for_backward(gradient)
@@ -262,7 +264,7 @@ def _in_blocks(
 ) -> Tensor:
     """Nats [...], block of rows by block of rows; fills `gradient` [..., V] with dD/dz_s where it is given."""
     divergence, temperature, beta = settings
-    dtype, device = _wide(student_logits, teacher_logits), student_logits.device
+    dtype, device = wide(student_logits, teacher_logits), student_logits.device
     classes = student_logits.shape[-1]
     student_rows, teacher_rows = (z.detach().reshape(-1, classes) for z in (student_logits, teacher_logits))
     positions = student_rows.shape[0]
@@ -537,6 +539,6 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temper
     """
     _check_temperature(temperature)
     check_logits(student_logits, teacher_logits)
-    dtype = _wide(student_logits, teacher_logits)
-    log_q = _log_probs(student_logits, temperature, dtype)
-    return -_weigh(_log_probs(teacher_logits, temperature, dtype).exp(), log_q).sum(-1)
+    dtype = wide(student_logits, teacher_logits)
+    log_q = log_probs(student_logits, temperature, dtype)
+    return -_weigh(log_probs(teacher_logits, temperature, dtype).exp(), log_q).sum(-1)

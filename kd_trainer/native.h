@@ -8,7 +8,6 @@
 #define BLOCK 2048 /* columns that are summed in float32, before float64 takes over */
 
 typedef struct { uint16_t bits; } bfloat16;
-typedef struct { uint16_t bits; } float16;
 
 static inline float bits_as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline uint32_t float_as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
@@ -19,18 +18,6 @@ static inline void write_float(float *out, float x) { *out = x; }
 static inline void write_bfloat16(bfloat16 *out, float x) { /* to the nearest, ties to even; NaN stays NaN */
     uint32_t bits = float_as_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     out->bits = (uint16_t)(x == x ? rounded : 0x7fc0);
-}
-static inline void write_float16(float16 *out, float x) { /* to the nearest, ties to even; NaN stays NaN */
-    uint32_t bits = float_as_bits(x), size = bits & 0x7fffffff;
-    uint32_t normal = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;
-    uint32_t tiny = float_as_bits(bits_as_float(size) + 0.5f) - 0x3f000000; /* in steps of 2^-24, as those of 0.5 */
-    uint32_t kept = size < 0x38800000 ? tiny : normal;
-    kept = size < 0x47800000 ? kept : 0x7c00;
-    out->bits = (uint16_t)((size > 0x7f800000 ? 0x7e00 : kept) | ((bits >> 16) & 0x8000));
-}
-static inline float read_float16(const float16 *x) { /* of what is finite */
-    float size = bits_as_float((uint32_t)(x->bits & 0x7fff) << 13) * 0x1p112f;
-    return x->bits & 0x8000 ? -size : size;
 }
 #define READ(x) _Generic(*(x), float: read_float, bfloat16: read_bfloat16)((const void *)(x))
 #define WRITE(out, x) _Generic(*(out), float: write_float, bfloat16: write_bfloat16)((void *)(out), x)

@@ -156,7 +156,7 @@ class DistillationArguments:
     teacher_cache_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "float32, bfloat16, float16 (topk's default) or uint8 (topk); unset: as the teacher computes."
+            "help": "float32, bfloat16 or float16 (topk: float16 alone); unset: as the teacher computes, topk float16."
         },
     )
 
@@ -205,7 +205,7 @@ class DistillationArguments:
     def _check_cache(self) -> None:
         check_choice("teacher_cache_format", self.teacher_cache_format, ("auto", *FORMATS))
         if self.teacher_cache_dtype is not None:
-            check_choice("teacher_cache_dtype", self.teacher_cache_dtype, (*DTYPES, "uint8"))
+            check_choice("teacher_cache_dtype", self.teacher_cache_dtype, DTYPES)
         k = self.teacher_cache_k
         if k is not None and k < 1:
             fail(

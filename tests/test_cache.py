@@ -517,8 +517,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "k": ({"teacher_cache_k": 9}, "`teacher_cache_k` is one with the value 9; expected the value 8"),
     "dtype": (
-        {"teacher_cache_dtype": "uint8"},
-        "`teacher_cache_dtype` is one with the dtype 'uint8'; expected the dtype 'float16'",
+        {"teacher_cache_dtype": "bfloat16"},
+        "`teacher_cache_dtype` is one with the dtype 'bfloat16'; expected the dtype 'float16'",
     ),
     "temperature": ({"kd_temperature": 2.0}, "`kd_temperature` is 2.0; expected 3, for which the teacher cache was"),
     "a temperature that moves": (
@@ -625,7 +625,6 @@ def test_a_teacher_that_says_nan_is_not_kept(tmp_path):
         Format("logits", 50),
         Format("hidden", 50),
         Format("topk", 50, 8, 1.0, "float16"),
-        Format("topk", 50, 8, 1.0, "uint8"),
         Format("sampled", 50, 8, 1.0),
     ],
     ids=lambda kept: f"{kept.name} {kept.dtype}",
@@ -661,7 +660,10 @@ def test_no_room_on_the_disk(tmp_path, monkeypatch):
             "`teacher_cache_k` is 0; expected a whole number, at least 1",
         ),
         ({"teacher_cache_dir": "c", "teacher_cache_format": "top"}, "Did you mean `topk`?"),
-        ({"teacher_cache_dir": "c", "teacher_cache_dtype": "int8"}, "`teacher_cache_dtype` is 'int8'; expected one of"),
+        (
+            {"teacher_cache_dir": "c", "teacher_cache_dtype": "uint8"},
+            "`teacher_cache_dtype` is 'uint8'; expected one of",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(given, told, tmp_path):

@@ -18,7 +18,6 @@ ORDER = [
     "files",
     "divergences",
     "native",
-    "sparse_cpu",
     "sparse",
     "distributions",
     "reductions",

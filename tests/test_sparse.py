@@ -119,15 +119,24 @@ def test_ties_and_excluded_classes():
         assert taught.log_tail[1].exp().item() == pytest.approx(share if k == 2 else 0.0)
 
 
-@pytest.mark.parametrize("threads_elements", [1, 600, 2000])
-def test_blocks_and_groups_change_nothing(monkeypatch, threads_elements):
+@pytest.mark.parametrize("elements", [1, 600, 2000])
+def test_blocks_change_nothing(monkeypatch, elements):
     z, u = logits(11, 300, dtype=torch.bfloat16), uniform(11)
     whole, drawn = top_k(z, 2, temperature=2.0), draw_samples(z, 9, temperature=2.0, uniform=u)
-    monkeypatch.setattr(sparse, "_BLOCK", threads_elements)
-    monkeypatch.setattr(sparse, "_GROUP", threads_elements)
+    monkeypatch.setattr(sparse, "_BLOCK", elements)
     for one, other in zip((*whole, *drawn), (*top_k(z, 2, temperature=2.0),
                           *draw_samples(z, 9, temperature=2.0, uniform=u)), strict=True):  # fmt: skip
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, INF])
+@pytest.mark.parametrize("k", [3, 40])
+def test_a_logit_that_is_not_finite_is_seen_in_the_tail_and_in_the_entropy(wrong, k):
+    z = logits(2, 40, dtype=torch.float32)
+    z[1, 7] = wrong
+    drawn = draw_samples(z, 5, uniform=uniform(2))
+    for column in (top_k(z, k).log_tail, drawn.entropy):
+        assert column.isnan().tolist() == [False, True]
 
 
 # ---- draws ----------------------------------------------------------------------------------------------------------
@@ -328,7 +337,17 @@ def test_loss_and_gradient_are_unbiased(many_draws):
 def test_systematic_draws_vary_less_than_independent_ones(many_draws):
     systematic, independent, _ = many_draws
     assert systematic[:, 1:].var(0).sum() < 0.8 * independent[:, 1:].var(0).sum()
-    assert systematic[:, 0].var() < independent[:, 0].var()
+
+    def ratio(seed):
+        """Of the variances of the loss against one teacher; which ids are neighbours is chance, so it may exceed 1."""
+        student, teacher = logits(60, seed=2 * seed), logits(60, seed=2 * seed + 1)
+        points = ((torch.arange(500) + 0.5) / 500).double()
+        drawn = draw_samples(teacher.expand(500, -1), 8, temperature=2.0, uniform=points)
+        shares, log_q = torch.softmax(teacher / 2, -1), torch.log_softmax(student / 2, -1)
+        alone = (shares * log_q.square()).sum() - (shares * log_q).sum().square()
+        return sampled_forward_kl(student.expand(500, -1), drawn, temperature=2.0).var() / (alone / 8)
+
+    assert torch.stack([ratio(seed) for seed in range(40)]).mean() < 0.9
 
 
 def test_a_teacher_in_bfloat16_is_widened_before_the_temperature():

@@ -79,7 +79,6 @@ FORMS: dict[str, tuple[str, int | None, str | None]] = {
     "hidden, bfloat16": ("hidden", None, "bfloat16"),
     "topk 16": ("topk", 16, None),
     "topk 64": ("topk", 64, None),
-    "topk 64, 8 bits": ("topk", 64, "uint8"),
     "sampled 12": ("sampled", 12, None),
     "sampled 50": ("sampled", 50, None),
 }
