@@ -62,7 +62,7 @@ def wheel(built) -> Path:
 def python(wheel, tmp_path_factory) -> Path:
     """The interpreter of a new environment: the wheel, and from the running environment everything but kd_trainer."""
     folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=True)
+    venv.create(folder, symlinks=True, with_pip=True)
     python = folder / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
     (own,) = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).split()
