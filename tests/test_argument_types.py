@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -68,14 +69,14 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("give", SOURCES)
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OTHERS.items() for value in values])
-def test_another_type_is_one_clear_error(give, name, value, tmp_path):
-    with pytest.raises((TypeError, ValueError), match=f"^`{name}` is .*; expected .*[.] .*[.]$") as caught:
-        give(name, value, tmp_path)
-    if name not in OBJECTS:
-        value_at_fault = name in TEXTS and (isinstance(value, str) or name not in PATHS)
-        assert type(caught.value) is (ValueError if value_at_fault else TypeError)
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_type_is_one_clear_error(name, tmp_path):
+    for give, value in itertools.product(SOURCES, OTHERS[name]):
+        with pytest.raises((TypeError, ValueError), match=f"^`{name}` is .*; expected .*[.] .*[.]$") as caught:
+            give(name, value, tmp_path)
+        if name not in OBJECTS:
+            value_at_fault = name in TEXTS and (isinstance(value, str) or name not in PATHS)
+            assert type(caught.value) is (ValueError if value_at_fault else TypeError), (give, value)
 
 
 @pytest.mark.parametrize("name", FIELDS)
