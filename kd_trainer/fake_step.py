@@ -22,9 +22,8 @@ from torch.utils._pytree import tree_leaves
 from .backends import layer_classes
 from .checks import fail, message
 from .divergences import BLOCK_ACCELERATOR
-from .first_look import SMALL_VOCABULARY
 from .fused_arguments import CHUNK_ROWS, chunk_rows, group_rows
-from .fused_forward import NotPlain, OutputHead
+from .fused_forward import SMALL_VOCABULARY, NotPlain, OutputHead
 from .fused_linear import keeps_tiles
 from .head import Head
 from .inputs import accepted_inputs, behind_front, model_inputs, vocabulary_rows

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .cache import CachedTeacher
 from .checks import Message, fail, leave_progress_bar, warn
 from .compatibility import Classes, listed, without_names
-from .first_look import SMALL_VOCABULARY, Fit
+from .first_look import Fit
+from .fused_forward import SMALL_VOCABULARY
 from .head import Head
 from .inputs import NOT_INPUTS, TEACHER_PREFIX, vocabulary_rows
 from .model_facts import count_parameters, describe, times
@@ -414,7 +415,6 @@ def about_path(fit: Fit, student: nn.Module, wanted: str) -> list[Finding]:
     """Whether the loss is computed with or without logits and why; and what else the first look noted."""
     path = [note for note in fit.notes if note.startswith(("full logits", "the loss is computed inside"))]
     others = [ok("note", note) for note in fit.notes if note not in path]
-    others = [ok("hard loss", fit.hard_loss), *others] if fit.hard_loss else others
     if path:
         return [ok("loss path", path[-1]), *others]
     rows = vocabulary_rows(student, written=True) if fit.head.over_tokens else None

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import fail
 from .fused_arguments import cap_and_scale
 from .fused_linear import FusedLoss
-from .inputs import text_config
+from .inputs import text_config, vocabulary_rows
 from .logits import logits_of
 
 _SAMPLE = 16  # positions of a row whose product is looked at
@@ -29,6 +30,10 @@ _SIZES = (0.1, 1.0, 10.0, 100.0)  # of the known logits, each at one position: a
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISOR = "logits_scaling"
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
+
+
+# Below it "auto" takes full logits: they cost little, and the fused loss has more calls.
+SMALL_VOCABULARY = 2048
 
 
 class NotPlain(Exception):
@@ -92,6 +97,50 @@ class OutputHead:
                     self._verified.add(self.module.training)
                     return right
         raise NotPlain(f"{self.name} does something unknown to the product of its output head")
+
+
+Heads = tuple[OutputHead, OutputHead | None]
+
+
+def plain_heads(
+    student: nn.Module, teacher: nn.Module | None, over_tokens: bool, implementation: str, *, compiled: bool = False
+) -> tuple[Heads | None, str]:
+    """The output heads of student and teacher where the loss can do without logits, and a line on why or why not.
+
+    Args:
+        teacher: None where its outputs come from a cache.
+        over_tokens: whether the task is a language model's.
+        implementation: `kd_loss_implementation`.
+        compiled: whether training compiles one of the models.
+
+    Raises:
+        ValueError: `implementation` is "fused" and the heads are not plain.
+    """
+    if implementation == "fused" and not over_tokens:
+        expected = "'auto' or 'full' where the task is no language model's"
+        fail("kd_loss_implementation", repr(implementation), expected, "Leave it at 'auto'.")
+    rows = vocabulary_rows(student, written=True)
+    small = implementation == "auto" and rows is not None and rows < SMALL_VOCABULARY
+    if implementation == "full" or not over_tokens or small:
+        return None, ""
+    try:
+        if compiled:
+            raise NotPlain("a compiled forward cannot leave its output head out")
+        heads = OutputHead(student), None if teacher is None else OutputHead(teacher)
+        if heads[1] is not None and heads[0].module.weight.device != heads[1].module.weight.device:
+            raise NotPlain("the output heads of student and teacher are on different devices")
+    except NotPlain as reason:
+        return None, full_logits(reason, implementation)
+    return heads, "the loss is computed inside the output heads: no logits are held"
+
+
+def full_logits(reason: NotPlain, implementation: str) -> str:
+    """The line that says why; an error where `implementation` leaves no choice."""
+    if implementation == "fused":
+        expected = "'auto' or 'full' with these models"
+        fix = "Set kd_loss_implementation to auto: it takes full logits where it must."
+        fail("kd_loss_implementation", "'fused'", expected, fix, because=str(reason))
+    return f"full logits: {reason}"
 
 
 def _room(*tensors: Tensor) -> float:

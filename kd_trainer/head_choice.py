@@ -9,13 +9,15 @@ import dataclasses
 import inspect
 import sys
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from .checks import fail
 from .heads import HEADS, Head
-from .inputs import front_positions
+from .inputs import front_positions, vocabulary_rows
+from .logits import Wanted
 
 # Where class i of the teacher must mean class i of the student by name.
 CLASSIFICATIONS = (
@@ -251,3 +253,44 @@ def head_from_logits(logits: Tensor) -> Head:
             "Return such logits, or set kd_task.",
         )
     return HEADS[names[logits.dim()]]
+
+
+def classes_have_names(student: nn.Module, head: Head | None) -> bool:
+    """Whether class i of the teacher must mean class i of the student by name; `head`: None where not yet known."""
+    config: Any = getattr(student, "config", None)
+    numbers = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
+    return not numbers and (head is None or head.name in CLASSIFICATIONS)
+
+
+def classes_of(student: nn.Module, head: Head) -> int | None:
+    """How many classes the student's logits have: of a vocabulary by its layer, else as its config counts them, which
+    need not be true."""
+    if head.over_tokens:
+        return vocabulary_rows(student, written=True, measured=True)
+    if head.name not in CLASSIFICATIONS:  # num_labels says nothing of choices or of positions
+        return None
+    classes = getattr(getattr(student, "config", None), "num_labels", None)
+    return classes if isinstance(classes, int) else None
+
+
+def wanted_logits(head: Head | None, labels: Any, models: Iterable[nn.Module], vocabulary: int | None) -> Wanted:
+    """What batch and configs tell of the logits, for models that return several tensors.
+
+    Args:
+        vocabulary: classes of a teacher cache; None without one.
+    """
+    labels = labels if isinstance(labels, Tensor) and labels.numel() else None
+    dims = None if head is None else head.dims
+    if head is None and labels is not None:
+        dims = {1: 2, 2: 3}.get(labels.dim())
+    widths: list[Any] = [vocabulary]
+    at_least = 0 if head is not None and not head.softmax else 2
+    if head is not None and head.a_label_a_logit:
+        widths += [] if labels is None else [labels.shape[-1] if labels.dim() > 1 else 1]
+    elif labels is not None and at_least and not labels.is_floating_point():
+        at_least = max(at_least, int(labels.max()) + 1)
+    if head is not None and head.over_tokens:
+        widths += [vocabulary_rows(model, written=True) for model in models]
+    elif head is None or head.name in CLASSIFICATIONS:
+        widths += [getattr(getattr(model, "config", None), "num_labels", None) for model in models]
+    return Wanted(dims, tuple(dict.fromkeys(w for w in widths if isinstance(w, int))), at_least)

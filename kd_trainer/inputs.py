@@ -7,7 +7,7 @@ Shapes: B rows, S positions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
 
 import torch
@@ -350,6 +350,26 @@ def required_inputs(model: Any) -> frozenset[str]:
     parameters = inspect.signature(model.forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty}
     return frozenset(named - {"decoder_input_ids"})
+
+
+def check_required(side: str, model: nn.Module, batch: Mapping[str, Any], removed: Callable[[], list[str]]) -> None:
+    """Raises ValueError where a batch lacks a column without which the forward of `side` cannot be called.
+
+    Args:
+        side: "student" or "teacher". removed: the columns of the data that upstream has removed.
+    """
+    missing = sorted(required_inputs(model) - batch.keys())
+    if not missing:
+        return
+    there = ", ".join(name for name in batch if not name.startswith(TEACHER_PREFIX)) or "none"
+    fix = f"Call that column {missing[0]!r} in the dataset, or in what the data collator returns."
+    if lost := ", ".join(map(repr, removed())):
+        fix = (
+            f"remove_unused_columns has taken {lost} away, which that forward does not name: call the column "
+            f"{missing[0]!r} in the dataset, or set remove_unused_columns to false and let the data collator do it."
+        )
+    expected = f"{', '.join(map(repr, missing))} too, which the forward of {type(model).__name__} cannot do without"
+    fail("inputs", f"a batch that has {there} for the {side}", expected, fix)
 
 
 def _documented(annotation: Any) -> set[str]:

@@ -72,9 +72,12 @@ from .cache_store import (
 )
 from .checks import fail, message, warn
 from .files import write_atomically
-from .first_look import SMALL_VOCABULARY, FirstLook, Fit, classes_have_names, same_random_numbers
+from .first_look import FirstLook, Fit
+from .fused_forward import SMALL_VOCABULARY
+from .head_choice import classes_have_names
 from .heads import HEADS
 from .model_facts import count_parameters
+from .restore import same_random_numbers
 from .teacher import ADAPTER_OFF, LiveTeacher
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from .checks import fail
 from .head import Head
 from .inputs import Accepted, behind_front, model_inputs, text_config
 from .reductions import IGNORE_INDEX, select_positions
@@ -336,3 +337,56 @@ def _window(columns: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
     places = torch.zeros(0) if labels is None else (labels != IGNORE_INDEX).any(0).nonzero()
     start = max(int(places[0]) - 1, 0) if len(places) else 0
     return {name: value[:, start : start + MOST_POSITIONS] for name, value in columns.items()}
+
+
+def agreed(found: HardLoss | None, head: Head, anywhere: Callable[[list[bool]], list[bool]]) -> HardLoss | None:
+    """One verdict for all processes, from what each has found; `anywhere`: whether each is true on any of them."""
+    mine = [False] * 5
+    if found is not None:
+        toggled = found.head.shifted != head.shifted
+        mine = [True, found.own, toggled, found.labels_are_inputs, found.by_num_items]
+    known, own, toggled, inputs, by_items = anywhere(mine)
+    if not known:
+        return None
+    found = found or HardLoss(False, head)
+    if own and not found.own:
+        found = found._replace(line="the model's own, which differs from the task's formula on another process")
+    head = dataclasses.replace(head, shifted=head.shifted != toggled)
+    return found._replace(own=own, head=head, labels_are_inputs=inputs, by_num_items=by_items)
+
+
+def choose(
+    wanted: str, head: Head, labelled: bool, smoothed: bool, with_function: bool, compare: Callable[[], HardLoss | None]
+) -> HardLoss:
+    """Whether the hard loss is the task's formula or the model's own.
+
+    Args:
+        wanted: `kd_hard_loss`.
+        labelled: whether the batch has targets of the task.
+        smoothed: whether upstream's label smoother replaces the model's own loss.
+        with_function: whether there is a `compute_loss_func`, which is the hard loss then.
+        compare: the verdict of `Comparison`, on every process; None where the model cannot be called.
+
+    Raises:
+        ValueError: `wanted` is "model" and the model gives no loss of its own.
+    """
+    if not head.has_formula and not with_function:
+        return HardLoss(True, head, f"the model's own, as for every model of the task {head.name!r}")
+    try:
+        found = None if smoothed else compare()
+    except ValueError:  # labels that are none to the task, and something to the loss that was asked for
+        if wanted != "model" and not with_function:
+            raise
+        found = HardLoss(True, head)
+    if with_function:
+        line = "the script's compute_loss_func, with upstream's num_items_in_batch"
+        return (found or HardLoss(True, head))._replace(own=True, line=line)
+    if wanted == "task":
+        return (found or HardLoss(False, head))._replace(own=False, line="the task's formula, as kd_hard_loss asks")
+    if wanted == "model":
+        if found is None and (labelled or smoothed):
+            reason = "label_smoothing_factor replaces it" if smoothed else "its forward gives no loss for labels"
+            fix = "Leave it at 'auto', or let the model's forward return its loss."
+            fail("kd_hard_loss", repr(wanted), "'auto' or 'task' with this model", fix, because=reason)
+        return (found or HardLoss(True, head))._replace(own=True, line="the model's own, as kd_hard_loss asks")
+    return found or HardLoss(False, head)

@@ -42,14 +42,13 @@ from .findings import (
     warning,
 )
 from .finite import FiniteWatch
-from .first_look import Fit, classes_have_names, same_random_numbers, unchanged_buffers
+from .first_look import Fit, plan
 from .head import Head
-from .head_choice import by_problem_type, head_for
+from .head_choice import classes_have_names, head_for
 from .inputs import (
     TEACHER_PREFIX,
     accepted_inputs,
     behind_front,
-    check_batch,
     main_input,
     model_inputs,
     token_mask,
@@ -58,7 +57,8 @@ from .inputs import (
 from .memory import estimate_memory
 from .objective import Counts
 from .reductions import IGNORE_INDEX, divide
-from .router import check_router
+from .restore import same_random_numbers, unchanged_buffers
+from .setup_checks import WITH_MODELS, WITHOUT_MODELS, Check, Setup, classes_of_cache, classes_of_logits, tokens
 from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher
 from .teacher_errors import positions_of
 from .window import Window, named
@@ -151,6 +151,15 @@ class _Findings:
             if row.found not in {known.found for known in self.rows}:
                 self.rows.append(row)
 
+    def passes(self, what: str, check: Check, setup: Setup) -> bool:
+        """Whether a check of the list raises nothing; a row tells what it has found."""
+        passed = False
+        with self.attempt(what):
+            line = check(setup)
+            self.rows += [] if line is None else [ok(what, line)]
+            passed = True
+        return passed
+
     def everywhere(self, mine: bool) -> bool:
         """Whether it is so on every process; a process that went on alone would wait for the others for ever."""
         if self._accelerator.num_processes == 1:
@@ -184,86 +193,91 @@ def _look_at_models(trainer: Any, findings: _Findings) -> None:
     with findings.attempt("student"):
         findings.rows += about_student(student, fp16=args.fp16)
     with findings.attempt("teacher"):
-        mixed = trainer.accelerator.mixed_precision != "no"
-        called = not trainer._always_hard
+        mixed, called = trainer.accelerator.mixed_precision != "no", not trainer._always_hard
         findings.rows += about_teacher(teacher, student, args.device, called=called, mixed=mixed)
-    head = head_for(student, trainer.kd_args.kd_task, trainer._loss_shifts_labels)
-    asked = isinstance(teacher, LiveTeacher) and not isinstance(teacher, AdapterOffTeacher)
-    if asked and classes_have_names(student, head):
-        with findings.attempt("classes"):
+    remap, head = (
+        trainer.kd_args.kd_remap_labels,
+        head_for(student, trainer.kd_args.kd_task, trainer._loss_shifts_labels),
+    )
+    with findings.attempt("classes"):
+        if isinstance(teacher, CachedTeacher) and teacher.manifest["labels"]:
+            names = {int(i): name for i, name in teacher.manifest["labels"].items()}
+            matched = classes_of_cache(student, teacher, remap=remap)
+            findings.rows += about_classes(class_names(student), names, matched)
+        elif _has_own_weights(teacher) and classes_have_names(student, head):
             ours, theirs = class_names(student), class_names(teacher.model)
-            matched = match_classes(ours, theirs, remap=trainer.kd_args.kd_remap_labels)
-            findings.rows += about_classes(ours, theirs, matched)
-    if isinstance(teacher, CachedTeacher) and teacher.manifest["labels"]:
-        with findings.attempt("classes"):
-            matched, theirs = trainer._classes_of_cache(student, teacher), teacher.manifest["labels"]
-            findings.rows += about_classes(class_names(student), {int(i): n for i, n in theirs.items()}, matched)
+            findings.rows += about_classes(ours, theirs, match_classes(ours, theirs, remap=remap))
 
 
 def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) -> Fit | None:
-    """Everything that the batch tells; None where the models could not be run on it."""
-    student, teacher, kd = trainer.unwrapped_student(), trainer.teacher, trainer.kd_args
-    before, head, known_by = len(findings.rows), None, None
-    with findings.attempt("data"):
-        check_batch(batch)
-    with findings.attempt("student"):
-        check_router(student)
-    with findings.attempt("task"):
-        head = head_for(student, kd.kd_task, trainer._loss_shifts_labels)
-        head = head and by_problem_type(head, student, kd.kd_task, batch.get("labels"))
-        head = head and head.with_label_names(trainer.label_names, batch)
+    """The list of checks, and what else the batch tells; None where the models could not be run on it."""
+    setup, before = Setup(trainer, batch), len(findings.rows)
+    passed = {check: findings.passes(what, check, setup) for what, check in WITHOUT_MODELS}
+    if passed[tokens] and _has_own_weights(trainer.teacher):
+        findings.rows += about_tokens(batch, setup.known_by)
     with findings.attempt("student's tokens"):
-        check_student_ids(student, batch)
-    if isinstance(teacher, LiveTeacher) and not isinstance(teacher, AdapterOffTeacher):
-        with findings.attempt("tokens"):
-            known_by = trainer._check_tokens(student, teacher, head, batch)
-            findings.rows += about_tokens(batch, known_by)
-    if head is not None:
-        _look_at_task(trainer, findings, head, batch)
+        check_student_ids(setup.student, batch)
+    known = setup.head is not None
+    _look_closer(setup, findings)
     if is_sharded(trainer) and not trainer.is_in_train:
         mend = 'Set {"kd_run": "check"}: trainer.train() then checks with the student as training shards it.'
         findings.rows.append(warning("loss", "the models were not run: the student is not sharded yet", mend))
         return None
-    fit = None
-    blocked = has_errors(findings.rows[before:])  # on a GPU an index out of range ends the process
-    if findings.everywhere(not blocked):
-        with findings.attempt("first batch"):
-            fit = trainer._look_at(batch)
-    if fit is not None and head is None:  # known from the logits alone
-        head = fit.head
-        _look_at_task(trainer, findings, head, batch)
-    if head is not None:
+    # On a GPU an index out of range ends the process.
+    fits = findings.everywhere(all(passed.values()) and not has_errors(findings.rows[before:]))
+    fits = fits and all(findings.passes(what, check, setup) for what, check in WITH_MODELS)
+    if fits and not known:
+        _look_closer(setup, findings)
+    if setup.head is not None:
         with findings.attempt("reduction"):
-            trainer._refuse_packed(head, batch, now=True)
-    return fit
+            trainer._refuse_packed(setup.head, batch, now=True)
+    if fits:
+        trainer._fit = plan(setup)
+    return trainer._fit if fits else None
 
 
-def _look_at_task(trainer: Any, findings: _Findings, head: Head, batch: Mapping[str, Any]) -> None:
-    student, tokenizer = trainer.unwrapped_student(), trainer.processing_class
-    taught = trainer._teacher_module()
-    objective, _ = trainer._objective(training=True)
+def _has_own_weights(teacher: Any) -> bool:
+    """Whether the teacher is run, and is no part of the student."""
+    return isinstance(teacher, LiveTeacher) and not isinstance(teacher, AdapterOffTeacher)
+
+
+def _look_closer(setup: Setup, findings: _Findings) -> None:
+    """What is suspicious in a batch of a known task, and not always wrong."""
+    trainer, head, batch, student = setup.trainer, setup.head, setup.batch, setup.student
+    if head is None:
+        return
+    taught, tokenizer, (objective, _) = (
+        trainer._teacher_module(),
+        trainer.processing_class,
+        trainer._objective(training=True),
+    )
     pad_id = _pad_id(tokenizer, student)
-    with findings.attempt("task"):
-        findings.rows.append(ok("task", f"{head.name}: {objective.formula(head)}"))
-        trainer._check_settings(head)
-        findings.rows += about_settings(trainer.args, head, objective)
-    with findings.attempt("labels"):
+
+    def labels() -> list[Finding]:
         # On a GPU an index out of range ends the process.
-        classes = None if has_errors(findings.rows) else trainer._classes_of_logits(student, head, batch)
-        findings.rows += about_labels(classes, head, objective, batch, pad_id)
-    with findings.attempt("lengths"):
-        findings.rows += about_lengths(student, taught, head, tokenizer, batch)
-    with findings.attempt("images"):
-        findings.rows += about_images(student, taught, batch)
-    with findings.attempt("columns"):
+        classes = None if has_errors(findings.rows) else classes_of_logits(setup)
+        return about_labels(classes, head, objective, batch, pad_id)
+
+    def columns() -> list[Finding]:
         accepted = accepted_inputs(student, label_names=trainer.label_names, withheld=trainer._withheld_columns())
         read = set(model_inputs(batch, accepted)) | (set(batch) & accepted.targets)
         if trainer.teacher is not None:
             read |= {name for name in batch if name.startswith(TEACHER_PREFIX)}
-            if _live(trainer) is not None:
-                read |= set(trainer.teacher.inputs(batch))
+        if setup.live is not None:
+            read |= set(setup.live.inputs(batch))
         kept = trainer._signature_columns if trainer.args.remove_unused_columns else None
-        findings.rows += about_columns(trainer.train_dataset, kept, batch, read, pad_id)
+        return about_columns(trainer.train_dataset, kept, batch, read, pad_id)
+
+    looks: dict[str, Callable[[], list[Finding]]] = {
+        "task": lambda: about_settings(trainer.args, head, objective),
+        "labels": labels,
+        "lengths": lambda: about_lengths(student, taught, head, tokenizer, batch),
+        "images": lambda: about_images(student, taught, batch),
+        "columns": columns,
+    }
+    for what, look in looks.items():
+        with findings.attempt(what):
+            findings.rows += look()
 
 
 def _pad_id(tokenizer: Any, student: nn.Module) -> int | None:

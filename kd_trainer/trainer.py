@@ -30,9 +30,18 @@ from .describe import card_section, start_block
 from .files import write_atomically
 from .findings import Finding, has_errors, print_findings
 from .finite import FiniteWatch
-from .first_look import Fit, PackingWatch
+from .first_look import Fit
 from .fused_arguments import Side
-from .fused_forward import NotPlain, OutputHead, student_loss, student_side, teacher_hidden, teacher_side, whole_weight
+from .fused_forward import (
+    NotPlain,
+    OutputHead,
+    full_logits,
+    student_loss,
+    student_side,
+    teacher_hidden,
+    teacher_side,
+    whole_weight,
+)
 from .fused_linear import FusedLoss, release_memory
 from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs
 from .interrupt import ResumableInterrupt
@@ -42,6 +51,7 @@ from .objective import Counts, Objective, Parts, scheduled
 from .offline import OfflineTeacher
 from .outputs import TeacherOutput
 from .own_loss import label_columns, own_loss, without_extras
+from .packing import PackingWatch
 from .predictions import as_mapping, tensors_alone
 from .preflight import examine, is_sharded
 from .processes import on_main_process, refuse_lone_processes
@@ -535,7 +545,7 @@ class DistillationMixin(OfflineTeacher):
                     lambda: model(**model_inputs(inputs, fit.accepted)), student_head, loss
                 )
         except NotPlain as reason:
-            line = self._full_logits(reason)
+            line = full_logits(reason, self.kd_args.kd_loss_implementation)
             self._fit = fit._replace(heads=None, notes=(*fit.notes, line))
             warn(logger, "[kd_trainer] %s", line)
             return None

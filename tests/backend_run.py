@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from kd_trainer import first_look
+from kd_trainer import fused_forward
 from kd_trainer.teacher import ADAPTER_OFF
 from tests import tiny
 from tests.launch import leave
@@ -238,9 +238,9 @@ def main(out: Path, backends: list[str], names: list[str]) -> None:
 
 
 def run_cases(out: Path, backend: str, names: list[str]) -> None:
-    small = first_look.SMALL_VOCABULARY
+    small = fused_forward.SMALL_VOCABULARY
     for name in names:
-        first_look.SMALL_VOCABULARY = 0 if name == "unknown_head" else small
+        fused_forward.SMALL_VOCABULARY = 0 if name == "unknown_head" else small
         folder = out / name
         arguments: dict[str, Any] = {"per_device_train_batch_size": 4, **CASES[name].in_two}
         if backend == "fsdp2":

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
-from kd_trainer import first_look
+from kd_trainer import fused_forward
 from tests import tiny
 from tests.launch import leave
 
@@ -43,7 +43,7 @@ def build(case: str, folder: Path, **settings: Any) -> Any:
 
 
 def main(out: Path) -> None:
-    first_look.SMALL_VOCABULARY = 0
+    fused_forward.SMALL_VOCABULARY = 0
     for case, settings in CASES.items():
         run = build(case, out / "run", **{"per_device_train_batch_size": 4, **settings})
         run.train()

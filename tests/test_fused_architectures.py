@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from kd_trainer import DistillationTrainer, first_look
+from kd_trainer import DistillationTrainer, fused_forward
 
 from . import tiny
 
@@ -127,7 +127,7 @@ def difference(one: DistillationTrainer, other: DistillationTrainer) -> float:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_numbers_are_those_of_full_logits(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(first_look, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(fused_forward, "SMALL_VOCABULARY", 0)
     auto, full = (run(name, implementation, tmp_path) for implementation in ("auto", "full"))
     assert auto._fit.heads is not None
     assert full._fit.heads is None
@@ -237,7 +237,7 @@ def assert_fell_back(auto: DistillationTrainer, full: DistillationTrainer) -> No
 
 @pytest.fixture
 def auto_everywhere(monkeypatch):
-    monkeypatch.setattr(first_look, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(fused_forward, "SMALL_VOCABULARY", 0)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -364,9 +364,7 @@ def test_compiled_models_take_full_logits(how, tmp_path, auto_everywhere, monkey
 
 def test_heads_on_different_devices_take_full_logits(tmp_path, auto_everywhere):
     pair = own_pair("", "student")
-    trainer = tiny.trainer("causal_lm", tmp_path, pair=pair, kd_reduction="tokenmean")
-    head = trainer._look_at(tiny.pad(tiny.rows("causal_lm")[:4])).head
     pair[1].lm_head.to("meta")
-    assert trainer._output_heads(pair[0], head) == (
-        None, ("full logits: the output heads of student and teacher are on different devices",)
+    assert fused_forward.plain_heads(*pair, True, "auto") == (
+        None, "full logits: the output heads of student and teacher are on different devices"
     )  # fmt: skip

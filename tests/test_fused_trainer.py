@@ -177,7 +177,7 @@ def test_a_larger_student(tmp_path):
 
 @pytest.mark.parametrize("where", ["target_modules", "modules_to_save"])
 def test_adapters_on_the_head_take_full_logits(where, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("kd_trainer.first_look.SMALL_VOCABULARY", 0)
+    monkeypatch.setattr("kd_trainer.fused_forward.SMALL_VOCABULARY", 0)
     settings = {"target_modules": ["q_proj"], where: ["lm_head"]}
     runs = [run(tmp_path, name, lambda: with_lora(**settings), rows("causal_lm")) for name in ("auto", "full")]
     assert "full logits: PeftModelForCausalLM has no plain linear output head" in capsys.readouterr().out
@@ -392,7 +392,7 @@ def test_an_infinite_head_is_not_blamed_on_the_hidden_states(tmp_path):
 @pytest.mark.parametrize("case", ["plain", "accumulated", "second way", "not plain"])
 def test_two_processes_give_what_one_gives(case, tmp_path_factory, tmp_path, monkeypatch):
     """DDP: fused in two processes = fused in one = full logits in one."""
-    monkeypatch.setattr("kd_trainer.first_look.SMALL_VOCABULARY", 0)
+    monkeypatch.setattr("kd_trainer.fused_forward.SMALL_VOCABULARY", 0)
     out = launch.once(tmp_path_factory, "fused", lambda folder: launch.two_processes("fused_run.py", str(folder)))
     found = json.loads((out / f"{case}.json").read_text())
     assert found["world_size"] == 2

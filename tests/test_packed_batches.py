@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening, LlamaForCausalLM
 
 from kd_trainer import DistillationTrainer
-from kd_trainer.first_look import PackingWatch
 from kd_trainer.inputs import is_packed
+from kd_trainer.packing import PackingWatch
 from tests import tiny
 
 REFUSED = r"`kd_reduction` is 'batchmean'; expected 'tokenmean' with packed batches"
