@@ -35,6 +35,13 @@ TEACHER_PREFIX = "teacher_"
 ROW_ID = TEACHER_PREFIX + "row_id"
 
 
+class WithTeacherColumns(list):
+    """Names of columns, and every `teacher_*` one."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or str(name).startswith(TEACHER_PREFIX)
+
+
 def check_batch(batch: Any) -> None:
     """Raises where a batch is no mapping, or where its labels have a name under which nobody would look for them."""
     if not isinstance(batch, Mapping):

@@ -43,7 +43,7 @@ from .fused_forward import (
     whole_weight,
 )
 from .fused_linear import FusedLoss, release_memory
-from .inputs import ROW_ID, TEACHER_PREFIX, accepted_inputs, behind_front, model_inputs
+from .inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns, accepted_inputs, behind_front, model_inputs
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
 from .model_facts import count_parameters, name_of
@@ -248,7 +248,8 @@ class DistillationMixin(OfflineTeacher):
         """Teacher, formula and the numbers in it, as JSON values: for the report and the model card."""
         kd = self.kd_args
         head = self._fit.head if self._fit else None
-        teacher, cached = self._teacher_module(), self._cached_identity()
+        teacher = self._teacher_module()
+        cached = self.teacher.manifest["teacher"] if isinstance(self.teacher, CachedTeacher) else {}
         formulas = [self._objective_at(progress)[0].formula(head) for progress in (0.0, 1.0)]
         if kd.kd_schedule != "constant":
             formulas[0] += f"; {kd.kd_schedule} schedule to {formulas[1]}"
@@ -263,10 +264,6 @@ class DistillationMixin(OfflineTeacher):
     def _teacher_module(self) -> nn.Module | None:
         """The teacher where there is a live one."""
         return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
-
-    def _cached_identity(self) -> dict[str, Any]:
-        """Name and size of the teacher whose outputs are read from disk; empty without."""
-        return self.teacher.manifest["teacher"] if isinstance(self.teacher, CachedTeacher) else {}
 
     # ---- checkpoints ----
 
@@ -749,7 +746,7 @@ class DistillationMixin(OfflineTeacher):
             return data_collator.around(lambda own: self._get_collator_with_removed_columns(own, description))
         collator = super()._get_collator_with_removed_columns(data_collator, description=description)
         if isinstance(collator, RemoveColumnsCollator):
-            collator.signature_columns = _AndTheTeachers(collator.signature_columns)
+            collator.signature_columns = WithTeacherColumns(collator.signature_columns)
         return collator
 
     def _keep_columns(self, names: Iterable[str]) -> None:
@@ -800,10 +797,3 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
             shown, expected = f"of type {type(args).__name__}", "Seq2SeqDistillationTrainingArguments"
             fail("args", shown, expected, fix, error=TypeError)
         super().__init__(model, args, *trainer_args, **kwargs)
-
-
-class _AndTheTeachers(list):
-    """Names of columns, and every `teacher_*` one."""
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith(TEACHER_PREFIX)
