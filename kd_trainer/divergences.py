@@ -30,7 +30,7 @@ from .checks import check_choice, check_number, check_temperature, check_tensor,
 # at the end of every operation (for long, where other processes use the cores), so they get fewer and larger blocks;
 # an accelerator wants few launches.
 _BLOCK_ONE_THREAD, _BLOCK_THREADS, BLOCK_ACCELERATOR = 2**17, 2**22, 2**25
-_SMALL = 2**12  # elements below which the plain formula has less overhead than the blocks have gain
+_SMALL = 2**18  # elements below which the plain formula has less overhead than the blocks have gain
 
 
 # ---- the formulas: from log-probabilities to elementwise contributions [..., V] -------------------------------------
@@ -271,15 +271,10 @@ def _in_blocks(
     block = max(1, _block_elements(device) // classes)
     values = torch.empty(positions, dtype=dtype, device=device)
     gradient_rows = None if gradient is None else gradient.view(-1, classes)
-    buffers = 0 if divergence != "forward_kl" else 3 if gradient_rows is not None else 4
-    scratch = torch.empty(buffers, min(block, positions), classes, dtype=dtype, device=device)
     for start in range(0, positions, block):
         rows = slice(start, min(start + block, positions))
         z_s, z_t = student_rows[rows], teacher_rows[rows]
-        if divergence == "forward_kl":
-            into = scratch[3, : z_s.shape[0]] if gradient_rows is None else gradient_rows[rows]
-            values[rows] = _forward_kl_block(z_s, z_t, temperature, scratch[:3, : z_s.shape[0]], into)
-        elif gradient_rows is None:
+        if gradient_rows is None:
             values[rows] = _terms(divergence, z_s, z_t, temperature, beta).sum(-1)
         else:
             with torch.enable_grad():
@@ -294,31 +289,6 @@ def _block_elements(device: torch.device) -> int:
     if device.type != "cpu":
         return BLOCK_ACCELERATOR
     return _BLOCK_ONE_THREAD if torch.get_num_threads() == 1 else _BLOCK_THREADS
-
-
-def _forward_kl_block(z_s: Tensor, z_t: Tensor, temperature: float, scratch: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of a block [N, V] -> [N] with one exp per logit; leaves dKL/dz_s = (q - p)/T in the buffer `q`.
-
-    log p - log q = z_t - z_s - (lse_t - lse_s), where lse = max z - log(max p) needs no exp of its own. To the sum of
-    p (log p - log q) it adds sum(q - p), which is 0 but for rounding: the two roundings cancel (the sum is then
-    stationary in the normalisation of p and q), which matters where V is large and the divergence small.
-    """
-    scaled_s, scaled_t, p = scratch
-    if temperature != 1 or z_s.dtype != p.dtype:
-        z_s = scaled_s.copy_(z_s).div_(temperature)
-    if temperature != 1 or z_t.dtype != p.dtype:
-        z_t = scaled_t.copy_(z_t).div_(temperature)
-    torch.softmax(z_s, -1, out=q)
-    torch.softmax(z_t, -1, out=p)
-    # lse_t - lse_s by differences of like things: each lse alone would be rounded at its own, much larger size.
-    lse_difference = (z_t.amax(-1, True) - z_s.amax(-1, True)) - (p.amax(-1, True) / q.amax(-1, True)).log()
-    terms = torch.sub(z_t, z_s, out=scaled_t).sub_(lse_difference).mul_(p)
-    # 0 * inf above is the NaN of a class with p = 0; a NaN of the logits comes back through sum(q - p).
-    values = terms.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf).sum(-1)
-    values += q.sub_(p).sum(-1)
-    if temperature != 1:
-        q.div_(temperature)
-    return values
 
 
 # ---- the public functions -------------------------------------------------------------------------------------------

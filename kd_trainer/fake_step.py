@@ -187,7 +187,7 @@ class FakeStep:
         labels, classes = torch.empty(logits.shape[:-1], dtype=torch.long), min(logits.shape[-1], taught.shape[-1])
         hard = head.hard_loss_sum(logits, labels)
         logits, taught = logits[..., :classes], taught[..., :classes]
-        scratch = torch.empty(3, 0 if self.on_cpu else min(logits.numel(), BLOCK_ACCELERATOR))  # smaller on CPU
+        scratch = torch.empty(5, 0 if self.on_cpu else min(logits.numel(), BLOCK_ACCELERATOR))  # smaller on CPU
         soft = SoftTargetLoss(temperature=2.0, reduction="sum")(logits, taught)
         del scratch
         return hard + soft
