@@ -38,8 +38,8 @@ _SMALL = 2**18  # elements below which the plain formula has less overhead than 
 
 def _weigh(probs: Tensor, values: Tensor) -> Tensor:
     """probs * values with 0 * anything = 0; an infinite value passes no gradient on to its weight."""
-    if probs.device.type == "cpu":
-        # One cheap sum tells here, where no device is waited for, that nothing needs a guard: masks cost far more.
+    if type(probs) is Tensor and probs.device.type == "cpu":  # with contents, and no device is waited for
+        # One cheap sum tells that nothing needs a guard: masks cost far more.
         terms = probs * values
         if math.isfinite(terms.detach().sum()):
             return terms
