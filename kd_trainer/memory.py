@@ -1,29 +1,36 @@
-"""How much memory a training step takes in each process: bytes, from two configs, without weights and without a device.
+"""How much memory a training step takes in each process: bytes by arithmetic, from two configs, without a device.
 
-For: choosing a backend and a batch size before a run; `kd-trainer memory` prints it for every backend. What a step's
-forwards, loss and backward hold is found by `fake_step.py`; weights, gradients, optimizer and buckets are sums here.
+For: choosing a backend and a batch size before a run; `kd-trainer memory` prints it for every backend. Weights,
+gradients, optimizer and buckets are sums. Activations are APPROXIMATE: the formula of Korthikanti et al. 2022,
+arXiv:2205.05198, and the peak with them; `trainer.check()` measures a step.
+Letters: L positions of a row, H hidden size, I inner size of the MLP, A attention heads, V vocabulary, N positions.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 
-from .backends import HALVES
+from .backends import HALVES, layer_classes
 from .checks import check_choice, check_number, fail, message, quoted
-from .fake_step import FakeStep, without_contents
+from .first_look import SMALL_VOCABULARY
+from .fused_arguments import chunk_rows, group_rows
+from .fused_forward import NotPlain, OutputHead
 from .head_choice import PROBLEM_TYPES, auto_class_of, auto_classes
 from .heads import HEADS, Head
+from .inputs import main_input, vocabulary_rows
 from .teacher import ADAPTER_OFF
+
+_Heads = tuple[nn.Linear, nn.Linear]  # the output heads of student and teacher
 
 BACKENDS = ("single", "ddp", "fsdp2", "zero2", "zero3")
 PRECISIONS = {"no": None, **{name: dtype for dtype, name in HALVES.items()}}
+_GATES = ("gate_proj", "gate_up_proj", "wi_0")
+_INNER = ("intermediate_size", "d_ff", "encoder_ffn_dim", "ffn_dim", "hidden_dim", "n_inner")  # I in transformers
 
 
 class Memory(NamedTuple):
@@ -34,11 +41,11 @@ class Memory(NamedTuple):
     gradients: int  # with DDP's buckets of them
     optimizer: int  # states, and DeepSpeed's own copy of the weights
     teacher: int  # weights
-    teacher_forward: int  # what the teacher's forward takes and frees again
-    activations: int  # of the student, kept for backward
+    teacher_forward: int  # approximate: one layer of the teacher, without gradient
+    activations: int | None  # approximate, of the student, kept for backward; None: not known, and not in `total`
     loss: int  # both models' logits and what is made of them, or the fused loss's tiles and gradients
     backend: int  # weights gathered while they are used; DeepSpeed's buckets
-    total: int  # the peak of a training step
+    total: int  # approximate: the peak of a training step
 
 
 def estimate_memory(
@@ -65,11 +72,10 @@ def estimate_memory(
 ) -> Memory:
     """The memory of one process in a step of `DistillationTrainer`, from its second step on.
 
-    Counted: weights, gradients, optimizer, activations, both forwards, the loss, and what a backend gathers and
-    buckets. Not counted: the CUDA context (about half a GiB), workspaces of libraries, fragments of the allocator,
-    ZeRO-3's prefetch, batches that wait, evaluation. Rows are taken to be full: a mask of padding comes on top. With
-    "cuda" the fused loss is taken to run in its Triton kernel or compiled. Checked against runs on CPU, to within 15%
-    (configs/README.md); no run on several GPUs has checked it.
+    Activations are the published formula where the config has hidden size, layers and heads and the rows are tokens or
+    patches; the outputs of the linear layers in a model without them, such as an MLP; not known with convolutions.
+    Not counted: the CUDA context (about half a GiB), workspaces of libraries, fragments of the allocator, ZeRO-3's
+    prefetch, batches that wait, evaluation.
 
     Args:
         student: a config, the folder, file or hub name of one, or a model (on the meta device it takes no memory).
@@ -77,21 +83,19 @@ def estimate_memory(
         teacher: the same, or "adapter_off".
         backend: one of `BACKENDS`, as configs/accelerate sets it up; processes: how many in all.
         batch_size: rows that a process reads at once; sequence_length: tokens of a row.
-        batch: instead of these two, a batch of the collator, e.g. on the meta device: for models that read neither
-            tokens nor images, and for columns of the teacher's own.
+        batch: instead of these two, for models that read neither tokens nor images; the meta device will do.
         mixed_precision: "no", "bf16" or "fp16", as Accelerate's.
         student_dtype, teacher_dtype: of the weights as loaded; None: as the config says, or as the model is.
         teacher_bits: 8 or 4 where bitsandbytes quantises the teacher's linear layers, which no backend then shards.
-        optimizer_bytes: of states for each trained parameter; None: AdamW's two numbers of its dtype. SGD has 0, AdamW
-            in 8 bits has 2.
+        optimizer_bytes: of states for each trained parameter; None: AdamW's two numbers of its dtype (SGD: 0).
         gradient_checkpointing, gradient_accumulation_steps, kd_loss_implementation, kd_task: as in the training
             arguments. kd_task is needed where a config names no architecture.
         reduce_bucket_size, stage3_max_reuse_distance: DeepSpeed's, in elements.
         device: "cuda", or "cpu" for the sizes that the fused loss takes there.
 
     Raises:
-        ValueError: a value out of its range, a config that does not say of what model it is, a model whose forward
-            depends on what its tensors hold, a name whose config cannot be loaded.
+        ValueError: a value out of its range, a config that does not say of what model it is or cannot be loaded,
+            "fused" with models that have full logits.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -100,6 +104,8 @@ def estimate_memory(
         >>> memory = estimate_memory(student, teacher, kd_task="causal_lm", batch_size=2, sequence_length=128)
         >>> memory.student, memory.optimizer
         (152049664, 304099328)
+
+    Source: Korthikanti et al. 2022, arXiv:2205.05198.
     """
     check_choice("backend", backend, BACKENDS)
     check_choice("mixed_precision", mixed_precision, PRECISIONS)
@@ -113,63 +119,59 @@ def estimate_memory(
         fail("teacher_bits", repr(teacher_bits), "8, 4 or None", "Leave it out for a teacher that is not quantised.")
     if backend == "single" and processes != 1:
         fail("processes", repr(processes), "1 with the backend 'single'", "Name another backend, such as 'ddp'.")
-    ours = _model("student", student, kd_task)
-    theirs = ours if isinstance(teacher, str) and teacher == ADAPTER_OFF else _model("teacher", teacher, kd_task)
-    dtypes = _dtypes(backend, PRECISIONS[mixed_precision], ours, theirs, student_dtype, teacher_dtype)
-    deepspeed = backend in ("zero2", "zero3")
-    weight_share = 1 / processes if backend in ("fsdp2", "zero3") else 1.0
-    teacher_share = 1.0 if teacher_bits else weight_share  # the trainer leaves a quantised teacher where it is
-    state_share = 1 / processes if backend in ("fsdp2", "zero2", "zero3") else 1.0
+    model = _model("student", student, kd_task)
+    tutor = model if isinstance(teacher, str) and teacher == ADAPTER_OFF else _model("teacher", teacher, kd_task)
+    head = _head(model, kd_task)
+    columns = _columns(model, head, batch_size, sequence_length) if batch is None else batch
+    heads = _output_heads(model, tutor, head, kd_loss_implementation)
+    # Bytes of a number: the student's trained and frozen weights and the teacher's; in the forwards, both models'.
+    dtypes = _dtypes(backend, PRECISIONS[mixed_precision], model, tutor, student_dtype, teacher_dtype)
+    kept, frozen, taught, used, taught_used = (dtype.itemsize for dtype in dtypes)
+    deepspeed = backend in ("zero2", "zero3")  # casts the weights; elsewhere the forward casts
+    item, teacher_item = (2, 2) if mixed_precision != "no" and not deepspeed else (used, taught_used)
+    share = 1 / processes if backend in ("fsdp2", "zero3") else 1.0
+    state_share = 1 / processes if backend == "zero2" else share
 
-    trained = sum(p.numel() for p in ours.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in ours.parameters()) - trained
-    student_bytes = (trained * dtypes.trained.itemsize + frozen * dtypes.frozen.itemsize) * weight_share
-    teacher_bytes = 0.0 if theirs is ours else _teacher_bytes(theirs, dtypes.teacher, teacher_bits) * teacher_share
-    gradients = trained * dtypes.trained.itemsize * state_share
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    student_bytes = (trained * kept + (_size(model) - trained) * frozen) * share
+    quantised = sum(weight.numel() for weight in _linear_weights(tutor)) if teacher_bits else 0
+    teacher_bytes = (_size(tutor) - quantised) * taught + quantised * (teacher_bits or 0) / 8
+    # The trainer leaves a quantised teacher where it is.
+    teacher_bytes *= 0.0 if tutor is model else 1.0 if teacher_bits else share
+    gradients = trained * kept * state_share
     copies = trained * 4 * state_share if deepspeed else 0.0  # it steps on weights and gradients of its own, in float32
-    states = 2 * (4 if deepspeed else dtypes.trained.itemsize) if optimizer_bytes is None else optimizer_bytes
+    states = 2 * (4 if deepspeed else kept) if optimizer_bytes is None else optimizer_bytes
     optimizer = trained * states * state_share + copies
     # Gradients that lie there through both forwards: accumulated ones, and the memory that ZeRO-3 keeps for them.
     early = gradients if gradient_accumulation_steps > 1 or backend == "zero3" else 0.0
     mirrored = gradients if backend == "ddp" else 0.0
-    # ZeRO-2 has two buckets, with overlap_comm, during backward; ZeRO-3 one from the start.
-    buckets = {"zero2": 2, "zero3": 1}.get(backend, 0) * reduce_bucket_size * dtypes.trained.itemsize
+    # ZeRO-2 has two buckets, with overlap_comm; ZeRO-3 one.
+    around = {"zero2": 2, "zero3": 1}.get(backend, 0) * reduce_bucket_size * kept
+    if share < 1:  # gathered at once: what of the student stays until backward, and the largest part beside it
+        last = _size(_end(model, "output"))
+        reused = stage3_max_reuse_distance // 2 if backend == "zero3" else 0
+        around += (last + min(_size(model) - last, reused)) * used
+        parts = (0, 0) if teacher_bits or tutor is model else _largest(tutor)
+        around += max(_largest(model)[0] * used, max(parts) * taught_used)
 
-    step = FakeStep(
-        autocast=None if deepspeed else PRECISIONS[mixed_precision],
-        gradient_bytes=0.0 if early else dtypes.trained.itemsize * state_share,
-        bucket_bytes=buckets if backend == "zero2" else 0,
-        on_cpu=device == "cpu",
-    )
-    with FakeTensorMode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of hooks on modules whose inputs need no gradient
-        student_model = without_contents(ours, dtypes.student_used).train()
-        teacher_model = student_model
-        if theirs is not ours:
-            teacher_model = without_contents(theirs, dtypes.teacher_used).eval().requires_grad_(False)
-        if gradient_checkpointing:
-            student_model.gradient_checkpointing_enable()  # type: ignore[operator]
-        if weight_share < 1:
-            step.shard(student_model, backend, stage3_max_reuse_distance)
-        if teacher_share < 1 and theirs is not ours:
-            step.shard(teacher_model, backend, None)
-        head = _head(student_model, kd_task)
-        columns = _columns(student_model, head, batch_size, sequence_length) if batch is None else batch
-        step.run(student_model, teacher_model, head, columns, kd_loss_implementation)
-    fixed = student_bytes + teacher_bytes + optimizer + early + mirrored + buckets - step.bucket_bytes
-    # After backward: the gradients, and what they are stepped with.
-    last = gradients - early + copies + step.tiles * step.on_cpu
-    return Memory(
-        student=round(student_bytes),
-        gradients=round(gradients + mirrored),
-        optimizer=round(optimizer),
-        teacher=round(teacher_bytes),
-        teacher_forward=step.teacher_forward,
-        activations=step.activations,
-        loss=step.loss,
-        backend=buckets + step.gathered,
-        total=round(fixed + max(step.peak, last)),
-    )
+    layers = _layers(model, columns, item, used)
+    forward = max((whole for whole, _ in _layers(tutor, columns, teacher_item, taught_used) or ()), default=0)
+    activations = None
+    if layers is not None:
+        activations = sum(whole for whole, _ in layers)
+        if gradient_checkpointing:  # the layers' inputs, and one layer that is computed again
+            activations = sum(given for _, given in layers) + max((whole for whole, _ in layers), default=0)
+        if item < used:  # autocast keeps the weights that it has cast
+            activations += sum(weight.numel() for weight in _linear_weights(model)) * item
+    if heads is None:
+        loss = _full_loss(model, head, columns, item, teacher_item)
+    else:
+        loss = _fused_loss(heads, head, columns, item, item < used, device == "cpu")
+    fixed = student_bytes + teacher_bytes + optimizer + early + mirrored + around
+    peak = fixed + max(forward, (activations or 0) + loss, gradients - early + copies)
+    student_bytes, teacher_bytes, optimizer, peak = map(round, (student_bytes, teacher_bytes, optimizer, peak))
+    gradients = round(gradients + mirrored)
+    return Memory(student_bytes, gradients, optimizer, teacher_bytes, forward, activations, loss, around, peak)
 
 
 # The table's columns, and the parts in them.
@@ -178,10 +180,10 @@ COLUMNS = {
     "gradients": "gradients",
     "optimizer": "optimizer",
     "teacher": "teacher",
-    "activations": "activations",
+    "activations (approximate)": "activations",
     "loss": "loss",
     "gathered, buckets": "backend",
-    "peak": "total",
+    "peak (approximate)": "total",
 }
 
 
@@ -192,9 +194,131 @@ def memory_table(student: Any, teacher: Any, *, processes: int = 8, **settings: 
     for backend in BACKENDS:
         count = 1 if backend == "single" else processes
         memory = estimate_memory(student, teacher, backend=backend, processes=count, **settings)
-        sizes = (getattr(memory, part) / 2**30 for part in COLUMNS.values())
-        rows.append([f"`{backend}`", str(count), *(f"{x:.{2 if x < 1 else x < 10:d}f}" for x in sizes)])
+        parts = (getattr(memory, part) for part in COLUMNS.values())
+        sizes = ("not known" if x is None else f"{x / 2**30:.{2 if x < 2**30 else x < 10 * 2**30:d}f}" for x in parts)
+        rows.append([f"`{backend}`", str(count), *sizes])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# ---- activations and loss -------------------------------------------------------------------------------------------
+
+
+def _layers(model: Any, batch: Mapping[str, Tensor], item: int, stream: int) -> list[tuple[int, int]] | None:
+    """Bytes that each layer keeps for backward, and those of its input; None: not known.
+
+    In 16 bit with I = 4 H a position keeps 34 H + 5 A L: the inputs of the norms 4 H, of q, k and v 2 H, these three
+    6 H, the input of the output projection 2 H, the MLP 18 H, dropout masks 2 H; 5 A L in eager attention alone. A gate
+    doubles the MLP's inner tensors, shared heads make k and v smaller.
+
+    Args:
+        item: bytes of a number in products; stream: of one between the layers, which autocast leaves in float32.
+    """
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    sizes: list[Any] = [
+        getattr(config, name, None) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    ]
+    if not all(isinstance(size, int) for size in sizes):
+        if any(type(module).__name__.startswith("Conv") for module in model.modules()):
+            return None
+        return [(len(main_input(batch)) * len(weight) * item,) * 2 for weight in _linear_weights(model, head=True)]
+    hidden, heads, count = sizes
+    inner: Any = next((n for n in (getattr(config, name, None) for name in _INNER) if isinstance(n, int)), 4 * hidden)
+    inner *= 2 if any(name.endswith(_GATES) for name, _ in model.named_modules()) else 1
+    shared = (getattr(config, "num_key_value_heads", None) or heads) / heads
+    scores = heads * (2 * item + 1) if getattr(config, "_attn_implementation", None) in (None, "eager") else 0
+    main = batch.get(getattr(model, "main_input_name", "input_ids"))
+    sides = [(main, count)]
+    if getattr(config, "is_encoder_decoder", False):
+        count = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", count)
+        sides.append((batch.get("decoder_input_ids", main), count))
+    made = []
+    for column, count in sides:
+        rows, length = _rows_and_length(column, config)
+        if length is None:
+            return None
+        position = (2 * stream + (4 + 2 * shared) * item + 2) * hidden + 2 * inner * item + scores * length
+        made += [(round(rows * length * position), rows * length * hidden * stream)] * count
+    return made
+
+
+def _rows_and_length(column: Tensor | None, config: Any) -> tuple[int, int | None]:
+    """Rows, and positions of a row of token ids or of an image cut into patches; None: not known."""
+    patch = getattr(config, "patch_size", None)
+    if column is not None and column.dim() > 1 and not column.is_floating_point():
+        return column.shape[:-1].numel(), column.shape[-1]
+    if column is not None and column.dim() == 4 and isinstance(patch, int):
+        return len(column), (column.shape[2] // patch) * (column.shape[3] // patch) + 1
+    return 0 if column is None else len(column), None
+
+
+def _linear_weights(model: nn.Module, head: bool = False) -> list[Tensor]:
+    """With or without that of the output head."""
+    last = _end(model, "output")
+    return [m.weight for m in model.modules() if isinstance(m, nn.Linear) and (head or m is not last)]
+
+
+def _positions(head: Head, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Those with logits, and those of them that the loss compares."""
+    rows, length = _rows_and_length(batch.get("decoder_input_ids", main_input(batch)), None)
+    each = length or 1 if head.token_level else 1
+    return rows * each, rows * (each - head.shifted)
+
+
+def _full_loss(model: Any, head: Head, batch: Mapping[str, Tensor], own: int, taught: int) -> int:
+    """Both logits, a copy of each where labels are shifted, and in float32 the student's log-softmax and gradient."""
+    positions, counted = _positions(head, batch)
+    classes = (head.over_tokens and vocabulary_rows(model, written=True)) or 0
+    classes = classes or getattr(getattr(model, "config", None), "num_labels", 1)
+    wide = positions * 4 if own < 4 else 0  # Accelerate makes the student's logits float32, and so does the loss
+    return classes * ((positions + head.shifted * counted) * (own + taught) + wide + 2 * 4 * counted)
+
+
+def _fused_loss(heads: _Heads, head: Head, batch: Mapping[str, Tensor], item: int, casts: bool, on_cpu: bool) -> int:
+    """Tiles of logits, the gradients of weight and hidden states, the teacher's hidden states, a cast weight."""
+    (classes, width), (others, teacher_width) = (module.weight.shape for module in heads)
+    trained, (_, n) = heads[0].weight.requires_grad, _positions(head, batch)
+    chunk = min(n, chunk_rows(classes, item, on_cpu=on_cpu))
+    rows = group_rows(n, chunk, classes, width, item) if trained else chunk
+    weight = classes * width * item * (trained + casts)
+    weight += 6 * classes * width if trained and item == 2 and rows < n else 0  # summed in float32
+    return (rows * classes + chunk * others + n * (width + teacher_width)) * item + weight
+
+
+def _output_heads(student: nn.Module, teacher: nn.Module, head: Head, way: str) -> _Heads | None:
+    """Both output heads where the loss is computed inside them, as `first_look` decides."""
+    rows = vocabulary_rows(student, written=True)
+    if way == "fused" and not head.over_tokens:
+        expected = "'auto' or 'full' where the task is no language model's"
+        fail("kd_loss_implementation", repr(way), expected, "Leave it at 'auto'.")
+    if way == "full" or not head.over_tokens or (way == "auto" and rows is not None and rows < SMALL_VOCABULARY):
+        return None
+    try:
+        return OutputHead(student).module, OutputHead(teacher).module
+    except NotPlain as reason:
+        if way == "auto":
+            return None
+        mend = "Set it to auto: it takes full logits where it must."
+        fail("kd_loss_implementation", repr(way), "'auto' or 'full' with these models", mend, because=str(reason))
+
+
+def _largest(model: nn.Module) -> tuple[int, int]:
+    """Entries of the largest layer that is gathered by itself, and of the larger embedding."""
+    names = layer_classes(model)
+    layer = max((_size(m) for m in model.modules() if type(m).__name__ in names), default=_size(model))
+    return layer, max(_size(_end(model, "input")), _size(_end(model, "output")))
+
+
+def _end(model: Any, side: str) -> Any:
+    """The model's input or output embeddings; None where it has none."""
+    try:
+        return getattr(model, f"get_{side}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _size(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
 # ---- models ---------------------------------------------------------------------------------------------------------
@@ -239,34 +363,17 @@ def _head(model: nn.Module, kd_task: str | None) -> Head:
     return known[0] if known is not None else HEADS[str(kd_task)]
 
 
-class _Dtypes(NamedTuple):
-    """What the weights of the models are in."""
-
-    trained: torch.dtype  # the student's that are trained, between the steps; their gradients too
-    frozen: torch.dtype
-    teacher: torch.dtype
-    student_used: torch.dtype  # in the forwards
-    teacher_used: torch.dtype
-
-
-def _dtypes(
-    backend: str,
-    half: torch.dtype | None,
-    ours: nn.Module,
-    theirs: nn.Module,
-    student_dtype: torch.dtype | str | None,
-    teacher_dtype: torch.dtype | str | None,
-) -> _Dtypes:
-    own, taught = _dtype("student_dtype", student_dtype), _dtype("teacher_dtype", teacher_dtype)
-    trained = own or next((p.dtype for p in ours.parameters() if p.requires_grad), torch.float32)
-    frozen, taught = own or next(ours.parameters()).dtype, taught or next(theirs.parameters()).dtype
+def _dtypes(backend: str, half: Any, student: nn.Module, teacher: nn.Module, own: Any, taught: Any) -> tuple[Any, ...]:
+    own, taught = _dtype("student_dtype", own), _dtype("teacher_dtype", taught)
+    trained = own or next((p.dtype for p in student.parameters() if p.requires_grad), torch.float32)
+    frozen, taught = own or next(student.parameters()).dtype, taught or next(teacher.parameters()).dtype
     if backend == "fsdp2" and half:  # Accelerate trains in float32, and gathers in half
-        return _Dtypes(torch.float32, frozen, taught, half, half)
+        return torch.float32, frozen, taught, half, half
     if backend in ("zero2", "zero3"):  # casts what it is given; under ZeRO-2 the trainer casts the teacher
         own = half or torch.float32
         taught = half or (torch.float32 if backend == "zero3" and taught not in HALVES else taught)
-        return _Dtypes(own, own, taught, own, taught)
-    return _Dtypes(trained, frozen, taught, frozen, taught)
+        return own, own, taught, own, taught
+    return trained, frozen, taught, frozen, taught
 
 
 def _dtype(argument: str, given: torch.dtype | str | None) -> torch.dtype | None:
@@ -274,14 +381,6 @@ def _dtype(argument: str, given: torch.dtype | str | None) -> torch.dtype | None
     if given is not None and not isinstance(dtype, torch.dtype):
         fail(argument, quoted(given), "a dtype of torch or its name", "Write it as 'bfloat16' or 'float32'.")
     return dtype
-
-
-def _teacher_bytes(model: nn.Module, dtype: torch.dtype, bits: int | None) -> float:
-    """Of the weights; bitsandbytes leaves embeddings, norms and the output head as they are."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head] if bits else []
-    quantised = sum(weight.numel() for weight in linear)
-    return (sum(p.numel() for p in model.parameters()) - quantised) * dtype.itemsize + quantised * (bits or 0) / 8
 
 
 def _columns(model: Any, head: Head, rows: int, length: int) -> dict[str, Tensor]:

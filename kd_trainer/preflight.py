@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import psutil
@@ -139,6 +140,7 @@ class _Findings:
 
     def __init__(self, trainer: Any) -> None:
         self.rows: list[Finding] = []
+        self.memory_peak: int | None = None  # bytes, measured in the step
         self._accelerator, self._device = trainer.accelerator, trainer.args.device
 
     @contextmanager
@@ -292,7 +294,7 @@ def _pad_id(tokenizer: Any, student: nn.Module) -> int | None:
 def _run(trial: Trial, findings: _Findings, evaluate: bool) -> None:
     before = len(findings.rows)
     with findings.attempt("loss"):
-        findings.rows += _step(trial)
+        findings.rows += _step(trial, findings)
     if not findings.everywhere(not has_errors(findings.rows[before:])):
         return
     findings.rows += about_path(trial.trainer._fit, trial.fit.student, trial.trainer.kd_args.kd_loss_implementation)
@@ -303,7 +305,7 @@ def _run(trial: Trial, findings: _Findings, evaluate: bool) -> None:
             findings.rows += part(trial, findings)
 
 
-def _step(trial: Trial) -> list[Finding]:
+def _step(trial: Trial, findings: _Findings) -> list[Finding]:
     """The loss of a training step and its gradient."""
     trainer, fit = trial.trainer, trial.fit
     fit.student.train()
@@ -311,6 +313,7 @@ def _step(trial: Trial) -> list[Finding]:
     backward = trial.whole and not _checkpoints_activations(trainer.args)
     seconds = math.inf
     counts = trainer._objective(training=True)[0].count(fit.head, trial.batch)
+    memory_peak = _watch_memory(trainer.args.device)
     for _ in range(2):
         trainer._window = Window(trainer.args.device)
         fit.student.zero_grad(set_to_none=True)
@@ -322,6 +325,7 @@ def _step(trial: Trial) -> list[Finding]:
         seconds = min(seconds, _now(trainer) - begun)
         if seconds > _WARM or not trial.whole:
             break
+    findings.memory_peak = memory_peak() if backward else None
     sums = trainer._window.sums()  # None where a class in front has a compute_loss that does not call ours
     parts = {} if sums is None else named(sums.tolist(), "")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
@@ -383,6 +387,9 @@ def _memory(trial: Trial, findings: _Findings) -> list[Finding]:
     if _live(trainer) is None or not trial.whole:
         return []
     own, on_gpu = isinstance(trainer.teacher, AdapterOffTeacher), args.device.type == "cuda"
+    peak = findings.memory_peak or 0
+    what = f"{_amount(peak)} at the peak" if on_gpu else f"{_amount(peak)} more resident"
+    measured = f"; measured: {what} of one forward and backward, without optimizer" if peak else ""
     try:
         memory = estimate_memory(
             fit.student,
@@ -397,20 +404,38 @@ def _memory(trial: Trial, findings: _Findings) -> list[Finding]:
             kd_loss_implementation="full" if fit.heads is None else "fused",
             device="cuda" if on_gpu else "cpu",
         )
-    except Exception as reason:  # not every forward runs without contents, and a check must not fail for that
-        return [ok("memory", f"not estimated: {(str(reason).splitlines() or [type(reason).__name__])[0]}")]
+    except Exception as reason:  # of an unusual model; a check must not fail for that
+        return [ok("memory", f"not estimated: {(str(reason).splitlines() or [type(reason).__name__])[0]}{measured}")]
     room = torch.cuda.mem_get_info(args.device)[1] if on_gpu else psutil.virtual_memory().total
     parts = ("student", "gradients", "optimizer", "teacher", "activations", "loss")
-    each = ", ".join(f"{part} {_amount(getattr(memory, part))}" for part in parts)
-    found = f"about {_amount(memory.total)} a process at the peak of a step, of {_amount(room)}: {each}"
+    sizes = {part: getattr(memory, part) for part in parts}
+    each = ", ".join(f"{part} {'not known' if size is None else _amount(size)}" for part, size in sizes.items())
+    found = f"about {_amount(memory.total)} a process at the peak of a step, of {_amount(room)}: {each}{measured}"
     shared = 1 if on_gpu else args.world_size
-    if memory.total * shared < 0.9 * room:
+    if max(memory.total, peak + memory.optimizer if on_gpu else 0) * shared < 0.9 * room:
         return [ok("memory", found)]
     mend = (
         "Lower the batch size with gradient_accumulation_steps, set gradient_checkpointing, or load the teacher in "
         "bfloat16 or 8 bits; configs/README.md: From one GPU to many."
     )
     return [warning("memory", found, mend)]
+
+
+def _watch_memory(device: torch.device) -> Callable[[], int | None]:
+    """Afterwards the peak of all tensors on a GPU, or how much this process's resident memory grew; None: unknown."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return lambda: torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+        before = _most_resident()
+    except (OSError, IndexError):
+        return lambda: None
+    return lambda: _most_resident() - before if device.type == "cpu" else None
+
+
+def _most_resident() -> int:
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _amount(count: float) -> str:

@@ -4,15 +4,18 @@ and given back when a training ends."""
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from kd_trainer import DistillationTrainer, fused_linear
-from kd_trainer.fake_step import _Live
 from kd_trainer.fused_linear import fused_linear_distillation, keeps_tiles
 from tests import tiny
 
@@ -31,7 +34,48 @@ def kept() -> dict[str, int]:
     return {name: room.nbytes for name, (room, _) in fused_linear._KEPT.__dict__.items()}
 
 
-class Held(_Live):
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors that are made while it is on, until they are gone, and those that others hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = self.held = self.peak = 0
+        self._seen: dict[int, Any] = {}
+
+    @property
+    def now(self) -> int:
+        return self.made + self.held
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def gone(_: Any) -> None:
+            del self._seen[key]
+            self.made -= size
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.made += size
+        self.peak = max(self.peak, self.now)
+
+    def leave_out(self, model: nn.Module) -> None:
+        """Weights are counted elsewhere."""
+        self._seen |= {tensor.untyped_storage()._cdata: tensor for tensor in (*model.parameters(), *model.buffers())}
+
+    def hold(self, size: int) -> None:
+        self.held += size
+        self.peak = max(self.peak, self.now)
+
+
+class Held(Live):
     """Counts the bytes of all tensors, and of kept memory in which none lies."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -39,6 +83,19 @@ class Held(_Live):
         self.held = sum(room.nbytes for room, user in fused_linear._KEPT.__dict__.values() if user() is None)
         self.peak = max(self.peak, self.now)
         return result
+
+
+def test_bytes_are_counted_until_they_are_gone():
+    live = Live()
+    with live:
+        one = torch.empty(1000)
+        view = one[10:]
+        two = torch.cat([one, view])
+        assert live.now == live.peak == 4000 + two.numel() * 4
+        del one, view
+        assert live.now == two.numel() * 4
+        two.add_(1)
+    assert live.peak == 4000 + two.numel() * 4
 
 
 def naive(student: Any, teacher: Any, batch: dict, count: int) -> torch.Tensor:

@@ -77,7 +77,6 @@ ORDER = [
     "first_look",
     "cache_build",
     "offline",
-    "fake_step",
     "memory",
     "findings",
     "preflight",
