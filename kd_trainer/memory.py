@@ -20,8 +20,9 @@ from .checks import check_choice, check_number, fail, message, quoted
 from .first_look import SMALL_VOCABULARY
 from .fused_arguments import chunk_rows, group_rows
 from .fused_forward import NotPlain, OutputHead
+from .head import Head
 from .head_choice import PROBLEM_TYPES, auto_class_of, auto_classes
-from .heads import HEADS, Head
+from .heads import HEADS
 from .inputs import main_input, vocabulary_rows
 from .teacher import ADAPTER_OFF
 

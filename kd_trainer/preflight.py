@@ -388,8 +388,8 @@ def _memory(trial: Trial, findings: _Findings) -> list[Finding]:
         return []
     own, on_gpu = isinstance(trainer.teacher, AdapterOffTeacher), args.device.type == "cuda"
     peak = findings.memory_peak or 0
-    what = f"{_amount(peak)} at the peak" if on_gpu else f"{_amount(peak)} more resident"
-    measured = f"; measured: {what} of one forward and backward, without optimizer" if peak else ""
+    what = f"{_amount(peak)}{'' if on_gpu else ' more resident'} at the peak of a forward and backward"
+    measured = f"; measured: {what}, without optimizer" if peak else ""
     try:
         memory = estimate_memory(
             fit.student,

@@ -1192,7 +1192,9 @@ def test_the_memory_of_the_step_is_measured(tmp_path):
         return linear(x) + 0 * torch.ones(size).mul(linear.weight.sum()).square().sum()
 
     found = row_of(odd(tmp_path, forward).check(evaluate=False), "memory", "ok").found
-    number, unit = re.search(r"; measured: ([\d.e+]+) (\w+) more resident of one forward and backward", found).groups()
+    number, unit = re.search(
+        r"; measured: ([\d.e+]+) (\w+) more resident at the peak of a forward and backward", found
+    ).groups()
     assert float(number) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit] >= 0.9 * 4 * size
 
 
@@ -1201,7 +1203,8 @@ def test_an_estimate_that_fails_leaves_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_watch_memory", lambda _: lambda: 3 * 2**20)
     found = row_of(tiny.trainer("plain", tmp_path).check(evaluate=False), "memory", "ok").found
     assert found == (
-        "not estimated: division by zero; measured: 3 MiB more resident of one forward and backward, without optimizer"
+        "not estimated: division by zero; measured: 3 MiB more resident at the peak of a forward and backward, "
+        "without optimizer"
     )
 
 
