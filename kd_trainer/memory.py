@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from .backends import HALVES, layer_classes
 from .checks import check_choice, check_number, fail, message, quoted
-from .first_look import SMALL_VOCABULARY
 from .fused_arguments import chunk_rows, group_rows
-from .fused_forward import NotPlain, OutputHead
+from .fused_forward import SMALL_VOCABULARY, NotPlain, OutputHead
 from .head import Head
 from .head_choice import PROBLEM_TYPES, auto_class_of, auto_classes
 from .heads import HEADS
