@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from .backends import HALVES, layer_classes
 from .checks import check_choice, check_number, fail, message, quoted
 from .fused_arguments import chunk_rows, group_rows
-from .fused_forward import SMALL_VOCABULARY, NotPlain, OutputHead
+from .fused_forward import plain_heads
 from .head import Head
 from .head_choice import PROBLEM_TYPES, auto_class_of, auto_classes
 from .heads import HEADS
 from .inputs import main_input, vocabulary_rows
 from .teacher import ADAPTER_OFF
-
-_Heads = tuple[nn.Linear, nn.Linear]  # the output heads of student and teacher
 
 BACKENDS = ("single", "ddp", "fsdp2", "zero2", "zero3")
 PRECISIONS = {"no": None, **{name: dtype for dtype, name in HALVES.items()}}
@@ -123,7 +121,7 @@ def estimate_memory(
     tutor = model if isinstance(teacher, str) and teacher == ADAPTER_OFF else _model("teacher", teacher, kd_task)
     head = _head(model, kd_task)
     columns = _columns(model, head, batch_size, sequence_length) if batch is None else batch
-    heads = _output_heads(model, tutor, head, kd_loss_implementation)
+    heads = [plain_heads(side, None, head.over_tokens, kd_loss_implementation)[0] for side in (model, tutor)]
     # Bytes of a number: the student's trained and frozen weights and the teacher's; in the forwards, both models'.
     dtypes = _dtypes(backend, PRECISIONS[mixed_precision], model, tutor, student_dtype, teacher_dtype)
     kept, frozen, taught, used, taught_used = (dtype.itemsize for dtype in dtypes)
@@ -163,10 +161,11 @@ def estimate_memory(
             activations = sum(given for _, given in layers) + max((whole for whole, _ in layers), default=0)
         if item < used:  # autocast keeps the weights that it has cast
             activations += sum(weight.numel() for weight in _linear_weights(model)) * item
-    if heads is None:
-        loss = _full_loss(model, head, columns, item, teacher_item)
+    weights = [found[0].module.weight for found in heads if found is not None]
+    if len(weights) == 2:
+        loss = _fused_loss(weights, head, columns, item, item < used, device == "cpu")
     else:
-        loss = _fused_loss(heads, head, columns, item, item < used, device == "cpu")
+        loss = _full_loss(model, head, columns, item, teacher_item)
     fixed = student_bytes + teacher_bytes + optimizer + early + mirrored + around
     peak = fixed + max(forward, (activations or 0) + loss, gradients - early + copies)
     student_bytes, teacher_bytes, optimizer, peak = map(round, (student_bytes, teacher_bytes, optimizer, peak))
@@ -274,32 +273,17 @@ def _full_loss(model: Any, head: Head, batch: Mapping[str, Tensor], own: int, ta
     return classes * ((positions + head.shifted * counted) * (own + taught) + wide + 2 * 4 * counted)
 
 
-def _fused_loss(heads: _Heads, head: Head, batch: Mapping[str, Tensor], item: int, casts: bool, on_cpu: bool) -> int:
+def _fused_loss(
+    weights: list[Any], head: Head, batch: Mapping[str, Tensor], item: int, casts: bool, on_cpu: bool
+) -> int:
     """Tiles of logits, the gradients of weight and hidden states, the teacher's hidden states, a cast weight."""
-    (classes, width), (others, teacher_width) = (module.weight.shape for module in heads)
-    trained, (_, n) = heads[0].weight.requires_grad, _positions(head, batch)
+    (classes, width), (others, teacher_width) = (weight.shape for weight in weights)
+    trained, (_, n) = weights[0].requires_grad, _positions(head, batch)
     chunk = min(n, chunk_rows(classes, item, on_cpu=on_cpu))
     rows = group_rows(n, chunk, classes, width, item) if trained else chunk
     weight = classes * width * item * (trained + casts)
     weight += 6 * classes * width if trained and item == 2 and rows < n else 0  # summed in float32
     return (rows * classes + chunk * others + n * (width + teacher_width)) * item + weight
-
-
-def _output_heads(student: nn.Module, teacher: nn.Module, head: Head, way: str) -> _Heads | None:
-    """Both output heads where the loss is computed inside them, as `first_look` decides."""
-    rows = vocabulary_rows(student, written=True)
-    if way == "fused" and not head.over_tokens:
-        expected = "'auto' or 'full' where the task is no language model's"
-        fail("kd_loss_implementation", repr(way), expected, "Leave it at 'auto'.")
-    if way == "full" or not head.over_tokens or (way == "auto" and rows is not None and rows < SMALL_VOCABULARY):
-        return None
-    try:
-        return OutputHead(student).module, OutputHead(teacher).module
-    except NotPlain as reason:
-        if way == "auto":
-            return None
-        mend = "Set it to auto: it takes full logits where it must."
-        fail("kd_loss_implementation", repr(way), "'auto' or 'full' with these models", mend, because=str(reason))
 
 
 def _largest(model: nn.Module) -> tuple[int, int]:
