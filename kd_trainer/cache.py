@@ -22,7 +22,7 @@ from torch import Tensor
 from .cache_formats import Format, check_columns, decode, format_of, output
 from .cache_manifest import check_links, check_settings, head_of
 from .cache_signatures import DERIVED, ROW, SHARED, TOKEN, flat, is_own, kinds_of, refuse_column, signatures
-from .cache_store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Rows, Store, damaged, foreign, is_finished
+from .cache_store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Store, damaged, foreign, is_finished
 from .checks import fail, message
 from .head import Head
 from .inputs import ROW_ID, TEACHER_PREFIX, begins_next, real_tokens
@@ -178,9 +178,8 @@ class Reading:
         # What is kept is joined with the labels too, which no teacher reads.
         tokens = {name: value for name, value in values.items() if kinds.get(name) == TOKEN}
         shared = {name: value for name, value in values.items() if kinds.get(name) == SHARED}
-        own = sorted(
-            name for name in {*values, *kinds} if name not in {*tokens, *shared} and kinds.get(name) != DERIVED
-        )
+        known = {*tokens, *shared, *(name for name, kind in kinds.items() if kind == DERIVED)}
+        own = sorted({*values, *kinds} - known)
         each = [flat(one, self.columns) for one in alone()] if own else [{} for _ in spans]
         for name in own:
             entries = [one.get(name) for one in each]
@@ -250,30 +249,24 @@ class CachedCollator:
         reading = reading_of(manifest, self.collator)
         batch, row_ids, mask, counts, seen = reading(features)
         rows = self.store.take(row_ids)
-        self._check_rows(rows, seen, counts)
+        wrong = np.flatnonzero((rows.signatures != seen) | (rows.counts != counts))
+        if len(wrong):
+            fix = "Train on the data that the cache was built from, or name another teacher_cache_dir to build one."
+            shown = f"giving a row {rows.row_ids[wrong[0]]} that differs from the one the teacher read"
+            raise CacheError(message("train_dataset", shown, "the rows of the teacher cache", fix, because=ROWS_DIFFER))
         kept = format_of(manifest)
         width = manifest["hidden_size"] if kept.name == "hidden" else math.prod(manifest["shape"])
-        if reason := check_columns(kept, rows.columns, width):
-            raise CacheError(foreign(str(self.store.folder / DATA), reason))
-        decoded = decode(kept, rows.columns)
+        reason = check_columns(kept, rows.columns, width)
+        decoded = {} if reason else decode(kept, rows.columns)
         for name in ("ids", "top"):
             if name in decoded and decoded[name].numel() and int(decoded[name].max()) >= kept.classes:
                 reason = f"{name} are beyond the {kept.classes:,} classes of its manifest"
-                raise CacheError(foreign(str(self.store.folder / DATA), reason))
+        if reason:
+            raise CacheError(foreign(str(self.store.folder / DATA), reason))
         for name, values in decoded.items():
-            batch[COLUMN_PREFIX + name] = _aligned(
-                values, mask, reading.head, manifest["shape"] if name == "logits" else None
-            )
+            shape = manifest["shape"] if name == "logits" else None
+            batch[COLUMN_PREFIX + name] = _aligned(values, mask, reading.head, shape)
         return batch
-
-    def _check_rows(self, rows: Rows, seen: np.ndarray, counts: np.ndarray) -> None:
-        wrong = np.flatnonzero((rows.signatures != seen) | (rows.counts != counts))
-        if len(wrong):
-            row = int(rows.row_ids[wrong[0]])
-            because = ROWS_DIFFER
-            mend = "Train on the data that the cache was built from, or name another teacher_cache_dir to build one."
-            shown = f"giving a row {row} that differs from the one the teacher read"
-            raise CacheError(message("train_dataset", shown, "the rows of the teacher cache", mend, because=because))
 
 
 def rows_in_a_row(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[slice] | None:
@@ -286,13 +279,10 @@ def rows_in_a_row(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[sl
         return None
     starts = [0, *(begins_next(batch, mask)[0].nonzero().flatten() + 1).tolist()] if len(mask) == 1 else []
     if len(starts) != count:
-        shown = f"one that makes {len(mask)} rows of {count}"
-        because = "what the teacher said is joined row by row"
-        expected = (
-            "a row of the batch for each row of the dataset, or one row with position_ids that tell where each begins"
-        )
-        mend = "Use DataCollatorWithFlattening, or pack the dataset before (so that its rows are the packed ones)."
-        fail("data_collator", shown, expected, mend, because=because)
+        shown, because = f"one that makes {len(mask)} rows of {count}", "what the teacher said is joined row by row"
+        expected = "a row of the batch for each row of the dataset, or one row with position_ids that tell where each"
+        fix = "Use DataCollatorWithFlattening, or pack the dataset before (so that its rows are the packed ones)."
+        fail("data_collator", shown, f"{expected} begins", fix, because=because)
     return [slice(start, stop) for start, stop in itertools.pairwise([*starts, mask.shape[1]])]
 
 
@@ -352,19 +342,17 @@ class CachedTeacher:
             expected, mend = "the folder of a finished teacher cache, or a dataset of the hub", "Pass its path."
             fail("path", shown, expected, mend, error=ValueError if isinstance(path, str) else TypeError)
         self.path = _local(path)
-        folders = {self.path.name: self.path} if (self.path / MANIFEST).exists() else {}
-        if folders:  # a part alone serves as what it is named, or else as the train data
-            name = self.path.name
-            folders = {name if _is_part(name) else TRAIN: self.path}
-        else:
-            folders = {f.name: f for f in sorted(self.path.iterdir()) if is_finished(f)} if self.path.is_dir() else {}
+        alone = is_finished(self.path)  # a part alone serves as what it is named, or else as the train data
+        inside = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        folders = [self.path] if alone else [folder for folder in inside if is_finished(folder)]
         if not folders:
-            begun = list(self.path.glob(f"*/{BUILDING}")) if self.path.is_dir() else []
-            mend = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
+            begun = any((folder / BUILDING).exists() for folder in inside)
+            fix = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
             shown = f"{str(path)!r}, {'which is unfinished' if begun else 'which holds none'}"
-            raise CacheError(message("teacher_cache", shown, "the folder of a finished teacher cache", mend))
-        root = None if self.path in folders.values() else self.path
-        self.parts = {name: open_part(folder, root) for name, folder in folders.items()}
+            raise CacheError(message("teacher_cache", shown, "the folder of a finished teacher cache", fix))
+        names = [TRAIN if alone and not _is_part(folder.name) else folder.name for folder in folders]
+        root = None if alone else self.path
+        self.parts = {name: open_part(folder, root) for name, folder in zip(names, folders, strict=True)}
         self._check_alike()
         self._head: dict[str, Any] | None = None
         self._head_device: torch.device | None = None

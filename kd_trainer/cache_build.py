@@ -153,39 +153,27 @@ def _rows(head: Head, logits: Tensor, mask: Tensor) -> Tensor:
     return logits[mask] if head.token_level else logits
 
 
-class Plan(NamedTuple):
-    """The batches that a process asks the teacher for; those of shard -1 only keep others company and are dropped."""
-
-    shards: list[int]
-    batches: list[list[int]]
-
-
-def plan(rows: int, settings: Mapping[str, Any], have: set[int], rank: int, world: int, *, together: bool) -> Plan:
-    """Missing shards in turns, one process after the other.
+def plan(
+    rows: int, settings: Mapping[str, Any], have: set[int], rank: int, world: int, *, together: bool
+) -> list[tuple[int, list[int]]]:
+    """(shard, rows) of each batch that a process asks the teacher for: missing shards in turns, one after the other.
 
     Args:
-        together: whether each of the teacher's forwards needs all processes: then all have as many batches.
+        together: whether each of the teacher's forwards needs all processes: then all have as many batches; those of
+            shard -1 only keep others company and are dropped.
     """
     per, size = settings["rows_per_shard"], settings["batch_rows"]
     missing = [index for index in range(-(-rows // per)) if index not in have]
 
     def batches_of(who: int) -> list[tuple[int, list[int]]]:
-        found = []
-        for index in missing[who::world]:
-            stop = min((index + 1) * per, rows)
-            found += [(index, list(range(s, min(s + size, stop)))) for s in range(index * per, stop, size)]
-        return found
+        ends = [(index, min((index + 1) * per, rows)) for index in missing[who::world]]
+        return [(i, list(range(s, min(s + size, end)))) for i, end in ends for s in range(i * per, end, size)]
 
     mine = batches_of(rank)
     if together and missing:
         company = (-1, list(range(min(size, rows))))
         mine += [company] * (max(len(batches_of(who)) for who in range(world)) - len(mine))
-    return Plan([shard for shard, _ in mine], [batch for _, batch in mine])
-
-
-def loader(trainer: Any, dataset: Any, batches: list[list[int]], reading: Reading) -> DataLoader:
-    workers = trainer.args.dataloader_num_workers
-    return DataLoader(cast(Any, NumberedRows(dataset)), batch_sampler=batches, collate_fn=reading, num_workers=workers)
+    return mine
 
 
 def stream_batches(dataset: Any, settings: Mapping[str, Any], reading: Reading) -> Iterator[tuple[int, Any]]:
@@ -213,8 +201,11 @@ def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, set
         total = None
     else:
         mine = plan(len(dataset), settings, have, rank, world, together=together)
-        todo = zip(mine.shards, loader(trainer, dataset, mine.batches, reading), strict=True)
-        total = sum(len(batch) for batch, shard in zip(mine.batches, mine.shards, strict=True) if shard >= 0)
+        batches = [batch for _, batch in mine]
+        options: dict[str, Any] = {"collate_fn": reading, "num_workers": args.dataloader_num_workers}
+        loader = DataLoader(cast(Any, NumberedRows(dataset)), batch_sampler=batches, **options)
+        todo = zip((index for index, _ in mine), loader, strict=True)
+        total = sum(len(batch) for index, batch in mine if index >= 0)
     writes = rank == 0 or not together or not isinstance(dataset, IterableDataset)
     with tqdm(total=total, desc=f"teacher cache: {part}", unit=" rows", disable=args.disable_tqdm or rank > 0) as bar:
         for index, reads in itertools.groupby(todo, key=operator.itemgetter(0)):

@@ -89,35 +89,12 @@ def _listed(index: Path) -> set[str]:
 
 
 # Arguments of from_pretrained that say where weights come from and go to, not what the teacher computes.
-_NOT_OF_THE_OUTPUT = frozenset(
-    [
-        "token",
-        "use_auth_token",
-        "cache_dir",
-        "force_download",
-        "resume_download",
-        "local_files_only",
-        "proxies",
-        "mirror",
-        "user_agent",
-        "low_cpu_mem_usage",
-        "device",
-        "device_map",
-        "max_memory",
-        "offload_folder",
-        "offload_state_dict",
-        "offload_buffers",
-        "weights_only",
-        "output_loading_info",
-        "tp_plan",
-        "tp_size",
-        "device_mesh",
-        "distributed_config",
-        "load_in_parallel",
-        "_fast_init",
-        "disable_mmap",
-    ]
-)
+_NOT_OF_THE_OUTPUT = frozenset([
+    "token", "use_auth_token", "cache_dir", "force_download", "resume_download", "local_files_only", "proxies",
+    "mirror", "user_agent", "low_cpu_mem_usage", "device", "device_map", "max_memory", "offload_folder",
+    "offload_state_dict", "offload_buffers", "weights_only", "output_loading_info", "tp_plan", "tp_size",
+    "device_mesh", "distributed_config", "load_in_parallel", "_fast_init", "disable_mmap",
+])  # fmt: skip
 
 
 def output_kwargs(init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,18 +177,10 @@ def _of_module(model: nn.Module, without: set[int]) -> dict[str, Any]:
 
 
 # Of a config or a module: what changes no output of an eval forward.
-_WITHOUT_EFFECT = frozenset(
-    [
-        "_name_or_path",
-        "name_or_path",
-        "transformers_version",
-        "use_cache",
-        "initializer_range",
-        "gradient_checkpointing",
-        "training",
-        "warnings_issued",
-    ]
-)
+_WITHOUT_EFFECT = frozenset([
+    "_name_or_path", "name_or_path", "transformers_version", "use_cache", "initializer_range",
+    "gradient_checkpointing", "training", "warnings_issued",
+])  # fmt: skip
 
 
 def _of_config(config: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -113,56 +112,49 @@ def _links(folder: Path) -> Iterator[Path]:
 
 # ---- values ----
 
-
-def _whole(low: int, high: int = _LARGEST) -> tuple[Callable[[Any], bool], str]:
-    def fits(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-    return fits, f"a whole number from {low:,} to {high:,}"
+Kind = tuple[Callable[[Any], bool], str]  # whether a value is of it, and in words what is expected
 
 
-def _number(*, above: float | None = None) -> tuple[Callable[[Any], bool], str]:
-    def fits(value: Any) -> bool:
-        known = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-        return known and math.isfinite(value) and (above is None or value > above)
-
-    return fits, "a finite number" + ("" if above is None else f" > {above:g}")
+def _whole(low: int, high: int = _LARGEST) -> Kind:
+    return (lambda v: type(v) is int and low <= v <= high), f"a whole number from {low:,} to {high:,}"
 
 
-def _text(longest: int = 4096) -> tuple[Callable[[Any], bool], str]:
+def _number(above: float = -1e300) -> Kind:
+    words = "a finite number" + (f" > {above:g}" if above > -1e300 else "")
+    return (lambda v: type(v) in (int, float) and above < v < 1e300), words
+
+
+def _text(longest: int = 4096) -> Kind:
     return (lambda v: isinstance(v, str) and len(v) <= longest and v.isprintable()), "printable text"
 
 
-def _one_of(*choices: Any) -> tuple[Callable[[Any], bool], str]:
+def _one_of(*choices: str) -> Kind:
     return (lambda v: isinstance(v, str) and v in choices), "one of " + ", ".join(map(repr, choices))
 
 
-def _digest(length: int) -> tuple[Callable[[Any], bool], str]:
-    pattern = re.compile(f"[0-9a-f]{{{length}}}")
-    return (lambda v: isinstance(v, str) and bool(pattern.fullmatch(v))), f"{length} hexadecimal digits"
+def _digits(count: int) -> Kind:
+    pattern = re.compile(f"[0-9a-f]{{{count}}}")
+    return (lambda v: isinstance(v, str) and bool(pattern.fullmatch(v))), f"{count} hexadecimal digits"
 
 
-def _or_null(kind: tuple[Callable[[Any], bool], str]) -> tuple[Callable[[Any], bool], str]:
-    fits, words = kind
-    return (lambda v: v is None or fits(v)), f"{words}, or null"
+def _or_null(kind: Kind) -> Kind:
+    return (lambda v: v is None or kind[0](v)), f"{kind[1]}, or null"
 
 
-def _list_of(kind: tuple[Callable[[Any], bool], str], shortest: int = 0) -> tuple[Callable[[Any], bool], str]:
-    fits, words = kind
-    return (lambda v: isinstance(v, list) and len(v) >= shortest and all(map(fits, v))), f"a list of {words}"
+def _list_of(kind: Kind, shortest: int = 0) -> Kind:
+    return (lambda v: isinstance(v, list) and len(v) >= shortest and all(map(kind[0], v))), f"a list of {kind[1]}"
 
 
-def _pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) for v in value)
+def _object_of(kind: Kind) -> Kind:
+    return (lambda v: isinstance(v, dict) and all(map(kind[0], v.values()))), f"an object of {kind[1]}"
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
-
-
-_OBJECT: tuple[Callable[[Any], bool], str] = (lambda v: isinstance(v, dict)), "an object"
+_ANY: Kind = (lambda v: True), "anything"
+_OBJECT: Kind = _object_of(_ANY)[0], "an object"
+_PAIR: Kind = (lambda v: isinstance(v, list) and [type(x) for x in v] == [int, int]), "pairs of whole numbers"
+_BOOLEAN: Kind = (lambda v: isinstance(v, bool)), "true or false"
 _IDS = 2**31 - 1
-FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+FIELDS: dict[str, Kind] = {
     "layout": _whole(0),
     "kd_trainer": _text(),
     "part": _text(),
@@ -181,37 +173,29 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "head_softcap": _or_null(_number(above=0)),
     "task": _one_of(*HEADS),
     "positions": _one_of("labels", "attended"),
-    "labels": _or_null((_texts, "an object of texts")),
+    "labels": _or_null(_object_of(_text())),
     "teacher": _OBJECT,
     "teacher.given": _text(),
     "teacher.name": _text(),
     "teacher.parameters": _whole(0),
-    "teacher.weights": _or_null(_digest(64)),
-    "tokenizer": _or_null(_digest(64)),
+    "teacher.weights": _or_null(_digits(64)),
+    "tokenizer": _or_null(_digits(64)),
     "collation": _OBJECT,
     "dataset": _OBJECT,
     "dataset.rows": _or_null(_whole(1)),
-    "dataset.sample": _list_of((_pair, "pairs of whole numbers")),
+    "dataset.sample": _list_of(_PAIR),
     "columns_read": _list_of(_text()),
-    "kinds": ((lambda v: isinstance(v, dict) and set(map(str, v.values())) <= set(KINDS)), "an object of column kinds"),
+    "kinds": _object_of(_one_of(*KINDS)),
     "row_ids": _one_of("position", "column"),
     "batch_rows": _whole(1, _IDS),
     "rows_per_shard": _whole(1),
     "seed": _whole(-_LARGEST),
     "computed": _text(),
 }  # what the settings hold, by path
-_BOOLEAN: tuple[Callable[[Any], bool], str] = (lambda v: isinstance(v, bool)), "true or false"
 _OPTIONAL = {"shifted": _BOOLEAN, "label_names": _list_of(_text(), 1)}  # where they are not the task's usual ones
-_OF_A_SHARD: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "rows": _whole(1), "positions": _whole(0), "bytes": _whole(1), "xxh3": _digest(32)
-}  # fmt: skip
-_OF_A_MANIFEST: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "row_ids": FIELDS["row_ids"],
-    "total_rows": _whole(1),
-    "total_positions": _whole(0),
-    "total_bytes": _whole(1),
-    "shards": _list_of(_OBJECT, 1),
-}
+_OF_A_SHARD = {"rows": _whole(1), "positions": _whole(0), "bytes": _whole(1), "xxh3": _digits(32)}
+_OF_A_MANIFEST = {"row_ids": FIELDS["row_ids"], "total_rows": _whole(1), "total_positions": _whole(0),
+                  "total_bytes": _whole(1), "shards": _list_of(_OBJECT, 1)}  # fmt: skip
 _ABSENT = object()
 
 
@@ -229,12 +213,10 @@ def _refuse(path: Path, field: str, value: Any, expected: str, because: str | No
     raise CacheError(message("teacher_cache", shown, expected, BUILD_AGAIN, because=because))
 
 
-def _check(
-    path: Path, content: Mapping[str, Any], fields: Mapping[str, Any], *, all_of_them: bool, of: str = ""
-) -> None:
+def _check(path: Path, content: Mapping[str, Any], fields: Mapping[str, Kind], *, complete: bool, of: str = "") -> None:
     for field, (fits, expected) in fields.items():
         value = _at(content, field)
-        if (all_of_them or value is not _ABSENT) and not (value is not _ABSENT and fits(value)):
+        if (value is _ABSENT and complete) or (value is not _ABSENT and not fits(value)):
             _refuse(path, of + field, value, expected)
 
 
@@ -244,24 +226,24 @@ def check_settings(path: Path, settings: Mapping[str, Any], *, complete: bool) -
     Args:
         path: the file that holds them; complete: whether every field has to be there.
     """
-    _check(path, settings, FIELDS, all_of_them=complete)
-    _check(path, settings, _OPTIONAL, all_of_them=False)
+    _check(path, settings, FIELDS, complete=complete)
+    _check(path, settings, _OPTIONAL, complete=False)
     if not complete:
         return
-    if settings["rows_per_shard"] % settings["batch_rows"]:
-        _refuse(
-            path, "rows_per_shard", settings["rows_per_shard"], f"a multiple of {settings['batch_rows']} (batch_rows)"
-        )
-    sparse, with_format = settings["format"] in SPARSE, f"with the format {settings['format']!r}"
-    k, classes, vocabulary = settings["k"], settings["classes"], settings["vocabulary"]
-    if sparse and (k is None or (settings["format"] == "topk" and k >= classes)):
-        _refuse(path, "k", k, f"1 to {classes - 1} {with_format}")
-    if sparse and settings["temperature"] is None:
-        _refuse(path, "temperature", None, f"a number {with_format}")
-    if settings["shape"][-1] != vocabulary or classes > vocabulary:
-        _refuse(path, "classes", classes, f"at most {vocabulary}, the last number of the shape {settings['shape']}")
-    if settings["format"] == "hidden" and not (settings["hidden_size"] and settings["head_dtype"]):
-        _refuse(path, "hidden_size", settings["hidden_size"], f"a width and a head_dtype {with_format}")
+    form, k, classes, batch_rows = (settings[name] for name in ("format", "k", "classes", "batch_rows"))
+    sparse, with_format = form in SPARSE, f"with the format {form!r}"
+    shape, vocabulary = settings["shape"], settings["vocabulary"]
+    right: list[tuple[str, bool, str]] = [
+        ("rows_per_shard", settings["rows_per_shard"] % batch_rows == 0, f"a multiple of {batch_rows} (batch_rows)"),
+        ("k", not sparse or (k is not None and (form != "topk" or k < classes)), f"1 to {classes - 1} {with_format}"),
+        ("temperature", not sparse or settings["temperature"] is not None, f"a number {with_format}"),
+        ("classes", classes <= vocabulary == shape[-1], f"at most {vocabulary}, the last number of the shape {shape}"),
+        ("hidden_size", form != "hidden" or bool(settings["hidden_size"] and settings["head_dtype"]),
+         f"a width and a head_dtype {with_format}"),
+    ]  # fmt: skip
+    for field, fits, expected in right:
+        if not fits:
+            _refuse(path, field, settings[field], expected)
 
 
 def head_of(settings: Mapping[str, Any]) -> Head:
@@ -286,13 +268,13 @@ def check_shard(path: Path, index: int, entry: Mapping[str, Any]) -> None:
     if name != shard_name(index):
         because = "a name in a manifest is a file in its own folder"
         _refuse(path, f"shards.{index}.name", name, repr(shard_name(index)), because)
-    _check(path, entry, _OF_A_SHARD, all_of_them=True, of=f"shards.{index}.")
+    _check(path, entry, _OF_A_SHARD, complete=True, of=f"shards.{index}.")
 
 
 def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """Raises CacheError where the shards, the totals or a setting of a finished cache cannot be right."""
     check_settings(path, manifest, complete=False)
-    _check(path, manifest, _OF_A_MANIFEST, all_of_them=True)
+    _check(path, manifest, _OF_A_MANIFEST, complete=True)
     for index, entry in enumerate(manifest["shards"]):
         check_shard(path, index, entry)
     for what in ("rows", "positions", "bytes"):

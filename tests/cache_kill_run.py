@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import kd_trainer.offline
+import kd_trainer.cache_settings
 from tests import tiny
 
 ROWS = 260
@@ -67,7 +67,7 @@ def main(out: str, kept: str, rank: int, port: int | None, kill_at: int | None, 
 
 def trainer(out: Path, kept: str, rows: int = ROWS, **kwargs: Any) -> Any:
     """A run whose cache, `out`/cache, has a shard for each batch of 8 rows."""
-    kd_trainer.offline.SHARD_BYTES = 1
+    kd_trainer.cache_settings.SHARD_BYTES = 1
     k = 4 if kept in ("topk", "sampled") else None
     asked = {"teacher_cache_dir": str(out / "cache"), "teacher_cache_format": kept, "teacher_cache_k": k}
     data = tiny.rows("causal_lm", rows)

@@ -23,7 +23,7 @@ from transformers import (
     DistilBertForMaskedLM,
 )
 
-from kd_trainer import CachedTeacher, offline
+from kd_trainer import CachedTeacher, cache_settings
 from tests import backend_run, test_multiple_choice, test_speech_frames, tiny
 from tests.launch import leave
 
@@ -67,7 +67,7 @@ def build(task: str, folder: Path, **arguments: Any) -> Any:
     torch.manual_seed(0)
     task, _, form = task.partition("+")
     if form:
-        offline.SHARD_BYTES = 600  # several shards
+        cache_settings.SHARD_BYTES = 600  # several shards
         arguments = {"teacher_cache_dir": str(folder / f"cache-{task}"), "teacher_cache_format": form, **arguments}
     if task == "seq2seq_lm":
         pair: Any = (bart(16), bart(24))

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
-from kd_trainer import CachedTeacher, DistillationTrainer, cache_build, offline
+from kd_trainer import CachedTeacher, DistillationTrainer, cache_build, cache_settings
 from kd_trainer.cache_formats import Format
 from kd_trainer.cache_store import CacheError
 from kd_trainer.data import as_tensors, collate_tensors
@@ -569,7 +569,7 @@ def test_another_tokenizer_is_refused(tmp_path):
 
 def test_a_changed_row_is_found_when_it_is_read(built, tmp_path, monkeypatch):
     """Some are compared before the training, every one when it comes."""
-    monkeypatch.setattr(offline, "_SAMPLE_ROWS", 2)
+    monkeypatch.setattr(cache_settings, "_SAMPLE_ROWS", 2)
     rows = tiny.rows("causal_lm")
     rows[5] = {**rows[5], "input_ids": [1] * len(rows[5]["input_ids"])}
     trainer = reader(built, tmp_path, "logits")
@@ -638,8 +638,8 @@ def test_a_single_number_that_is_not_finite_is_seen_in_every_format(kept, strang
 
 
 def test_no_room_on_the_disk(tmp_path, monkeypatch):
-    usage = type(offline.shutil.disk_usage(tmp_path))
-    monkeypatch.setattr(offline.shutil, "disk_usage", lambda _: usage(10, 10, 5))
+    usage = type(cache_settings.shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(cache_settings.shutil, "disk_usage", lambda _: usage(10, 10, 5))
     trainer = build("classification", tmp_path / "run", **cache(tmp_path / "cache", "logits"))
     with pytest.raises(
         RuntimeError, match=r"with 0 MB free; expected about 0 MB for 32 rows of format logits. Make room"
@@ -721,7 +721,7 @@ def test_a_dataloader_of_the_scripts_own_is_told(built, tmp_path):
 
 
 def test_kd_run_cache_builds_and_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(offline, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(cache_settings, "SHARD_BYTES", 1000)
     trainer = build("classification", tmp_path / "run", kd_run="cache", **cache(tmp_path / "cache", "logits"))
     with pytest.raises(SystemExit) as end:
         trainer.train()
@@ -798,10 +798,10 @@ def test_ctrl_c_leaves_no_callback_behind(built, tmp_path):
 
 
 def test_auto_is_exact_and_keeps_to_what_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(offline, "SMALL_VOCABULARY", 30)
+    monkeypatch.setattr(cache_settings, "SMALL_VOCABULARY", 30)
     built = build("causal_lm", tmp_path / "run", **cache(tmp_path / "a", "auto")).build_teacher_cache()
     assert {store.manifest["format"] for store in built.parts.values()} == {"hidden"}
-    monkeypatch.setattr(offline, "SMALL_VOCABULARY", 40)
+    monkeypatch.setattr(cache_settings, "SMALL_VOCABULARY", 40)
     built = build("causal_lm", tmp_path / "run", **cache(tmp_path / "b", "auto")).build_teacher_cache()
     assert built.format.name == "logits"
     first = build("causal_lm", tmp_path / "run", **cache(tmp_path / "c", "topk", 7))

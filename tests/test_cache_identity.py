@@ -121,7 +121,7 @@ def test_an_evaluation_alone_compares_the_teacher_too(built, tmp_path):
 
 @pytest.mark.parametrize("form", ["logits", "topk", "sampled"])
 def test_an_unfinished_cache_does_not_go_on_with_another_teacher(form, tmp_path, monkeypatch):
-    monkeypatch.setattr("kd_trainer.offline.SHARD_BYTES", 1)
+    monkeypatch.setattr("kd_trainer.cache_settings.SHARD_BYTES", 1)
     more = {"kd_temperature": 1.0} if form == "sampled" else {}
     of(tmp_path, Net(), tmp_path / "cache", form, **more).build_teacher_cache()
     folder = tmp_path / "cache/train"

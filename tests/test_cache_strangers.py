@@ -16,7 +16,7 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from kd_trainer import CachedTeacher, checkpoints, offline
+from kd_trainer import CachedTeacher, cache_settings, checkpoints
 from kd_trainer.cache import CachedCollator, NumberedRows
 from kd_trainer.cache_manifest import FIELDS, shard_index, write_json
 from kd_trainer.cache_store import CacheError, written_notes
@@ -28,13 +28,13 @@ from tests.test_cache import build, cache
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory) -> dict[str, Path]:
     """A cache of three shards in each format that is read differently."""
-    folder, before = tmp_path_factory.mktemp("caches"), offline.SHARD_BYTES
-    offline.SHARD_BYTES = 1
+    folder, before = tmp_path_factory.mktemp("caches"), cache_settings.SHARD_BYTES
+    cache_settings.SHARD_BYTES = 1
     for form, k in (("logits", None), ("hidden", None), ("topk", 4)):
         trainer = build("causal_lm", folder / "run", data=tiny.rows("causal_lm", 20), **cache(folder / form, form, k))
         trainer.eval_dataset = None
         trainer.build_teacher_cache()
-    offline.SHARD_BYTES = before
+    cache_settings.SHARD_BYTES = before
     return {form: folder / form for form in ("logits", "hidden", "topk")}
 
 

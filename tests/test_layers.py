@@ -76,6 +76,7 @@ ORDER = [
     "setup_checks",
     "first_look",
     "cache_build",
+    "cache_settings",
     "offline",
     "memory",
     "findings",
