@@ -22,7 +22,7 @@ from torch import Tensor
 from .cache_formats import Format, check_columns, decode, format_of, output
 from .cache_manifest import check_links, check_settings, head_of
 from .cache_signatures import DERIVED, ROW, SHARED, TOKEN, flat, is_own, kinds_of, refuse_column, signatures
-from .cache_store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Store, damaged, foreign, is_finished
+from .cache_store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Store, damaged, foreign, is_finished, read_manifest
 from .checks import fail, message
 from .head import Head
 from .inputs import ROW_ID, TEACHER_PREFIX, begins_next, real_tokens
@@ -334,7 +334,6 @@ class CachedTeacher:
     """
 
     compiled = False
-    class_order = None  # the student's order was kept
 
     def __init__(self, path: str | Path) -> None:
         if not isinstance(path, (str, Path)) or not str(path).strip():
@@ -346,10 +345,8 @@ class CachedTeacher:
         inside = sorted(self.path.iterdir()) if self.path.is_dir() else []
         folders = [self.path] if alone else [folder for folder in inside if is_finished(folder)]
         if not folders:
-            begun = any((folder / BUILDING).exists() for folder in inside)
-            fix = "Run the building again: it goes on." if begun else "Build it: trainer.build_teacher_cache()."
-            shown = f"{str(path)!r}, {'which is unfinished' if begun else 'which holds none'}"
-            raise CacheError(message("teacher_cache", shown, "the folder of a finished teacher cache", fix))
+            begun = [folder for folder in inside if (folder / BUILDING).exists()]
+            read_manifest((begun or [self.path])[0])  # raises: it is unfinished, or there is none
         names = [TRAIN if alone and not _is_part(folder.name) else folder.name for folder in folders]
         root = None if alone else self.path
         self.parts = {name: open_part(folder, root) for name, folder in zip(names, folders, strict=True)}

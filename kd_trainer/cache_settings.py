@@ -99,7 +99,7 @@ def settings_of(trainer: Any, part: str, dataset: Any, speaker: Speaker, sample:
         "dataset": {"rows": None if isinstance(used, IterableDataset) else len(used), "sample": signed(read)},
         "columns_read": columns,
         "kinds": reading.kinds,
-        "row_ids": "position" if by_position(used) else "column",
+        "row_ids": "position" if known_by_position(used) else "column",
         "batch_rows": batch_rows,
         "rows_per_shard": max(1, int(SHARD_BYTES / (row_bytes * batch_rows))) * batch_rows,
         "seed": trainer.args.seed,
@@ -227,7 +227,7 @@ def argument_of(part: str) -> str:
     return "dataset" if kind == TEST else f"{kind}_dataset"
 
 
-def by_position(dataset: Any) -> bool:
+def known_by_position(dataset: Any) -> bool:
     """Whether a row is known by its place, not by a column of its own."""
     if isinstance(dataset, IterableDataset):
         return False

@@ -49,6 +49,7 @@ from .cache_settings import (
     compare_settings,
     computed,
     features_of,
+    known_by_position,
     rows_of,
     settings_of,
 )
@@ -392,7 +393,7 @@ class OfflineTeacher(FirstLook):
         kept = store.manifest
         used, collator = as_read(self, dataset)
         by_position = kept["row_ids"] == "position"
-        if isinstance(used, IterableDataset) or by_position(used) != by_position:
+        if isinstance(used, IterableDataset) or known_by_position(used) != by_position:
             return False
         if by_position and len(used) != len(store):
             return False
