@@ -101,7 +101,7 @@ def estimate_memory(
         >>> student, teacher = (LlamaConfig(num_hidden_layers=n, **sizes) for n in (2, 8))
         >>> memory = estimate_memory(student, teacher, kd_task="causal_lm", batch_size=2, sequence_length=128)
         >>> memory.student, memory.optimizer
-        (152049664, 304099328)
+        (152053760, 304107520)
 
     Source: Korthikanti et al. 2022, arXiv:2205.05198.
     """
