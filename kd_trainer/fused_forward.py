@@ -109,12 +109,8 @@ def plain_heads(
 
     Args:
         teacher: None where its outputs come from a cache.
-        over_tokens: whether the task is a language model's.
-        implementation: `kd_loss_implementation`.
-        compiled: whether training compiles one of the models.
-
-    Raises:
-        ValueError: `implementation` is "fused" and the heads are not plain.
+        over_tokens: whether the task is a language model's. compiled: whether training compiles one of the models.
+        implementation: `kd_loss_implementation`; with "fused" it raises ValueError where the heads are not plain.
     """
     if implementation == "fused" and not over_tokens:
         expected = "'auto' or 'full' where the task is no language model's"

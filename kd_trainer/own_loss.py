@@ -358,17 +358,13 @@ def agreed(found: HardLoss | None, head: Head, anywhere: Callable[[list[bool]], 
 def choose(
     wanted: str, head: Head, labelled: bool, smoothed: bool, with_function: bool, compare: Callable[[], HardLoss | None]
 ) -> HardLoss:
-    """Whether the hard loss is the task's formula or the model's own.
+    """Whether the hard loss is the task's formula or the model's own, by `kd_hard_loss` (`wanted`).
 
     Args:
-        wanted: `kd_hard_loss`.
         labelled: whether the batch has targets of the task.
         smoothed: whether upstream's label smoother replaces the model's own loss.
         with_function: whether there is a `compute_loss_func`, which is the hard loss then.
-        compare: the verdict of `Comparison`, on every process; None where the model cannot be called.
-
-    Raises:
-        ValueError: `wanted` is "model" and the model gives no loss of its own.
+        compare: gives the verdict of `Comparison`, on every process; None where the model cannot be called.
     """
     if not head.has_formula and not with_function:
         return HardLoss(True, head, f"the model's own, as for every model of the task {head.name!r}")

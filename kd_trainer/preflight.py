@@ -1,114 +1,28 @@
-"""`trainer.check()`: one batch through both models before training begins, and a list of findings.
+"""`trainer.check()`: every check of a setup, advice on it, and one batch through both models, as a table.
 
-For: `trainer.py`. Gathers the rows of `findings.py` and those that need a forward pass: the loss and its gradient, the
-same loss of the batch in halves and padded further, what soft and hard loss weigh at the logits, the teacher beside the
-untrained student on the evaluation data. Nothing is trained; afterwards everything is as it was.
+For: `trainer.py`. Nothing is trained; afterwards everything is as it was.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
-import psutil
-import torch
-from torch import Tensor, nn
-
+from . import advice
 from .cache import CachedTeacher
 from .checks import fail
 from .compatibility import class_names, match_classes
-from .findings import (
-    Finding,
-    about_classes,
-    about_columns,
-    about_images,
-    about_labels,
-    about_lengths,
-    about_path,
-    about_settings,
-    about_student,
-    about_teacher,
-    about_tokens,
-    check_student_ids,
-    error,
-    has_errors,
-    ok,
-    refused,
-    warning,
-)
+from .findings import Finding, Findings, has_errors, refused, warning
 from .finite import FiniteWatch
-from .first_look import Fit, plan
-from .head import Head
+from .first_look import plan
 from .head_choice import classes_have_names, head_for
-from .inputs import (
-    TEACHER_PREFIX,
-    accepted_inputs,
-    behind_front,
-    main_input,
-    model_inputs,
-    token_mask,
-    vocabulary_rows,
-)
-from .memory import estimate_memory
-from .objective import Counts
-from .reductions import IGNORE_INDEX, divide
+from .inputs import TEACHER_PREFIX, accepted_inputs, model_inputs
 from .restore import same_random_numbers, unchanged_buffers
-from .setup_checks import WITH_MODELS, WITHOUT_MODELS, Check, Setup, classes_of_cache, classes_of_logits, tokens
-from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher
-from .teacher_errors import positions_of
-from .window import Window, named
-
-_EVALUATED = 50  # batches of the evaluation data
-_WARM = 10.0  # seconds: a step that took longer is not run a second time for a better measure
-_MORE = 8  # positions of padding
-_AT_ONCE = 2**27  # logits of a language model
-_LOPSIDED = 0.95
-
-
-class Trial(NamedTuple):
-    """What the passes through the models need."""
-
-    trainer: Any
-    model: nn.Module  # the student as it is called
-    fit: Fit
-    batch: dict[str, Any]  # prepared, with the inputs of a decoder
-
-    @property
-    def whole(self) -> bool:
-        """Whether every process has a whole student and may call it as often as it likes."""
-        return not is_sharded(self.trainer)
-
-    def loss(self, batch: Mapping[str, Any], counts: Counts | None = None) -> Tensor:
-        """The trainer's own loss, with the mixed precision that the accelerator will set up."""
-        with _precision(self.trainer):
-            return self.trainer.compute_loss(self.model, dict(batch), num_items_in_batch=counts)
-
-    def logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Of student and teacher; without gradient."""
-        head, trainer = self.fit.head, self.trainer
-        taught = None
-        if _live(trainer) is not None:
-            taught = trainer.teacher(batch, trainer.accelerator, self.model, read=head.logits)
-        with torch.no_grad(), _precision(trainer):
-            logits = head.logits(self.model(**model_inputs(batch, self.fit.accepted)), "model")
-            logits = behind_front(logits, self.fit.student, batch)
-        return logits, None if taught is None else taught.to(logits.device)
-
-
-def _live(trainer: Any) -> LiveTeacher | None:
-    """The teacher where it is asked, not read from a cache."""
-    return trainer.teacher if isinstance(trainer.teacher, LiveTeacher) else None
-
-
-def is_sharded(trainer: Any) -> bool:
-    """Whether the student is whole on no process, so that only training's own preparation makes it callable."""
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+from .setup_checks import WITH_MODELS, WITHOUT_MODELS, Setup, classes_of_cache, classes_of_logits, is_sharded, tokens
+from .teacher import AdapterOffTeacher, LiveTeacher
+from .trial import Trial, batches, run
 
 
 def examine(trainer: Any, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
@@ -120,105 +34,50 @@ def examine(trainer: Any, *, evaluate: bool = True, batch: Mapping[str, Any] | N
         batch: the first batch of training; None takes it from the trainer's own loader.
     """
     with _as_it_was(trainer):
-        findings = _Findings(trainer)
+        findings = Findings(trainer)
         findings.rows += [refused("setup", refusal) for refusal in trainer._refused]
         _look_at_models(trainer, findings)
         if batch is None:
             with findings.attempt("data"):
                 batch = _first_batch(trainer)
-        fit = None
+        trial = None
         if findings.everywhere(batch is not None):
-            fit = _look_at_batch(trainer, findings, cast(Mapping, batch))
-        if findings.everywhere(fit is not None):
-            trial = Trial(trainer, trainer.model_wrapped if is_sharded(trainer) else trainer.model, cast(Fit, fit), {})
-            _run(trial._replace(batch=_prepared(trial, cast(Mapping, batch))), findings, evaluate)
+            trial = _look_at_batch(trainer, findings, cast(Mapping, batch))
+        if findings.everywhere(trial is not None):
+            run(cast(Trial, trial), findings, evaluate)
         return findings.of_all_processes()
 
 
-class _Findings:
-    """The rows of this process, and what the processes have to agree on."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.rows: list[Finding] = []
-        self.memory_peak: int | None = None  # bytes, measured in the step
-        self._accelerator, self._device = trainer.accelerator, trainer.args.device
-
-    @contextmanager
-    def attempt(self, what: str) -> Iterator[None]:
-        """An exception inside becomes a row, once."""
-        try:
-            yield
-        except Exception as exception:
-            row = refused(what, exception)
-            if row.found not in {known.found for known in self.rows}:
-                self.rows.append(row)
-
-    def passes(self, what: str, check: Check, setup: Setup) -> bool:
-        """Whether a check of the list raises nothing; a row tells what it has found."""
-        passed = False
-        with self.attempt(what):
-            line = check(setup)
-            self.rows += [] if line is None else [ok(what, line)]
-            passed = True
-        return passed
-
-    def everywhere(self, mine: bool) -> bool:
-        """Whether it is so on every process; a process that went on alone would wait for the others for ever."""
-        if self._accelerator.num_processes == 1:
-            return mine
-        agreed = self._accelerator.reduce(torch.tensor(float(mine), device=self._device), reduction="sum")
-        return int(agreed) == self._accelerator.num_processes
-
-    def of_all_processes(self) -> list[Finding]:
-        """The first process's rows, with what was wrong on others alone."""
-        if self._accelerator.num_processes == 1:
-            return self.rows
-        from accelerate.utils import gather_object
-
-        first, *others = gather_object([self.rows])
-        for process, rows in enumerate(others, 1):
-            known = {(row.status, row.what) for row in first}
-            found = (row for row in rows if row.status != "ok" and (row[:2]) not in known)
-            first = [*first, *(row._replace(found=f"process {process}: {row.found}") for row in found)]
-        return first
-
-
-# ---- what is there before a model runs ----
-
-
-def _look_at_models(trainer: Any, findings: _Findings) -> None:
+def _look_at_models(trainer: Any, findings: Findings) -> None:
     student, teacher, args = trainer.unwrapped_student(), trainer.teacher, trainer.args
     with findings.attempt("settings"):
         trainer._read_settings()
         if not trainer._refused:  # else the teacher is missing for a reason that is told already
             trainer._require_teacher(teacher)
     with findings.attempt("student"):
-        findings.rows += about_student(student, fp16=args.fp16)
+        findings.rows += advice.about_student(student, fp16=args.fp16)
     with findings.attempt("teacher"):
         mixed, called = trainer.accelerator.mixed_precision != "no", not trainer._always_hard
-        findings.rows += about_teacher(teacher, student, args.device, called=called, mixed=mixed)
-    remap, head = (
-        trainer.kd_args.kd_remap_labels,
-        head_for(student, trainer.kd_args.kd_task, trainer._loss_shifts_labels),
-    )
+        findings.rows += advice.about_teacher(teacher, student, args.device, called=called, mixed=mixed)
+    kd, head = trainer.kd_args, head_for(student, trainer.kd_args.kd_task, trainer._loss_shifts_labels)
     with findings.attempt("classes"):
         if isinstance(teacher, CachedTeacher) and teacher.manifest["labels"]:
             names = {int(i): name for i, name in teacher.manifest["labels"].items()}
-            matched = classes_of_cache(student, teacher, remap=remap)
-            findings.rows += about_classes(class_names(student), names, matched)
+            matched = classes_of_cache(student, teacher, remap=kd.kd_remap_labels)
+            findings.rows += advice.about_classes(class_names(student), names, matched)
         elif _has_own_weights(teacher) and classes_have_names(student, head):
-            ours, theirs = class_names(student), class_names(teacher.model)
-            findings.rows += about_classes(ours, theirs, match_classes(ours, theirs, remap=remap))
+            both = class_names(student), class_names(teacher.model)
+            findings.rows += advice.about_classes(*both, match_classes(*both, remap=kd.kd_remap_labels))
 
 
-def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) -> Fit | None:
+def _look_at_batch(trainer: Any, findings: Findings, batch: Mapping[str, Any]) -> Trial | None:
     """The list of checks, and what else the batch tells; None where the models could not be run on it."""
     setup, before = Setup(trainer, batch), len(findings.rows)
-    passed = {check: findings.passes(what, check, setup) for what, check in WITHOUT_MODELS}
+    passed = {check: findings.passes(what, partial(check, setup)) for what, check in WITHOUT_MODELS}
     if passed[tokens] and _has_own_weights(trainer.teacher):
-        findings.rows += about_tokens(batch, setup.known_by)
+        findings.rows += advice.about_tokens(batch, setup.known_by)
     with findings.attempt("student's tokens"):
-        check_student_ids(setup.student, batch)
+        advice.check_student_ids(setup.student, batch)
     known = setup.head is not None
     _look_closer(setup, findings)
     if is_sharded(trainer) and not trainer.is_in_train:
@@ -227,15 +86,16 @@ def _look_at_batch(trainer: Any, findings: _Findings, batch: Mapping[str, Any]) 
         return None
     # On a GPU an index out of range ends the process.
     fits = findings.everywhere(all(passed.values()) and not has_errors(findings.rows[before:]))
-    fits = fits and all(findings.passes(what, check, setup) for what, check in WITH_MODELS)
+    fits = fits and all(findings.passes(what, partial(check, setup)) for what, check in WITH_MODELS)
     if fits and not known:
         _look_closer(setup, findings)
     if setup.head is not None:
         with findings.attempt("reduction"):
             trainer._refuse_packed(setup.head, batch, now=True)
-    if fits:
-        trainer._fit = plan(setup)
-    return trainer._fit if fits else None
+    if not fits:
+        return None
+    trainer._fit = plan(setup)
+    return Trial(setup, trainer._fit, trainer.model_wrapped if setup.sharded else trainer.model, setup.prepared())
 
 
 def _has_own_weights(teacher: Any) -> bool:
@@ -243,22 +103,18 @@ def _has_own_weights(teacher: Any) -> bool:
     return isinstance(teacher, LiveTeacher) and not isinstance(teacher, AdapterOffTeacher)
 
 
-def _look_closer(setup: Setup, findings: _Findings) -> None:
+def _look_closer(setup: Setup, findings: Findings) -> None:
     """What is suspicious in a batch of a known task, and not always wrong."""
     trainer, head, batch, student = setup.trainer, setup.head, setup.batch, setup.student
     if head is None:
         return
-    taught, tokenizer, (objective, _) = (
-        trainer._teacher_module(),
-        trainer.processing_class,
-        trainer._objective(training=True),
-    )
-    pad_id = _pad_id(tokenizer, student)
+    taught, tokenizer = trainer._teacher_module(), trainer.processing_class
+    objective, pad_id = trainer._objective(training=True)[0], advice.pad_id_of(tokenizer, student)
 
     def labels() -> list[Finding]:
         # On a GPU an index out of range ends the process.
         classes = None if has_errors(findings.rows) else classes_of_logits(setup)
-        return about_labels(classes, head, objective, batch, pad_id)
+        return advice.about_labels(classes, head, objective, batch, pad_id)
 
     def columns() -> list[Finding]:
         accepted = accepted_inputs(student, label_names=trainer.label_names, withheld=trainer._withheld_columns())
@@ -268,13 +124,13 @@ def _look_closer(setup: Setup, findings: _Findings) -> None:
         if setup.live is not None:
             read |= set(setup.live.inputs(batch))
         kept = trainer._signature_columns if trainer.args.remove_unused_columns else None
-        return about_columns(trainer.train_dataset, kept, batch, read, pad_id)
+        return advice.about_columns(trainer.train_dataset, kept, batch, read, pad_id)
 
     looks: dict[str, Callable[[], list[Finding]]] = {
-        "task": lambda: about_settings(trainer.args, head, objective),
+        "task": lambda: advice.about_settings(trainer.args, head, objective),
         "labels": labels,
-        "lengths": lambda: about_lengths(student, taught, head, tokenizer, batch),
-        "images": lambda: about_images(student, taught, batch),
+        "lengths": lambda: advice.about_lengths(student, taught, head, tokenizer, batch),
+        "images": lambda: advice.about_images(student, taught, batch),
         "columns": columns,
     }
     for what, look in looks.items():
@@ -282,440 +138,11 @@ def _look_closer(setup: Setup, findings: _Findings) -> None:
             findings.rows += look()
 
 
-def _pad_id(tokenizer: Any, student: nn.Module) -> int | None:
-    pad_id = getattr(tokenizer, "pad_token_id", None)
-    pad_id = getattr(getattr(student, "config", None), "pad_token_id", None) if pad_id is None else pad_id
-    return pad_id if isinstance(pad_id, int) else None
-
-
-# ---- one batch through both models ----
-
-
-def _run(trial: Trial, findings: _Findings, evaluate: bool) -> None:
-    before = len(findings.rows)
-    with findings.attempt("loss"):
-        findings.rows += _step(trial, findings)
-    if not findings.everywhere(not has_errors(findings.rows[before:])):
-        return
-    findings.rows += about_path(trial.trainer._fit, trial.fit.student, trial.trainer.kd_args.kd_loss_implementation)
-    parts: dict[str, Callable[[Trial, _Findings], list[Finding]]]
-    parts = {"memory": _memory, "split": _halves, "padding": _more_padding, "soft and hard": _shares}
-    for what, part in {**parts, **({"teacher's quality": _teacher_beside_student} if evaluate else {})}.items():
-        with findings.attempt(what):
-            findings.rows += part(trial, findings)
-
-
-def _step(trial: Trial, findings: _Findings) -> list[Finding]:
-    """The loss of a training step and its gradient."""
-    trainer, fit = trial.trainer, trial.fit
-    fit.student.train()
-    # Where the student is sharded, or saves memory in a way that begins with training, no gradient is asked for.
-    backward = trial.whole and not _checkpoints_activations(trainer.args)
-    seconds = math.inf
-    counts = trainer._objective(training=True)[0].count(fit.head, trial.batch)
-    memory_peak = _watch_memory(trainer.args.device)
-    for _ in range(2):
-        trainer._window = Window(trainer.args.device)
-        fit.student.zero_grad(set_to_none=True)
-        begun = _now(trainer)
-        with torch.set_grad_enabled(backward), _in_training(trainer):
-            loss = trial.loss(trial.batch, counts)
-        if backward:
-            loss.backward()
-        seconds = min(seconds, _now(trainer) - begun)
-        if seconds > _WARM or not trial.whole:
-            break
-    findings.memory_peak = memory_peak() if backward else None
-    sums = trainer._window.sums()  # None where a class in front has a compute_loss that does not call ours
-    parts = {} if sums is None else named(sums.tolist(), "")
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
-    found = f"{loss.item():.4f} of one batch: {shown}"
-    if not math.isfinite(loss.item()):
-        return [
-            error("loss", found, 'Set kd_check_finite to "step" to see which rows and whose logits are not finite.')
-        ]
-    rows = [ok("loss", found)]
-    if trial.whole:
-        rows += _seconds(trial, seconds, backward)
-    return [*rows, *_gradient(trainer, fit.student)] if backward else rows
-
-
-def _checkpoints_activations(args: Any) -> bool:
-    return any(getattr(args, name, False) for name in ("activation_checkpointing", "gradient_checkpointing"))
-
-
-def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
-    trainer, count = trial.trainer, main_input(trial.batch).shape[0]
-    taught = 0.0
-    if _live(trainer) is not None and not trainer._always_hard:
-        times = [_now(trainer)]
-        for _ in range(1 if whole > _WARM else 2):
-            trainer.teacher.outputs(trial.batch, trainer.accelerator, trial.model)
-            times.append(_now(trainer))
-        taught = min(after - before for before, after in itertools.pairwise(times))
-    passes = "forward and backward" if backward else "forward"
-    own = f"{max(whole - taught, 0.0):.3g} s for the student's {passes} and the loss"
-    found = f"a batch of {count} row{'' if count == 1 else 's'} takes {own}"
-    return [ok("time", found + (f", {taught:.3g} s for the teacher's forward" if taught else ""))]
-
-
-def _gradient(trainer: Any, student: nn.Module) -> list[Finding]:
-    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    unused = [name for name, p in trained.items() if p.grad is None]
-    norms = [p.grad.detach().float().norm() for p in trained.values() if p.grad is not None]
-    norm = float(torch.stack(norms).norm()) if norms else 0.0
-    if not math.isfinite(norm):
-        mend = "Use bf16 or float32, or a smaller learning rate, and look for extreme values in the data."
-        return [error("gradient", f"its norm is {norm}", mend)]
-    if norm == 0:
-        found = "no trained parameter gets any"
-        return [error("gradient", found, "Check which parameters are trained, and that some position has a label.")]
-    limit = trainer.args.max_grad_norm
-    clipped = f"; max_grad_norm {limit:g} scales it down" if limit and norm > limit else ""
-    rows = [ok("gradient", f"norm {norm:.3g}{clipped}")]
-    if unused:
-        found = f"{len(unused)} trained parameters get none ({', '.join(unused[:3])})"
-        mend = "Freeze them, or set ddp_find_unused_parameters to true."
-        waits = trainer.args.world_size > 1 and not trainer.args.ddp_find_unused_parameters
-        rows.append(warning("gradient", f"{found}: DDP waits for them", mend) if waits else ok("gradient", found))
-    return rows
-
-
-def _memory(trial: Trial, findings: _Findings) -> list[Finding]:
-    """What a training step will take, beside what there is."""
-    trainer, fit, args = trial.trainer, trial.fit, trial.trainer.args
-    if _live(trainer) is None or not trial.whole:
-        return []
-    own, on_gpu = isinstance(trainer.teacher, AdapterOffTeacher), args.device.type == "cuda"
-    peak = findings.memory_peak or 0
-    what = f"{_amount(peak)}{'' if on_gpu else ' more resident'} at the peak of a forward and backward"
-    measured = f"; measured: {what}, without optimizer" if peak else ""
-    try:
-        memory = estimate_memory(
-            fit.student,
-            ADAPTER_OFF if own else trainer.teacher.model,
-            backend="single" if args.world_size == 1 else "ddp",
-            processes=args.world_size,
-            batch={name: value for name, value in trial.batch.items() if isinstance(value, Tensor)},
-            mixed_precision=trainer.accelerator.mixed_precision,
-            gradient_checkpointing=_checkpoints_activations(args),
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            kd_task=fit.head.name,
-            kd_loss_implementation="full" if fit.heads is None else "fused",
-            device="cuda" if on_gpu else "cpu",
-        )
-    except Exception as reason:  # of an unusual model; a check must not fail for that
-        return [ok("memory", f"not estimated: {(str(reason).splitlines() or [type(reason).__name__])[0]}{measured}")]
-    room = torch.cuda.mem_get_info(args.device)[1] if on_gpu else psutil.virtual_memory().total
-    parts = ("student", "gradients", "optimizer", "teacher", "activations", "loss")
-    sizes = {part: getattr(memory, part) for part in parts}
-    each = ", ".join(f"{part} {'not known' if size is None else _amount(size)}" for part, size in sizes.items())
-    found = f"about {_amount(memory.total)} a process at the peak of a step, of {_amount(room)}: {each}{measured}"
-    shared = 1 if on_gpu else args.world_size
-    if max(memory.total, peak + memory.optimizer if on_gpu else 0) * shared < 0.9 * room:
-        return [ok("memory", found)]
-    mend = (
-        "Lower the batch size with gradient_accumulation_steps, set gradient_checkpointing, or load the teacher in "
-        "bfloat16 or 8 bits; configs/README.md: From one GPU to many."
-    )
-    return [warning("memory", found, mend)]
-
-
-def _watch_memory(device: torch.device) -> Callable[[], int | None]:
-    """Afterwards the peak of all tensors on a GPU, or how much this process's resident memory grew; None: unknown."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return lambda: torch.cuda.max_memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-        before = _most_resident()
-    except (OSError, IndexError):
-        return lambda: None
-    return lambda: _most_resident() - before if device.type == "cpu" else None
-
-
-def _most_resident() -> int:
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-
-
-def _amount(count: float) -> str:
-    unit, size = next((unit, size) for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 0)) if count >= size)
-    return f"{count / max(size, 2**10):.3g} {unit}"
-
-
-# ---- the same loss, differently cut ----
-
-
-def _halves(trial: Trial, findings: _Findings) -> list[Finding]:
-    """The batch at once and as two micro-batches of one optimizer step."""
-    rows = len(main_input(trial.batch))
-    least = 4 if _batch_norms(trial.fit.student) else 2  # batch norm refuses a single row
-    parts = _pieces(trial.batch, (rows + 1) // 2) if rows >= least else None
-    if not findings.everywhere(parts is not None and len(parts) == 2):
-        return [ok("split", "not tried: the batch cannot be cut into rows")]
-    with _as_in_training_without_dropout(trial.fit.student):
-        whole, halves = _losses(trial, [trial.batch], trial.batch), _losses(trial, cast(list, parts), trial.batch)
-    found = f"1 x {rows} rows {whole:.6f}, 2 x {(rows + 1) // 2} {halves:.6f}"
-    return _compared(trial, "split", found, whole, halves, _causes(trial))
-
-
-def _more_padding(trial: Trial, findings: _Findings) -> list[Finding]:
-    """The batch as it is and with more padding on either side, each divided by its own counts."""
-    head, student = trial.fit.head, trial.fit.student
-    taught = trial.trainer._teacher_module()
-    if taught is None and trial.trainer.teacher is not None:
-        return []  # what a cache holds is joined to the batch as it is
-    ids = trial.batch.get("input_ids")
-    width = ids.shape[-1] if isinstance(ids, Tensor) else 0
-    limits = [positions_of(model)[0] for model in (student, taught) if model is not None]
-    more = min([_MORE, *(limit - width for limit in limits if limit is not None)])
-    tokenizer = trial.trainer.processing_class
-    pad_id = _pad_id(tokenizer, student) or 0
-    usual = "left" if getattr(tokenizer, "padding_side", "right") == "left" or _starts_padded(trial.batch) else "right"
-    rows: list[Finding] = []
-    for side in (usual, "right" if usual == "left" else "left"):
-        padded = _padded(trial.batch, head, more, pad_id, left=side == "left") if more > 0 else None
-        if not findings.everywhere(padded is not None):
-            return rows
-        with _as_in_training_without_dropout(student):
-            plain, wider = (_losses(trial, [batch], batch) for batch in (trial.batch, cast(dict, padded)))
-        found = f"as it is {plain:.6f}, with {more} more positions on the {side} {wider:.6f}"
-        if head.name == "question_answering":
-            note = "the hard loss of question answering runs over the padding, as upstream's"
-            rows.append(ok("padding", f"{found}; {note}"))
-            continue
-        causes = (
-            "A model sees the padding: check the attention_mask, its padding side and convolutions or pooling over "
-            "rows."
-        )
-        row = _compared(trial, "padding", found, plain, wider, causes)[0]
-        if side != usual and row.status == "warning":
-            row = ok("padding", f"{row.found} (no row of this batch is padded there)")
-        rows.append(row)
-    return rows
-
-
-def _starts_padded(batch: Mapping[str, Any]) -> bool:
-    mask = token_mask(batch.get("attention_mask"))
-    return mask is not None and not bool(mask[:, 0].all())
-
-
-def _losses(trial: Trial, batches: list[dict[str, Any]], whole: Mapping[str, Any]) -> float:
-    objective, _ = trial.trainer._objective(training=False)
-    counts = objective.count(trial.fit.head, whole)
-    with torch.no_grad():
-        return sum(float(trial.loss(batch, counts)) for batch in batches)
-
-
-def _compared(trial: Trial, what: str, found: str, one: float, other: float, causes: str) -> list[Finding]:
-    difference = abs(one - other) / max(abs(one), abs(other), 1e-12)
-    halves = {p.dtype for p in trial.fit.student.parameters()} & {torch.float16, torch.bfloat16}
-    room = 2e-2 if halves or trial.trainer.accelerator.mixed_precision != "no" else 1e-4
-    found = f"{found}: relative difference {difference:.1e}"
-    return [ok(what, found) if difference <= room else warning(what, found, causes)]
-
-
-def _causes(trial: Trial) -> str:
-    norms = _batch_norms(trial.fit.student)
-    if norms:
-        return (
-            f"Batch norm ({', '.join(list(norms)[:3])}) looks at the other rows: small micro-batches train otherwise."
-        )
-    if getattr(getattr(trial.fit.student, "config", None), "output_router_logits", False):
-        return "The load-balancing loss of the experts is a mean over micro-batches: small ones train otherwise."
-    return "A model looks at the other rows of its batch (experts of limited capacity?): small ones train otherwise."
-
-
-@contextmanager
-def _as_in_training_without_dropout(student: nn.Module) -> Iterator[None]:
-    """Everything in eval mode but batch norm, which looks at the batch in training."""
-    student.eval()
-    for module in _batch_norms(student).values():
-        module.train()
-    yield
-    student.eval()
-
-
-def _batch_norms(student: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in student.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-
-
-def _pieces(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]] | None:
-    """The batch in pieces of at most `rows` rows; None where a column does not have one entry a row."""
-    count = len(main_input(batch))
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
-    places = tensors.get("position_ids")
-    if places is not None and len(places) == 1 < count:  # the same for every row
-        del tensors["position_ids"]
-    if any(len(value) != count for value in tensors.values()):
-        return None
-    rows = max(rows, 1)
-    starts = range(0, count, rows)
-    return [{**batch, **{name: value[i : i + rows] for name, value in tensors.items()}} for i in starts]
-
-
-def _padded(batch: Mapping[str, Any], head: Head, more: int, pad_id: int, *, left: bool) -> dict[str, Any] | None:
-    """The batch with `more` positions of padding a row; None where it has no mask to say so, or places of its own."""
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    plain = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == 2 and mask.shape == ids.shape
-    if not plain or {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"} & set(batch):
-        return None
-    fills = {"input_ids": pad_id, "decoder_input_ids": pad_id, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX}
-    made = dict(batch)
-    for name, value in batch.items():
-        if name in ("start_positions", "end_positions") and left:
-            made[name] = value + more
-        own = name.startswith(TEACHER_PREFIX)
-        decoded = name.startswith("decoder_") or name == "labels"
-        width = value.shape[1] if isinstance(value, Tensor) and value.dim() == 2 else None
-        of_tokens = width == cast(Tensor, ids).shape[1] or (head.name == "seq2seq_lm" and decoded)
-        if width is None or own or not of_tokens or (decoded and not head.token_level):
-            continue
-        before = left and not (decoded and head.name == "seq2seq_lm")
-        made[name] = nn.functional.pad(value, (more, 0) if before else (0, more), value=fills.get(name, 0))
-    if left and head.shifted and "labels" in made:
-        made["labels"][:, more] = IGNORE_INDEX  # the first label of a row is predicted nowhere
-    return made
-
-
-# ---- soft beside hard loss, teacher beside student ----
-
-
-def _shares(trial: Trial, findings: _Findings) -> list[Finding]:
-    """Which share of the gradient at the student's logits the soft and the hard loss have."""
-    trainer, fit, batch = trial.trainer, trial.fit, trial.batch
-    objective, soft_loss = trainer._objective(training=True)
-    if _live(trainer) is None or not 0 < objective.alpha < 1:
-        return []
-    counts = objective.count(fit.head, batch)
-    squares = [0.0, 0.0]
-    with _as_in_training_without_dropout(fit.student):
-        for piece in _for_logits(trial, batch):
-            logits, taught = trial.logits(piece)
-            for i, alpha in enumerate((1.0, 0.0)):  # of one term alone, before its weight
-                alone = dataclasses.replace(objective, alpha=alpha)
-                leaf = logits.detach().float().requires_grad_()
-                teacher_logits = taught if alpha else None
-                parts = alone(fit.head, soft_loss, leaf, teacher_logits, piece, counts, common_ids=fit.common_ids)
-                (gradient,) = torch.autograd.grad(parts.total, leaf)
-                squares[i] += gradient.square().sum().item()
-    soft, hard = map(math.sqrt, squares)
-    weighted = objective.alpha * soft, (1 - objective.alpha) * hard
-    if sum(weighted) == 0 or hard == 0:
-        return []
-    share = weighted[0] / sum(weighted)
-    found = f"at the logits the soft loss has {share:.0%} of the gradient's norm, the hard loss {1 - share:.0%}"
-    if max(share, 1 - share) <= _LOPSIDED or soft == 0:
-        return [ok("soft and hard", found)]
-    mend = f"kd_alpha {hard / (soft + hard):.2g} would give them equal shares."
-    return [warning("soft and hard", found, mend)]
-
-
-def _for_logits(trial: Trial, batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """The batch in pieces whose logits take little memory; whole where the processes have to call as often."""
-    classes = vocabulary_rows(trial.fit.student, written=True) if trial.fit.head.over_tokens else None
-    if classes is None or not trial.whole:
-        return [batch]
-    positions = trial.fit.head.sequences(batch).shape[-1]
-    return _pieces(batch, _AT_ONCE // max(positions * classes, 1)) or [batch]
-
-
-def _teacher_beside_student(trial: Trial, findings: _Findings) -> list[Finding]:
-    """The hard loss of the teacher and of the student as it starts, on some batches of the evaluation data."""
-    trainer, fit = trial.trainer, trial.fit
-    if _live(trainer) is None:
-        return []
-    dataset = trainer.eval_dataset
-    if dataset is None:
-        return [ok("teacher's quality", "not measured: there is no eval_dataset")]
-    sums = None
-    with findings.attempt("teacher's quality"):
-        fit.student.eval()
-        loader = trainer.get_eval_dataloader(next(iter(dataset)) if isinstance(dataset, dict) else None)
-        pieces = (_for_logits(trial, _prepared(trial, given)) for given in _batches(trainer, loader, _EVALUATED))
-        sums = sum((_measured(trial, piece) for piece in itertools.chain(*pieces)), torch.zeros(6))
-    if not findings.everywhere(sums is not None):
-        return []
-    sums = cast(Tensor, sums).to(trainer.args.device)
-    labelled, ours, theirs, right, taught, agreed = trainer.accelerator.reduce(sums, reduction="sum").tolist()
-    if not labelled:
-        return [ok("teacher's quality", "not measured: the evaluation data has no labels")]
-    losses = [divide(total, labelled) for total in (theirs, ours)]
-    found = f"hard loss {losses[0]:.4f}, of the student as it starts {losses[1]:.4f}"
-    answers = [divide(count, labelled) for count in (taught, right, agreed)]
-    if fit.head.softmax:
-        found += f"; right {answers[0]:.1%} and {answers[1]:.1%}, the same {answers[2]:.1%}"
-    found += f" ({labelled:.0f} labels of the evaluation data)"
-    better = losses[0] < losses[1] or (fit.head.softmax and answers[0] > answers[1])
-    if better or isinstance(trainer.teacher, AdapterOffTeacher):  # the student may well start as its own base
-        return [ok("teacher's quality", found)]
-    mend = "It is no better than where the student starts: check its weights, the order of the classes and the inputs."
-    return [warning("teacher's quality", found, mend)]
-
-
-def _measured(trial: Trial, batch: dict[str, Any]) -> Tensor:
-    """Number of labels, hard loss of student and teacher, right answers of both, answers that agree: sums."""
-    head, sums = trial.fit.head, torch.zeros(6)
-    targets = head.targets(batch)
-    logits, taught = trial.logits(batch)
-    if targets is None or taught is None:
-        return sums
-    taught = taught[..., 0] if taught.dim() > logits.dim() else taught  # the mean of a regression with variance
-    sums[0] = float(head.labelled(targets))
-    for i, one in enumerate((logits, taught)):
-        known = targets.masked_fill(targets >= one.shape[-1], IGNORE_INDEX) if head.softmax else targets
-        sums[1 + i] = float(head.hard_loss_sum(one, known))
-        if head.softmax:
-            sums[3 + i] = float((one.argmax(-1) == targets).sum())
-    if head.softmax:
-        sums[5] = float(((logits.argmax(-1) == taught.argmax(-1)) & (targets != IGNORE_INDEX)).sum())
-    return sums
-
-
-# ---- the trainer's own things, lent ----
-
-
-def _prepared(trial: Trial, batch: Mapping[str, Any]) -> dict[str, Any]:
-    trainer, fit = trial.trainer, trial.fit
-    return trainer._with_decoder_inputs(fit.student, fit.head, trainer._prepare_inputs(dict(batch)))
-
-
 def _first_batch(trainer: Any) -> dict[str, Any]:
-    batch = next(iter(_batches(trainer, trainer.get_train_dataloader(), 1)), None)
+    batch = next(iter(batches(trainer, trainer.get_train_dataloader(), 1)), None)
     if batch is None:
         fail("train_dataset", "without a single batch", "rows", "Check how it is loaded and filtered.")
     return batch
-
-
-def _batches(trainer: Any, loader: Any, count: int) -> list[Any]:
-    """The first batches of a loader, which is left as if it had come to its end."""
-    try:
-        return list(itertools.islice(loader, count))
-    finally:
-        if hasattr(loader, "end"):  # accelerate's, which counts as running until then
-            loader.end()
-
-
-def _precision(trainer: Any) -> Any:
-    accelerator = trainer.accelerator
-    return nullcontext() if accelerator.mixed_precision == "no" or is_sharded(trainer) else accelerator.autocast()
-
-
-@contextmanager
-def _in_training(trainer: Any) -> Iterator[None]:
-    """A loss inside is that of a training step, also of a student that stays in eval mode."""
-    before, trainer.is_in_train = trainer.is_in_train, True
-    try:
-        yield
-    finally:
-        trainer.is_in_train = before
-
-
-def _now(trainer: Any) -> float:
-    """Seconds, when the device has done its work."""
-    if trainer.args.device.type == "cuda":
-        torch.cuda.synchronize(trainer.args.device)
-    return time.perf_counter()
 
 
 @contextmanager

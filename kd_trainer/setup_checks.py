@@ -79,7 +79,7 @@ class Setup:
         self.kd, self.student = trainer.kd_args, trainer.unwrapped_student()
         # Where kd_alpha is 0 training does not call the teacher.
         self.asked = not (trainer._always_hard and trainer._is_training_step(self.student))
-        self.sharded = bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)  # the student, outside of training
+        self.sharded = is_sharded(trainer)
 
     @property
     def task(self) -> Head:
@@ -96,10 +96,15 @@ class Setup:
     def cached(self) -> CachedTeacher | None:
         return self.trainer.teacher if isinstance(self.trainer.teacher, CachedTeacher) else None
 
-    def prepared(self) -> dict[str, Any]:
-        """The batch on the device, with the inputs of a decoder."""
-        inputs = self.trainer._prepare_inputs(dict(self.batch))
+    def prepared(self, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The batch, or another one, on the device and with the inputs of a decoder."""
+        inputs = self.trainer._prepare_inputs(dict(self.batch if batch is None else batch))
         return self.trainer._with_decoder_inputs(self.student, self.head, inputs)
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether the student is whole on no process, so that only training's own preparation makes it callable."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
 Check = Callable[[Setup], str | None]
@@ -201,9 +206,8 @@ def cache(setup: Setup) -> None:
         setup.known_by = "tokenizers"
     setup.head = kept.with_label_names(setup.trainer.label_names, setup.batch)
     setup.classes_taught = manifest["vocabulary"]
-    setup.class_order = classes_of_cache(
-        setup.student, teacher, remap=kd.kd_remap_labels, compare=compatibility.warned
-    ).order
+    compared = classes_of_cache(setup.student, teacher, remap=kd.kd_remap_labels, compare=compatibility.warned)
+    setup.class_order = compared.order
 
 
 def classes_of_cache(
@@ -249,22 +253,22 @@ def settings(setup: Setup) -> str | None:
 
 def outputs(setup: Setup) -> str | None:
     """The teacher gives finite logits on the batch; their shape tells a task that nothing else does."""
-    trainer, teacher, known, logits = setup.trainer, setup.trainer.teacher, setup.head is not None, None
-    models = [setup.student, *([] if setup.live is None else [setup.live.model])]
+    trainer, live, known, logits = setup.trainer, setup.live, setup.head is not None, None
+    taught = None if live is None else live.model
     labels = setup.batch.get(trainer.label_names[0]) if trainer.label_names else None
-    wanted = wanted_logits(setup.head, labels, models, None if setup.cached is None else setup.classes_taught)
-    if setup.asked and setup.live is not None:
-        setup.live.prepare(trainer.args.device, trainer.accelerator)
-    if teacher is not None and not trainer._always_hard:
-        setup.heads, setup.path = plain_heads(
-            setup.student,
-            None if setup.live is None else setup.live.model,
-            setup.head is not None and setup.head.over_tokens,
+    kept = None if setup.cached is None else setup.classes_taught
+    wanted = wanted_logits(setup.head, labels, [setup.student, *([] if taught is None else [taught])], kept)
+    if live is not None and setup.asked:
+        live.prepare(trainer.args.device, trainer.accelerator)
+    if trainer.teacher is not None and not trainer._always_hard:
+        over_tokens = setup.head is not None and setup.head.over_tokens
+        compiled, implementation = (
+            trainer.args.torch_compile or trainer.teacher.compiled,
             setup.kd.kd_loss_implementation,
-            compiled=trainer.args.torch_compile or teacher.compiled,
         )
-    if setup.asked and setup.live is not None:
-        logits = teacher_logits(setup, setup.live, wanted)
+        setup.heads, setup.path = plain_heads(setup.student, taught, over_tokens, implementation, compiled=compiled)
+    if live is not None and setup.asked:
+        logits = teacher_logits(setup, live, wanted)
         setup.classes_taught = logits.shape[-1]  # as many as the student's, or `check_shapes` says so
     if setup.head is None:
         if logits is None:
@@ -354,9 +358,8 @@ def teacher_logits(setup: Setup, teacher: LiveTeacher, wanted: Wanted) -> Tensor
     trainer, batch = setup.trainer, setup.prepared()
     if setup.heads is not None and setup.heads[1] is not None:
         try:
-            logits = few_products(
-                lambda: teacher.outputs(batch, trainer.accelerator, trainer.model_wrapped), setup.heads[1]
-            )
+            forward = partial(teacher.outputs, batch, trainer.accelerator, trainer.model_wrapped)
+            logits = few_products(forward, setup.heads[1])
         except NotPlain as reason:
             setup.heads, setup.path = None, full_logits(reason, setup.kd.kd_loss_implementation)
     if setup.heads is None or setup.heads[1] is None:

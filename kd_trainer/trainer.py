@@ -53,9 +53,10 @@ from .outputs import TeacherOutput
 from .own_loss import label_columns, own_loss, without_extras
 from .packing import PackingWatch
 from .predictions import as_mapping, tensors_alone
-from .preflight import examine, is_sharded
+from .preflight import examine
 from .processes import on_main_process, refuse_lone_processes
 from .router import router_weight, with_router_loss
+from .setup_checks import is_sharded
 from .teacher import LiveTeacher
 from .training_args import DistillationArguments, refuse_borrowed_names
 from .window import Evaluation, Window, named, named_by_row, perplexity, with_existence, with_existence_of

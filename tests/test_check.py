@@ -35,15 +35,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from kd_trainer import DistillationTrainer, preflight
-from kd_trainer.findings import (
-    Finding,
-    about_teacher,
-    has_errors,
-    newly_initialised,
-    print_findings,
-    refused,
-)
+from kd_trainer import DistillationTrainer, trial
+from kd_trainer.advice import about_teacher, newly_initialised
+from kd_trainer.findings import Finding, has_errors, print_findings, refused
 from kd_trainer.teacher import ADAPTER_OFF, LiveTeacher
 from kd_trainer.teacher_errors import positions_of
 from tests import backend_run, launch, test_compatibility, test_moe, test_seq2seq, tiny
@@ -728,6 +722,17 @@ def test_a_row_says_what_training_says(name, tmp_path, monkeypatch):
     assert str(caught.value) == f"{row.found} {row.mend}"
 
 
+def test_training_raises_the_first_refusal_and_check_collects_all(tmp_path):
+    data = tiny.rows("regression")
+    data[3]["input_ids"][0] = 40
+    trainer = tiny.trainer("regression", tmp_path, data=data, kd_divergence="jsd")
+    errors = [row for row in trainer.check() if row.status == "error"]
+    assert [row.what for row in errors] == ["tokens", "task", "student's tokens"]
+    with pytest.raises(ValueError) as caught:
+        trainer.train()
+    assert str(caught.value) == f"{errors[0].found} {errors[0].mend}"
+
+
 def test_a_refused_teacher_does_not_hide_the_rest(tmp_path):
     findings = permuted_labels(tmp_path).check()
     assert "soft_loss" in row_of(findings, "loss", "ok").found
@@ -831,7 +836,7 @@ def test_the_shares_are_the_closed_form(alpha, tmp_path):
 def test_the_shares_of_a_language_model_do_not_depend_on_the_pieces_and_leave_out_padding(tmp_path, monkeypatch):
     trainer = tiny.trainer("causal_lm", tmp_path, kd_reduction="tokenmean", kd_loss_implementation="fused")
     found = row_of(trainer.check(evaluate=False), "soft and hard").found
-    monkeypatch.setattr(preflight, "_AT_ONCE", 1)
+    monkeypatch.setattr(trial, "_AT_ONCE", 1)
     assert row_of(trainer.check(evaluate=False), "soft and hard").found == found
     batch = tiny.pad(tiny.rows("causal_lm")[:8])
     labels = F.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
@@ -868,7 +873,7 @@ def test_the_teachers_quality_written_out(task, tmp_path, monkeypatch):
             z, labels = z[:, :-1], labels[:, 1:]
         losses.append(F.cross_entropy(z.reshape(-1, z.shape[-1]), labels.reshape(-1), ignore_index=-100))
     assert found.startswith(f"hard loss {losses[0]:.4f}, of the student as it starts {losses[1]:.4f}")
-    monkeypatch.setattr(preflight, "_EVALUATED", 1)
+    monkeypatch.setattr(trial, "_EVALUATED", 1)
     fewer = row_of(trainer.check(), "teacher's quality").found
     assert int(re.search(r"\((\d+) labels", fewer)[1]) < int(re.search(r"\((\d+) labels", found)[1])
     assert not [f for f in trainer.check(evaluate=False) if f.what == "teacher's quality"]
@@ -912,7 +917,7 @@ def test_several_processes_wait_for_unused_parameters(tmp_path):
     trainer = parameters_that_are_not_used(tmp_path)
     trainer.compute_loss(trainer.model, tiny.pad(tiny.rows("plain")[:8])).backward()
     several = SimpleNamespace(args=SimpleNamespace(max_grad_norm=0.0, world_size=2, ddp_find_unused_parameters=None))
-    row = row_of(preflight._gradient(several, trainer.model), "gradient", "warning")
+    row = row_of(trial._gradient(several, trainer.model), "gradient", "warning")
     assert row.found == "2 trained parameters get none (spare.weight, spare.bias): DDP waits for them"
     assert "ddp_find_unused_parameters" in row.mend
 
@@ -1036,7 +1041,7 @@ def test_activation_checkpointing_is_left_to_training(tmp_path):
 
 def test_a_slow_step_is_run_once(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(preflight, "_WARM", 0.0)
+    monkeypatch.setattr(trial, "_WARM", 0.0)
     trainer = odd(tmp_path, lambda linear, x: (calls.append(len(x)), linear(x))[1])
     findings = trainer.check(evaluate=False)
     # How many classes its logits have; the step; the batch and its halves; the logits.
@@ -1178,7 +1183,7 @@ def test_memory_is_that_of_the_estimate(task, tmp_path):
 
 
 def test_a_step_that_does_not_fit_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(total=2**17))
+    monkeypatch.setattr(trial.psutil, "virtual_memory", lambda: SimpleNamespace(total=2**17))
     row = row_of(tiny.trainer("classification", tmp_path).check(evaluate=False), "memory", "warning")
     assert "of 128 KiB" in row.found
     assert "gradient_accumulation_steps" in row.mend
@@ -1199,8 +1204,8 @@ def test_the_memory_of_the_step_is_measured(tmp_path):
 
 
 def test_an_estimate_that_fails_leaves_what_was_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "estimate_memory", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(preflight, "_watch_memory", lambda _: lambda: 3 * 2**20)
+    monkeypatch.setattr(trial, "estimate_memory", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(trial, "_watch_memory", lambda _: lambda: 3 * 2**20)
     found = row_of(tiny.trainer("plain", tmp_path).check(evaluate=False), "memory", "ok").found
     assert found == (
         "not estimated: division by zero; measured: 3 MiB more resident at the peak of a forward and backward, "
@@ -1209,6 +1214,6 @@ def test_an_estimate_that_fails_leaves_what_was_measured(tmp_path, monkeypatch):
 
 
 def test_where_no_gradient_is_asked_for_nothing_is_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "_watch_memory", lambda _: lambda: 3 * 2**20)
+    monkeypatch.setattr(trial, "_watch_memory", lambda _: lambda: 3 * 2**20)
     run = tiny.trainer("causal_lm", tmp_path, gradient_checkpointing=True)
     assert "measured" not in row_of(run.check(evaluate=False), "memory", "ok").found

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer
 
-from kd_trainer import DistillationTrainer, preflight
+from kd_trainer import DistillationTrainer, trial
 from kd_trainer.heads import HEADS
 from kd_trainer.inputs import begins_next, real_tokens, token_mask
 from tests import test_seq2seq, tiny
@@ -331,14 +331,14 @@ def test_check_pads_on_both_sides(side, reduction, tmp_path):
 
 def test_check_divides_each_batch_by_its_own_counts(tmp_path, monkeypatch):
     """Positions that are wrongly counted at padding would be hidden by the counts of the batch without it."""
-    widths, own = [], preflight._losses
+    widths, own = [], trial._losses
 
-    def losses(trial: Any, batches: list[dict], whole: dict) -> float:
+    def losses(given: Any, batches: list[dict], whole: dict) -> float:
         if len(batches) == 1:
             widths.append((batches[0]["input_ids"].shape[1], whole["input_ids"].shape[1]))
-        return own(trial, batches, whole)
+        return own(given, batches, whole)
 
-    monkeypatch.setattr(preflight, "_losses", losses)
+    monkeypatch.setattr(trial, "_losses", losses)
     looked_at(tmp_path, rows(), "left")
     assert {17} < {width for width, _ in widths}
     assert all(width == counted for width, counted in widths)

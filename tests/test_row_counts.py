@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from kd_trainer import DistillationTrainer
+from kd_trainer.batch_changes import pieces_of
 from kd_trainer.heads import HEADS
 from kd_trainer.inputs import main_input
 from kd_trainer.objective import Objective
-from kd_trainer.preflight import _pieces
 from tests import tiny
 
 ROWS, WIDTH = 8, 6
@@ -118,7 +118,7 @@ def test_the_router_loss_is_weighed_by_rows(tmp_path):
 
 def test_a_batch_with_positions_for_all_rows_is_cut_into_rows(tmp_path):
     batch = {"position_ids": torch.arange(WIDTH)[None], "input_ids": IDS, "attention_mask": MASK}
-    pieces = _pieces(batch, 3)
+    pieces = pieces_of(batch, 3)
     assert [len(piece["input_ids"]) for piece in pieces] == [3, 3, 2]
     assert all(piece["position_ids"] is batch["position_ids"] for piece in pieces)
     pair = llamas()
