@@ -19,7 +19,7 @@ from .finite import FiniteWatch
 from .first_look import plan
 from .head_choice import classes_have_names, head_for
 from .inputs import TEACHER_PREFIX, accepted_inputs, model_inputs
-from .restore import same_random_numbers, unchanged_buffers
+from .restore import same_random_numbers, unchanged_buffers, unchanged_modes
 from .setup_checks import WITH_MODELS, WITHOUT_MODELS, Setup, classes_of_cache, classes_of_logits, is_sharded, tokens
 from .teacher import AdapterOffTeacher, LiveTeacher
 from .trial import Trial, batches, run
@@ -149,7 +149,6 @@ def _first_batch(trainer: Any) -> dict[str, Any]:
 def _as_it_was(trainer: Any) -> Iterator[None]:
     """Afterwards the student's buffers, gradients and modes, the random numbers and the trainer are what they were."""
     student = trainer.unwrapped_student()
-    training = {module for module in student.modules() if module.training}
     gradients = [(p, p.grad) for p in student.parameters()]
     lent = ("_fit", "_window", "_finite", "_packing", "_evaluation", "_each_alone", "teacher")
     kept = {name: getattr(trainer, name) for name in lent}
@@ -159,11 +158,9 @@ def _as_it_was(trainer: Any) -> Iterator[None]:
     trainer._each_alone = not is_sharded(trainer)
     trainer._finite = FiniteWatch(mode, trainer.args.process_index)
     try:
-        with same_random_numbers(trainer.args.device), unchanged_buffers(student):
+        with same_random_numbers(trainer.args.device), unchanged_modes(student), unchanged_buffers(student):
             yield
     finally:
-        for module in student.modules():
-            module.training = module in training
         for parameter, gradient in gradients:
             parameter.grad = gradient
         if hasattr(getattr(student, "config", None), "problem_type"):

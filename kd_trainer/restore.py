@@ -30,13 +30,19 @@ def same_random_numbers(device: torch.device) -> Iterator[None]:
 @contextmanager
 def as_in_training(student: nn.Module) -> Iterator[None]:
     """The student in training mode; afterwards its modes and buffers are what they were."""
-    modes = {module: module.training for module in student.modules()}
+    with unchanged_modes(student), unchanged_buffers(student):
+        student.train()
+        yield
+
+
+@contextmanager
+def unchanged_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module is in training or evaluation mode as it was."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        with unchanged_buffers(student):
-            student.train()
-            yield
+        yield
     finally:
-        for module, training in modes.items():
+        for module, training in modes:
             module.training = training
 
 

@@ -49,7 +49,7 @@ from .inputs import (
 from .logits import AmbiguousOutputs, Wanted, logits_of, widths_of
 from .own_loss import Comparison, HardLoss, agreed, choose
 from .reductions import bad_rows
-from .restore import as_in_training, same_random_numbers
+from .restore import as_in_training, same_random_numbers, unchanged_modes
 from .router import check_router, router_weight
 from .shared_memory import check_separate, watch_shared_buffers
 from .teacher import AdapterOffTeacher, LiveTeacher
@@ -111,16 +111,6 @@ Check = Callable[[Setup], str | None]
 
 
 # ---- what the batch and the models tell without a forward ----
-
-
-def batch_columns(setup: Setup) -> None:
-    """The names of the batch's columns are those that are looked for."""
-    check_batch(setup.batch)
-
-
-def router(setup: Setup) -> None:
-    """A mixture of experts has a load-balancing loss that can be computed."""
-    check_router(setup.student)
 
 
 def columns(setup: Setup) -> None:
@@ -401,20 +391,17 @@ def classes_of_logits(setup: Setup) -> int | None:
         return rows
     if setup.sharded:
         return None
-    training = [module for module in student.modules() if module.training]
+    random_numbers = same_random_numbers(trainer.args.device)
     try:
         inputs = setup.prepared()
-        student.eval()
-        with torch.no_grad(), same_random_numbers(trainer.args.device), trainer.accelerator.autocast():
+        with unchanged_modes(student), random_numbers, torch.no_grad(), trainer.accelerator.autocast():
+            student.eval()
             outputs = student(**model_inputs(inputs, accepted_inputs(student)))
         return int(head.logits(outputs, "model").shape[-1])
     except torch.OutOfMemoryError:
         raise
     except Exception:  # the forward of the training step says what is wrong
         return None
-    finally:
-        for module in training:
-            module.training = True
 
 
 def compare_losses(setup: Setup, accepted: Accepted) -> HardLoss | None:
@@ -446,8 +433,8 @@ def compare_losses(setup: Setup, accepted: Accepted) -> HardLoss | None:
 # In this order, by the name of the row that `check()` makes of a refusal. The first ones run no model and do not need
 # each other; each of the others needs all before it.
 WITHOUT_MODELS: tuple[tuple[str, Check], ...] = (
-    ("data", batch_columns),
-    ("student", router),
+    ("data", lambda setup: check_batch(setup.batch)),
+    ("student", lambda setup: check_router(setup.student)),
     ("first batch", columns),
     ("task", task),
     ("shared memory", memory),

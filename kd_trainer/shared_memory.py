@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .checks import fail
+from .restore import unchanged_modes
 
 _FIX = "Load the teacher as a model of its own, e.g. copy.deepcopy(model) of the trained one"
 
@@ -54,18 +55,14 @@ def _fail_shared(what: str, keep: str) -> NoReturn:
 
 def _running_statistics(student: nn.Module) -> list[str]:
     """Names of the buffers that normalisations update when the student is in training mode."""
-    modes = [(module, module.training) for module in student.modules()]
-    student.train()  # as upstream does before every step; a frozen part may override it and stay in eval mode
-    try:
+    with unchanged_modes(student):
+        student.train()  # as upstream does before every step; a frozen part may override it and stay in eval mode
         return [
             f"{name}.{buffer}" if name else buffer
             for name, module in student.named_modules()
             if isinstance(module, nn.modules.batchnorm._NormBase) and module.training
             for buffer, _ in module.named_buffers(recurse=False)
         ]
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def watch_shared_buffers(student: nn.Module, buffers: dict[str, Tensor]) -> Any:

@@ -14,6 +14,7 @@ import kd_trainer
 PACKAGE = Path(kd_trainer.__file__).parent
 ORDER = [
     "redaction",
+    "restore",
     "checks",
     "files",
     "divergences",
@@ -42,7 +43,6 @@ ORDER = [
     "objective",
     "router",
     "own_loss",
-    "restore",
     "backends",
     "teacher_batch",
     "teacher_errors",
