@@ -183,11 +183,8 @@ class FirstLook(_InFrontOf):
 
     def _removed_columns(self) -> list[str]:
         """Columns of the data that upstream removes."""
-        if not self.args.remove_unused_columns:
-            return []
-        known = [getattr(dataset, "column_names", None) for dataset in (self.train_dataset, self.eval_dataset)]
-        names = {name for columns in known if isinstance(columns, list) for name in columns}
-        return sorted(names - set(self._signature_columns or []))
+        kept: set[str] = set(self._signature_columns or ())
+        return sorted(self._data_columns() - kept) if self.args.remove_unused_columns else []
 
     def _withheld_columns(self) -> set[str]:
         """Columns of the data that upstream removes and that stay for the teacher: `**kwargs` do not get them."""

@@ -108,7 +108,7 @@ def _look_closer(setup: Setup, findings: Findings) -> None:
     trainer, head, batch, student = setup.trainer, setup.head, setup.batch, setup.student
     if head is None:
         return
-    taught, tokenizer = trainer._teacher_module(), trainer.processing_class
+    teacher_model, tokenizer = trainer._teacher_module(), trainer.processing_class
     objective, pad_id = trainer._objective(training=True)[0], advice.pad_id_of(tokenizer, student)
 
     def labels() -> list[Finding]:
@@ -129,8 +129,8 @@ def _look_closer(setup: Setup, findings: Findings) -> None:
     looks: dict[str, Callable[[], list[Finding]]] = {
         "task": lambda: advice.about_settings(trainer.args, head, objective),
         "labels": labels,
-        "lengths": lambda: advice.about_lengths(student, taught, head, tokenizer, batch),
-        "images": lambda: advice.about_images(student, taught, batch),
+        "lengths": lambda: advice.about_lengths(student, teacher_model, head, tokenizer, batch),
+        "images": lambda: advice.about_images(student, teacher_model, batch),
         "columns": columns,
     }
     for what, look in looks.items():

@@ -63,7 +63,7 @@ class Setup:
     trainer: Any
     batch: Mapping[str, Any]
     head: Head | None = None  # the task; None as long as only the teacher's logits can tell it
-    classes_taught: int | None = None  # of the teacher's logits, or of its cache
+    teacher_classes: int | None = None  # of the teacher's logits, or of its cache
     path: str = ""  # a line on whether and why the loss is computed from logits
     vocabularies: str = ""  # a line on vocabularies that differ in size
     hard: HardLoss | None = None
@@ -195,7 +195,7 @@ def cache(setup: Setup) -> None:
             fail("processing_class", "a tokenizer of other tokens", expected, fix, because=because)
         setup.known_by = "tokenizers"
     setup.head = kept.with_label_names(setup.trainer.label_names, setup.batch)
-    setup.classes_taught = manifest["vocabulary"]
+    setup.teacher_classes = manifest["vocabulary"]
     compared = classes_of_cache(setup.student, teacher, remap=kd.kd_remap_labels, compare=compatibility.warned)
     setup.class_order = compared.order
 
@@ -244,22 +244,20 @@ def settings(setup: Setup) -> str | None:
 def outputs(setup: Setup) -> str | None:
     """The teacher gives finite logits on the batch; their shape tells a task that nothing else does."""
     trainer, live, known, logits = setup.trainer, setup.live, setup.head is not None, None
-    taught = None if live is None else live.model
+    teacher_model = None if live is None else live.model
     labels = setup.batch.get(trainer.label_names[0]) if trainer.label_names else None
-    kept = None if setup.cached is None else setup.classes_taught
-    wanted = wanted_logits(setup.head, labels, [setup.student, *([] if taught is None else [taught])], kept)
+    kept = None if setup.cached is None else setup.teacher_classes
+    models = [model for model in (setup.student, teacher_model) if model is not None]
+    wanted = wanted_logits(setup.head, labels, models, kept)
     if live is not None and setup.asked:
         live.prepare(trainer.args.device, trainer.accelerator)
     if trainer.teacher is not None and not trainer._always_hard:
-        over_tokens = setup.head is not None and setup.head.over_tokens
-        compiled, implementation = (
-            trainer.args.torch_compile or trainer.teacher.compiled,
-            setup.kd.kd_loss_implementation,
-        )
-        setup.heads, setup.path = plain_heads(setup.student, taught, over_tokens, implementation, compiled=compiled)
+        over_tokens, way = setup.head is not None and setup.head.over_tokens, setup.kd.kd_loss_implementation
+        compiled = trainer.args.torch_compile or trainer.teacher.compiled
+        setup.heads, setup.path = plain_heads(setup.student, teacher_model, over_tokens, way, compiled=compiled)
     if live is not None and setup.asked:
         logits = teacher_logits(setup, live, wanted)
-        setup.classes_taught = logits.shape[-1]  # as many as the student's, or `check_shapes` says so
+        setup.teacher_classes = logits.shape[-1]  # as many as the student's, or `check_shapes` says so
     if setup.head is None:
         if logits is None:
             dims = getattr(setup.batch.get("labels"), "dim", lambda: 1)()
@@ -275,7 +273,7 @@ def outputs(setup: Setup) -> str | None:
 
 def vocabulary(setup: Setup) -> None:
     """Vocabularies of other sizes are known to be padded only."""
-    student, teacher = classes_of(setup.student, setup.task), setup.classes_taught
+    student, teacher = classes_of(setup.student, setup.task), setup.teacher_classes
     if setup.task.over_tokens and student is not None and teacher is not None and student != teacher:
         setup.common_ids = compatibility.common_ids(student, teacher, setup.known_by)
         setup.vocabularies = compatibility.vocabulary_line(student, teacher, setup.known_by)
@@ -288,7 +286,7 @@ def labels(setup: Setup) -> None:
         if targets is None or setup.kd.kd_hard_loss == "model" or trainer.compute_loss_func is not None:
             return
         # The student's logits have as many classes as the teacher's, or are refused.
-        classes = setup.classes_taught
+        classes = setup.teacher_classes
         if classes_of(setup.student, head) not in (None, classes):
             classes = None
         if classes is None and head.softmax and trainer.args.device.type != "cpu":
