@@ -78,7 +78,6 @@ def _look_at_batch(trainer: Any, findings: Findings, batch: Mapping[str, Any]) -
         findings.rows += advice.about_tokens(batch, setup.known_by)
     with findings.attempt("student's tokens"):
         advice.check_student_ids(setup.student, batch)
-    known = setup.head is not None
     _look_closer(setup, findings)
     if is_sharded(trainer) and not trainer.is_in_train:
         mend = 'Set {"kd_run": "check"}: trainer.train() then checks with the student as training shards it.'
@@ -87,7 +86,7 @@ def _look_at_batch(trainer: Any, findings: Findings, batch: Mapping[str, Any]) -
     # On a GPU an index out of range ends the process.
     fits = findings.everywhere(all(passed.values()) and not has_errors(findings.rows[before:]))
     fits = fits and all(findings.passes(what, partial(check, setup)) for what, check in WITH_MODELS)
-    if fits and not known:
+    if fits and setup.head_by_logits:
         _look_closer(setup, findings)
     if setup.head is not None:
         with findings.attempt("reduction"):

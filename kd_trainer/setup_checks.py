@@ -63,6 +63,7 @@ class Setup:
     trainer: Any
     batch: Mapping[str, Any]
     head: Head | None = None  # the task; None as long as only the teacher's logits can tell it
+    head_by_logits: bool = False  # whether they had to
     teacher_classes: int | None = None  # of the teacher's logits, or of its cache
     path: str = ""  # a line on whether and why the loss is computed from logits
     vocabularies: str = ""  # a line on vocabularies that differ in size
@@ -214,7 +215,7 @@ def classes_of_cache(
 def settings(setup: Setup) -> str | None:
     """No setting means nothing for the task, so that none is ignored in silence."""
     head, kd, smoothing = setup.head, setup.kd, setup.trainer.args.label_smoothing_factor
-    if head is None:  # `outputs` calls this again when it knows
+    if head is None:
         return None
     if not head.tempered and kd.kd_divergence != "forward_kl":
         expected = "'forward_kl' (the default) in a regression, whose soft loss is the squared error"
@@ -241,9 +242,9 @@ def settings(setup: Setup) -> str | None:
 # ---- what the models have to be run for ----
 
 
-def outputs(setup: Setup) -> str | None:
+def outputs(setup: Setup) -> None:
     """The teacher gives finite logits on the batch; their shape tells a task that nothing else does."""
-    trainer, live, known, logits = setup.trainer, setup.live, setup.head is not None, None
+    trainer, live, logits = setup.trainer, setup.live, None
     teacher_model = None if live is None else live.model
     labels = setup.batch.get(trainer.label_names[0]) if trainer.label_names else None
     kept = None if setup.cached is None else setup.teacher_classes
@@ -259,6 +260,7 @@ def outputs(setup: Setup) -> str | None:
         logits = teacher_logits(setup, live, wanted)
         setup.teacher_classes = logits.shape[-1]  # as many as the student's, or `check_shapes` says so
     if setup.head is None:
+        setup.head_by_logits = True
         if logits is None:
             dims = getattr(setup.batch.get("labels"), "dim", lambda: 1)()
             head = head_for(setup.student, "classification" if dims == 1 else "token_classification", False)
@@ -268,7 +270,6 @@ def outputs(setup: Setup) -> str | None:
     if logits is not None and not setup.task.over_tokens:
         wanted = wanted._replace(widths=(logits.shape[-1],))
     setup.head = dataclasses.replace(setup.task, widths=wanted.widths, at_least=wanted.at_least)
-    return None if known else settings(setup)
 
 
 def vocabulary(setup: Setup) -> None:
@@ -442,6 +443,7 @@ WITHOUT_MODELS: tuple[tuple[str, Check], ...] = (
 )
 WITH_MODELS: tuple[tuple[str, Check], ...] = (
     ("first batch", outputs),
+    ("task", lambda setup: settings(setup) if setup.head_by_logits else None),
     ("vocabulary", vocabulary),
     ("labels", labels),
     ("hard loss", hard_loss),
