@@ -1,6 +1,6 @@
 """Do teacher and student fit? Refuses what would train wrongly in silence, before the first step.
 
-For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared in `heads.py`, batch by batch.
+For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared in `head.py`, batch by batch.
 """
 
 from __future__ import annotations

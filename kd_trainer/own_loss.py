@@ -1,6 +1,6 @@
 """Whose hard loss: the model's own loss beside the task's formula, compared on the first batch.
 
-For: `first_look.py`, which compares once, and `trainer.py`, which then takes the loss that was chosen. A model may
+For: `setup_checks.py`, which compares once, and `trainer.py`, which then takes the loss that was chosen. A model may
 weigh classes, add penalties, shift its labels or not: `kd_alpha=0` has to be the stock `Trainer` for every one. Where
 its loss is the task's formula, the formula is used, since that does not depend on how a batch is split; otherwise its
 own loss is used.

@@ -1,6 +1,6 @@
 """Does the teacher stay what it is while the student trains? Compares memory, not objects.
 
-For: `first_look.py`, before the first step. What both models may share is what does not change: parameters that are
+For: `setup_checks.py`, before the first step. What both models may share is what does not change: parameters that are
 frozen in the student, and buffers that its forward does not update.
 """
 

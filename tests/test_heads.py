@@ -1,4 +1,4 @@
-"""`heads.py`: the head of every kind of model, targets and masks by hand, the hard loss against the models' own."""
+"""`head.py`, `heads.py`: the head of every model, targets and masks by hand, the hard loss against the models' own."""
 
 from __future__ import annotations
 
