@@ -81,33 +81,23 @@ _DEFAULT_BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
-    """Raises unless both are floating tensors of one shape [..., V] with V >= 1; shapes are never broadcast."""
-    for argument, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+def check_logits(**named: Tensor) -> None:
+    """Raises unless all are floating tensors of one shape [..., V] with V >= 1; shapes are never broadcast."""
+    for argument, logits in named.items():
         check_tensor(argument, logits, "a tensor of logits [..., V]")
         if not logits.is_floating_point():
-            fail(
-                argument,
-                f"of dtype {logits.dtype}",
-                "logits of a floating dtype",
-                "Pass the scores before the softmax, not class ids.",
-                error=TypeError,
-            )
-    if student_logits.shape != teacher_logits.shape:
-        fail(
-            "student_logits",
-            f"of shape {list(student_logits.shape)} and `teacher_logits` of shape {list(teacher_logits.shape)}",
-            "equal shapes [..., V]",
-            "Give both sides the same positions and the same classes, in the same order.",
-            because="a divergence compares them class by class",
-        )
-    if student_logits.dim() == 0 or student_logits.shape[-1] == 0:
-        fail(
-            "student_logits",
-            f"of shape {list(student_logits.shape)}",
-            "at least one class in the last dimension",
-            "Pass logits [..., V].",
-        )
+            mend = "Pass the scores before the softmax, not class ids."
+            fail(argument, f"of dtype {logits.dtype}", "logits of a floating dtype", mend, error=TypeError)
+    (first, logits), *others = named.items()
+    for argument, other in others:
+        if logits.shape != other.shape:
+            shown = f"of shape {list(logits.shape)} and `{argument}` of shape {list(other.shape)}"
+            mend = "Give both sides the same positions and the same classes, in the same order."
+            because = "a divergence compares them class by class"
+            fail(first, shown, "equal shapes [..., V]", mend, because=because)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        shown = f"of shape {list(logits.shape)}"
+        fail(first, shown, "at least one class in the last dimension", "Pass logits [..., V].")
 
 
 def check_divergence(divergence: str, beta: float | None) -> float:
@@ -115,22 +105,14 @@ def check_divergence(divergence: str, beta: float | None) -> float:
     check_choice("divergence", divergence, _TERMS)
     if divergence not in _DEFAULT_BETA:
         if beta is not None:
-            fail(
-                "beta",
-                repr(beta),
-                f"None with divergence '{divergence}'",
-                "Leave `beta` out, or choose one of " + ", ".join(map(repr, _DEFAULT_BETA)) + ".",
-                because="this divergence has no beta",
-            )
+            mend = "Leave `beta` out, or choose one of " + ", ".join(map(repr, _DEFAULT_BETA)) + "."
+            because = "this divergence has no beta"
+            fail("beta", repr(beta), f"None with divergence '{divergence}'", mend, because=because)
         return 0.0
     if beta is None:
         return _DEFAULT_BETA[divergence]
     check_number("beta", beta, low=0.0, high=1.0, open_low=True, open_high=True)
     return beta
-
-
-def _check_temperature(temperature: float) -> None:
-    check_temperature("temperature", temperature)
 
 
 # ---- from logits to nats --------------------------------------------------------------------------------------------
@@ -183,8 +165,8 @@ def divergence_terms(
         [0.25, 0.25]
     """
     beta = check_divergence(divergence, beta)
-    _check_temperature(temperature)
-    check_logits(student_logits, teacher_logits)
+    check_temperature("temperature", temperature)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     return _terms(divergence, student_logits, teacher_logits, temperature, beta)
 
 
@@ -208,8 +190,8 @@ def _per_position(
 ) -> Tensor:
     """Checks, then the faster of the two ways: nats [...]."""
     beta = check_divergence(divergence, beta)
-    _check_temperature(temperature)
-    check_logits(student_logits, teacher_logits)
+    check_temperature("temperature", temperature)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     differentiable = torch.is_grad_enabled()
     if student_logits.numel() < _SMALL or (differentiable and teacher_logits.requires_grad):
         return _terms(divergence, student_logits, teacher_logits, temperature, beta).sum(-1)
@@ -507,8 +489,8 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temper
 
     Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
     """
-    _check_temperature(temperature)
-    check_logits(student_logits, teacher_logits)
+    check_temperature("temperature", temperature)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     dtype = wide(student_logits, teacher_logits)
     log_q = log_probs(student_logits, temperature, dtype)
     return -_weigh(log_probs(teacher_logits, temperature, dtype).exp(), log_q).sum(-1)

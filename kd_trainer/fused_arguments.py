@@ -91,9 +91,7 @@ class Job:
 
     def said(self, rows: slice) -> TopK | Samples | None:
         """The rows of `sparse`."""
-        if isinstance(self.sparse, TopK):
-            return TopK(*(x[rows] for x in self.sparse))
-        return None if self.sparse is None else Samples(*(x[rows] for x in self.sparse))
+        return None if self.sparse is None else type(self.sparse)(*(x[rows] for x in self.sparse))
 
 
 def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_number, check_temperature, check_tensor, fail
 from .distributions import kl_categorical
-from .divergences import DIVERGENCES, check_divergence, check_logits, divergence_terms
+from .divergences import DIVERGENCES, check_divergence, check_logits, divergence_terms, wide
 from .reductions import REDUCTIONS, as_mask, divide, masked_sum, reduce_terms, reduce_total, select_positions
 
 
@@ -91,7 +91,7 @@ class SoftTargetLoss(nn.Module):
             labels: [B, ...] integers; positions equal to `ignore_index` are not counted. Their values are not used.
             mask: [B, ...] bool or 0/1; False or 0 is not counted. With both, a position must be counted by both.
         """
-        check_logits(student_logits, teacher_logits)
+        check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
         shape = student_logits.shape
         if len(shape) < 2:
             shown = f"of shape {list(shape)}"
@@ -182,7 +182,7 @@ class KLDivergenceLoss(nn.Module):
         return divide(values.sum(), values.shape[0])
 
     def _smooth(self, probs: Tensor) -> Tensor:
-        probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
+        probs = probs.to(wide(probs))
         return (probs + self.epsilon) / (1 + probs.shape[-1] * self.epsilon) if self.epsilon else probs
 
     def extra_repr(self) -> str:
@@ -282,7 +282,7 @@ class DistillationLoss(nn.Module):
                 a teacher; on [B, S, V] the positions that have a label, since the others are mostly padding. Give the
                 mask where tokens are flattened to [B * S, V].
         """
-        check_logits(student_logits, teacher_logits)
+        check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
         _check_labels(labels, student_logits)
         counted_by_labels = labels if mask is None and student_logits.dim() > 2 else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha > 0):
@@ -297,10 +297,9 @@ class DistillationLoss(nn.Module):
         ignore_index = self.soft_loss.ignore_index
         labelled = labels != ignore_index
         rows = select_positions(student_logits, labelled)
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         kept = select_positions(labels, labelled).long()
         _check_ids(kept, rows.shape[-1], ignore_index)
-        total = masked_sum(F.cross_entropy(wide, kept, reduction="none"))
+        total = masked_sum(F.cross_entropy(rows.to(wide(rows)), kept, reduction="none"))
         return reduce_total(total, self.soft_loss.reduction, shape=student_logits.shape, positions=rows.shape[0])
 
     def extra_repr(self) -> str:
@@ -358,7 +357,7 @@ def fit_temperature(
     """
     check_number("minimum", minimum, low=0.0, open_low=True)
     check_number("maximum", maximum, low=minimum, open_low=True)
-    check_logits(logits, logits)
+    check_logits(logits=logits)
     _check_labels(labels, logits)
     labelled = labels != ignore_index
     rows = select_positions(logits.detach(), labelled).double()

@@ -356,6 +356,8 @@ def _temperature_shades(count: int) -> list[Any]:
 
 def _divergences(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
     """The three divergences between teacher P and student Q, side by side."""
+    from matplotlib.patches import Patch
+
     shown = [m for m in models if m.role != "teacher" and m.numbers["kl_to_teacher_nats"][0] is not None]
     if not shown:
         return None
@@ -387,11 +389,5 @@ def _divergences(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
     axes.set_xticks(range(len(shown)), [_wrapped(model.name, 20) for model in shown])
     axes.set_ylabel("nats per test row, T = 1" + (" (log scale)" if logarithmic else ""))
     axes.set_title("How far each student Q is from the teacher P, by direction")
-    _legend_below(figure, _patches(drawn), list(DIVERGENCE_LABELS.values()), 3)
+    _legend_below(figure, [Patch(color=color) for color, *_ in drawn], list(DIVERGENCE_LABELS.values()), 3)
     return figure
-
-
-def _patches(drawn: Sequence[tuple[Any, ...]]) -> list[Any]:
-    from matplotlib.patches import Patch
-
-    return [Patch(color=color) for color, *_ in drawn]

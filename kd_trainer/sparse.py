@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_temperature, fail
-from .divergences import BLOCK_ACCELERATOR, check_divergence, log_prob_terms, log_probs, wide
+from .divergences import BLOCK_ACCELERATOR, check_divergence, check_logits, log_prob_terms, log_probs, wide
 
 _BLOCK = 2**19  # logits that a processor reads at once: the buffers stay in its cache
 
@@ -66,7 +66,9 @@ def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
 
     Source: Tan et al. 2019, arXiv:1902.10461 (top-k of a translation teacher); the bucket of the rest is ours.
     """
-    classes = _check_logits(logits, temperature)
+    check_temperature("temperature", temperature)
+    check_logits(logits=logits)
+    classes = logits.shape[-1]
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= classes:
         fail("k", repr(k), f"a whole number from 1 to {classes}, the vocabulary", "Keep fewer ids, or all of them.")
 
@@ -108,7 +110,8 @@ def draw_samples(logits: Tensor, n: int, *, temperature: float = 1.0, uniform: T
 
     Source: Anshumann et al. 2025, arXiv:2503.16870, with systematic instead of independent draws.
     """
-    _check_logits(logits, temperature)
+    check_temperature("temperature", temperature)
+    check_logits(logits=logits)
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         fail("n", repr(n), "a whole number of draws, at least 1", "Take 50 for a start.")
     shape = logits.shape[:-1]
@@ -229,23 +232,11 @@ def sampled_forward_kl(student_logits: Tensor, taught: Samples, *, temperature: 
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_logits(logits: Tensor, temperature: float, name: str = "logits") -> int:
-    """Returns V."""
-    check_temperature("temperature", temperature)
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        shown = f"of dtype {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
-        mend = "Pass the scores before the softmax, not class ids."
-        fail(name, shown, "a tensor of logits of a floating dtype", mend, error=TypeError)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        mend = "Pass logits [..., V]."
-        fail(name, f"of shape {list(logits.shape)}", "at least one class in the last dimension", mend)
-    return logits.shape[-1]
-
-
 def _check_taught(
     logits: Tensor, temperature: float, taught: TopK | Samples, rows: list[Tensor], narrow: Tensor
 ) -> None:
-    _check_logits(logits, temperature, "student_logits")
+    check_temperature("temperature", temperature)
+    check_logits(student_logits=logits)
     shape, ids = logits.shape[:-1], taught.ids.shape
     if narrow.shape != shape or any(column.shape != (*shape, *ids[-1:]) for column in rows):
         shown = " and ".join(f"`{name}` of shape {list(x.shape)}" for name, x in taught._asdict().items())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergences import log_prob_terms
+from .divergences import log_prob_terms, wide
 from .native import can_compile
 from .sparse import Samples, TopK
 from .visit import Rows, Setting, block_rows, compile_pays, halves_of, power_of, same_compiled, widened, without_wrong
@@ -51,8 +51,7 @@ def visit_sparse(
     wrong = None
     if labels is not None:
         labels, weights, wrong = without_wrong(labels, weights, student.shape[1])
-    wide = torch.promote_types(student.dtype, torch.float32)
-    double = torch.float64 if student.device.type != "mps" else wide
+    double = torch.float64 if student.device.type != "mps" else torch.float32
     temperature, ids = setting.temperature, taught.ids
     rows = torch.arange(len(student), device=student.device).unsqueeze(1)
     chosen = student[rows, ids].to(double)
@@ -103,7 +102,7 @@ def visit_sparse(
             at = at + hard_weight * ((temperature * at_label - all_hard).exp() - 1)
             student[rows, label.clamp(min=0)] = at.to(student.dtype)
         student[rows, ids] = at_ids.to(student.dtype)  # the label may be one of them
-    return Rows(soft.squeeze(1).to(wide), hard.squeeze(1).to(wide), same.squeeze(1))
+    return Rows(soft.squeeze(1).to(wide(student)), hard.squeeze(1).to(wide(student)), same.squeeze(1))
 
 
 def _visit_in_c(
@@ -217,13 +216,11 @@ def _overwrite(
 
 
 def _scalar(setting: Setting, like: Tensor) -> Tensor:
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.full((), setting.temperature, dtype=wide, device=like.device)
+    return torch.full((), setting.temperature, dtype=wide(like), device=like.device)
 
 
 def _room(tile: Tensor) -> Tensor:
-    wide = torch.promote_types(tile.dtype, torch.float32)
-    return torch.empty(2, block_rows(tile), tile.shape[1], dtype=wide, device=tile.device)
+    return torch.empty(2, block_rows(tile), tile.shape[1], dtype=wide(tile), device=tile.device)
 
 
 # ---- compiled by torch, on GPUs --------------------------------------------------------------------------------------
