@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .cache_formats import Format, check_columns, decode, format_of, output
 from .cache_manifest import check_links, check_settings, head_of
-from .cache_signatures import DERIVED, ROW, SHARED, TOKEN, flat, is_own, kinds_of, refuse_column, signatures
+from .cache_signatures import kinds_of, refuse_column, signatures
 from .cache_store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Store, damaged, foreign, is_finished, read_manifest
 from .checks import fail, message
 from .head import Head
@@ -153,49 +153,19 @@ class Reading:
             each = [_single(taken.features, row) for row in range(rows)]
             return [] if any(one is None for one in each) else [dict(self.collator(one)) for one in each]
 
-        if self.kinds is None:
-            apart = alone() if rows > 1 else None
-            self.kinds = kinds_of(batch, apart or None, rows, self.columns, packed=spans is not None)
         options: dict[str, Any] = {"causal": self.head.name == "causal_lm", "shifted": self.head.shifted}
         options["apart"] = self.head.name == "seq2seq_lm"
         if spans is None:
+            self.kinds = self.kinds or kinds_of(batch, (alone() if rows > 1 else None) or None, rows, self.columns)
             seen = signatures(batch, mask, self.columns, self.kinds, alone=alone, **options)
             return Read(batch, taken.row_ids, mask, mask.sum(1).numpy(), seen)
-        parts = self._parts(batch, spans, alone)
-        found = [
-            signatures(part, mask[:, span], list(part), {**self.kinds, **dict.fromkeys(own, ROW)}, **options)
-            for span, (part, own) in zip(spans, parts, strict=True)
-        ]
+        found = []  # rows of one long row are known by what each is alone
+        for one in alone() or refuse_column("input_ids", batch.get("input_ids"), rows):
+            self.kinds = self.kinds or kinds_of(one, [one], 1, self.columns)
+            own = kept_positions(self.head, one, self.positions, 1)
+            found.append(signatures(one, own, self.columns, self.kinds, alone=[one].copy, **options))
         counts = np.array([int(mask[:, span].sum()) for span in spans])
         return Read(batch, taken.row_ids, mask, counts, np.concatenate(found))
-
-    def _parts(
-        self, batch: Mapping[str, Any], spans: Sequence[slice], alone: Callable[[], list[dict[str, Any]]]
-    ) -> list[tuple[dict[str, Any], list[str]]]:
-        """Of a batch that is one long row: what each of its rows has in it, and which of that it has for itself."""
-        kinds = cast(Mapping[str, str], self.kinds)
-        values = flat(batch, self.columns)
-        # What is kept is joined with the labels too, which no teacher reads.
-        tokens = {name: value for name, value in values.items() if kinds.get(name) == TOKEN}
-        shared = {name: value for name, value in values.items() if kinds.get(name) == SHARED}
-        known = {*tokens, *shared, *(name for name, kind in kinds.items() if kind == DERIVED)}
-        own = sorted({*values, *kinds} - known)
-        each = [flat(one, self.columns) for one in alone()] if own else [{} for _ in spans]
-        for name in own:
-            entries = [one.get(name) for one in each]
-            if len(entries) != len(spans) or (name in values and not is_own(values[name], entries)):
-                refuse_column(name, values.get(name), len(spans))
-        return [
-            (
-                {
-                    **{name: value[:, span] for name, value in tokens.items()},
-                    **shared,
-                    **{n: [one.get(n)] for n in own},
-                },
-                own,
-            )
-            for span, one in zip(spans, each, strict=True)
-        ]
 
 
 def _single(features: Any, row: int) -> Any:

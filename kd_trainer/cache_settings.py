@@ -114,9 +114,7 @@ def _format(trainer: Any, speaker: Speaker, read: Read) -> tuple[Format, dict[st
     kd, head, fit = trainer.kd_args, speaker.head, trainer._fit
     given = speaker.dimensions(*on_device(trainer, speaker, read))
     classes, product = given.shape[-1], speaker.output_head
-    name, k, asked = _format_asked(
-        trainer,
-    )
+    name, k, asked = _format_asked(trainer)
     if name == "auto":
         large = head.over_tokens and classes >= SMALL_VOCABULARY and product is not None
         name = "hidden" if large else "logits"
@@ -162,11 +160,8 @@ def _tell_size(trainer: Any, settings: dict[str, Any], row_bytes: float) -> None
     kept = settings["format"] + "".join(f", {n} {settings[n]:g}" for n in ("k", "temperature") if settings[n])
     kept += "" if settings["format"] == "sampled" else f", {settings['dtype']}"
     size = "a stream of rows" if rows is None else f"{rows:,} rows, about {rows * row_bytes / 1e6:,.1f} MB"
-    print(
-        f"[kd_trainer] teacher cache {str(where / settings['part'])!r}: {kept}, "
-        f"{position_bytes:,g} bytes a position; {size}",
-        flush=True,
-    )
+    told = f"[kd_trainer] teacher cache {str(where / settings['part'])!r}: {kept}, {position_bytes:,g} bytes a position"
+    print(f"{told}; {size}", flush=True)
     parent = next(p for p in (where.absolute(), *where.absolute().parents) if p.exists())
     there = sum(f.stat().st_size for f in (where / settings["part"]).rglob("*") if f.is_file())
     missing, free = (rows or 0) * row_bytes - there, shutil.disk_usage(parent).free
@@ -184,8 +179,7 @@ def compare_settings(trainer: Any, folder: Path, kept: dict[str, Any], part: str
     if not isinstance(trainer._given_teacher, CachedTeacher):
         unknown = compare_teachers(folder, kept, trainer._identity_of_teacher())
         if unknown is not None:
-            text = "[kd_trainer] %s: the teacher cache %s is used without comparing them"
-            warn(logger, text, unknown, folder)
+            warn(logger, "[kd_trainer] %s: the teacher cache %s is used without comparing them", unknown, folder)
     form = None if kd.teacher_cache_format == "auto" else kd.teacher_cache_format
     chosen = ("format", "the format", form), ("k", "the value", kd.teacher_cache_k)
     for name, what, value in (*chosen, ("dtype", "the dtype", kd.teacher_cache_dtype)):

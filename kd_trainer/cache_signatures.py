@@ -24,10 +24,8 @@ TOKEN = "token"  # an entry for each token of each row: [B, S, ...]
 SECOND = "second"  # as token, with the rows second: [3, B, S]
 SHARED = "shared"  # the same for all rows: a number, a text, [1, S]
 OWN = "own"  # the entries of each row, one row behind the other: flattened patches
-DERIVED = "derived"  # of a batch that is one long row: where its rows begin
-KINDS = (ROW, TOKEN, SECOND, SHARED, OWN, DERIVED)
+KINDS = (ROW, TOKEN, SECOND, SHARED, OWN)
 
-_DERIVED = frozenset(["cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"])
 _OF_TOKENS = frozenset(
     ["input_ids", "token_type_ids", "position_ids", "inputs_embeds", "bbox", "langs", "mm_token_type_ids"]
 )
@@ -45,31 +43,25 @@ def flat(batch: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def kinds_of(whole: Mapping[str, Any], alone: Sequence[Mapping[str, Any]] | None, rows: int, names: Sequence[str],
-             packed: bool = False) -> dict[str, str]:  # fmt: skip
+def kinds_of(
+    whole: Mapping[str, Any], alone: Sequence[Mapping[str, Any]] | None, rows: int, names: Sequence[str]
+) -> dict[str, str]:
     """How each column of a batch belongs to its rows, one of `KINDS`.
 
     Args:
         whole: some rows, collated; alone: the same rows, each collated alone; None where they cannot be taken apart.
-        names: of the columns that the teacher reads; packed: whether the batch is one long row of them all.
+        names: of the columns that the teacher reads.
 
     Raises:
         ValueError: a column whose entries cannot be told apart by rows, so that a change of one would not be noticed.
     """
     columns = flat(whole, names)
     parts = None if alone is None else [flat(each, names) for each in alone]
+    lengths = [_tokens(each) for each in alone or ()]
     return {
-        name: DERIVED if packed and name in _DERIVED
-        else TOKEN if packed and isinstance(value, Tensor) and value.shape[:2] == _shape(whole)
-        else _kind(name, value, None if parts is None else [each.get(name) for each in parts], rows,
-                   [None if each is None else _tokens(each) for each in (alone or ())])
+        name: _kind(name, value, None if parts is None else [each.get(name) for each in parts], rows, lengths)
         for name, value in columns.items()
-    }  # fmt: skip
-
-
-def _shape(batch: Mapping[str, Any]) -> Any:
-    value = batch.get("input_ids", batch.get("inputs_embeds"))
-    return value.shape[:2] if isinstance(value, Tensor) and value.dim() > 1 else None
+    }
 
 
 def _tokens(batch: Mapping[str, Any]) -> int | None:
@@ -176,7 +168,7 @@ def signatures(
     values = {**dict.fromkeys((name for name, kind in kinds.items() if kind == OWN)), **flat(batch, names)}
     for name, value in sorted(values.items()):
         kind = kinds.get(name, ROW)
-        if kind == DERIVED or (name.endswith("attention_mask") and places.tell(name, value)):
+        if name.endswith("attention_mask") and places.tell(name, value):
             continue
         by_rows = kind in (ROW, TOKEN) and isinstance(value, (Tensor, list, tuple)) and _length(value) == rows
         read: Callable[[int], bytes]
