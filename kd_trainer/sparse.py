@@ -139,11 +139,14 @@ def draw_samples(logits: Tensor, n: int, *, temperature: float = 1.0, uniform: T
 
 def _by_blocks(block: Callable[..., tuple[Tensor, ...]], logits: Tensor, *others: Tensor) -> list[Tensor]:
     """What `block` makes of some rows of the logits [..., V] and of the others [...], joined."""
-    size = max(1, (_BLOCK if logits.device.type == "cpu" else BLOCK_ACCELERATOR) // logits.shape[-1])
-    rows = (logits.detach().reshape(-1, logits.shape[-1]), *(x.reshape(-1) for x in others))
-    parts = [block(*some) for some in zip(*(x.split(size) for x in rows), strict=True)]
-    columns = map(torch.cat, zip(*parts, strict=True))
-    return [column.view((*logits.shape[:-1], *column.shape[1:])) for column in columns]
+    size = max(2, (_BLOCK if logits.device.type == "cpu" else BLOCK_ACCELERATOR) // logits.shape[-1])
+    rows = [logits.detach().reshape(-1, logits.shape[-1]), *(x.reshape(-1) for x in others)]
+    count = len(rows[0])
+    if count == 1:  # threads would share the sum of a single row, whose last bits would depend on their number
+        rows = [torch.cat((x, x)) for x in rows]
+    splits = (x.tensor_split(max(1, count // size)) for x in rows)
+    columns = map(torch.cat, zip(*(block(*some) for some in zip(*splits, strict=True)), strict=True))
+    return [column[:count].view((*logits.shape[:-1], *column.shape[1:])) for column in columns]
 
 
 # ---- the losses against them ----------------------------------------------------------------------------------------

@@ -129,6 +129,20 @@ def test_blocks_change_nothing(monkeypatch, elements):
         assert torch.equal(one, other)
 
 
+def test_neither_threads_nor_the_rows_beside_it_change_a_row():
+    z, u = logits(21, 50_000, dtype=torch.float32), uniform(21)
+    whole, threads = (*top_k(z, 4), *draw_samples(z, 9, uniform=u)), torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            parts = [
+                (*top_k(x, 4), *draw_samples(x, 9, uniform=v)) for x, v in zip(z.split(1), u.split(1), strict=True)
+            ]
+            assert all(torch.equal(torch.cat(x), y) for x, y in zip(zip(*parts, strict=True), whole, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("wrong", [math.nan, INF])
 @pytest.mark.parametrize("k", [3, 40])
 def test_a_logit_that_is_not_finite_is_seen_in_the_tail_and_in_the_entropy(wrong, k):
