@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from transformers import Trainer
 
-from .checks import fail
+from .checks import fail, message
 
 # Upstream names without a promise of stability that the package relies on; a test looks each of them up.
 UPSTREAM_NAMES = {
@@ -101,6 +101,14 @@ def refuse_no_trainer(cls: type, other: type | None = None) -> NoReturn:
     fix = f"Write class {cls.__name__}(DistillationMixin, Trainer); elsewhere use the losses alone: SoftTargetLoss."
     expected = "DistillationMixin in front of a transformers.Trainer"
     _refuse(cls, shown, expected, _advice(cls.__mro__, fix), "it overrides what that class calls")
+
+
+def no_room_for_fields(cls: type, mixin: type, args: Any) -> str:
+    """The message for arguments that the trainer behind the mixin makes into a class without our fields."""
+    behind = next(c for c in cls.__mro__ if issubclass(c, Trainer) and not issubclass(c, mixin))
+    fix = "Write a dataclass Args(DistillationArguments, TheOtherArguments) and build the args of it."
+    expected = f"the arguments of {behind.__name__} with DistillationArguments in front"
+    return message("args", f"of type {type(args).__name__}", expected, fix)
 
 
 def check_options(args: Any, hard_loss: str, compute_loss_func: Any, accelerator: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from .head import Head
-from .model_facts import count_parameters, describe, times
+from .model_facts import count_parameters, describe, name_of, times
 from .objective import Counts, Objective
 from .reductions import divide
 
@@ -77,3 +78,25 @@ def card_section(summary: Mapping[str, Any], log_history: Sequence[Mapping[str, 
     last = last or next((entry for entry in reversed(log_history) if "loss" in entry), {})
     shown = {k: v for k, v in last.items() if isinstance(v, float) and not k.endswith(("_runtime", "_per_second"))}
     return "\n".join([*lines, *(f"| {key} | {value:.4f} |" for key, value in shown.items())]) + "\n"
+
+
+def summary_of(kd: Any, formulas: Sequence[str], teacher: Any, student: nn.Module) -> dict[str, Any]:
+    """Teacher, formula and the numbers in it, as JSON values.
+
+    Args:
+        kd: the distillation arguments.
+        formulas: at the start and at the end of the schedule.
+        teacher: the module; or of a cache what its manifest has of it; or None.
+    """
+    formula = (
+        formulas[0] if kd.kd_schedule == "constant" else f"{formulas[0]}; {kd.kd_schedule} schedule to {formulas[1]}"
+    )
+    kept = teacher if isinstance(teacher, Mapping) else {}
+    live = teacher if isinstance(teacher, nn.Module) else None
+    return {
+        "formula": formula,
+        "teacher": kept.get("name") if live is None else name_of(live),
+        "teacher_parameters": kept.get("parameters") if live is None else count_parameters(live),
+        "student_parameters": count_parameters(student),
+        **{f.name.removeprefix("kd_"): getattr(kd, f.name) for f in dataclasses.fields(kd) if f.name[:3] == "kd_"},
+    }

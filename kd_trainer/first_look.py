@@ -24,6 +24,7 @@ from .head_choice import classes_have_names, head_for
 from .inputs import Accepted, check_required, decoder_input_ids, is_packed, required_inputs
 from .packing import PackingWatch
 from .router import notes_on_own_losses
+from .settings import Settings
 from .setup_checks import WITH_MODELS, WITHOUT_MODELS, Setup
 from .shared_memory import check_separate
 from .teacher import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, load_teacher
@@ -81,10 +82,9 @@ def plan(setup: Setup) -> Fit:
 class FirstLook(_InFrontOf):
     """Loads the teacher and looks at the first batch; `trainer.DistillationMixin` sets what is declared here."""
 
-    kd_args: DistillationArguments
+    _run_settings: Settings
     teacher: LiveTeacher | CachedTeacher | None
     _given_teacher: Any  # as it was given, by whichever argument
-    _always_hard: bool
     _finite: FiniteWatch
     _packing: PackingWatch
     _fit: Fit | None
@@ -92,6 +92,15 @@ class FirstLook(_InFrontOf):
     _watch: Any = None  # the hook that compares buffers shared with the teacher
     _evaluation: Any  # None outside of an evaluation
     _predicting: bool
+
+    @property
+    def kd_args(self) -> DistillationArguments:
+        """The `kd_*` and `teacher_*` arguments as they were last read."""
+        return self._run_settings.kd
+
+    @property
+    def _always_hard(self) -> bool:
+        return self._run_settings.always_hard
 
     def _is_training_step(self, student: nn.Module) -> bool:
         """Whether a loss is for a training step, whatever mode the student is in: it may stay in eval mode."""

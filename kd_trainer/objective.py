@@ -9,7 +9,7 @@ processes, so the loss does not depend on how a batch is split. Leaves the count
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,6 +94,13 @@ class Objective:
         mask = head.soft_mask(inputs, targets, self.positions)
         soft = head.sequences(inputs).numel() if mask is None else mask.sum()
         return Counts(hard, soft, rows)
+
+    def count_all(self, head: Head, batches: Sequence[Mapping[str, Any]]) -> Counts:
+        """The counts of all micro-batches of an optimizer step on this process."""
+        each = [self.count(head, batch) for batch in batches]
+        if len(each) == 1:
+            return each[0]
+        return Counts(sum(c.hard for c in each), sum(c.soft for c in each), sum(c.rows for c in each))
 
     def __call__(
         self,

@@ -21,6 +21,7 @@ from .checks import fail
 from .head import Head
 from .inputs import Accepted, behind_front, model_inputs, text_config
 from .reductions import IGNORE_INDEX, select_positions
+from .router import router_weight
 
 MOST_ROWS = 8  # of the batch that is looked at
 MOST_ROWS_OF_TOKENS, MOST_POSITIONS = 2, 64  # of a language model: more would hold large logits
@@ -80,6 +81,50 @@ def without_extras(loss: Tensor, outputs: Any, student: nn.Module, logits: Tenso
     if logits is not None and weight > 0:
         loss = loss - weight * logits.float().logsumexp(-1).square().mean()
     return loss
+
+
+class OwnHardLoss(NamedTuple):
+    """The model's own loss, or the script's `compute_loss_func`, as the stock Trainer asks for it and divides it.
+
+    Args:
+        function: the script's compute_loss_func; None where the model's loss is taken.
+        takes_num_items: whether the model's forward takes `num_items_in_batch`.
+        scale: undoes the averaging of gradients over processes.
+    """
+
+    function: Any
+    takes_num_items: bool
+    scale: int
+
+    def labels(self, accepted: Accepted, inputs: Mapping[str, Any], counts: Any) -> dict[str, Any]:
+        """What the stock Trainer passes to the model beside its inputs, so that it computes its own loss."""
+        labels = label_columns(inputs, accepted)
+        if self.function is not None:
+            labels.pop("labels", None)
+        labels = {name: value for name, value in labels.items() if name not in accepted}
+        if self.takes_num_items and counts.num_items is not None:
+            labels["num_items_in_batch"] = counts.num_items
+        return labels
+
+    def __call__(self, fit: Any, outputs: Any, inputs: Mapping[str, Any], counts: Any) -> Tensor | None:
+        """The hard loss, divided as upstream's `compute_loss` and `training_step` divide it; None without labels."""
+        if all(inputs.get(name) is None for name in fit.accepted.targets):
+            return None
+        if self.function is not None:
+            loss = self.function(outputs, inputs.get("labels"), num_items_in_batch=counts.num_items)
+        else:
+            found = own_loss(outputs)
+            if found is None:
+                fix = "Return it whenever labels are given, or set kd_hard_loss to task."
+                shown = "a model that returns no loss for a batch with labels"
+                fail("model", shown, "the loss that it returned for the first batch", fix, error=RuntimeError)
+            loss = without_extras(found, outputs, fit.student, None, router_weight(fit.student))
+        targets = fit.head.targets(inputs)
+        if targets is not None and fit.head.softmax:  # upstream's mean over no label is NaN
+            loss = torch.where(fit.head.labelled(targets) > 0, loss, torch.zeros_like(loss))
+        if counts.num_items is not None and (self.function is not None or self.takes_num_items):
+            return loss * self.scale
+        return loss if self.function is not None else loss / counts.micro_batches
 
 
 class Comparison:

@@ -51,7 +51,7 @@ def examine(trainer: Any, *, evaluate: bool = True, batch: Mapping[str, Any] | N
 def _look_at_models(trainer: Any, findings: Findings) -> None:
     student, teacher, args = trainer.unwrapped_student(), trainer.teacher, trainer.args
     with findings.attempt("settings"):
-        trainer._read_settings()
+        trainer._run_settings.read(trainer.args)
         if not trainer._refused:  # else the teacher is missing for a reason that is told already
             trainer._require_teacher(teacher)
     with findings.attempt("student"):

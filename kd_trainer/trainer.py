@@ -6,12 +6,9 @@ nothing else; formulas stand in the files below.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -21,53 +18,41 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from .bases import check_bases, check_options, check_smoothing, not_logged, refuse_no_trainer
+from .bases import check_bases, check_options, check_smoothing, no_room_for_fields, not_logged, refuse_no_trainer
 from .cache import CachedCollator, CachedTeacher
 from .cache_store import Store
 from .checkpoints import Checkpoints
-from .checks import fail, leave_progress_bar, message, warn
-from .describe import card_section, start_block
+from .checks import fail, leave_progress_bar, warn
+from .describe import card_section, start_block, summary_of
 from .files import write_atomically
 from .findings import Finding, has_errors, print_findings
 from .finite import FiniteWatch
 from .first_look import Fit
-from .fused_arguments import Side
 from .fused_forward import (
     NotPlain,
-    OutputHead,
     full_logits,
-    student_loss,
-    student_side,
-    teacher_hidden,
-    teacher_side,
-    whole_weight,
 )
-from .fused_linear import FusedLoss, release_memory
-from .inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns, accepted_inputs, behind_front, model_inputs
+from .fused_linear import release_memory
+from .inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns, accepted_inputs, model_inputs
 from .interrupt import ResumableInterrupt
 from .losses import SoftTargetLoss
-from .model_facts import count_parameters, name_of
-from .objective import Counts, Objective, Parts, scheduled
+from .objective import Counts, Objective, Parts
 from .offline import OfflineTeacher
 from .outputs import TeacherOutput
-from .own_loss import label_columns, own_loss, without_extras
+from .own_loss import OwnHardLoss
 from .packing import PackingWatch
 from .predictions import as_mapping, tensors_alone
 from .preflight import examine
 from .processes import on_main_process, refuse_lone_processes
-from .router import router_weight, with_router_loss
+from .router import router_weight
+from .settings import Settings
 from .setup_checks import is_sharded
+from .step_loss import BatchLoss, MicroBatch, TeacherOutputs, own_rows
 from .teacher import LiveTeacher
 from .training_args import DistillationArguments, refuse_borrowed_names
-from .window import Evaluation, Window, named, named_by_row, perplexity, with_existence, with_existence_of
+from .window import Evaluation, Window, named, with_existence, with_existence_of
 
 logger = logging.getLogger(__name__)
-
-# What an evaluation or a step reads again where it has changed.
-_SETTINGS = (*(f.name for f in dataclasses.fields(DistillationArguments)), "label_smoothing_factor")
-# Settings that change nothing of what the first batch told; and those of which that is true without a teacher cache.
-_FREE_SETTINGS = frozenset({"kd_alpha", "kd_alpha_end", "kd_beta", "kd_schedule", "kd_check_finite", "kd_run"})
-_FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
 
 
 class DistillationMixin(OfflineTeacher):
@@ -113,16 +98,13 @@ class DistillationMixin(OfflineTeacher):
         except TypeError as error:  # SFTTrainer builds its own class of arguments from the fields of ours
             if "'kd_" not in str(error) and "'teacher_" not in str(error):
                 raise
-            behind = next(c for c in type(self).__mro__ if issubclass(c, Trainer) and not issubclass(c, OfflineTeacher))
-            mend = "Write a dataclass Args(DistillationArguments, TheOtherArguments) and build the args of it."
-            expected = f"the arguments of {behind.__name__} with DistillationArguments in front"
-            raise TypeError(message("args", f"of type {type(args).__name__}", expected, mend)) from error
+            raise TypeError(no_room_for_fields(type(self), OfflineTeacher, args)) from error
         refuse_lone_processes(self.args)  # which upstream makes where none are given
         self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
-        self._read_settings()
+        self._run_settings = Settings(self.args)
         self._refused: list[Exception] = []
         with self._refusals_wait():
-            self._refuse_what_cannot_work()
+            check_options(self.args, self.kd_args.kd_hard_loss, self.compute_loss_func, self.accelerator)
         if not self.label_names:  # a plain module's forward names no labels; the batch still has them
             self.label_names = ["labels"]
         check_smoothing(self.args.label_smoothing_factor, self.label_names)
@@ -136,52 +118,33 @@ class DistillationMixin(OfflineTeacher):
             self._identity_of_teacher()
         self._fit: Fit | None = None
         self._started = False
-        self._told_uncached = False
+        self._teacher_outputs = TeacherOutputs(self.live_teacher_at_hand)
         self._predicting = False  # whether a `prediction_step` is under way
         self._loss_only = False  # whether the outputs of the current evaluation step are thrown away
         self._window = Window(self.args.device)
         self._evaluation: Evaluation | None = None
-        self._finite, self._packing = FiniteWatch(self._finite_mode(), self.args.process_index), PackingWatch()
+        finite_mode = self._run_settings.finite_mode(self.args.device.type)
+        self._finite, self._packing = FiniteWatch(finite_mode, self.args.process_index), PackingWatch()
         if not any(isinstance(c, ResumableInterrupt) for c in self.callback_handler.callbacks):
             self.add_callback(ResumableInterrupt())
 
     # ---- before the first step ----
 
-    def _read_settings(self) -> None:
-        """Reads the arguments as they stand now: a script or a hyperparameter search may have changed them."""
-        self.kd_args = DistillationArguments.of(self.args)
-        self._always_hard = self.kd_args.kd_alpha == 0 and self.kd_args.kd_schedule == "constant"
-        self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
-        self._last_settings = self._settings_now()
-
-    def _settings_now(self) -> tuple[Any, ...]:
-        return tuple(map(vars(self.args).get, _SETTINGS))
-
     def _follow_settings(self) -> None:
         """Reads the arguments again where a script or a callback has changed them since."""
-        now, before = self._settings_now(), self._last_settings
-        if now == before:
+        other = self._run_settings.follow(self.args, cached=isinstance(self.teacher, CachedTeacher))
+        if other is None:
             return
-        changed = {name for name, a, b in zip(_SETTINGS, now, before, strict=True) if a != b}
-        always_hard = self._always_hard
-        self._read_settings()
         self._require_teacher(self.teacher)
-        self._finite.mode = self._finite_mode()
-        free = _FREE_SETTINGS | (frozenset() if isinstance(self.teacher, CachedTeacher) else _FREE_WITH_LOGITS)
-        if always_hard != self._always_hard or changed - free:
-            self._fit = None  # what the first batch told was told for other settings
-
-    def _finite_mode(self) -> str:
-        return self.kd_args.kd_check_finite or ("step" if self.args.device.type == "cpu" else "log")
+        self._finite.mode = self._run_settings.finite_mode(self.args.device.type)
+        if other:
+            self._fit = None
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Upstream calls this first in every training, with a trial or without."""
         super()._hp_search_setup(trial)
-        self._read_settings()
+        self._run_settings.read(self.args)
         self._require_teacher(self.teacher)
-
-    def _refuse_what_cannot_work(self) -> None:
-        check_options(self.args, self.kd_args.kd_hard_loss, self.compute_loss_func, self.accelerator)
 
     def check(self, *, evaluate: bool = True) -> list[Finding]:
         """Looks for what would stop or spoil a training, runs one batch through both models, prints a table.
@@ -247,20 +210,12 @@ class DistillationMixin(OfflineTeacher):
 
     def summary(self) -> dict[str, Any]:
         """Teacher, formula and the numbers in it, as JSON values: for the report and the model card."""
-        kd = self.kd_args
+        teacher: Any = self._teacher_module()
+        if teacher is None and isinstance(self.teacher, CachedTeacher):
+            teacher = self.teacher.manifest["teacher"]
         head = self._fit.head if self._fit else None
-        teacher = self._teacher_module()
-        cached = self.teacher.manifest["teacher"] if isinstance(self.teacher, CachedTeacher) else {}
-        formulas = [self._objective_at(progress)[0].formula(head) for progress in (0.0, 1.0)]
-        if kd.kd_schedule != "constant":
-            formulas[0] += f"; {kd.kd_schedule} schedule to {formulas[1]}"
-        return {
-            "formula": formulas[0],
-            "teacher": cached.get("name") if teacher is None else name_of(teacher),
-            "teacher_parameters": cached.get("parameters") if teacher is None else count_parameters(teacher),
-            "student_parameters": count_parameters(self.unwrapped_student()),
-            **{f.name.removeprefix("kd_"): getattr(kd, f.name) for f in dataclasses.fields(kd) if f.name[:3] == "kd_"},
-        }
+        formulas = [self._run_settings.objective_at(progress)[0].formula(head) for progress in (0.0, 1.0)]
+        return summary_of(self.kd_args, formulas, teacher, self.unwrapped_student())
 
     def _teacher_module(self) -> nn.Module | None:
         """The teacher where there is a live one."""
@@ -300,10 +255,7 @@ class DistillationMixin(OfflineTeacher):
         objective, _ = self._objective(training=True)
         for batch in batches:
             self._refuse_packed(fit.head, batch)
-        each = [objective.count(fit.head, batch) for batch in batches]
-        counts = each[0]
-        if len(each) > 1:
-            counts = Counts(sum(c.hard for c in each), sum(c.soft for c in each), sum(c.rows for c in each))
+        counts = objective.count_all(fit.head, batches)
         if self._takes_num_items(fit) and num_items is None:
             num_items = super()._get_num_items_in_batch(batches, device)
         by_items = fit.by_num_items and self._always_hard and num_items is not None
@@ -356,19 +308,7 @@ class DistillationMixin(OfflineTeacher):
     def _objective(self, *, training: bool, steps_ago: int = 0) -> tuple[Objective, SoftTargetLoss]:
         """The mixture at this step; evaluation uses the end of a schedule, so that its losses can be compared."""
         done = (self.state.global_step - steps_ago) / max(self.state.max_steps - 1, 1) if training else 1.0
-        return self._objective_at(min(done, 1.0))
-
-    def _objective_at(self, progress: float) -> tuple[Objective, SoftTargetLoss]:
-        kd = self.kd_args
-        alpha = scheduled(kd.kd_alpha, kd.kd_alpha_end, kd.kd_schedule, progress)
-        temperature = scheduled(kd.kd_temperature, kd.kd_temperature_end, kd.kd_schedule, progress)
-        if (alpha, temperature) not in self._objectives:
-            divergence, beta, smoothing = kd.kd_divergence, kd.kd_beta, self.args.label_smoothing_factor
-            settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, smoothing)
-            objective = Objective(alpha, temperature, *settings)
-            soft_loss = SoftTargetLoss(temperature=temperature, divergence=divergence, beta=beta, reduction="sum")
-            self._objectives = {(alpha, temperature): (objective, soft_loss)}
-        return self._objectives[alpha, temperature]
+        return self._run_settings.objective_at(min(done, 1.0))
 
     def compute_loss(
         self,
@@ -400,180 +340,44 @@ class DistillationMixin(OfflineTeacher):
             mend = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
             fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", mend, error=TypeError)
         inputs = self._with_decoder_inputs(fit.student, fit.head, inputs)
+        evaluating = self._evaluation is not None and self.args.world_size > 1 and not fit.own_loss
+        shared = self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1  # rows, in another way
+        own = None
+        if evaluating and not training and not shared:
+            own = own_rows(self.accelerator, objective, fit, inputs, counts)
+        batch = MicroBatch(fit, objective, soft_loss, model, inputs, counts, training, own)
+        result = None
         if fit.heads is not None and (not return_outputs or self._loss_only):
-            fused = self._fused_loss(fit, objective, model, inputs, counts)
-            if fused is not None:
-                return (fused[0], as_mapping(fused[1], fused[0])) if return_outputs else fused[0]
-        teacher = self._teacher_output(fit, inputs, model, training)
-        labels = self._own_labels(fit, inputs, counts) if fit.own_loss else {}
-        outputs = model(**model_inputs(inputs, fit.accepted), **labels)
-        logits = behind_front(fit.head.logits(outputs, "model"), fit.student, inputs)
-        own_hard = self._own_hard_loss(fit, outputs, inputs, counts) if fit.own_loss else None
-        teacher = None if teacher is None else teacher.to(logits.device)
-        terms = partial(objective, fit.head, soft_loss, common_ids=fit.common_ids)
-        taught = None if teacher is None else teacher.sparse or teacher.logits
-        parts = terms(logits, taught, inputs, counts, own_hard=own_hard, takes_own=fit.own_loss)
-        parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
+            result = self._fused_loss(batch)
+        if result is None:
+            result = batch.full(self._teacher_output(batch), self._own_hard_loss() if fit.own_loss else None)
         self._finite.see(
-            parts.total, logits, None if teacher is None else teacher.logits, self.state.global_step,
-            fault=lambda: fit.head.fault(inputs, logits.shape[-1]),
+            result.parts.total, result.student, result.teacher, self.state.global_step, of=result.of,
+            fault=lambda: fit.head.fault(inputs, result.classes),
         )  # fmt: skip
-        own, counts, rows = self._without_repeated(fit, objective, inputs, counts, training)
-        once = parts if rows is None else parts.zeroed()
-        if rows:
-            teacher = None if teacher is None else teacher.each(lambda tensor: tensor[:rows])
-            once = terms(logits[:rows], None if teacher is None else teacher.sparse or teacher.logits, own, counts)
-        self._collect(once, aux, counts, training)
-        return (parts.total, as_mapping(outputs, parts.total)) if return_outputs else parts.total
+        self._collect(result.logged, result.aux, result.counts, training)
+        total = result.parts.total
+        return (total, as_mapping(result.outputs, total)) if return_outputs else total
 
-    def _without_repeated(
-        self, fit: Fit, objective: Objective, inputs: dict[str, Any], counts: Counts, training: bool
-    ) -> tuple[dict[str, Any], Counts, int | None]:
-        """(batch, counts, number of rows) less the rows that accelerate repeats to fill an evaluation's last batches.
+    def _own_hard_loss(self) -> OwnHardLoss:
+        return OwnHardLoss(self.compute_loss_func, self.model_accepts_loss_kwargs, self._scale())
 
-        They stand at the end of the gathered rows, from which `gather_for_metrics` cuts them off. The number is None
-        where the batch has none, where processes share rows in another way, and with a hard loss of the model's own.
-        """
-        state, alone = self.accelerator.gradient_state, self.args.world_size == 1 or self._evaluation is None
-        if training or fit.own_loss or alone or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs, counts, None
-        rows = int(counts.rows)
-        own = min(max(state.remainder - self.args.process_index * rows, 0), rows)
-        if own == rows or self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
-            return inputs, counts, None
-        cut = {k: v[:own] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
-        return cut, objective.count(fit.head, cut) if own else Counts(0, 0, 0), own
-
-    def _own_labels(self, fit: Fit, inputs: dict[str, Any], counts: Counts) -> dict[str, Any]:
-        """What the stock Trainer passes to the model beside its inputs, so that it computes its own loss."""
-        labels = label_columns(inputs, fit.accepted)
-        if self.compute_loss_func is not None:
-            labels.pop("labels", None)
-        labels = {name: value for name, value in labels.items() if name not in fit.accepted}
-        if self.model_accepts_loss_kwargs and counts.num_items is not None:
-            labels["num_items_in_batch"] = counts.num_items
-        return labels
-
-    def _own_hard_loss(self, fit: Fit, outputs: Any, inputs: dict[str, Any], counts: Counts) -> Tensor | None:
-        """The model's own loss, or the script's, divided as upstream's `compute_loss` and `training_step` divide it;
-        None for a batch without labels."""
-        if all(inputs.get(name) is None for name in fit.accepted.targets):
+    def _teacher_output(self, batch: MicroBatch) -> TeacherOutput | None:
+        if self.teacher is None or (self._always_hard and batch.training):
             return None
-        if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, inputs.get("labels"), num_items_in_batch=counts.num_items)
-        else:
-            found = own_loss(outputs)
-            if found is None:
-                mend = "Return it whenever labels are given, or set kd_hard_loss to task."
-                shown = "a model that returns no loss for a batch with labels"
-                fail("model", shown, "the loss that it returned for the first batch", mend, error=RuntimeError)
-            loss = without_extras(found, outputs, fit.student, None, router_weight(fit.student))
-        targets = fit.head.targets(inputs)
-        if targets is not None and fit.head.softmax:  # upstream's mean over no label is NaN
-            loss = torch.where(fit.head.labelled(targets) > 0, loss, torch.zeros_like(loss))
-        given = self.compute_loss_func is not None
-        if counts.num_items is not None and (given or self.model_accepts_loss_kwargs):
-            return loss * self._scale()
-        return loss if given else loss / counts.micro_batches
+        return self._teacher_outputs.logits(self.teacher, batch, self.accelerator)
 
-    def _teacher_output(
-        self, fit: Fit, inputs: dict[str, Any], model: nn.Module, training: bool
-    ) -> TeacherOutput | None:
-        """The teacher's logits, or what a cache holds instead of them; None where it is not asked."""
-        if self.teacher is None or (self._always_hard and training):
-            return None
-        if isinstance(self.teacher, LiveTeacher):
-            return TeacherOutput(logits=self.teacher(inputs, self.accelerator, model, read=fit.head.logits))
-        said = self._read_cached(inputs, training)
-        live = None if said is not None or training else self.live_teacher_at_hand()
-        if live is not None:
-            return TeacherOutput(logits=live(inputs, self.accelerator, model, read=fit.head.logits))
-        if said is None or said.hidden is None:
-            return said
-        head = said.head
-        side = Side(head["teacher_weight"], head["teacher_bias"], head["teacher_scale"], head["teacher_softcap"])
-        with torch.no_grad(), self.accelerator.autocast():
-            return TeacherOutput(logits=side.logits(said.hidden))
-
-    def _read_cached(self, inputs: dict[str, Any], training: bool) -> TeacherOutput | None:
-        """What the cache's collator has put into the batch; None, said once, for evaluation data without a cache."""
-        said = cast(CachedTeacher, self.teacher).output(inputs)
-        if said is None and training:
-            mend = "Let the Trainer make the dataloader, or train with the live teacher."
-            shown = "a batch without what the teacher said"
-            expected = "the columns that the trainer's own dataloader adds from the teacher cache"
-            fail("inputs", shown, expected, mend, error=RuntimeError)
-        if said is None and not self._told_uncached and self.live_teacher_at_hand() is None:
-            self._told_uncached = True
-            warn(
-                logger,
-                "[kd_trainer] there is no teacher cache of this evaluation data: its loss is the hard loss alone. "
-                "Where the teacher is at hand, call trainer.build_teacher_cache(dataset), or give it as eval_dataset.",
-            )
-        order = None if self._fit is None else self._fit.class_order
-        return said if said is None or order is None else said.reordered(order)
-
-    def _fused_loss(
-        self, fit: Fit, objective: Objective, model: nn.Module, inputs: dict[str, Any], counts: Counts
-    ) -> tuple[Tensor, Any] | None:
-        """`compute_loss` without logits; None where a model turns out to do more with its logits than is known."""
-        assert fit.heads is not None
-        student_head, teacher_head = fit.heads
-        training = self._is_training_step(fit.student)
-        own, own_counts, rows = self._without_repeated(fit, objective, inputs, counts, training)
-        once: FusedLoss | None = None
+    def _fused_loss(self, batch: MicroBatch) -> BatchLoss | None:
+        """The loss without logits; None, and full logits from now on, where a head does more than is known."""
+        fit, teacher_head = batch.fit, cast(tuple, batch.fit.heads)[1]
         try:
-            with self._taught_for_fused(teacher_head, inputs, model, training) as taught:
-                if taught is None:
-                    return None
-
-                def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
-                    nonlocal once
-                    hidden = behind_front(hidden, fit.student, inputs)
-                    if taught.positions != hidden.shape[:-1]:
-                        raise NotPlain("student and teacher give hidden states for different positions")
-                    teacher, side = taught.to(hidden.device), student_side(student_head, weight, bias)
-                    sums = partial(objective.fused, fit.head, weights=side, common_ids=fit.common_ids)
-                    if rows:
-                        first = teacher.each(lambda tensor: tensor[:rows])
-                        once = sums(hidden[:rows], first, inputs=own, counts=own_counts)
-                    return sums(hidden, teacher, inputs=inputs, counts=counts)
-
-                computed, outputs, hidden = student_loss(
-                    lambda: model(**model_inputs(inputs, fit.accepted)), student_head, loss
-                )
+            with self._teacher_outputs.hidden(self.teacher, batch, self.accelerator, teacher_head) as output:
+                return None if output is None else batch.fused(output)
         except NotPlain as reason:
             line = full_logits(reason, self.kd_args.kd_loss_implementation)
             self._fit = fit._replace(heads=None, notes=(*fit.notes, line))
             warn(logger, "[kd_trainer] %s", line)
             return None
-        labelled = fit.head.targets(inputs) is not None
-        parts = objective.parts(computed, counts, labelled=labelled)
-        parts, aux = with_router_loss(parts, outputs, fit.student, inputs, counts)
-        seen = taught.logits if taught.hidden is None else taught.hidden
-        self._finite.see(
-            parts.total, hidden, seen, self.state.global_step, of="hidden states",
-            fault=lambda: fit.head.fault(inputs, student_head.module.out_features),
-        )  # fmt: skip
-        seen_once = parts if rows is None else parts.zeroed()
-        if once is not None:
-            seen_once = objective.parts(once, own_counts, labelled=labelled)
-        self._collect(seen_once, aux, own_counts, training)
-        return parts.total, outputs
-
-    @contextmanager
-    def _taught_for_fused(
-        self, head: OutputHead | None, inputs: dict[str, Any], model: nn.Module, training: bool
-    ) -> Iterator[TeacherOutput | None]:
-        """What the teacher says, without logits; from a cache None where there is nothing for this batch."""
-        if head is None:
-            yield self._read_cached(inputs, training)
-            return
-        live = cast(LiveTeacher, self.teacher)
-        hidden = teacher_hidden(lambda: live.outputs(inputs, self.accelerator, model), head)
-        hidden = live.behind_front(hidden, inputs)
-        with whole_weight(head) as (weight, bias):
-            yield TeacherOutput(hidden=hidden, head=teacher_side(head, weight, bias, hidden))
 
     def _collect(self, parts: Parts, aux: Tensor | None, counts: Counts, training: bool) -> None:
         """Keeps the parts on the device: those of a training step, or each row of an evaluation once."""
@@ -682,32 +486,11 @@ class DistillationMixin(OfflineTeacher):
         return output
 
     def _evaluated(self, evaluation: Evaluation, fit: Fit, prefix: str) -> dict[str, float]:
-        """The parts by their logged names, and `perplexity` where it has a meaning, from the rows of all processes."""
-        sums = evaluation.sums.sums()
-        if sums is None:  # a class in front has a compute_loss that does not call this one
-            return {}
-        both = self.accelerator.reduce(with_existence(sums, evaluation.sums.exists), reduction="sum")
-        totals, exists = both.tolist()
-        hard, labelled, rows = totals[0], totals[1], totals[4]
-        by_row = not fit.head.token_level and not fit.own_loss
-        if by_row:
-            logged = named_by_row(totals, exists, prefix, tokenmean=self.kd_args.kd_reduction == "tokenmean")
-        else:
-            weighed = torch.cat(evaluation.rows).mean(0).tolist()
-            logged = named(weighed[:5], prefix, weighed[5:])
-        if fit.own_loss:  # its denominators are the model's, and its exponential need not be a perplexity
-            return logged
-        if self.args.world_size > 1 or (by_row and labelled < rows):
-            logged[f"{prefix}loss"] = self._mixture(logged, fit, prefix)
-        if fit.head.over_tokens and self.args.label_smoothing_factor == 0 and labelled > 0:
-            logged[f"{prefix}perplexity"] = perplexity(hard, labelled)
-        return logged
-
-    def _mixture(self, logged: dict[str, float], fit: Fit, prefix: str) -> float:
-        """The loss that the logged parts of an evaluation make."""
         objective, _ = self._objective(training=False)
-        total = objective.mixture(logged.get(f"{prefix}hard_loss"), logged.get(f"{prefix}soft_loss"))
-        return total + (router_weight(fit.student) or 0.0) * logged.get(f"{prefix}aux_loss", 0.0)
+        several, aux_weight = self.args.world_size > 1, router_weight(fit.student)
+        return evaluation.logged(
+            prefix, self.accelerator, fit.head, objective, own_loss=fit.own_loss, several=several, aux_weight=aux_weight
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`; the window's own log (it has `loss` and `learning_rate`) gets the parts of that loss.

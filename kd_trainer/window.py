@@ -6,11 +6,13 @@ For: `trainer.py`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .objective import Counts
+from .head import Head
+from .objective import Counts, Objective
 from .reductions import divide
 
 # hard, soft, agreement, the number of labels and the router's loss, detached; None where a part does not exist
@@ -70,6 +72,45 @@ class Evaluation:
         hard_count, soft_count = (counts.hard_divisor, counts.soft) if tokenmean else (counts.rows, counts.rows)
         sums = (_times(hard, hard_count), labels, _times(soft, soft_count), _times(agreement, counts.soft))
         self.sums.add((*sums, counts.rows, _times(router, counts.rows)))
+
+    def logged(
+        self,
+        prefix: str,
+        accelerator: Any,
+        head: Head,
+        objective: Objective,
+        *,
+        own_loss: bool,
+        several: bool,
+        aux_weight: float | None,
+    ) -> dict[str, float]:
+        """The parts by their logged names, and `perplexity` where it has a meaning, from the rows of all processes.
+
+        Args:
+            objective: with the values at the end of a schedule.
+            own_loss: the hard loss is the model's own, with its denominators, and need not be a log-likelihood.
+            several: whether there are several processes, of which upstream's loss is no mean over each row once.
+            aux_weight: of a mixture of experts' router loss.
+        """
+        sums = self.sums.sums()
+        if sums is None:  # a class in front has a compute_loss that does not call this one
+            return {}
+        totals, exists = accelerator.reduce(with_existence(sums, self.sums.exists), reduction="sum").tolist()
+        hard, labelled, rows = totals[0], totals[1], totals[4]
+        by_row = not head.token_level and not own_loss
+        if by_row:
+            logged = named_by_row(totals, exists, prefix, tokenmean=objective.reduction == "tokenmean")
+        else:
+            weighed = torch.cat(self.rows).mean(0).tolist()
+            logged = named(weighed[:5], prefix, weighed[5:])
+        if own_loss:
+            return logged
+        if several or (by_row and labelled < rows):
+            total = objective.mixture(logged.get(f"{prefix}hard_loss"), logged.get(f"{prefix}soft_loss"))
+            logged[f"{prefix}loss"] = total + (aux_weight or 0.0) * logged.get(f"{prefix}aux_loss", 0.0)
+        if head.over_tokens and objective.label_smoothing == 0 and labelled > 0:
+            logged[f"{prefix}perplexity"] = perplexity(hard, labelled)
+        return logged
 
 
 def _times(mean: Tensor | float | None, count: Tensor | float) -> Tensor | float | None:

@@ -22,7 +22,7 @@ from kd_trainer import (
     DistillationTrainingArguments,
     Seq2SeqDistillationTrainingArguments,
     parse_args,
-    trainer,
+    processes,
     training_args,
 )
 from tests import launch, tiny

@@ -73,6 +73,7 @@ ORDER = [
     "cache_store",
     "cache",
     "cache_identity",
+    "settings",
     "setup_checks",
     "first_look",
     "cache_build",
@@ -84,6 +85,7 @@ ORDER = [
     "batch_changes",
     "trial",
     "preflight",
+    "step_loss",
     "trainer",
     "cli",
 ]

@@ -60,9 +60,9 @@ TRAPS = {
     ),
     5: Trap(
         "an incomplete last window is invariant",
-        "kd_trainer/trainer.py",
-        "each = [objective.count(fit.head, batch) for batch in batches]",
-        "each = [objective.count(fit.head, batches[0])] * num_batches",
+        "kd_trainer/objective.py",
+        "each = [self.count(head, batch) for batch in batches]",
+        "each = [self.count(head, batches[0])] * len(batches)",
         "tests/test_denominators.py -k incomplete",
     ),
     6: Trap(
