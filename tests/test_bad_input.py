@@ -29,6 +29,7 @@ from kd_trainer import (
     soft_target_data,
     synthetic_classification,
 )
+from kd_trainer.bases import check_options
 from kd_trainer.data import as_tensors, split_labelled
 from kd_trainer.loading import load_classification
 from tests import tiny
@@ -245,7 +246,7 @@ def Ulysses(tmp_path):
     run = tiny.trainer("plain", tmp_path)
     config = ParallelismConfig(sp_size=2, sp_backend="deepspeed")
     run.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None), parallelism_config=config)
-    run._refuse_what_cannot_work()
+    check_options(run.args, "auto", None, run.accelerator)
 
 
 @case("bases", r"Write class Wrong\(DistillationMixin, Trainer\)", "the teacher never asked", TypeError)
