@@ -7,71 +7,77 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import CachedTeacher as CachedTeacher
-    from .checkpoints import newest_resumable as newest_resumable
-    from .data import as_tensors as as_tensors
-    from .data import collate_tensors as collate_tensors
-    from .data import soft_target_data as soft_target_data
-    from .data import split_labelled as split_labelled
-    from .data import synthetic_classification as synthetic_classification
-    from .distributions import kl_bernoulli as kl_bernoulli
-    from .distributions import kl_categorical as kl_categorical
-    from .distributions import kl_diagonal_gaussian as kl_diagonal_gaussian
-    from .distributions import kl_full_gaussian as kl_full_gaussian
-    from .distributions import kl_gaussian as kl_gaussian
-    from .distributions import kl_to_standard_normal as kl_to_standard_normal
-    from .distributions import monte_carlo_kl as monte_carlo_kl
-    from .divergences import DIVERGENCES as DIVERGENCES
-    from .divergences import entropy as entropy
-    from .divergences import forward_kl as forward_kl
-    from .divergences import jsd as jsd
-    from .divergences import reverse_kl as reverse_kl
-    from .divergences import skew_forward_kl as skew_forward_kl
-    from .divergences import skew_reverse_kl as skew_reverse_kl
-    from .divergences import soft_cross_entropy as soft_cross_entropy
-    from .divergences import symmetric_kl as symmetric_kl
-    from .divergences import total_variation as total_variation
-    from .fused_linear import FusedLoss as FusedLoss
-    from .fused_linear import fused_linear_distillation as fused_linear_distillation
-    from .fused_linear import fused_linear_distillation_plain as fused_linear_distillation_plain
-    from .interrupt import ResumableInterrupt as ResumableInterrupt
-    from .loading import load_classification as load_classification
-    from .losses import DistillationLoss as DistillationLoss
-    from .losses import KLDivergenceLoss as KLDivergenceLoss
-    from .losses import SoftTargetLoss as SoftTargetLoss
-    from .losses import fit_temperature as fit_temperature
-    from .memory import Memory as Memory
-    from .memory import estimate_memory as estimate_memory
-    from .metrics import Accuracy as Accuracy
-    from .metrics import ExpectedCalibrationError as ExpectedCalibrationError
-    from .metrics import KLToTeacher as KLToTeacher
-    from .metrics import NegativeLogLikelihood as NegativeLogLikelihood
-    from .metrics import TeacherAgreement as TeacherAgreement
-    from .metrics import classification_metrics as classification_metrics
-    from .models import MLPConfig as MLPConfig
-    from .models import MLPForImageClassification as MLPForImageClassification
-    from .report import build_report as build_report
-    from .report import print_table as print_table
-    from .runs import load_run as load_run
-    from .runs import save_predictions as save_predictions
-    from .students import student_from_teacher as student_from_teacher
-    from .teacher_inputs import TeacherCollator as TeacherCollator
-    from .teacher_inputs import add_teacher_inputs as add_teacher_inputs
+    from .cache.cached_teacher import CachedTeacher as CachedTeacher
+    from .data.mlp import MLPConfig as MLPConfig
+    from .data.mlp import MLPForImageClassification as MLPForImageClassification
+    from .data.own_files import load_classification as load_classification
+    from .data.tensor_rows import as_tensors as as_tensors
+    from .data.tensor_rows import collate_tensors as collate_tensors
+    from .data.tensor_rows import soft_target_data as soft_target_data
+    from .data.tensor_rows import split_labelled as split_labelled
+    from .data.tensor_rows import synthetic_classification as synthetic_classification
+    from .diagnostics.memory import Memory as Memory
+    from .diagnostics.memory import estimate_memory as estimate_memory
+    from .losses.distributions import kl_bernoulli as kl_bernoulli
+    from .losses.distributions import kl_categorical as kl_categorical
+    from .losses.distributions import kl_diagonal_gaussian as kl_diagonal_gaussian
+    from .losses.distributions import kl_full_gaussian as kl_full_gaussian
+    from .losses.distributions import kl_gaussian as kl_gaussian
+    from .losses.distributions import kl_to_standard_normal as kl_to_standard_normal
+    from .losses.distributions import monte_carlo_kl as monte_carlo_kl
+    from .losses.divergences import DIVERGENCES as DIVERGENCES
+    from .losses.divergences import entropy as entropy
+    from .losses.divergences import forward_kl as forward_kl
+    from .losses.divergences import jsd as jsd
+    from .losses.divergences import reverse_kl as reverse_kl
+    from .losses.divergences import skew_forward_kl as skew_forward_kl
+    from .losses.divergences import skew_reverse_kl as skew_reverse_kl
+    from .losses.divergences import soft_cross_entropy as soft_cross_entropy
+    from .losses.divergences import symmetric_kl as symmetric_kl
+    from .losses.divergences import total_variation as total_variation
+    from .losses.fused_linear import FusedLoss as FusedLoss
+    from .losses.fused_linear import fused_linear_distillation as fused_linear_distillation
+    from .losses.fused_linear import fused_linear_distillation_plain as fused_linear_distillation_plain
+    from .losses.modules import DistillationLoss as DistillationLoss
+    from .losses.modules import KLDivergenceLoss as KLDivergenceLoss
+    from .losses.modules import SoftTargetLoss as SoftTargetLoss
+    from .losses.modules import fit_temperature as fit_temperature
+    from .report.comparison import build_report as build_report
+    from .report.comparison import print_table as print_table
+    from .report.metrics import Accuracy as Accuracy
+    from .report.metrics import ExpectedCalibrationError as ExpectedCalibrationError
+    from .report.metrics import KLToTeacher as KLToTeacher
+    from .report.metrics import NegativeLogLikelihood as NegativeLogLikelihood
+    from .report.metrics import TeacherAgreement as TeacherAgreement
+    from .report.metrics import classification_metrics as classification_metrics
+    from .report.runs import load_run as load_run
+    from .report.runs import save_predictions as save_predictions
+    from .teachers.columns import TeacherCollator as TeacherCollator
+    from .teachers.columns import add_teacher_inputs as add_teacher_inputs
+    from .teachers.student_from_teacher import student_from_teacher as student_from_teacher
     from .trainer import DistillationMixin as DistillationMixin
     from .trainer import DistillationTrainer as DistillationTrainer
     from .trainer import Seq2SeqDistillationTrainer as Seq2SeqDistillationTrainer
-    from .training_args import DistillationArguments as DistillationArguments
-    from .training_args import DistillationTrainingArguments as DistillationTrainingArguments
-    from .training_args import Seq2SeqDistillationTrainingArguments as Seq2SeqDistillationTrainingArguments
-    from .training_args import parse_args as parse_args
+    from .training.arguments import DistillationArguments as DistillationArguments
+    from .training.arguments import DistillationTrainingArguments as DistillationTrainingArguments
+    from .training.arguments import Seq2SeqDistillationTrainingArguments as Seq2SeqDistillationTrainingArguments
+    from .training.arguments import parse_args as parse_args
+    from .training.checkpoints import newest_resumable as newest_resumable
+    from .training.interrupt import ResumableInterrupt as ResumableInterrupt
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "cache": ["CachedTeacher"],
-    "checkpoints": ["newest_resumable"],
-    "data": ["as_tensors", "collate_tensors", "soft_target_data", "split_labelled", "synthetic_classification"],
-    "distributions": [
+    "cache.cached_teacher": ["CachedTeacher"],
+    "training.checkpoints": ["newest_resumable"],
+    "data.tensor_rows": [
+        "as_tensors",
+        "collate_tensors",
+        "soft_target_data",
+        "split_labelled",
+        "synthetic_classification",
+    ],
+    "losses.distributions": [
         "kl_bernoulli",
         "kl_categorical",
         "kl_diagonal_gaussian",
@@ -80,7 +86,7 @@ _HOME = {
         "kl_to_standard_normal",
         "monte_carlo_kl",
     ],
-    "divergences": [
+    "losses.divergences": [
         "DIVERGENCES",
         "entropy",
         "forward_kl",
@@ -92,12 +98,12 @@ _HOME = {
         "symmetric_kl",
         "total_variation",
     ],
-    "fused_linear": ["FusedLoss", "fused_linear_distillation", "fused_linear_distillation_plain"],
-    "interrupt": ["ResumableInterrupt"],
-    "loading": ["load_classification"],
-    "losses": ["DistillationLoss", "KLDivergenceLoss", "SoftTargetLoss", "fit_temperature"],
-    "memory": ["Memory", "estimate_memory"],
-    "metrics": [
+    "losses.fused_linear": ["FusedLoss", "fused_linear_distillation", "fused_linear_distillation_plain"],
+    "training.interrupt": ["ResumableInterrupt"],
+    "data.own_files": ["load_classification"],
+    "losses.modules": ["DistillationLoss", "KLDivergenceLoss", "SoftTargetLoss", "fit_temperature"],
+    "diagnostics.memory": ["Memory", "estimate_memory"],
+    "report.metrics": [
         "Accuracy",
         "ExpectedCalibrationError",
         "KLToTeacher",
@@ -105,13 +111,13 @@ _HOME = {
         "TeacherAgreement",
         "classification_metrics",
     ],
-    "models": ["MLPConfig", "MLPForImageClassification"],
-    "report": ["build_report", "print_table"],
-    "runs": ["load_run", "save_predictions"],
-    "students": ["student_from_teacher"],
-    "teacher_inputs": ["TeacherCollator", "add_teacher_inputs"],
+    "data.mlp": ["MLPConfig", "MLPForImageClassification"],
+    "report.comparison": ["build_report", "print_table"],
+    "report.runs": ["load_run", "save_predictions"],
+    "teachers.student_from_teacher": ["student_from_teacher"],
+    "teachers.columns": ["TeacherCollator", "add_teacher_inputs"],
     "trainer": ["DistillationMixin", "DistillationTrainer", "Seq2SeqDistillationTrainer"],
-    "training_args": [
+    "training.arguments": [
         "DistillationArguments",
         "DistillationTrainingArguments",
         "Seq2SeqDistillationTrainingArguments",

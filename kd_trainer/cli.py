@@ -1,7 +1,8 @@
 """The `kd-trainer` command: `report` compares the output folders of any runs, `memory` tells what a step will take.
 
-For: the command line and its errors (one line, exit code 2). Leaves everything else to `report.py` and `memory.py`.
-`report.py` and `memory.py` are imported when a command runs: `--help` costs no import of torch.
+For: the command line and its errors (one line, exit code 2). Leaves everything else to `report/comparison.py` and
+`diagnostics/memory.py`. `report/comparison.py` and `diagnostics/memory.py` are imported when a command runs: `--help`
+costs no import of torch.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from .report import build_report, load_run, print_table
+    from .report.comparison import build_report, load_run, print_table
 
     runs = [load_run(folder, name) for name, folder in map(_named, arguments.runs)]
     report = build_report(runs, arguments.output, title=arguments.title, plots=not arguments.no_plots)
@@ -96,7 +97,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _memory(arguments: argparse.Namespace) -> None:
-    from .memory import memory_table
+    from .diagnostics.memory import memory_table
 
     settings = {name: value for name, value in vars(arguments).items() if name != "command"}
     print(memory_table(settings.pop("student"), settings.pop("teacher"), **settings))
@@ -108,7 +109,7 @@ def _named(text: str) -> tuple[str | None, str]:
     if not equals or Path(text).is_dir():
         return None, text
     if not name.strip() or not folder:
-        from .checks import fail
+        from .validation import fail
 
         fail(
             "run",

@@ -18,39 +18,60 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from .bases import check_bases, check_options, check_smoothing, no_room_for_fields, not_logged, refuse_no_trainer
-from .cache import CachedCollator, CachedTeacher
-from .cache_store import Store
-from .checkpoints import Checkpoints
-from .checks import fail, leave_progress_bar, warn
-from .describe import card_section, start_block, summary_of
+from .cache import CachedCollator, CachedTeacher, Store
+from .diagnostics import Finding, examine, has_errors, print_findings
 from .files import write_atomically
-from .findings import Finding, has_errors, print_findings
-from .finite import FiniteWatch
-from .first_look import Fit
-from .fused_forward import (
+from .losses import SoftTargetLoss, release_memory
+from .tasks import (
+    ROW_ID,
+    TEACHER_PREFIX,
     NotPlain,
+    PackingWatch,
+    WithTeacherColumns,
+    accepted_inputs,
+    as_mapping,
     full_logits,
+    model_inputs,
+    tensors_alone,
 )
-from .fused_linear import release_memory
-from .inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns, accepted_inputs, model_inputs
-from .interrupt import ResumableInterrupt
-from .losses import SoftTargetLoss
-from .objective import Counts, Objective, Parts
-from .offline import OfflineTeacher
-from .outputs import TeacherOutput
-from .own_loss import OwnHardLoss
-from .packing import PackingWatch
-from .predictions import as_mapping, tensors_alone
-from .preflight import examine
-from .processes import on_main_process, refuse_lone_processes
-from .router import router_weight
-from .settings import Settings
-from .setup_checks import is_sharded
-from .step_loss import BatchLoss, MicroBatch, TeacherOutputs, own_rows
-from .teacher import LiveTeacher
-from .training_args import DistillationArguments, refuse_borrowed_names
-from .window import Evaluation, Window, named, with_existence, with_existence_of
+from .teachers import LiveTeacher, TeacherOutput
+from .training import (
+    BatchLoss,
+    Checkpoints,
+    Counts,
+    DistillationArguments,
+    Evaluation,
+    FiniteWatch,
+    Fit,
+    MicroBatch,
+    Objective,
+    OfflineTeacher,
+    OwnHardLoss,
+    Parts,
+    ResumableInterrupt,
+    Settings,
+    TeacherOutputs,
+    Window,
+    card_section,
+    check_bases,
+    check_options,
+    check_smoothing,
+    is_sharded,
+    named,
+    no_room_for_fields,
+    not_logged,
+    on_main_process,
+    own_rows,
+    refuse_borrowed_names,
+    refuse_lone_processes,
+    refuse_no_trainer,
+    router_weight,
+    start_block,
+    summary_of,
+    with_existence,
+    with_existence_of,
+)
+from .validation import fail, leave_progress_bar, warn
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ import importlib
 import pytest
 import torch
 
-MODULES = ["divergences", "sparse", "distributions", "reductions", "losses"]
+MODULES = ["divergences", "sparse_targets", "distributions", "reductions", "modules"]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
-    module = importlib.import_module(f"kd_trainer.{name}")
+    module = importlib.import_module(f"kd_trainer.losses.{name}")
     torch.manual_seed(0)
     results = doctest.testmod(module, extraglobs={"torch": torch})
     assert results.attempted > 0

@@ -1,10 +1,11 @@
-"""The order of the house: a file imports only from files above it, and the tensor functions cost an import of torch."""
+"""The layout: nine folders in one order, few files beside them, no cycles; tensor functions cost torch alone."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,127 +13,93 @@ import pytest
 import kd_trainer
 
 PACKAGE = Path(kd_trainer.__file__).parent
-ORDER = [
-    "redaction",
-    "restore",
-    "checks",
-    "files",
-    "divergences",
-    "native",
-    "sparse",
-    "distributions",
-    "reductions",
-    "model_facts",
+# A folder imports from those before it.
+FOLDERS = [
+    "kernels",
     "losses",
-    "visit_cpu",
-    "visit_triton",
-    "visit",
-    "visit_sparse",
-    "fused_arguments",
-    "outputs",
-    "fused_linear",
-    "inputs",
-    "logits",
-    "packing",
-    "head",
-    "heads",
-    "finite",
-    "head_choice",
-    "joint",
-    "fused_forward",
-    "objective",
-    "router",
-    "own_loss",
-    "backends",
-    "teacher_batch",
-    "teacher_errors",
-    "teacher",
-    "compatibility",
-    "shared_memory",
-    "cache_formats",
-    "training_args",
-    "describe",
-    "fidelity",
-    "metrics",
-    "data",
-    "teacher_inputs",
-    "loading",
-    "models",
-    "students",
-    "interrupt",
-    "runs",
-    "plots",
-    "report",
-    "window",
-    "predictions",
-    "processes",
-    "bases",
-    "checkpoints",
-    "cache_signatures",
-    "cache_manifest",
-    "cache_store",
+    "tasks",
+    "teachers",
     "cache",
-    "cache_identity",
-    "settings",
-    "setup_checks",
-    "first_look",
-    "cache_build",
-    "cache_settings",
-    "offline",
-    "memory",
-    "findings",
-    "advice",
-    "batch_changes",
-    "trial",
-    "preflight",
-    "step_loss",
-    "trainer",
-    "cli",
+    "training",
+    "diagnostics",
+    "report",
+    "data",
 ]
-FILES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+BELOW = {"validation", "files", "redaction"}  # beside the folders, for all of them
+FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 HEAVY = ("transformers", "datasets", "evaluate", "matplotlib", "accelerate", "pyarrow")
 
 
-def house_imports(source: str) -> set[str]:
-    """The files of the package that a source imports, inside functions too."""
+def package_imports(path: Path, source: str) -> set[str]:
+    """The modules of the package that a file imports, dotted from the package on, inside functions too."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level == 0 and module.partition(".")[0] != "kd_trainer":
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            found |= {name.partition(".")[2] for name in names if name.partition(".")[0] == "kd_trainer"}
+        elif isinstance(node, ast.ImportFrom):
+            parts = (node.module or "").split(".") if node.module else []
+            if node.level:
+                base = [*path.parent.parts][: len(path.parent.parts) - node.level + 1]
+                parts = [*base, *parts]
+            elif parts[0] == "kd_trainer":
+                parts = parts[1:]
+            else:
                 continue
-            inside = module if node.level else module.partition(".")[2]
-            found |= {inside.partition(".")[0]} if inside else {alias.name for alias in node.names}
-            found -= {"__version__"}  # a constant of the package's own
-        elif isinstance(node, ast.Import):
-            parts = [alias.name.split(".") for alias in node.names]
-            found |= {(p[1] if len(p) > 1 else "__init__") for p in parts if p[0] == "kd_trainer"}
-    return found
+            inside = [[*parts, alias.name] for alias in node.names]
+            found |= {".".join(names if _is_module(names) else parts) for names in inside}
+    return found - {""}
+
+
+def _is_module(parts: list[str]) -> bool:
+    path = PACKAGE.joinpath(*parts)
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def test_the_reader_of_imports_sees_every_form():
-    source = "from .a import x\nfrom . import b, c\nimport kd_trainer.d\n"
-    source += "from kd_trainer.e import y\nfrom kd_trainer import f\n"
-    inside = "def g():\n    from .h import z\n    import torch\n    from os import path\n"
-    assert house_imports(source + inside) == set("abcdefh")
+    source = "from .reductions import x\nfrom . import tile, divergences\nimport kd_trainer.tasks.heads\n"
+    source += "from ..validation import fail\nfrom kd_trainer.report import y\nfrom kd_trainer import files\n"
+    inside = "def g():\n    from ..kernels.tile_cpu import z\n    import torch\n    from os import path\n"
+    assert package_imports(Path("losses/modules.py"), source + inside) == {
+        "losses.reductions", "losses.tile", "losses.divergences", "tasks.heads", "validation", "report", "files",
+        "kernels.tile_cpu",
+    }  # fmt: skip
 
 
-def test_every_file_has_its_place():
-    assert sorted(ORDER) == FILES, "a new file gets its place in ORDER"
+def test_nine_folders_and_few_files():
+    assert {path.parts[0] for path in FILES if len(path.parts) > 1} == set(FOLDERS)
+    beside = [path for path in FILES if len(path.parts) == 1]
+    assert len(beside) <= 6
+    assert {path.stem for path in beside} >= BELOW
+    for folder in FOLDERS:
+        assert len([path for path in FILES if path.parts[0] == folder]) <= 18
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_imports_only_from_files_above_it(name):
-    used = house_imports((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-    assert used <= set(ORDER[: ORDER.index(name)]), f"{name}.py stands above what it imports"
-
-
-@pytest.mark.parametrize("name", ["__init__", *FILES])
-def test_every_file_opens_with_what_it_is_for(name):
-    text = ast.get_docstring(ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8")))
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_is_not_too_long_and_says_what_it_is_for(path):
+    source = (PACKAGE / path).read_text(encoding="utf-8")
+    assert source.count("\n") <= 560
+    text = ast.get_docstring(ast.parse(source))
     assert text
     assert len(text.splitlines()[0]) > 20
-    assert "Imports:" not in text, "what a file imports is for its code to say"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_from_those_before_it(folder):
+    before = {*FOLDERS[: FOLDERS.index(folder) + 1], *BELOW}
+    for path in (path for path in FILES if path.parts[0] == folder):
+        used = package_imports(path, (PACKAGE / path).read_text(encoding="utf-8"))
+        assert {name.partition(".")[0] for name in used} <= before, path
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_cycle_inside_a_folder(folder):
+    graph = {}
+    for path in (path for path in FILES if path.parts[0] == folder and path.stem != "__init__"):
+        used = package_imports(path, (PACKAGE / path).read_text(encoding="utf-8"))
+        assert folder not in used, f"{path} imports its own folder"
+        graph[f"{folder}.{path.stem}"] = {name for name in used if name.startswith(f"{folder}.")}
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def modules_after(statement: str) -> set[str]:

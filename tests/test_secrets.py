@@ -21,12 +21,12 @@ from kd_trainer import (
     Seq2SeqDistillationTrainingArguments,
     parse_args,
 )
-from kd_trainer.cache_identity import output_kwargs
-from kd_trainer.checks import fail, message
-from kd_trainer.findings import refused
+from kd_trainer.cache.identity import output_kwargs
+from kd_trainer.diagnostics.findings import refused
 from kd_trainer.redaction import hidden, is_secret_name, scrub, secrets_in
-from tests import tiny
-from tests.test_cache import cache
+from kd_trainer.validation import fail, message
+from tests.cache.test_cached_teacher import cache
+from tests.helpers import tiny
 
 SECRET = "hf_QWERTYuiopASDFGHjklZXCVbnm123456"
 ODD = "not-in-any-known-form"  # a secret because of its name alone

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import kd_trainer
-from kd_trainer.checks import is_first_process, leave_progress_bar, warn
-from kd_trainer.describe import card_section
-from kd_trainer.model_facts import times
-from tests import tiny
+from kd_trainer.tasks.model_facts import times
+from kd_trainer.training.start_block import card_section
+from kd_trainer.validation import is_first_process, leave_progress_bar, warn
+from tests.helpers import tiny
 
 PACKAGE = Path(kd_trainer.__file__).parent
 
@@ -86,7 +86,7 @@ def test_no_file_warns_from_every_process():
                 called = f"{ast.unparse(node.func.value)}.{node.func.attr}"
                 if node.func.attr in ("warning", "warning_once", "warn", "error") and "logg" in called:
                     found.append(path.stem)
-    assert found == ["checks"]
+    assert found == ["validation"]
 
 
 def test_class_names_are_warned_about_by_the_first_process(monkeypatch, caplog, tmp_path):

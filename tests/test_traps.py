@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.traps import ROOT, TRAPS
+from tests.helpers.traps import ROOT, TRAPS
 
 
 def test_all_traps_are_listed():

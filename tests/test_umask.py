@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from kd_trainer import files
-from kd_trainer.report import build_report, load_run
-from kd_trainer.runs import save_predictions
-from tests import tiny
-from tests.test_cache import cache
+from kd_trainer.report.comparison import build_report, load_run
+from kd_trainer.report.runs import save_predictions
+from tests.cache.test_cached_teacher import cache
+from tests.helpers import tiny
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
 

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from tests.test_examples import EXAMPLES, figures, header_of
-from tests.test_visit import compiler
+from tests.examples.test_examples import EXAMPLES, figures, header_of
+from tests.losses.test_tile import compiler
 
 pytestmark = pytest.mark.launch
 
@@ -118,7 +118,7 @@ print(*(f"from: {module.__file__}" for name, module in sys.modules.items() if na
     found = figures(printed, *(f"{name}:{pattern}" for name in ("teacher", "before", "after")))
     header = header_of("minimal.py")
     promised = figures(header, *(name + pattern for name in ("teacher", r"plain student\)", r"distilled student\)")))
-    assert found == pytest.approx(promised, abs=3)  # as in tests/test_examples.py
+    assert found == pytest.approx(promised, abs=3)  # as in tests/examples/test_examples.py
     files = [Path(line.removeprefix("from: ")) for line in printed.splitlines() if line.startswith("from: ")]
     assert len(files) > 20
     assert not [path for path in files if not path.is_relative_to(python.parent.parent)]
@@ -132,8 +132,8 @@ def test_the_command_is_installed(python, tmp_path):
 def test_the_c_code_compiles_from_the_wheel(python, tmp_path):
     code = """
 import kd_trainer, torch
-from kd_trainer.native import compiled
-from kd_trainer.visit import Setting, visit
+from kd_trainer.kernels.c_compiler import compiled
+from kd_trainer.losses.tile import Setting, visit
 student, teacher = torch.randn(2, 8, 301)
 given = {"student": student, "teacher": teacher, "labels": None, "weights": torch.ones(8, 2)}
 setting = Setting("forward_kl", 0.5, 2.0, False)

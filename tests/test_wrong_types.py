@@ -11,8 +11,8 @@ import datasets
 import pytest
 import torch
 
-import kd_trainer.distributions as closed
-import kd_trainer.fidelity as fidelity
+import kd_trainer.losses.distributions as closed
+import kd_trainer.report.fidelity as fidelity
 from kd_trainer import (
     CachedTeacher,
     DistillationArguments,
@@ -28,7 +28,6 @@ from kd_trainer import (
     forward_kl,
     fused_linear_distillation,
     jsd,
-    native,
     parse_args,
     soft_cross_entropy,
     soft_target_data,
@@ -36,7 +35,8 @@ from kd_trainer import (
     synthetic_classification,
     total_variation,
 )
-from kd_trainer.sparse import top_k
+from kd_trainer.kernels import c_compiler
+from kd_trainer.losses.sparse_targets import top_k
 
 LOGITS, LABELS = torch.randn(2, 3), torch.tensor([0, 1])
 PROBS, HIDDEN, WEIGHT, MASK = LOGITS.softmax(-1), torch.randn(2, 4), torch.randn(3, 4), LABELS > -1
@@ -140,9 +140,9 @@ def tools(tmp_path, monkeypatch):
         path.write_text("#!/bin/sh\nexit 0\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    native._compiler.cache_clear()
+    c_compiler._compiler.cache_clear()
     yield tmp_path
-    native._compiler.cache_clear()
+    c_compiler._compiler.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -161,22 +161,22 @@ def tools(tmp_path, monkeypatch):
 )
 def test_CC_may_have_several_words(given, command, tools, monkeypatch):
     monkeypatch.setenv("CC", given.format(tools))
-    found = native._compiler()
+    found = c_compiler._compiler()
     assert found == (None if command is None else tuple(word.format(tools) for word in command))
 
 
 def test_a_command_of_several_words_compiles(monkeypatch):
-    native._compiler.cache_clear()
-    plain = native._compiler()
+    c_compiler._compiler.cache_clear()
+    plain = c_compiler._compiler()
     if plain is None:
         pytest.skip("no C compiler (cc, gcc, clang)")
     monkeypatch.setenv("CC", f"env {plain[0]}")
-    native._compiler.cache_clear()
-    native.compiled.cache_clear()
+    c_compiler._compiler.cache_clear()
+    c_compiler.compiled.cache_clear()
     try:
-        assert native._compiler() is not None
+        assert c_compiler._compiler() is not None
         logits = torch.randn(64, 5000)
         assert torch.isfinite(top_k(logits, 4, temperature=2.0).log_probs).all()
     finally:
-        native._compiler.cache_clear()
-        native.compiled.cache_clear()
+        c_compiler._compiler.cache_clear()
+        c_compiler.compiled.cache_clear()

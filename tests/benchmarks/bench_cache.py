@@ -54,8 +54,8 @@ from transformers import (
 )
 
 from kd_trainer import CachedTeacher, DistillationTrainer, DistillationTrainingArguments
-from kd_trainer.cache_manifest import shard_name, write_json
-from kd_trainer.cache_store import DATA, MANIFEST, read_manifest
+from kd_trainer.cache.manifest import shard_name, write_json
+from kd_trainer.cache.store import DATA, MANIFEST, read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 128

@@ -44,7 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_trainer import fused_linear, fused_linear_distillation, fused_linear_distillation_plain
+from kd_trainer import fused_linear_distillation, fused_linear_distillation_plain
+from kd_trainer.losses import fused_linear
 
 T, ALPHA = 2.0, 0.7
 SHAPES = {

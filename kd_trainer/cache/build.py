@@ -1,0 +1,333 @@
+"""Building a teacher cache: the teacher once over the data, shard by shard, on any number of processes.
+
+For: `training/teacher_cache.py`, which calls it from the trainer. A shard holds whole batches of consecutive rows, so
+that it is the same bytes whoever builds it and however often the building was interrupted. Letters: B rows, S
+positions, N kept positions, V classes, H hidden size.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import math
+import operator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+
+from ..losses import Side, bad_rows, cast_as_autocast, chunk_rows
+from ..tasks import TEACHER_PREFIX, Head, NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
+from ..validation import fail, message
+from .cached_teacher import NumberedRows, Read, Reading, Taken
+from .formats import SPARSE, encode, format_of, room_for, to_numpy
+from .store import Rows, joined, write_shard, written_shards
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 64 * 2**20
+_MOST_ROWS = 1024  # positions whose logits are made and encoded at once on CPU: more leave its cache
+
+
+class Dimensions(NamedTuple):
+    """What a teacher gives for a position."""
+
+    shape: list[int]  # of its logits: the classes last
+    logits_dtype: str
+    hidden_size: int = 0  # 0 where its logits are no product that could be made apart
+    hidden_dtype: str = ""
+
+
+class Speaker:
+    """The live teacher, asked for the kept positions of a batch alone.
+
+    Args:
+        teacher: a prepared `LiveTeacher`; output_head: its own, where it is known already.
+    """
+
+    def __init__(self, teacher: Any, accelerator: Any, head: Head, output_head: OutputHead | None = None) -> None:
+        self.teacher, self.accelerator, self.head, self.output_head = teacher, accelerator, head, output_head
+        self._kept_side: tuple[torch.dtype, Side] | None = None
+        if output_head is None and head.over_tokens and not teacher.compiled:
+            try:
+                self.output_head = OutputHead(teacher.model)
+            except NotPlain as reason:
+                logger.info("The teacher's logits are made in full: %s.", reason)
+
+    def hidden(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
+        """Final hidden states [N, H] of the kept positions; None where the teacher's head turns out to be more than a
+        product."""
+        states = self._states(inputs)
+        return None if states is None else states.index_select(0, _places_of(mask))  # faster than states[mask]
+
+    def _states(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Those [B * S, H] of all positions."""
+        if self.output_head is None:
+            return None
+        try:
+            states = teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head)
+            return self.teacher.behind_front(states, inputs).flatten(0, 1)
+        except NotPlain as reason:
+            logger.info("The teacher's logits are made in full: %s.", reason)
+            self.output_head = None
+            return None
+
+    def dimensions(self, inputs: Mapping[str, Any], mask: Tensor) -> Dimensions:
+        """What it gives for a batch; afterwards `output_head` is settled."""
+        head = self.output_head
+        known = head is not None and head.hidden_dtype is not None
+        if head is not None and (known or self.hidden(inputs, mask) is not None):
+            linear, dtype = head.module, str(head.hidden_dtype).removeprefix("torch.")
+            return Dimensions([linear.out_features], "float32", linear.in_features, dtype)
+        logits = next(self.logits(inputs, mask))
+        return Dimensions(list(logits.shape[1:]), str(logits.dtype).removeprefix("torch."))
+
+    def logits(self, inputs: Mapping[str, Any], mask: Tensor) -> Iterator[Tensor]:
+        """Logits [n, ...] of the kept positions, some at a time; the next ones may take the memory of the last."""
+        states = self._states(inputs)
+        if states is None:
+            whole = self.teacher(inputs, self.accelerator, read=self.head.logits)
+            yield _rows(self.head, whole, mask)
+            return
+        assert self.output_head is not None
+        with whole_weight(self.output_head) as whole:
+            side = self._side(whole, states.dtype)
+            plain = side.scale == 1 and side.softcap is None
+            at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
+            if side.weight.is_cpu:
+                at_once = min(at_once, _MOST_ROWS)
+            places = _places_of(mask)
+            parts = places.chunk(max(1, -(-len(places) // at_once)))
+            tile = side.weight.new_empty(len(parts[0]), len(side.weight))  # the teacher's own memory, just freed
+            for part in parts:
+                rows = states.index_select(0, part).to(side.weight.dtype)
+                product = side.product(rows, 1.0, tile[: len(part)])
+                yield product if plain else side.capped(product.float())
+
+    def _side(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> Side:
+        """The head as it multiplies hidden states of this dtype; made once where the weight is always whole."""
+        assert self.output_head is not None
+        if self._kept_side is not None and self._kept_side[0] == dtype:
+            return self._kept_side[1]
+        with self.accelerator.autocast():
+            weight, bias = (cast_as_autocast(x) for x in self._multiplied(whole, dtype))
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        side = Side(weight, bias, self.output_head.scale, self.output_head.softcap)
+        if whole[0] is self.output_head.module.weight and not hasattr(whole[0], "ds_id"):
+            self._kept_side = dtype, side
+        return side
+
+    def head_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Weight and bias of the teacher's output head as they multiply; every process must call."""
+        assert self.output_head is not None
+        with whole_weight(self.output_head) as whole, self.accelerator.autocast():
+            named = zip(("weight", "bias"), self._multiplied(whole, dtype), strict=True)
+            return {name: x.detach().cpu().contiguous().clone() for name, x in named if x is not None}
+
+    def _multiplied(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as `teacher_side` casts them for hidden states of this dtype."""
+        assert self.output_head is not None
+        side = teacher_side(self.output_head, *whole, torch.empty(0, dtype=dtype, device=whole[0].device))
+        return side["teacher_weight"], side["teacher_bias"]
+
+
+def _places_of(mask: Tensor) -> Tensor:
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _rows(head: Head, logits: Tensor, mask: Tensor) -> Tensor:
+    """The kept positions of whole logits, as rows [N, ...]."""
+    if head.name == "question_answering":
+        return logits.transpose(1, 2)[mask]
+    return logits[mask] if head.token_level else logits
+
+
+def plan(
+    rows: int, settings: Mapping[str, Any], have: set[int], rank: int, world: int, *, together: bool
+) -> list[tuple[int, list[int]]]:
+    """(shard, rows) of each batch that a process asks the teacher for: missing shards in turns, one after the other.
+
+    Args:
+        together: whether each of the teacher's forwards needs all processes: then all have as many batches; those of
+            shard -1 only keep others company and are dropped.
+    """
+    per, size = settings["rows_per_shard"], settings["batch_rows"]
+    missing = [index for index in range(-(-rows // per)) if index not in have]
+
+    def batches_of(who: int) -> list[tuple[int, list[int]]]:
+        ends = [(index, min((index + 1) * per, rows)) for index in missing[who::world]]
+        return [(i, list(range(s, min(s + size, end)))) for i, end in ends for s in range(i * per, end, size)]
+
+    mine = batches_of(rank)
+    if together and missing:
+        company = (-1, list(range(min(size, rows))))
+        mine += [company] * (max(len(batches_of(who)) for who in range(world)) - len(mine))
+    return mine
+
+
+def stream_batches(dataset: Any, settings: Mapping[str, Any], reading: Reading) -> Iterator[tuple[int, Any]]:
+    """(shard, collated batch) of a stream, in its order."""
+    per, size = settings["rows_per_shard"], settings["batch_rows"]
+    rows = iter(dataset)
+    for index in itertools.count():
+        for _ in range(per // size):
+            features = list(itertools.islice(rows, size))
+            if not features:
+                return
+            yield index, reading(features)
+
+
+def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, settings: dict[str, Any], reading: Reading,
+                 *, together: bool, part: str) -> None:  # fmt: skip
+    """Asks the teacher for the missing shards of this process and writes them."""
+    args = trainer.args
+    have = trainer._on_main_process(lambda: written_shards(folder))
+    rank, world = args.process_index, args.world_size
+    todo: Iterable[tuple[int, Any]]
+    if isinstance(dataset, IterableDataset):
+        own = (found for found in stream_batches(dataset, settings, reading) if found[0] not in have)
+        todo = own if together else (found for found in own if found[0] % world == rank)
+        total = None
+    else:
+        mine = plan(len(dataset), settings, have, rank, world, together=together)
+        batches = [batch for _, batch in mine]
+        options: dict[str, Any] = {"collate_fn": reading, "num_workers": args.dataloader_num_workers}
+        loader = DataLoader(cast(Any, NumberedRows(dataset)), batch_sampler=batches, **options)
+        todo = zip((index for index, _ in mine), loader, strict=True)
+        total = sum(len(batch) for index, batch in mine if index >= 0)
+    writes = rank == 0 or not together or not isinstance(dataset, IterableDataset)
+    with tqdm(total=total, desc=f"teacher cache: {part}", unit=" rows", disable=args.disable_tqdm or rank > 0) as bar:
+        for index, reads in itertools.groupby(todo, key=operator.itemgetter(0)):
+            parts: list[Rows] = []
+            for _, read in reads:
+                rows = ask(trainer, speaker, settings, read)
+                if index >= 0 and writes:
+                    parts.append(rows)
+                    bar.update(len(rows.row_ids))
+                del rows, read  # nothing is held while the teacher is asked for the next
+            if parts:
+                with translate_os_errors(folder):
+                    write_shard(folder, index, joined(parts))
+
+
+def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read) -> Rows:
+    """What the teacher says of a batch, encoded."""
+    kept, (_, row_ids, _, counts, seen) = format_of(settings), read
+    inputs, positions = on_device(trainer, speaker, read)
+    _check_columns(settings, speaker, read.batch, inputs)
+    total, done = int(counts.sum()), 0
+    uniform = _uniform(settings, row_ids[0], total) if kept.name == "sampled" else torch.empty(0)
+    said: Iterator[Tensor]
+    columns: dict[str, Tensor] = {}
+    if kept.name == "hidden":
+        hidden = speaker.hidden(inputs, positions)
+        if hidden is None:
+            fail_no_product(speaker)
+        said = iter([hidden])
+    else:
+        said = speaker.logits(inputs, positions)
+    for values in said:
+        if kept.name in SPARSE:
+            values = values[..., : kept.classes]
+        columns = columns or room_for(kept, total, values)
+        own = slice(done, done + len(values))
+        encode(kept, values, uniform[own], {name: column[own] for name, column in columns.items()})
+        done = own.stop
+    _check_finite(columns, row_ids)
+    kept_columns = {name: to_numpy(column) for name, column in columns.items()}
+    return Rows(np.asarray(row_ids, np.int64), seen, counts, kept_columns)
+
+
+def _check_columns(
+    settings: Mapping[str, Any], speaker: Speaker, batch: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for a batch with columns that those which were looked at before had not."""
+    new = sorted(set(columns_read(batch, speaker.teacher.inputs(inputs))) - set(settings["columns_read"]))
+    if new:
+        shown = f"one that makes {', '.join(new)} in some batches and not in those of the rows that were looked at"
+        because = "a teacher cache could not notice that they have changed"
+        fix = "Give these columns in every batch, or train with the live teacher."
+        fail("data_collator", shown, "the same columns in all batches", fix, because=because)
+
+
+def columns_read(batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+    """The columns of the collated batch that the teacher reads, its own ones by their own names."""
+    own = [name for name in batch if name.startswith(TEACHER_PREFIX) and name.removeprefix(TEACHER_PREFIX) in inputs]
+    shared = [name for name in batch if name in inputs and TEACHER_PREFIX + name not in batch]
+    made = (
+        ["labels"] if "decoder_input_ids" in inputs and "decoder_input_ids" not in batch and "labels" in batch else []
+    )
+    return sorted([*own, *shared, *made])
+
+
+def on_device(trainer: Any, speaker: Speaker, read: Read) -> tuple[dict[str, Any], Tensor]:
+    """A batch and its kept positions where the teacher reads them."""
+    inputs = trainer._prepare_inputs(read.batch)
+    return trainer._with_decoder_inputs(trainer._fit.student, speaker.head, inputs), read.mask.to(trainer.args.device)
+
+
+def check_rows_unseen(trainer: Any, speaker: Speaker, reading: Reading, rows: Taken) -> None:
+    """Raises ValueError where the teacher says of the last of some rows, joined to one long row, something else than of
+    it alone: a cache would keep what came of that company."""
+    reads = reading(rows), reading(Taken(rows.row_ids[-1:], rows.features[-1:]))
+    behind, alone = (torch.cat([x.clone() for x in speaker.logits(*on_device(trainer, speaker, r))]) for r in reads)
+    room = 5e-2 if alone.dtype.itemsize < 4 else 1e-3
+    behind = behind[len(behind) - len(alone) :]
+    if len(alone) and float((behind - alone).abs().max()) > room * float(alone.abs().max()):
+        shown = "one that makes one long row of several, and the teacher lets them see each other"
+        mend = "Use DataCollatorWithFlattening with its position_ids and a teacher that keeps to them, or pad the rows."
+        fail("data_collator", shown, "rows of which the teacher says the same in any company", mend)
+
+
+def fail_no_product(speaker: Speaker) -> NoReturn:
+    because = "the logits of " + type(speaker.teacher.model).__name__ + " are more than its output head's product"
+    mend = "Set it to topk or logits."
+    fail("teacher_cache_format", "'hidden'", "another format with this teacher", mend, because=because)
+
+
+def _uniform(settings: Mapping[str, Any], first_row: int, count: int) -> Tensor:
+    """[count] numbers in [0, 1) that depend on seed and row alone."""
+    generator = torch.Generator().manual_seed((settings["seed"] * 1_000_003 + first_row) % 2**63)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
+    """Raises ValueError where the teacher said NaN or inf: it would be kept for ever."""
+    for name, values in columns.items():
+        if name not in ("logits", "hidden", "entropy", "log_tail") or not len(values):
+            continue
+        if name == "logits":
+            bad = bool(bad_rows(values))
+        elif name == "log_tail":  # -inf where the k have all the mass, NaN wherever a logit is NaN or inf
+            bad = math.isnan(values.amin())
+        else:
+            bad = not all(map(math.isfinite, values.aminmax()))
+        if bad:
+            shown = f"giving NaN or inf on rows {row_ids[0]} to {row_ids[-1]} of the data"
+            mend = "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs."
+            fail("teacher_model", shown, "finite outputs", mend)
+
+
+@contextmanager
+def translate_os_errors(folder: Path) -> Iterator[None]:
+    """Raises RuntimeError for an OSError inside, which only writes to the folder of a cache."""
+    try:
+        yield
+    except OSError as error:
+        shown = f"{str(folder)!r}, where a file could not be written ({error})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+            expected = f"room for it ({shutil.disk_usage(there).free / 1e6:,.0f} MB are free)"
+            mend = "What is built stays: make room and run again, it goes on from there."
+        else:
+            expected = "a folder that this run may write to"
+            mend = "Set it to another folder. (One with a finished cache of the same data may be read-only.)"
+        raise RuntimeError(message("teacher_cache_dir", shown, expected, mend)) from error

@@ -1,0 +1,435 @@
+"""A teacher that has spoken before: its outputs, read from disk and joined to the batches by row.
+
+For: the trainer. A dataset whose rows are numbered, a collator that adds to each batch what the teacher said of its
+rows, and `CachedTeacher`, which stands where the live teacher stood. Building is `build.py`'s business.
+Letters: B rows, S positions, N kept positions of a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..tasks import ROW_ID, TEACHER_PREFIX, Head, begins_next, real_tokens
+from ..teachers import TeacherOutput
+from ..validation import fail, message
+from .formats import Format, check_columns, decode, format_of, output
+from .manifest import check_links, check_settings, head_of
+from .signatures import kinds_of, refuse_column, signatures
+from .store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Store, damaged, foreign, is_finished, read_manifest
+
+COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that the collator adds to a batch
+ROWS_DIFFER = (
+    "the rows were changed, ordered or tokenised otherwise, a transform draws anew at each reading, or padding is not "
+    "marked by an attention_mask"
+)
+# Parts of a cache: its train data, its evaluation data (eval-NAME of several) and others that were asked about.
+TRAIN, EVAL, TEST = "train", "eval", "test"
+
+
+def part_of(kind: str, name: Any) -> str:
+    """The folder of a named part: `kind`-name, where characters other than a-z, 0-9, "_", "." and "-" give way to "_"
+    and a hash keeps names apart, also where a file system does not tell capitals.
+
+    Example:
+        >>> part_of("eval", "matched"), part_of("eval", "glue/dev")
+        ('eval-matched', 'eval-glue_dev-5412a25e')
+    """
+    text = name if isinstance(name, str) else f"{type(name).__name__} {name!r}"
+    plain = re.sub(r"[^a-z0-9_.-]", "_", text.lower())[:80].strip(".")
+    if plain and plain == name and not re.search(r"-[0-9a-f]{8}$", plain):
+        return f"{kind}-{plain}"
+    return f"{kind}-{plain}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def _is_part(folder: str) -> bool:
+    return folder in (EVAL, TEST) or folder.startswith((EVAL + "-", TEST + "-"))
+
+
+# ---- rows of a batch ------------------------------------------------------------------------------------------------
+
+
+class Taken(NamedTuple):
+    """What `NumberedRows` hands to the collator: the rows' numbers beside what the dataset gave for them."""
+
+    row_ids: list[int]
+    features: Any
+
+
+class NumberedRows:
+    """A map-style dataset whose batches know their rows; everything else is the dataset's own."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.__getitems__([row])
+
+    def __getitems__(self, rows: list[int]) -> Taken:
+        many = getattr(self.dataset, "__getitems__", None)
+        return Taken(list(rows), many(rows) if many is not None else [self.dataset[row] for row in rows])
+
+
+def numbered(features: Any) -> Taken:
+    """Rows with their numbers, from `NumberedRows` or from the dataset's own column `teacher_row_id`."""
+    if isinstance(features, Taken) and not (isinstance(features.features, list) and have_ids(features.features)):
+        return features
+    rows = features.features if isinstance(features, Taken) else features
+    if not isinstance(rows, list) or not have_ids(rows):
+        expected = f"rows with a column {ROW_ID!r}: whole numbers, each once"
+        fail("train_dataset", "a stream of rows without a number", expected, "Number them, or use a Dataset.")
+    return Taken([int(row[ROW_ID]) for row in rows], [{k: v for k, v in row.items() if k != ROW_ID} for row in rows])
+
+
+def have_ids(rows: list[Any]) -> bool:
+    return bool(rows) and all(isinstance(row, Mapping) and ROW_ID in row for row in rows)
+
+
+def kept_positions(head: Head, inputs: Mapping[str, Any], positions: str, rows: int) -> Tensor:
+    """Boolean [B, S]: the positions of which a cache keeps what the teacher said; [B, 1] where rows have one each."""
+    if head.name == "question_answering":  # a distribution over the positions: each has a start and an end logit
+        mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape)
+        return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask
+    targets = head.targets(inputs)
+    if not head.token_level:
+        return torch.ones(rows, 1, dtype=torch.bool)
+    mask = head.soft_mask(inputs, targets, positions)
+    return torch.ones_like(head.sequences(inputs), dtype=torch.bool) if mask is None else mask
+
+
+class Read(NamedTuple):
+    """A collated batch, and what a cache has to know of its rows."""
+
+    batch: dict[str, Any]
+    row_ids: list[int]
+    mask: Tensor  # `kept_positions`
+    counts: np.ndarray  # [rows] how many of them each row has
+    signatures: np.ndarray
+
+
+class Reading:
+    """The script's collator, and beside its batch what a cache knows the rows by: the same in building and training.
+
+    Args:
+        kinds: how the columns belong to the rows, see `kinds_of`; None finds it from the first rows that are read.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[Any], Any],
+        head: Head,
+        positions: str,
+        columns: Sequence[str],
+        kinds: Mapping[str, str] | None = None,
+    ) -> None:
+        self.collator, self.head, self.positions, self.columns, self.kinds = collator, head, positions, columns, kinds
+
+    def __call__(self, features: Any) -> Read:
+        taken = numbered(features)
+        batch = dict(self.collator(taken.features))
+        rows = len(taken.row_ids)
+        mask = kept_positions(self.head, batch, self.positions, rows)
+        spans = rows_in_a_row(batch, mask, rows)
+
+        def alone() -> list[dict[str, Any]]:
+            each = [_single(taken.features, row) for row in range(rows)]
+            return [] if any(one is None for one in each) else [dict(self.collator(one)) for one in each]
+
+        options: dict[str, Any] = {"causal": self.head.name == "causal_lm", "shifted": self.head.shifted}
+        options["apart"] = self.head.name == "seq2seq_lm"
+        if spans is None:
+            self.kinds = self.kinds or kinds_of(batch, (alone() if rows > 1 else None) or None, rows, self.columns)
+            seen = signatures(batch, mask, self.columns, self.kinds, alone=alone, **options)
+            return Read(batch, taken.row_ids, mask, mask.sum(1).numpy(), seen)
+        found = []  # rows of one long row are known by what each is alone
+        for one in alone() or refuse_column("input_ids", batch.get("input_ids"), rows):
+            self.kinds = self.kinds or kinds_of(one, [one], 1, self.columns)
+            own = kept_positions(self.head, one, self.positions, 1)
+            found.append(signatures(one, own, self.columns, self.kinds, alone=[one].copy, **options))
+        counts = np.array([int(mask[:, span].sum()) for span in spans])
+        return Read(batch, taken.row_ids, mask, counts, np.concatenate(found))
+
+
+def _single(features: Any, row: int) -> Any:
+    """One of some rows, as the collator takes them; None where they cannot be taken apart."""
+    if isinstance(features, (list, Tensor)):
+        return features[row : row + 1]
+    if isinstance(features, Mapping) and all(isinstance(value, (list, Tensor)) for value in features.values()):
+        return {name: value[row : row + 1] for name, value in features.items()}
+    return None
+
+
+def open_part(folder: Path, root: Path | None = None) -> Store:
+    """A finished part of a cache, all settings of which were checked.
+
+    Args:
+        root: the folder above it that the user named: no link in the part may lead out of the part.
+
+    Raises:
+        CacheError: see `Store` and `check_settings`.
+    """
+    store = Store(folder, root)
+    check_settings(folder / MANIFEST, store.manifest, complete=True)
+    return store
+
+
+def reading_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> Reading:
+    """As the cache of this manifest was read when it was built."""
+    return Reading(collator, head_of(manifest), manifest["positions"], manifest["columns_read"], manifest["kinds"])
+
+
+class CachedCollator:
+    """The script's collator, and behind it what the teacher said of the batch's rows in `teacher_cache_*` columns.
+
+    Args:
+        collator: makes the batch.
+        store: the cache of the dataset whose rows come.
+
+    Raises:
+        CacheError: a row differs from the one that the teacher read, is not in the cache, or its shard is damaged.
+    """
+
+    def __init__(self, collator: Callable[[Any], Any], store: Store) -> None:
+        self.collator, self.store = collator, store
+
+    def around(self, wrap: Callable[[Any], Any]) -> CachedCollator:
+        """The same with what stands between: `wrap` makes a collator of the script's."""
+        return CachedCollator(wrap(self.collator), self.store)
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        manifest = self.store.manifest
+        reading = reading_of(manifest, self.collator)
+        batch, row_ids, mask, counts, seen = reading(features)
+        rows = self.store.take(row_ids)
+        wrong = np.flatnonzero((rows.signatures != seen) | (rows.counts != counts))
+        if len(wrong):
+            fix = "Train on the data that the cache was built from, or name another teacher_cache_dir to build one."
+            shown = f"giving a row {rows.row_ids[wrong[0]]} that differs from the one the teacher read"
+            raise CacheError(message("train_dataset", shown, "the rows of the teacher cache", fix, because=ROWS_DIFFER))
+        kept = format_of(manifest)
+        width = manifest["hidden_size"] if kept.name == "hidden" else math.prod(manifest["shape"])
+        reason = check_columns(kept, rows.columns, width)
+        decoded = {} if reason else decode(kept, rows.columns)
+        for name in ("ids", "top"):
+            if name in decoded and decoded[name].numel() and int(decoded[name].max()) >= kept.classes:
+                reason = f"{name} are beyond the {kept.classes:,} classes of its manifest"
+        if reason:
+            raise CacheError(foreign(str(self.store.folder / DATA), reason))
+        for name, values in decoded.items():
+            shape = manifest["shape"] if name == "logits" else None
+            batch[COLUMN_PREFIX + name] = _aligned(values, mask, reading.head, shape)
+        return batch
+
+
+def rows_in_a_row(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[slice] | None:
+    """Where each of `count` rows lies in a batch that is one long row of them all; None where each has its own.
+
+    Raises:
+        ValueError: the batch is neither, or does not tell where its rows begin.
+    """
+    if len(mask) == count:
+        return None
+    starts = [0, *(begins_next(batch, mask)[0].nonzero().flatten() + 1).tolist()] if len(mask) == 1 else []
+    if len(starts) != count:
+        shown, because = f"one that makes {len(mask)} rows of {count}", "what the teacher said is joined row by row"
+        expected = "a row of the batch for each row of the dataset, or one row with position_ids that tell where each"
+        fix = "Use DataCollatorWithFlattening, or pack the dataset before (so that its rows are the packed ones)."
+        fail("data_collator", shown, f"{expected} begins", fix, because=because)
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, mask.shape[1]])]
+
+
+def _aligned(values: Tensor, mask: Tensor, head: Head, shape: Sequence[int] | None) -> Tensor:
+    """[N, width] of the kept positions -> [B, S, width], or [B, width] where rows have one each; zeros elsewhere."""
+    if not head.token_level and head.name != "question_answering":
+        return values if shape is None else values.view(len(values), *shape)
+    whole = values.new_zeros(*mask.shape, values.shape[-1])
+    whole[mask] = values
+    return whole.transpose(1, 2).contiguous() if head.name == "question_answering" else whole
+
+
+# ---- the teacher ----------------------------------------------------------------------------------------------------
+
+
+def check_objective(kept: Format, divergence: str, temperatures: Sequence[float]) -> None:
+    """Raises ValueError where the loss asks for what the format does not hold."""
+    other = "Or build a cache of format hidden or logits, which serve every setting."
+    wrong = [t for t in temperatures if kept.temperature is not None and t != kept.temperature]
+    if wrong:
+        expected = f"{kept.temperature:g}, for which the teacher cache was built (format {kept.name})"
+        fail("kd_temperature", wrong[0], expected, f"Set kd_temperature to {kept.temperature:g}. {other}")
+    if kept.name == "sampled" and divergence != "forward_kl":
+        because = "samples are unbiased only where the loss is linear in the teacher's probabilities"
+        expected = "'forward_kl' with a teacher cache of format sampled"
+        fail("kd_divergence", repr(divergence), expected, f"Set it to forward_kl. {other}", because=because)
+
+
+class CachedTeacher:
+    """A teacher whose outputs were kept: `DistillationTrainer(teacher_model=CachedTeacher(path), ...)`.
+
+    When to use: to train, any number of times, without the teacher in memory. With `teacher_cache_dir` the trainer
+    makes one by itself. Everything that has to be known of it stands in its manifest.
+
+    Args:
+        path: the folder of `trainer.build_teacher_cache()` (or of one of its parts), or the name of a dataset of the
+            hub that holds such a folder.
+
+    Attributes:
+        parts: by name ("train", "eval", "eval-NAME"), what was kept of that data.
+
+    Raises:
+        CacheError: nothing finished is there, a manifest was changed, or a part is of another teacher or format.
+
+    Example::
+
+        teacher = CachedTeacher("cache")
+        trainer = DistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data)
+    """
+
+    compiled = False
+
+    def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, (str, Path)) or not str(path).strip():
+            shown = path if path is None or isinstance(path, str) else f"of type {type(path).__name__}"
+            expected, mend = "the folder of a finished teacher cache, or a dataset of the hub", "Pass its path."
+            fail("path", shown, expected, mend, error=ValueError if isinstance(path, str) else TypeError)
+        self.path = _local(path)
+        alone = is_finished(self.path)  # a part alone serves as what it is named, or else as the train data
+        inside = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        folders = [self.path] if alone else [folder for folder in inside if is_finished(folder)]
+        if not folders:
+            begun = [folder for folder in inside if (folder / BUILDING).exists()]
+            read_manifest((begun or [self.path])[0])  # raises: it is unfinished, or there is none
+        names = [TRAIN if alone and not _is_part(folder.name) else folder.name for folder in folders]
+        root = None if alone else self.path
+        self.parts = {name: open_part(folder, root) for name, folder in zip(names, folders, strict=True)}
+        self._check_alike()
+        self._head: dict[str, Any] | None = None
+        self._head_device: torch.device | None = None
+
+    def _check_alike(self) -> None:
+        """Raises CacheError where a part is not of the others' teacher and format: one head and format serve all."""
+        first, *others = (self.parts[name] for name in sorted(self.parts, key=lambda name: name != TRAIN))
+        for store in others:
+            for what in ("format", "classes", "temperature", "dtype", "task", "head_sha256", "teacher"):
+                one, other = (m["teacher"]["weights"] if what == "teacher" else m.get(what)
+                              for m in (store.manifest, first.manifest))  # fmt: skip
+                if one != other:
+                    shown = f"one whose part {str(store.folder)!r} has {what} {one}"
+                    mend = "Build one of them again in an empty folder, with the teacher and settings of the other."
+                    raise CacheError(message("teacher_cache", shown, f"{other}, as {str(first.folder)!r} has", mend))
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Of the train data, or of the first part."""
+        return next(self.parts[name].manifest for name in (TRAIN, *self.parts) if name in self.parts)
+
+    @property
+    def format(self) -> Format:
+        return format_of(self.manifest)
+
+    @property
+    def accepted(self) -> frozenset[str]:
+        """Columns that the teacher read; the rows are known again by them."""
+        return frozenset(name.removeprefix(TEACHER_PREFIX) for name in self.manifest["columns_read"])
+
+    def describe(self) -> str:
+        """One line for the start block."""
+        kept, rows = self.format, {name: len(store) for name, store in self.parts.items()}
+        shown = kept.name + "".join(
+            f", {n} {v:g}" for n, v in (("k", kept.k), ("T", kept.temperature)) if v is not None
+        )
+        counted = ", ".join(f"{name} {count:,} rows" for name, count in rows.items())
+        return f"{self.manifest['teacher']['name']}, read from {str(self.path)!r} ({shown}; {counted})"
+
+    def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:
+        """See the function of this name."""
+        check_objective(self.format, divergence, temperatures)
+
+    def output(self, batch: Mapping[str, Any]) -> TeacherOutput | None:
+        """What the teacher said of the batch; None where it was not asked about these rows."""
+        columns = {k[len(COLUMN_PREFIX) :]: v for k, v in batch.items() if k.startswith(COLUMN_PREFIX)}
+        if not columns:
+            return None
+        device = next(iter(columns.values())).device
+        return output(self.format, columns, self.head(device) if self.format.name == "hidden" else {})
+
+    def head(self, device: torch.device) -> dict[str, Any]:
+        """The teacher's output head by the argument names of `fused_linear_distillation`; read once."""
+        if self._head is None or self._head_device != device:
+            self._head, self._head_device = self._read_head(device), device
+        return self._head
+
+    def _read_head(self, device: torch.device) -> dict[str, Any]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        store = next(iter(self.parts.values()))
+        path, manifest = store.folder / HEAD, store.manifest
+        if not store.head_is_whole():
+            reason = "its content has changed since it was written" if path.is_file() else "the file is missing"
+            raise CacheError(damaged(str(path), reason))
+        try:
+            tensors = load_file(path, device=str(device))
+        except SafetensorError as error:
+            raise CacheError(foreign(str(path), f"it is no safetensors file ({error})")) from error
+        rows, bias = [manifest["vocabulary"]], tensors.get("bias")
+        weight = tensors["weight"] if "weight" in tensors else torch.empty(0)
+        if list(weight.shape) != [*rows, manifest["hidden_size"]] or (bias is not None and list(bias.shape) != rows):
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+            expected = f"{[*rows, manifest['hidden_size']]}, the weight of the manifest's vocabulary and hidden size"
+            raise CacheError(foreign(str(path), f"it has {shapes or 'no tensors'} instead of {expected}"))
+        return {
+            "teacher_weight": tensors["weight"],
+            "teacher_bias": tensors.get("bias"),
+            "teacher_scale": manifest["head_scale"],
+            "teacher_softcap": manifest["head_softcap"],
+        }
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Uploads the folder as a dataset of the hub; `options` as huggingface_hub's `upload_folder`.
+
+        Raises:
+            CacheError: a symbolic link in the folder leads out of it: the file there would be uploaded.
+        """
+        from huggingface_hub import HfApi
+
+        check_links(self.path)
+        api = HfApi(token=options.pop("token", None))
+        api.create_repo(repo_id, repo_type="dataset", private=options.pop("private", None), exist_ok=True)
+        hidden = ["**/.*", ".*", "*.lock"]
+        return api.upload_folder(
+            repo_id=repo_id, folder_path=str(self.path), repo_type="dataset", ignore_patterns=hidden, **options
+        )
+
+
+def _local(path: str | Path) -> Path:
+    """The folder itself, or that of a snapshot of the hub's dataset of this name."""
+    folder = Path(path)
+    if folder.exists() or str(path).count("/") != 1:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), repo_type="dataset"))
+    except Exception as error:  # of many kinds, offline too
+        mend = "Check the path for a typing error."
+        said = (str(error).splitlines() or [""])[0]
+        expected = f"a folder, or a dataset of the hub ({type(error).__name__}: {said})"
+        raise CacheError(message("teacher_cache", repr(str(path)), expected, mend)) from error

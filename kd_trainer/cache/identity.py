@@ -1,0 +1,286 @@
+"""What a teacher cache was made of, as values that can be compared: teacher, tokenizer, collation, data.
+
+For: `build.py`, which notes them in the manifest and compares them before anything is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..files import as_json, digest
+from ..redaction import hidden, scrub
+from ..tasks import name_of
+from ..teachers import ADAPTER_OFF, adapter_modules, adapter_parameters, tokenizer_of
+from ..validation import fail, message
+from .manifest import CacheError, json_sha256
+
+
+def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Module) -> dict[str, Any]:
+    """By what a teacher is known again, as it is given to the trainer: by path it is not loaded.
+
+    Of a module: hashes of its weights, its config, the classes of its modules and their public attributes (numbers,
+    texts, names of functions; of each name one, dropout aside). What none of these shows (a hook, a buffer that is not
+    saved, the code of a forward) shows in its outputs, which are compared with those of the cache on some rows.
+
+    Of a path: hashes of the files of weights and of its config, of its adapter and that adapter's base, of its code
+    where that runs (`trust_remote_code`; not of code from another repository, for which name a revision), and the
+    arguments of from_pretrained that change the output. Weights and config are None where they are not at hand.
+    """
+    if isinstance(given, nn.Module):
+        return {"given": "module", "name": _printable(name_of(given)), **_of_module(given, set())}
+    if given == ADAPTER_OFF:
+        without = adapter_parameters(student)
+        return {"given": ADAPTER_OFF, "name": _printable(name_of(student)), **_of_module(student, without)}
+    named = {"given": "path", "name": _printable(scrub(str(given))), "init_kwargs": output_kwargs(init_kwargs)}
+    return named | _of_path(str(given), init_kwargs)
+
+
+def _printable(name: str) -> str:
+    return "".join(each if each.isprintable() else "?" for each in name)[:4096]
+
+
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "scaler.bin")
+
+
+def _of_path(path: str, init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Hashes of the files of a teacher; None for those that are not on this machine."""
+    folder = _folder_of(path, init_kwargs)
+    if folder is None:
+        return {"weights": None, "config": None}
+    patterns = ["*.safetensors", "*.bin", *([str(init_kwargs["gguf_file"])] if init_kwargs.get("gguf_file") else [])]
+    files = sorted({f for pattern in patterns for f in folder.glob(pattern) if f.name not in _NO_WEIGHTS})
+    whole = bool(files) and all((folder / name).is_file() for index in folder.glob("*.index.json")
+                                for name in _listed(index))  # fmt: skip
+    adapter = folder / "adapter_config.json"
+    if init_kwargs.get("trust_remote_code"):
+        files += sorted(folder.glob("*.py"))
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(pool.map(_digest_of_file, files))
+    weights: list[Any] = [[file.name, found] for file, found in zip(files, digests, strict=True)]
+    if adapter.is_file():
+        kept = json.loads(adapter.read_text(encoding="utf-8"))
+        base = _of_path(str(kept.get("base_model_name_or_path", "")), {"revision": kept.get("revision")})
+        weights, whole = [*weights, kept, base], whole and base["weights"] is not None
+    config, found = folder / "config.json", ""
+    if config.is_file():
+        found = _of_config(json.loads(config.read_text(encoding="utf-8")))
+    return {"weights": json_sha256(weights) if whole else None, "config": found}
+
+
+def _listed(index: Path) -> set[str]:
+    """The files that an index of weights names."""
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return set()
+
+
+# Arguments of from_pretrained that say where weights come from and go to, not what the teacher computes.
+_NOT_OF_THE_OUTPUT = frozenset([
+    "token", "use_auth_token", "cache_dir", "force_download", "resume_download", "local_files_only", "proxies",
+    "mirror", "user_agent", "low_cpu_mem_usage", "device", "device_map", "max_memory", "offload_folder",
+    "offload_state_dict", "offload_buffers", "weights_only", "output_loading_info", "tp_plan", "tp_size",
+    "device_mesh", "distributed_config", "load_in_parallel", "_fast_init", "disable_mmap",
+])  # fmt: skip
+
+
+def output_kwargs(init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of from_pretrained that can change what the teacher gives, as JSON values without secrets.
+
+    dtype (also by its old name torch_dtype), quantization_config, revision, variant, subfolder, attn_implementation,
+    trust_remote_code and whatever is not known to be without effect.
+
+    Raises:
+        ValueError: a value that cannot be written down, so that another one could not be told from it.
+    """
+    named = {"torch_dtype": "dtype"}
+    kept = {named.get(name, name): value for name, value in init_kwargs.items() if name not in _NOT_OF_THE_OUTPUT}
+    for name, value in kept.items():
+        if opaque := _opaque(value):
+            because = "a teacher cache could not tell it from another one"
+            fix = "Give it as text, numbers, lists and objects of these."
+            shown = f"one whose {name} has an object of type {opaque}"
+            fail("teacher_model_init_kwargs", shown, "values that JSON can hold", fix, because=because)
+    found = hidden(as_json(kept))
+    if isinstance(found.get("dtype"), str):
+        found["dtype"] = {"half": "float16", "float": "float32", "double": "float64"}.get(
+            found["dtype"].removeprefix("torch."), found["dtype"].removeprefix("torch.")
+        )
+    for name, default in (("trust_remote_code", False), ("use_safetensors", True)):
+        if found.get(name) is default:
+            del found[name]
+    return dict(sorted(found.items()))
+
+
+def _opaque(value: Any) -> str | None:
+    """The type of an object in a value that has no text of its own; None where there is none."""
+    if isinstance(value, Mapping):
+        return next(filter(None, map(_opaque, value.values())), None)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return next(filter(None, map(_opaque, value)), None)
+    known = isinstance(value, (str, int, float, type(None), Path, Enum, torch.dtype, np.generic))
+    return None if known or hasattr(value, "to_dict") else type(value).__name__
+
+
+def _folder_of(path: str, init_kwargs: Mapping[str, Any]) -> Path | None:
+    """Where a teacher's files are on this machine; None where they are not."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder / str(init_kwargs.get("subfolder", ""))
+    from transformers.utils.hub import cached_file
+
+    names = ("revision", "cache_dir", "subfolder", "token", "local_files_only", "proxies", "force_download")
+    keep = {name: init_kwargs[name] for name in names if init_kwargs.get(name) is not None}
+    try:
+        return Path(str(cached_file(path, "config.json", **keep))).parent
+    except (OSError, ValueError):  # neither a folder here nor a name that the hub can be asked for
+        return None
+
+
+def _digest_of_file(file: Path) -> str:
+    real = Path(os.path.realpath(file))
+    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
+        return real.name  # the hub's own cache names a file by its SHA-256
+    return digest(file)
+
+
+def _of_module(model: nn.Module, without: set[int]) -> dict[str, Any]:
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if not isinstance(tensor, torch.Tensor) or id(tensor) in without:
+            continue
+        values = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {values.dtype} {list(values.shape)}".encode())
+        found.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    config: Any = getattr(model, "config", None)
+    own = adapter_modules(model) if without else set()
+    modules = [(name, module) for name, module in model.named_modules() if id(module) not in own]
+    return {
+        "weights": found.hexdigest(),
+        "config": _of_config(config.to_dict() if hasattr(config, "to_dict") else {}),
+        "classes": json_sha256([[name, type(module).__qualname__] for name, module in modules]),
+        "attributes": _attributes(modules),
+    }
+
+
+# Of a config or a module: what changes no output of an eval forward.
+_WITHOUT_EFFECT = frozenset([
+    "_name_or_path", "name_or_path", "transformers_version", "use_cache", "initializer_range",
+    "gradient_checkpointing", "training", "warnings_issued",
+])  # fmt: skip
+
+
+def _of_config(config: Mapping[str, Any]) -> str:
+    kept = {name: value for name, value in config.items() if not (name in _WITHOUT_EFFECT or "drop" in name)}
+    return json_sha256(json.loads(json.dumps(kept, default=str, sort_keys=True)))
+
+
+def _attributes(modules: list[tuple[str, nn.Module]]) -> dict[str, str]:
+    """Of each name of a public attribute a hash of its values in all modules."""
+    found: dict[str, list[list[str]]] = {}
+    for path, module in modules:
+        if "Dropout" in type(module).__name__:
+            continue
+        for name, value in vars(module).items():
+            text = None if name[:1] == "_" or name in _WITHOUT_EFFECT or "drop" in name else _text_of(value)
+            if text is not None:
+                found.setdefault(name, []).append([path, text])
+    return {name: json_sha256(values) for name, values in sorted(found.items())}
+
+
+def _text_of(value: Any) -> str | None:
+    """A text of a setting that is the same in every run; None for what is none."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, Enum)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        texts = [_text_of(each) for each in value]
+        return None if any(text is None for text in texts) else f"[{', '.join(map(str, texts))}]"
+    if isinstance(value, Mapping):
+        return _text_of([[str(key), value[key]] for key in sorted(value, key=str)])
+    if callable(value) and not isinstance(value, nn.Module) and hasattr(value, "__qualname__"):
+        return value.__qualname__
+    return None
+
+
+def tokenizer_identity(processing_class: Any) -> str | None:
+    """A hash of the map from tokens to ids; None where there is no tokenizer."""
+    tokenizer = tokenizer_of(processing_class)
+    return None if tokenizer is None else json_sha256(sorted(tokenizer.get_vocab().items()))
+
+
+def collation(data_collator: Any, processing_class: Any) -> dict[str, Any]:
+    """What of the collation changes the teacher's answer: on which side is padded, and where texts are cut."""
+    tokenizer = tokenizer_of(processing_class) or tokenizer_of(getattr(data_collator, "tokenizer", None))
+    length = getattr(tokenizer, "model_max_length", None)
+    return {
+        "padding_side": getattr(tokenizer, "padding_side", None),
+        "max_length": length if isinstance(length, int) and length < 10**9 else None,
+        "packed": bool(getattr(data_collator, "padding_free", False)),
+    }
+
+
+def compare(where: Path, kept: Mapping[str, Any], asked: Mapping[str, tuple[str, str, Any, str]]) -> None:
+    """Raises CacheError for the first part of a cache that is not what is asked.
+
+    Args:
+        where: the cache; kept: its settings.
+        asked: by path in the settings ("teacher.weights"): the argument to name, what of it is compared, its value
+            now and how to mend it.
+    """
+    for place, (argument, what, now, mend) in asked.items():
+        value: Any = kept
+        for part in place.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value != now:
+            shown = f"one with {what} {_short(now)}"
+            expected = f"{what} {_short(value)}, of which the teacher cache {str(where)!r} was built"
+            other = "Or name another teacher_cache_dir: one is built there."
+            raise CacheError(message(argument, shown, expected, f"{mend} {other}"))
+
+
+def compare_teachers(where: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Raises CacheError where a cache is of another teacher than `teacher_identity` tells of.
+
+    Returns:
+        What could not be compared because the teacher is not on this machine, in a sentence; None where all was.
+    """
+    fix = "Give the teacher that the cache was built from, in the same way."
+    teacher = kept.get("teacher", {})
+    asked = {"teacher.given": ("teacher_model", "given as a", now["given"], fix)}
+    if "init_kwargs" in now:
+        asked["teacher.init_kwargs"] = ("teacher_model_init_kwargs", "the value", now["init_kwargs"], "Set it so.")
+    words = {"weights": "weights of SHA-256", "config": "a config of SHA-256", "classes": "module classes of SHA-256"}
+    missing = [name for name in ("weights", "config") if now.get(name) is None]
+    for name, what in words.items():
+        if name in now and name not in missing:
+            asked[f"teacher.{name}"] = ("teacher_model", what, now[name], fix)
+    attributes, noted = now.get("attributes", {}), teacher.get("attributes", {})
+    for name in sorted(set(attributes) & set(noted) if isinstance(noted, Mapping) else ()):
+        what = f"attributes {name!r} of its modules of SHA-256"
+        asked[f"teacher.attributes.{name}"] = ("teacher_model", what, attributes[name], fix)
+    compare(where, kept, asked)
+    if not missing:
+        return None
+    if teacher.get("name") != now["name"]:
+        shown = f"{now['name']!r}, whose weights are not on this machine"
+        expected = f"the name {teacher.get('name')!r}, by which the teacher cache {str(where)!r} was built"
+        fix = "To read the cache without its teacher give teacher_model=CachedTeacher(folder) and no teacher_cache_dir."
+        raise CacheError(message("teacher_model", shown, expected, fix, because="nothing else could be compared"))
+    return f"the {' and the '.join(missing)} of the teacher {now['name']!r} are not on this machine"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,247 @@
+"""What a teacher cache is built of: its settings, from what a trainer has, and their comparison with it later.
+
+The trainer is asked for its arguments, data, collator, tokenizer and student.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+
+from .. import __version__
+from ..tasks import HEADS, SMALL_VOCABULARY, classes_have_names, count_parameters
+from ..validation import fail, message, warn
+from .build import SHARD_BYTES, Speaker, check_rows_unseen, columns_read, fail_no_product, on_device
+from .cached_teacher import (
+    ROWS_DIFFER,
+    TEST,
+    CachedTeacher,
+    NumberedRows,
+    Read,
+    Reading,
+    check_objective,
+    have_ids,
+    numbered,
+    open_part,
+    reading_of,
+)
+from .formats import DEFAULT_K, DTYPES, Format, check_format, format_of
+from .identity import collation, compare, compare_teachers, tokenizer_identity
+from .manifest import LAYOUT, CacheError, settings_of_head
+from .store import MANIFEST
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE_ROWS = 32  # looked at before a cache is built or read: evenly spread over the data
+
+
+def as_read(trainer: Any, dataset: Any) -> tuple[Any, Any]:
+    """The dataset and the collator as the training's dataloader has them."""
+    if isinstance(dataset, datasets.Dataset):
+        return trainer._remove_unused_columns(dataset), trainer.data_collator
+    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator)
+
+
+def class_names(trainer: Any, head: Any) -> dict[str, str] | None:
+    student = trainer.unwrapped_student()
+    if not classes_have_names(student, head):
+        return None
+    names = getattr(getattr(student, "config", None), "id2label", None)
+    return {str(i): str(name) for i, name in names.items()} if names else None
+
+
+def computed(trainer: Any, teacher: nn.Module) -> str:
+    """In what precision, and on what, the teacher computes."""
+    dtype = str(next((p.dtype for p in teacher.parameters()), torch.float32)).removeprefix("torch.")
+    return f"{dtype} {trainer.accelerator.mixed_precision} {trainer.args.device.type}"
+
+
+def settings_of(trainer: Any, part: str, dataset: Any, speaker: Speaker, sample: dict[str, Any]) -> dict[str, Any]:
+    """Everything that the manifest says of a part that is to be built."""
+    kd, head = trainer.kd_args, speaker.head
+    used, collator = as_read(trainer, dataset)
+    prepared = trainer._prepare_inputs(dict(sample))
+    prepared = trainer._with_decoder_inputs(trainer.unwrapped_student(), head, prepared)
+    columns = columns_read(sample, speaker.teacher.inputs(prepared))
+    reading = Reading(collator, head, kd.kd_positions, columns)  # the first reading finds the kinds of the columns
+    read = reading(features_of(used))
+    if signed(read) != signed(reading(features_of(used))):
+        because = "what the teacher said of one reading would be taken for another"
+        fix = "Apply it once, before the training (dataset.map), or train with the live teacher."
+        shown = "one whose rows differ from one reading to the next (random augmentation, masking or padding)"
+        fail(argument_of(part), shown, "the same rows each time", fix, because=because)
+    kept, extra = _format(trainer, speaker, reading(features_of(used, 1)))
+    if len(read.mask) < len(read.row_ids):
+        check_rows_unseen(trainer, speaker, reading, numbered(features_of(used, 2)))
+    row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(read.counts.mean()) + 24
+    batch_rows = trainer.args.per_device_eval_batch_size
+    settings = {
+        **{"layout": LAYOUT, "kd_trainer": __version__, "part": part},
+        **{"format": kept.name, "classes": kept.classes, "k": kept.k},
+        **{"temperature": kept.temperature, "dtype": kept.dtype, **extra},
+        **settings_of_head(head),
+        **{"positions": kd.kd_positions, "labels": class_names(trainer, head)},
+        "teacher": trainer._identity_of_teacher() | {"parameters": count_parameters(speaker.teacher.model)},
+        "tokenizer": tokenizer_identity(trainer.processing_class),
+        "collation": collation(trainer.data_collator, trainer.processing_class),
+        "dataset": {"rows": None if isinstance(used, IterableDataset) else len(used), "sample": signed(read)},
+        "columns_read": columns,
+        "kinds": reading.kinds,
+        "row_ids": "position" if known_by_position(used) else "column",
+        "batch_rows": batch_rows,
+        "rows_per_shard": max(1, int(SHARD_BYTES / (row_bytes * batch_rows))) * batch_rows,
+        "seed": trainer.args.seed,
+        "computed": computed(trainer, speaker.teacher.model),
+    }
+    trainer._on_main_process(lambda: _tell_size(trainer, settings, row_bytes))
+    return settings
+
+
+def _format(trainer: Any, speaker: Speaker, read: Read) -> tuple[Format, dict[str, Any]]:
+    """The format that is asked for, completed by what the teacher gives for some rows."""
+    kd, head, fit = trainer.kd_args, speaker.head, trainer._fit
+    given = speaker.dimensions(*on_device(trainer, speaker, read))
+    classes, product = given.shape[-1], speaker.output_head
+    name, k, asked = _format_asked(trainer)
+    if name == "auto":
+        large = head.over_tokens and classes >= SMALL_VOCABULARY and product is not None
+        name = "hidden" if large else "logits"
+    check_format(name, k, asked, softmax=head.softmax, over_tokens=head.over_tokens, task=head.name)
+    extra: dict[str, Any] = {
+        "shape": given.shape, "vocabulary": classes, "common_ids": fit.common_ids, "known_by": fit.known_by,
+        "hidden_size": 0, "head_dtype": None, "head_scale": 1.0, "head_softcap": None,
+    }  # fmt: skip
+    if name == "sampled":
+        return Format(name, fit.common_ids or classes, k or DEFAULT_K[name], float(kd.kd_temperature)), extra
+    if name == "topk":
+        classes, k = fit.common_ids or classes, k or DEFAULT_K[name]
+        if k >= classes:
+            expected, mend = f"1 to {classes - 1}, fewer than there are classes", "Lower it, or keep logits."
+            fail("teacher_cache_k", repr(k), expected, mend)
+        return Format(name, classes, k, float(kd.kd_temperature), asked or "float16"), extra
+    if name == "hidden":
+        if product is None:
+            fail_no_product(speaker)
+        extra |= {"hidden_size": given.hidden_size, "head_dtype": given.hidden_dtype}
+        extra |= {"head_scale": product.scale, "head_softcap": product.softcap}
+    half = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
+    own = given.logits_dtype
+    if product is not None and (name == "hidden" or (product.scale == 1 and product.softcap is None)):
+        own = half or given.hidden_dtype  # a product in half precision has no more digits
+    return Format(name, classes, None, None, asked or (own if own in DTYPES else "float32")), extra
+
+
+def _format_asked(trainer: Any) -> tuple[str, int | None, str | None]:
+    """Format, k and dtype of the arguments; "auto" keeps to what the other parts of the cache have."""
+    kd = trainer.kd_args
+    others = sorted(Path(str(kd.teacher_cache_dir)).glob(f"*/{MANIFEST}"))
+    if kd.teacher_cache_format != "auto" or not others:
+        return kd.teacher_cache_format, kd.teacher_cache_k, kd.teacher_cache_dtype
+    kept = open_part(others[0].parent, Path(str(kd.teacher_cache_dir))).manifest
+    return kept["format"], kept["k"], None if kept["format"] == "sampled" else kept["dtype"]
+
+
+def _tell_size(trainer: Any, settings: dict[str, Any], row_bytes: float) -> None:
+    """Says what will be kept; raises RuntimeError where the disk has no room for it."""
+    rows, where = settings["dataset"]["rows"], Path(str(trainer.kd_args.teacher_cache_dir))
+    position_bytes = format_of(settings).bytes_a_position(settings["hidden_size"])
+    kept = settings["format"] + "".join(f", {n} {settings[n]:g}" for n in ("k", "temperature") if settings[n])
+    kept += "" if settings["format"] == "sampled" else f", {settings['dtype']}"
+    size = "a stream of rows" if rows is None else f"{rows:,} rows, about {rows * row_bytes / 1e6:,.1f} MB"
+    told = f"[kd_trainer] teacher cache {str(where / settings['part'])!r}: {kept}, {position_bytes:,g} bytes a position"
+    print(f"{told}; {size}", flush=True)
+    parent = next(p for p in (where.absolute(), *where.absolute().parents) if p.exists())
+    there = sum(f.stat().st_size for f in (where / settings["part"]).rglob("*") if f.is_file())
+    missing, free = (rows or 0) * row_bytes - there, shutil.disk_usage(parent).free
+    if missing > free:
+        mend = "Make room, or keep less: teacher_cache_format topk or sampled, or a smaller teacher_cache_k."
+        shown = f"{str(where)!r} with {free / 1e6:,.0f} MB free"
+        expected = f"about {missing / 1e6:,.0f} MB for {rows:,} rows of format {settings['format']}"
+        raise RuntimeError(message("teacher_cache_dir", shown, expected, mend))
+
+
+def compare_settings(trainer: Any, folder: Path, kept: dict[str, Any], part: str, dataset: Any) -> None:
+    """Raises CacheError where a cache was made of something else than what this trainer has."""
+    kd, data = trainer.kd_args, argument_of(part)
+    asked: dict[str, tuple[str, str, Any, str]] = {}
+    if not isinstance(trainer._given_teacher, CachedTeacher):
+        unknown = compare_teachers(folder, kept, trainer._identity_of_teacher())
+        if unknown is not None:
+            warn(logger, "[kd_trainer] %s: the teacher cache %s is used without comparing them", unknown, folder)
+    form = None if kd.teacher_cache_format == "auto" else kd.teacher_cache_format
+    chosen = ("format", "the format", form), ("k", "the value", kd.teacher_cache_k)
+    for name, what, value in (*chosen, ("dtype", "the dtype", kd.teacher_cache_dtype)):
+        if value is not None:
+            asked[name] = (f"teacher_cache_{name}", what, value, "Set it so.")
+    if HEADS[kept["task"]].token_level:
+        asked["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
+    vocabulary = tokenizer_identity(trainer.processing_class)
+    asked["tokenizer"] = ("processing_class", "a vocabulary of SHA-256", vocabulary, "Pass the same tokenizer.")
+    for name, value in collation(trainer.data_collator, trainer.processing_class).items():
+        asked[f"collation.{name}"] = ("data_collator", name, value, "Collate in the same way.")
+    by_position = kept["row_ids"] == "position"  # rows with numbers of their own may be fewer now
+    if by_position and not isinstance(dataset, IterableDataset):
+        asked["dataset.rows"] = (data, "a number of rows of", len(dataset), "Train on the same rows.")
+    compare(folder, kept, asked)
+    ends = (kd.kd_temperature, kd.kd_temperature_end)
+    check_objective(format_of(kept), kd.kd_divergence, [float(end) for end in ends if end is not None])
+    if by_position:
+        _compare_rows(trainer, folder, kept, data, dataset)
+
+
+def _compare_rows(trainer: Any, folder: Path, kept: dict[str, Any], data: str, dataset: Any) -> None:
+    """Some rows as they are collated now, against what the teacher read; in training each is compared again."""
+    used, collator = as_read(trainer, dataset)
+    now = signed(reading_of(kept, collator)(features_of(used)))
+    before = dict(kept["dataset"]["sample"])
+    different = [row for row, signature in now if before.get(row, signature) != signature]
+    if different:
+        because = ROWS_DIFFER
+        mend = "Train on the data that the cache was built from, or name another teacher_cache_dir."
+        shown = f"one whose row {different[0]} differs from the one the teacher read"
+        expected = f"the rows of the teacher cache {str(folder)!r}"
+        raise CacheError(message(data, shown, expected, mend, because=because))
+
+
+def argument_of(part: str) -> str:
+    """By which argument the data of a part came."""
+    kind = part.partition("-")[0]
+    return "dataset" if kind == TEST else f"{kind}_dataset"
+
+
+def known_by_position(dataset: Any) -> bool:
+    """Whether a row is known by its place, not by a column of its own."""
+    if isinstance(dataset, IterableDataset):
+        return False
+    rows = NumberedRows(dataset).__getitems__([0]).features
+    return not (isinstance(rows, list) and have_ids(rows))
+
+
+def signed(read: Read) -> list[list[int]]:
+    """[row id, signature] of each row."""
+    return [[row, int(signature)] for row, signature in zip(read.row_ids, read.signatures, strict=True)]
+
+
+def rows_of(dataset: Any, first: int, count: int) -> Any:
+    """Consecutive rows as a dataloader would fetch them; of a stream the first ones."""
+    if isinstance(dataset, IterableDataset):
+        return features_of(dataset, count)
+    return NumberedRows(dataset).__getitems__(list(range(first, first + count)))
+
+
+def features_of(dataset: Any, count: int | None = None) -> Any:
+    """Some rows (`_SAMPLE_ROWS`) as a dataloader would fetch them: evenly spread, or the first of a stream."""
+    count = count or _SAMPLE_ROWS
+    if isinstance(dataset, IterableDataset):
+        return list(itertools.islice(iter(dataset), count))
+    rows = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist()
+    return NumberedRows(dataset).__getitems__(rows)

@@ -1,0 +1,58 @@
+"""A batch cut into pieces, or padded further: what should not change a loss.
+
+For: `trial.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ..losses import IGNORE_INDEX
+from ..tasks import TEACHER_PREFIX, Head, main_input, token_mask
+
+
+def pieces_of(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]] | None:
+    """The batch in pieces of at most `rows` rows; None where a column does not have one entry a row."""
+    count = len(main_input(batch))
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
+    places = tensors.get("position_ids")
+    if places is not None and len(places) == 1 < count:  # the same for every row
+        del tensors["position_ids"]
+    if any(len(value) != count for value in tensors.values()):
+        return None
+    rows = max(rows, 1)
+    starts = range(0, count, rows)
+    return [{**batch, **{name: value[i : i + rows] for name, value in tensors.items()}} for i in starts]
+
+
+def padded(batch: Mapping[str, Any], head: Head, more: int, pad_id: int, *, left: bool) -> dict[str, Any] | None:
+    """The batch with `more` positions of padding a row; None where it has no mask to say so, or places of its own."""
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    plain = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == 2 and mask.shape == ids.shape
+    if not plain or {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"} & set(batch):
+        return None
+    fills = {"input_ids": pad_id, "decoder_input_ids": pad_id, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX}
+    made = dict(batch)
+    for name, value in batch.items():
+        if name in ("start_positions", "end_positions") and left:
+            made[name] = value + more
+        own = name.startswith(TEACHER_PREFIX)
+        decoded = name.startswith("decoder_") or name == "labels"
+        width = value.shape[1] if isinstance(value, Tensor) and value.dim() == 2 else None
+        of_tokens = width == cast(Tensor, ids).shape[1] or (head.name == "seq2seq_lm" and decoded)
+        if width is None or own or not of_tokens or (decoded and not head.token_level):
+            continue
+        before = left and not (decoded and head.name == "seq2seq_lm")
+        made[name] = nn.functional.pad(value, (more, 0) if before else (0, more), value=fills.get(name, 0))
+    if left and head.shifted and "labels" in made:
+        made["labels"][:, more] = IGNORE_INDEX  # the first label of a row is predicted nowhere
+    return made
+
+
+def starts_padded(batch: Mapping[str, Any]) -> bool:
+    """Whether a row begins with padding."""
+    mask = token_mask(batch.get("attention_mask"))
+    return mask is not None and not bool(mask[:, 0].all())

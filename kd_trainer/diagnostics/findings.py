@@ -1,0 +1,141 @@
+"""The table of `trainer.check()`: a row, the rows of all processes, and how they are printed."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..redaction import scrub
+from ..validation import Message, leave_progress_bar, warn
+
+logger = logging.getLogger(__name__)
+
+_WIDTH = 110  # of the table where there is no terminal
+_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+
+
+class Finding(NamedTuple):
+    """A row of the table.
+
+    Args:
+        status: "ok", "warning" (suspicious) or "error" (training would stop, or learn something else than meant).
+        what: what was looked at.
+        found: what was found.
+        mend: how to mend it, or what would be better; "" where there is nothing to do.
+    """
+
+    status: str
+    what: str
+    found: str
+    mend: str = ""
+
+
+def ok(what: str, found: str, mend: str = "") -> Finding:
+    return Finding("ok", what, found, mend)
+
+
+def warning(what: str, found: str, mend: str) -> Finding:
+    return Finding("warning", what, found, mend)
+
+
+def error(what: str, found: str, mend: str) -> Finding:
+    return Finding("error", what, found, mend)
+
+
+def refused(what: str, exception: BaseException) -> Finding:
+    """The row of an exception: a refusal of this package with its own mend, or whatever else went wrong."""
+    said = exception.args[0] if exception.args else ""
+    if isinstance(said, Message):
+        return error(what, said.removesuffix(f" {said.mend}"), said.mend)
+    clean = scrub(str(exception)) == str(exception)  # a traceback shows the text as it is
+    warn(logger, "[kd_trainer] while checking %s:", what, exc_info=exception if clean else None)
+    frames = traceback.extract_tb(exception.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    text = ": ".join([type(exception).__name__, *scrub(str(exception)).splitlines()[:1]])
+    mend = "Training would stop with it too; the traceback is in the log."
+    if isinstance(exception, torch.OutOfMemoryError):
+        mend = "Halve per_device_train_batch_size and double gradient_accumulation_steps: the loss stays the same."
+    return error(what, text + place, mend)
+
+
+def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
+    """Prints the table, the mend of a row below what was found, and how many errors and warnings there are."""
+    leave_progress_bar()
+    if console is None:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=_WIDTH)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("Check", "Status", "Found"):
+        table.add_column(name, overflow="fold")
+    for finding in findings:
+        text = Text(finding.found)
+        if finding.mend:
+            text.append(f"\n-> {finding.mend}", style="italic")
+        table.add_row(finding.what, Text(finding.status, style=_STYLES[finding.status]), text)
+    console.print(table)
+    counts = {status: sum(finding.status == status for finding in findings) for status in ("error", "warning")}
+    said = ", ".join(f"{count} {status}{'' if count == 1 else 's'}" for status, count in counts.items())
+    console.print(Text(f"[kd_trainer] {said}"))
+
+
+def has_errors(findings: Iterable[Finding]) -> bool:
+    return any(finding.status == "error" for finding in findings)
+
+
+class Findings:
+    """The rows of this process, and what the processes have to agree on."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.rows: list[Finding] = []
+        self.memory_peak: int | None = None  # bytes, measured in the step
+        self._accelerator, self._device = trainer.accelerator, trainer.args.device
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """An exception inside becomes a row, once."""
+        try:
+            yield
+        except Exception as exception:
+            row = refused(what, exception)
+            if row.found not in {known.found for known in self.rows}:
+                self.rows.append(row)
+
+    def passes(self, what: str, check: Callable[[], str | None]) -> bool:
+        """Whether a check of the list raises nothing; a row tells what it has found."""
+        passed = False
+        with self.attempt(what):
+            line = check()
+            self.rows += [] if line is None else [ok(what, line)]
+            passed = True
+        return passed
+
+    def everywhere(self, mine: bool) -> bool:
+        """Whether it is so on every process; a process that went on alone would wait for the others for ever."""
+        if self._accelerator.num_processes == 1:
+            return mine
+        agreed = self._accelerator.reduce(torch.tensor(float(mine), device=self._device), reduction="sum")
+        return int(agreed) == self._accelerator.num_processes
+
+    def of_all_processes(self) -> list[Finding]:
+        """The first process's rows, with what was wrong on others alone."""
+        if self._accelerator.num_processes == 1:
+            return self.rows
+        from accelerate.utils import gather_object
+
+        first, *others = gather_object([self.rows])
+        for process, rows in enumerate(others, 1):
+            known = {(row.status, row.what) for row in first}
+            found = (row for row in rows if row.status != "ok" and (row[:2]) not in known)
+            first = [*first, *(row._replace(found=f"process {process}: {row.found}") for row in found)]
+        return first

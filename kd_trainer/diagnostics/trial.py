@@ -1,0 +1,431 @@
+"""What `check()` runs: one step on the batch, the same loss differently cut, soft beside hard, teacher beside student.
+
+For: `check.py`, which restores afterwards what is changed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ..losses import IGNORE_INDEX, divide
+from ..tasks import behind_front, main_input, model_inputs, vocabulary_rows
+from ..teachers import ADAPTER_OFF, AdapterOffTeacher, positions_of
+from ..training import Counts, Fit, Setup, Window, named
+from .advice import about_path, pad_id_of
+from .batch_changes import padded, pieces_of, starts_padded
+from .findings import Finding, Findings, error, has_errors, ok, warning
+from .memory import estimate_memory
+
+_EVALUATED = 50  # batches of the evaluation data
+_WARM = 10.0  # seconds: a step that took longer is not run a second time for a better measure
+_MORE = 8  # positions of padding
+_AT_ONCE = 2**27  # logits of a language model
+_LOPSIDED = 0.95
+
+
+class Trial(NamedTuple):
+    """What the passes through the models need."""
+
+    setup: Setup
+    fit: Fit
+    model: nn.Module  # the student as it is called
+    batch: dict[str, Any]  # prepared, with the inputs of a decoder
+
+    @property
+    def trainer(self) -> Any:
+        return self.setup.trainer
+
+    @property
+    def whole(self) -> bool:
+        """Whether every process has a whole student and may call it as often as it likes."""
+        return not self.setup.sharded
+
+    @property
+    def precision(self) -> Any:
+        """The mixed precision that the accelerator will set up."""
+        accelerator = self.trainer.accelerator
+        return accelerator.autocast() if self.whole and accelerator.mixed_precision != "no" else nullcontext()
+
+    def loss(self, batch: Mapping[str, Any], counts: Counts | None = None) -> Tensor:
+        """The trainer's own."""
+        with self.precision:
+            return self.trainer.compute_loss(self.model, dict(batch), num_items_in_batch=counts)
+
+    def logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Of student and teacher; without gradient."""
+        head, live, taught = self.fit.head, self.setup.live, None
+        if live is not None:
+            taught = live(batch, self.trainer.accelerator, self.model, read=head.logits)
+        with torch.no_grad(), self.precision:
+            logits = head.logits(self.model(**model_inputs(batch, self.fit.accepted)), "model")
+            logits = behind_front(logits, self.fit.student, batch)
+        return logits, None if taught is None else taught.to(logits.device)
+
+
+def run(trial: Trial, findings: Findings, evaluate: bool) -> None:
+    """Adds the rows of all passes; where the step fails its row alone."""
+    before = len(findings.rows)
+    with findings.attempt("loss"):
+        findings.rows += _step(trial, findings)
+    if not findings.everywhere(not has_errors(findings.rows[before:])):
+        return
+    findings.rows += about_path(trial.trainer._fit, trial.fit.student, trial.trainer.kd_args.kd_loss_implementation)
+    parts: dict[str, Callable[[Trial, Findings], list[Finding]]]
+    parts = {"memory": _memory, "split": _halves, "padding": _more_padding, "soft and hard": _shares}
+    for what, part in {**parts, **({"teacher's quality": _teacher_beside_student} if evaluate else {})}.items():
+        with findings.attempt(what):
+            findings.rows += part(trial, findings)
+
+
+def _step(trial: Trial, findings: Findings) -> list[Finding]:
+    """The loss of a training step and its gradient."""
+    trainer, fit = trial.trainer, trial.fit
+    fit.student.train()
+    # Where the student is sharded, or saves memory in a way that begins with training, no gradient is asked for.
+    backward = trial.whole and not _checkpoints_activations(trainer.args)
+    seconds = math.inf
+    counts = trainer._objective(training=True)[0].count(fit.head, trial.batch)
+    memory_peak = _watch_memory(trainer.args.device)
+    for _ in range(2):
+        trainer._window = Window(trainer.args.device)
+        fit.student.zero_grad(set_to_none=True)
+        begun = _now(trainer)
+        with torch.set_grad_enabled(backward), _in_training(trainer):
+            loss = trial.loss(trial.batch, counts)
+        if backward:
+            loss.backward()
+        seconds = min(seconds, _now(trainer) - begun)
+        if seconds > _WARM or not trial.whole:
+            break
+    findings.memory_peak = memory_peak() if backward else None
+    sums = trainer._window.sums()  # None where a class in front has a compute_loss that does not call ours
+    parts = {} if sums is None else named(sums.tolist(), "")
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
+    found = f"{loss.item():.4f} of one batch: {shown}"
+    if not math.isfinite(loss.item()):
+        mend = 'Set kd_check_finite to "step" to see which rows and whose logits are not finite.'
+        return [error("loss", found, mend)]
+    rows = [ok("loss", found)]
+    if trial.whole:
+        rows += _seconds(trial, seconds, backward)
+    return [*rows, *_gradient(trainer, fit.student)] if backward else rows
+
+
+def _checkpoints_activations(args: Any) -> bool:
+    return any(getattr(args, name, False) for name in ("activation_checkpointing", "gradient_checkpointing"))
+
+
+def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
+    trainer, count = trial.trainer, main_input(trial.batch).shape[0]
+    taught = 0.0
+    if trial.setup.live is not None and not trainer._always_hard:
+        times = [_now(trainer)]
+        for _ in range(1 if whole > _WARM else 2):
+            trainer.teacher.outputs(trial.batch, trainer.accelerator, trial.model)
+            times.append(_now(trainer))
+        taught = min(after - before for before, after in itertools.pairwise(times))
+    passes = "forward and backward" if backward else "forward"
+    own = f"{max(whole - taught, 0.0):.3g} s for the student's {passes} and the loss"
+    found = f"a batch of {count} row{'' if count == 1 else 's'} takes {own}"
+    return [ok("time", found + (f", {taught:.3g} s for the teacher's forward" if taught else ""))]
+
+
+def _gradient(trainer: Any, student: nn.Module) -> list[Finding]:
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    unused = [name for name, p in trained.items() if p.grad is None]
+    norms = [p.grad.detach().float().norm() for p in trained.values() if p.grad is not None]
+    norm = float(torch.stack(norms).norm()) if norms else 0.0
+    if not math.isfinite(norm):
+        mend = "Use bf16 or float32, or a smaller learning rate, and look for extreme values in the data."
+        return [error("gradient", f"its norm is {norm}", mend)]
+    if norm == 0:
+        found = "no trained parameter gets any"
+        return [error("gradient", found, "Check which parameters are trained, and that some position has a label.")]
+    limit = trainer.args.max_grad_norm
+    clipped = f"; max_grad_norm {limit:g} scales it down" if limit and norm > limit else ""
+    rows = [ok("gradient", f"norm {norm:.3g}{clipped}")]
+    if unused:
+        found = f"{len(unused)} trained parameters get none ({', '.join(unused[:3])})"
+        mend = "Freeze them, or set ddp_find_unused_parameters to true."
+        waits = trainer.args.world_size > 1 and not trainer.args.ddp_find_unused_parameters
+        rows.append(warning("gradient", f"{found}: DDP waits for them", mend) if waits else ok("gradient", found))
+    return rows
+
+
+def _memory(trial: Trial, findings: Findings) -> list[Finding]:
+    """What a training step will take, beside what there is."""
+    trainer, fit, args = trial.trainer, trial.fit, trial.trainer.args
+    if trial.setup.live is None or not trial.whole:
+        return []
+    own, on_gpu = isinstance(trainer.teacher, AdapterOffTeacher), args.device.type == "cuda"
+    peak = findings.memory_peak or 0
+    what = f"{_amount(peak)}{'' if on_gpu else ' more resident'} at the peak of a forward and backward"
+    measured = f"; measured: {what}, without optimizer" if peak else ""
+    try:
+        memory = estimate_memory(
+            fit.student,
+            ADAPTER_OFF if own else trainer.teacher.model,
+            backend="single" if args.world_size == 1 else "ddp",
+            processes=args.world_size,
+            batch={name: value for name, value in trial.batch.items() if isinstance(value, Tensor)},
+            mixed_precision=trainer.accelerator.mixed_precision,
+            gradient_checkpointing=_checkpoints_activations(args),
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            kd_task=fit.head.name,
+            kd_loss_implementation="full" if fit.heads is None else "fused",
+            device="cuda" if on_gpu else "cpu",
+        )
+    except Exception as reason:  # of an unusual model; a check must not fail for that
+        return [ok("memory", f"not estimated: {(str(reason).splitlines() or [type(reason).__name__])[0]}{measured}")]
+    room = torch.cuda.mem_get_info(args.device)[1] if on_gpu else psutil.virtual_memory().total
+    parts = ("student", "gradients", "optimizer", "teacher", "activations", "loss")
+    sizes = {part: getattr(memory, part) for part in parts}
+    each = ", ".join(f"{part} {'not known' if size is None else _amount(size)}" for part, size in sizes.items())
+    found = f"about {_amount(memory.total)} a process at the peak of a step, of {_amount(room)}: {each}{measured}"
+    shared = 1 if on_gpu else args.world_size
+    if max(memory.total, peak + memory.optimizer if on_gpu else 0) * shared < 0.9 * room:
+        return [ok("memory", found)]
+    mend = (
+        "Lower the batch size with gradient_accumulation_steps, set gradient_checkpointing, or load the teacher in "
+        "bfloat16 or 8 bits; configs/README.md: From one GPU to many."
+    )
+    return [warning("memory", found, mend)]
+
+
+def _watch_memory(device: torch.device) -> Callable[[], int | None]:
+    """Afterwards the peak of all tensors on a GPU, or how much this process's resident memory grew; None: unknown."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return lambda: torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+        before = _most_resident()
+    except (OSError, IndexError):
+        return lambda: None
+    return lambda: _most_resident() - before if device.type == "cpu" else None
+
+
+def _most_resident() -> int:
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def _amount(count: float) -> str:
+    unit, size = next((unit, size) for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 0)) if count >= size)
+    return f"{count / max(size, 2**10):.3g} {unit}"
+
+
+def _halves(trial: Trial, findings: Findings) -> list[Finding]:
+    """The batch at once and as two micro-batches of one optimizer step."""
+    rows = len(main_input(trial.batch))
+    least = 4 if _batch_norms(trial.fit.student) else 2  # batch norm refuses a single row
+    parts = pieces_of(trial.batch, (rows + 1) // 2) if rows >= least else None
+    if not findings.everywhere(parts is not None and len(parts) == 2):
+        return [ok("split", "not tried: the batch cannot be cut into rows")]
+    with _as_in_training_without_dropout(trial.fit.student):
+        whole, halves = _losses(trial, [trial.batch], trial.batch), _losses(trial, cast(list, parts), trial.batch)
+    found = f"1 x {rows} rows {whole:.6f}, 2 x {(rows + 1) // 2} {halves:.6f}"
+    return _compared(trial, "split", found, whole, halves, _causes(trial))
+
+
+def _more_padding(trial: Trial, findings: Findings) -> list[Finding]:
+    """The batch as it is and with more padding on either side, each divided by its own counts."""
+    head, student = trial.fit.head, trial.fit.student
+    taught = trial.trainer._teacher_module()
+    if taught is None and trial.trainer.teacher is not None:
+        return []  # what a cache holds is joined to the batch as it is
+    ids = trial.batch.get("input_ids")
+    width = ids.shape[-1] if isinstance(ids, Tensor) else 0
+    limits = [positions_of(model)[0] for model in (student, taught) if model is not None]
+    more = min([_MORE, *(limit - width for limit in limits if limit is not None)])
+    tokenizer = trial.trainer.processing_class
+    pad_id = pad_id_of(tokenizer, student) or 0
+    usual = "left" if getattr(tokenizer, "padding_side", "right") == "left" or starts_padded(trial.batch) else "right"
+    rows: list[Finding] = []
+    for side in (usual, "right" if usual == "left" else "left"):
+        changed = padded(trial.batch, head, more, pad_id, left=side == "left") if more > 0 else None
+        if not findings.everywhere(changed is not None):
+            return rows
+        with _as_in_training_without_dropout(student):
+            plain, wider = (_losses(trial, [batch], batch) for batch in (trial.batch, cast(dict, changed)))
+        found = f"as it is {plain:.6f}, with {more} more positions on the {side} {wider:.6f}"
+        if head.name == "question_answering":
+            note = "the hard loss of question answering runs over the padding, as upstream's"
+            rows.append(ok("padding", f"{found}; {note}"))
+            continue
+        causes = (
+            "A model sees the padding: check the attention_mask, its padding side and convolutions or pooling over "
+            "rows."
+        )
+        row = _compared(trial, "padding", found, plain, wider, causes)[0]
+        if side != usual and row.status == "warning":
+            row = ok("padding", f"{row.found} (no row of this batch is padded there)")
+        rows.append(row)
+    return rows
+
+
+def _losses(trial: Trial, batches: list[dict[str, Any]], whole: Mapping[str, Any]) -> float:
+    objective, _ = trial.trainer._objective(training=False)
+    counts = objective.count(trial.fit.head, whole)
+    with torch.no_grad():
+        return sum(float(trial.loss(batch, counts)) for batch in batches)
+
+
+def _compared(trial: Trial, what: str, found: str, one: float, other: float, causes: str) -> list[Finding]:
+    difference = abs(one - other) / max(abs(one), abs(other), 1e-12)
+    halves = {p.dtype for p in trial.fit.student.parameters()} & {torch.float16, torch.bfloat16}
+    room = 2e-2 if halves or trial.trainer.accelerator.mixed_precision != "no" else 1e-4
+    found = f"{found}: relative difference {difference:.1e}"
+    return [ok(what, found) if difference <= room else warning(what, found, causes)]
+
+
+def _causes(trial: Trial) -> str:
+    norms = _batch_norms(trial.fit.student)
+    if norms:
+        return (
+            f"Batch norm ({', '.join(list(norms)[:3])}) looks at the other rows: small micro-batches train otherwise."
+        )
+    if getattr(getattr(trial.fit.student, "config", None), "output_router_logits", False):
+        return "The load-balancing loss of the experts is a mean over micro-batches: small ones train otherwise."
+    return "A model looks at the other rows of its batch (experts of limited capacity?): small ones train otherwise."
+
+
+@contextmanager
+def _as_in_training_without_dropout(student: nn.Module) -> Iterator[None]:
+    """Everything in eval mode but batch norm, which looks at the batch in training."""
+    student.eval()
+    for module in _batch_norms(student).values():
+        module.train()
+    yield
+    student.eval()
+
+
+def _batch_norms(student: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in student.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+
+def _shares(trial: Trial, findings: Findings) -> list[Finding]:
+    """Which share of the gradient at the student's logits the soft and the hard loss have."""
+    trainer, fit, batch = trial.trainer, trial.fit, trial.batch
+    objective, soft_loss = trainer._objective(training=True)
+    if trial.setup.live is None or not 0 < objective.alpha < 1:
+        return []
+    counts = objective.count(fit.head, batch)
+    squares = [0.0, 0.0]
+    with _as_in_training_without_dropout(fit.student):
+        for piece in _for_logits(trial, batch):
+            logits, taught = trial.logits(piece)
+            for i, alpha in enumerate((1.0, 0.0)):  # of one term alone, before its weight
+                alone = dataclasses.replace(objective, alpha=alpha)
+                leaf = logits.detach().float().requires_grad_()
+                teacher_logits = taught if alpha else None
+                parts = alone(fit.head, soft_loss, leaf, teacher_logits, piece, counts, common_ids=fit.common_ids)
+                (gradient,) = torch.autograd.grad(parts.total, leaf)
+                squares[i] += gradient.square().sum().item()
+    soft, hard = map(math.sqrt, squares)
+    weighted = objective.alpha * soft, (1 - objective.alpha) * hard
+    if sum(weighted) == 0 or hard == 0:
+        return []
+    share = weighted[0] / sum(weighted)
+    found = f"at the logits the soft loss has {share:.0%} of the gradient's norm, the hard loss {1 - share:.0%}"
+    if max(share, 1 - share) <= _LOPSIDED or soft == 0:
+        return [ok("soft and hard", found)]
+    mend = f"kd_alpha {hard / (soft + hard):.2g} would give them equal shares."
+    return [warning("soft and hard", found, mend)]
+
+
+def _for_logits(trial: Trial, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The batch in pieces whose logits take little memory; whole where the processes have to call as often."""
+    classes = vocabulary_rows(trial.fit.student, written=True) if trial.fit.head.over_tokens else None
+    if classes is None or not trial.whole:
+        return [batch]
+    positions = trial.fit.head.sequences(batch).shape[-1]
+    return pieces_of(batch, _AT_ONCE // max(positions * classes, 1)) or [batch]
+
+
+def _teacher_beside_student(trial: Trial, findings: Findings) -> list[Finding]:
+    """The hard loss of the teacher and of the student as it starts, on some batches of the evaluation data."""
+    trainer, fit = trial.trainer, trial.fit
+    if trial.setup.live is None:
+        return []
+    dataset = trainer.eval_dataset
+    if dataset is None:
+        return [ok("teacher's quality", "not measured: there is no eval_dataset")]
+    sums = None
+    with findings.attempt("teacher's quality"):
+        fit.student.eval()
+        loader = trainer.get_eval_dataloader(next(iter(dataset)) if isinstance(dataset, dict) else None)
+        pieces = (_for_logits(trial, trial.setup.prepared(given)) for given in batches(trainer, loader, _EVALUATED))
+        sums = sum((_measured(trial, piece) for piece in itertools.chain(*pieces)), torch.zeros(6))
+    if not findings.everywhere(sums is not None):
+        return []
+    sums = cast(Tensor, sums).to(trainer.args.device)
+    labelled, ours, theirs, right, taught, agreed = trainer.accelerator.reduce(sums, reduction="sum").tolist()
+    if not labelled:
+        return [ok("teacher's quality", "not measured: the evaluation data has no labels")]
+    losses = [divide(total, labelled) for total in (theirs, ours)]
+    found = f"hard loss {losses[0]:.4f}, of the student as it starts {losses[1]:.4f}"
+    answers = [divide(count, labelled) for count in (taught, right, agreed)]
+    if fit.head.softmax:
+        found += f"; right {answers[0]:.1%} and {answers[1]:.1%}, the same {answers[2]:.1%}"
+    found += f" ({labelled:.0f} labels of the evaluation data)"
+    better = losses[0] < losses[1] or (fit.head.softmax and answers[0] > answers[1])
+    if better or isinstance(trainer.teacher, AdapterOffTeacher):  # the student may well start as its own base
+        return [ok("teacher's quality", found)]
+    mend = "It is no better than where the student starts: check its weights, the order of the classes and the inputs."
+    return [warning("teacher's quality", found, mend)]
+
+
+def _measured(trial: Trial, batch: dict[str, Any]) -> Tensor:
+    """Number of labels, hard loss of student and teacher, right answers of both, answers that agree: sums."""
+    head, sums = trial.fit.head, torch.zeros(6)
+    targets = head.targets(batch)
+    logits, taught = trial.logits(batch)
+    if targets is None or taught is None:
+        return sums
+    taught = taught[..., 0] if taught.dim() > logits.dim() else taught  # the mean of a regression with variance
+    sums[0] = float(head.labelled(targets))
+    for i, one in enumerate((logits, taught)):
+        known = targets.masked_fill(targets >= one.shape[-1], IGNORE_INDEX) if head.softmax else targets
+        sums[1 + i] = float(head.hard_loss_sum(one, known))
+        if head.softmax:
+            sums[3 + i] = float((one.argmax(-1) == targets).sum())
+    if head.softmax:
+        sums[5] = float(((logits.argmax(-1) == taught.argmax(-1)) & (targets != IGNORE_INDEX)).sum())
+    return sums
+
+
+def batches(trainer: Any, loader: Any, count: int) -> list[Any]:
+    """The first batches of a loader, which is left as if it had come to its end."""
+    try:
+        return list(itertools.islice(loader, count))
+    finally:
+        if hasattr(loader, "end"):  # accelerate's, which counts as running until then
+            loader.end()
+
+
+@contextmanager
+def _in_training(trainer: Any) -> Iterator[None]:
+    """A loss inside is that of a training step, also of a student that stays in eval mode."""
+    before, trainer.is_in_train = trainer.is_in_train, True
+    try:
+        yield
+    finally:
+        trainer.is_in_train = before
+
+
+def _now(trainer: Any) -> float:
+    """Seconds, when the device has done its work."""
+    if trainer.args.device.type == "cuda":
+        torch.cuda.synchronize(trainer.args.device)
+    return time.perf_counter()

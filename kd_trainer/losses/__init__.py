@@ -1,0 +1,76 @@
+"""From logits, or hidden states, to nats: formulas, masks, denominators, and the fused loss in torch."""
+
+from .distributions import (
+    kl_bernoulli,
+    kl_categorical,
+    kl_diagonal_gaussian,
+    kl_full_gaussian,
+    kl_gaussian,
+    kl_to_standard_normal,
+    monte_carlo_kl,
+)
+from .divergences import (
+    DIVERGENCES,
+    entropy,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    soft_cross_entropy,
+    symmetric_kl,
+    total_variation,
+)
+from .fused_arguments import Side, cap_and_scale, cast_as_autocast, chunk_rows, group_rows
+from .fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain, release_memory
+from .modules import DistillationLoss, KLDivergenceLoss, SoftTargetLoss, fit_temperature
+from .reductions import IGNORE_INDEX, bad_rows, divide, is_bad, select_positions, wrong_labels
+from .small_batch import is_small, joint_loss
+from .sparse_targets import Samples, TopK, draw_samples, sampled_forward_kl, top_k, top_k_divergence
+
+__all__ = [
+    "DIVERGENCES",
+    "IGNORE_INDEX",
+    "DistillationLoss",
+    "FusedLoss",
+    "KLDivergenceLoss",
+    "Samples",
+    "Side",
+    "SoftTargetLoss",
+    "TopK",
+    "bad_rows",
+    "cap_and_scale",
+    "cast_as_autocast",
+    "chunk_rows",
+    "divide",
+    "draw_samples",
+    "entropy",
+    "fit_temperature",
+    "forward_kl",
+    "fused_linear_distillation",
+    "fused_linear_distillation_plain",
+    "group_rows",
+    "is_bad",
+    "is_small",
+    "joint_loss",
+    "jsd",
+    "kl_bernoulli",
+    "kl_categorical",
+    "kl_diagonal_gaussian",
+    "kl_full_gaussian",
+    "kl_gaussian",
+    "kl_to_standard_normal",
+    "monte_carlo_kl",
+    "release_memory",
+    "reverse_kl",
+    "sampled_forward_kl",
+    "select_positions",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "soft_cross_entropy",
+    "symmetric_kl",
+    "top_k",
+    "top_k_divergence",
+    "total_variation",
+    "wrong_labels",
+]

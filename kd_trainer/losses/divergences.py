@@ -1,0 +1,496 @@
+"""Divergences between two categorical distributions given as logits: nats per position.
+
+For: every loss that compares a student with a teacher, by name through the dict `DIVERGENCES`. Leaves the temperature
+squared, masks, means (`reductions.py`) and settings (`modules.py`) to others.
+Letters: V classes or vocabulary; z_s, z_t student and teacher logits [..., V]; T temperature;
+p = softmax(z_t/T) the teacher's, q = softmax(z_s/T) the student's probabilities.
+
+Decided on purpose: sums are float32 or wider whatever the logits' dtype; 0 log 0 = 0; p > 0 where q = 0 gives +inf and
+never NaN; logits of -inf (excluded classes) are allowed on both sides as long as one class of the row is left. Where a
+value is +inf its gradient is finite: what would be infinite in it counts as constant.
+
+Two ways to the same numbers: the plain formulas (`divergence_terms`, differentiable any number of times) and, for large
+logits of which only the student's need a gradient, `_InBlocks`, which visits blocks of rows that stay in the
+processor's cache and keeps the gradient alone. A new divergence is one entry of `_TERMS`, one function, one entry of
+`DIVERGENCES`; the blocks come by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..validation import check_choice, check_number, check_temperature, check_tensor, fail
+
+# Elements in one block of rows. One thread wants its buffers in the nearest cache; several threads wait for each other
+# at the end of every operation (for long, where other processes use the cores), so they get fewer and larger blocks;
+# an accelerator wants few launches.
+_BLOCK_ONE_THREAD, _BLOCK_THREADS, BLOCK_ACCELERATOR = 2**17, 2**22, 2**25
+_SMALL = 2**18  # elements below which the plain formula has less overhead than the blocks have gain
+
+
+# ---- the formulas: from log-probabilities to elementwise contributions [..., V] -------------------------------------
+
+
+def _weigh(probs: Tensor, values: Tensor) -> Tensor:
+    """probs * values with 0 * anything = 0; an infinite value passes no gradient on to its weight."""
+    if type(probs) is Tensor and probs.device.type == "cpu":  # with contents, and no device is waited for
+        # One cheap sum tells that nothing needs a guard: masks cost far more.
+        terms = probs * values
+        if math.isfinite(terms.detach().sum()):
+            return terms
+    values = values.masked_fill(probs == 0, 0.0)
+    if probs.requires_grad:
+        probs = torch.where(values.isinf(), probs.detach(), probs)
+    return probs * values
+
+
+def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Elementwise p * (log p - log q) from log-probabilities [..., V]: 0 where p = 0, +inf where p > 0 = q."""
+    return _weigh(log_p.exp(), log_p - log_q)
+
+
+def _kl_to_mixture_terms(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """Elementwise KL(a || weight a + (1 - weight) b)."""
+    a = log_a.exp()
+    # Below the smallest normal number 1/mixture overflows in the gradient; such a class contributes nothing anyway.
+    mixture = (weight * a + (1 - weight) * log_b.exp()).clamp(min=torch.finfo(a.dtype).tiny)
+    return _weigh(a, log_a - mixture.log())
+
+
+_Terms = Callable[[Tensor, Tensor, float], Tensor]  # (log_p of the teacher, log_q of the student, beta) -> [..., V]
+
+_TERMS: dict[str, _Terms] = {
+    "forward_kl": lambda log_p, log_q, _: kl_terms(log_p, log_q),
+    "reverse_kl": lambda log_p, log_q, _: kl_terms(log_q, log_p),
+    "symmetric_kl": lambda log_p, log_q, _: kl_terms(log_p, log_q) + kl_terms(log_q, log_p),
+    "jsd": lambda log_p, log_q, beta: (
+        beta * _kl_to_mixture_terms(log_p, log_q, beta) + (1 - beta) * _kl_to_mixture_terms(log_q, log_p, 1 - beta)
+    ),
+    "skew_forward_kl": lambda log_p, log_q, beta: _kl_to_mixture_terms(log_p, log_q, beta),
+    "skew_reverse_kl": lambda log_p, log_q, beta: _kl_to_mixture_terms(log_q, log_p, beta),
+    "total_variation": lambda log_p, log_q, _: 0.5 * (log_p.exp() - log_q.exp()).abs(),
+}
+_DEFAULT_BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_logits(**named: Tensor) -> None:
+    """Raises unless all are floating tensors of one shape [..., V] with V >= 1; shapes are never broadcast."""
+    for argument, logits in named.items():
+        check_tensor(argument, logits, "a tensor of logits [..., V]")
+        if not logits.is_floating_point():
+            mend = "Pass the scores before the softmax, not class ids."
+            fail(argument, f"of dtype {logits.dtype}", "logits of a floating dtype", mend, error=TypeError)
+    (first, logits), *others = named.items()
+    for argument, other in others:
+        if logits.shape != other.shape:
+            shown = f"of shape {list(logits.shape)} and `{argument}` of shape {list(other.shape)}"
+            mend = "Give both sides the same positions and the same classes, in the same order."
+            because = "a divergence compares them class by class"
+            fail(first, shown, "equal shapes [..., V]", mend, because=because)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        shown = f"of shape {list(logits.shape)}"
+        fail(first, shown, "at least one class in the last dimension", "Pass logits [..., V].")
+
+
+def check_divergence(divergence: str, beta: float | None) -> float:
+    """Returns the beta to use (0 where there is none); raises ValueError for an unknown name or a bad beta."""
+    check_choice("divergence", divergence, _TERMS)
+    if divergence not in _DEFAULT_BETA:
+        if beta is not None:
+            mend = "Leave `beta` out, or choose one of " + ", ".join(map(repr, _DEFAULT_BETA)) + "."
+            because = "this divergence has no beta"
+            fail("beta", repr(beta), f"None with divergence '{divergence}'", mend, because=because)
+        return 0.0
+    if beta is None:
+        return _DEFAULT_BETA[divergence]
+    check_number("beta", beta, low=0.0, high=1.0, open_low=True, open_high=True)
+    return beta
+
+
+# ---- from logits to nats --------------------------------------------------------------------------------------------
+
+
+def log_probs(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """log softmax(z/T), in the dtype."""
+    logits = logits.to(dtype)
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+def wide(*logits: Tensor) -> torch.dtype:
+    """float32, or the widest of the tensors' dtypes."""
+    dtype = torch.float32
+    for one in logits:
+        dtype = torch.promote_types(dtype, one.dtype)
+    return dtype
+
+
+def divergence_terms(
+    divergence: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    beta: float | None = None,
+) -> Tensor:
+    """Elementwise contributions of a divergence: D(p, q) = sum over V of the result.
+
+    When to use: where torch's reduction 'none' is wanted, or second derivatives (the plain formula, which
+    `DIVERGENCES[divergence]` uses for small inputs and for gradients of the teacher).
+
+    Args:
+        divergence: a key of `DIVERGENCES`.
+        student_logits: z_s [..., V], any floating dtype.
+        teacher_logits: z_t [..., V], the same shape.
+        temperature: T > 0, divides both logits.
+        beta: the weight of `jsd` and of the skew divergences, strictly between 0 and 1; None is their default.
+
+    Returns:
+        Nats [..., V] in float32 or wider. Single contributions of a KL may be negative; their sum is not.
+
+    Raises:
+        ValueError: unknown divergence, beta or temperature out of range, shapes that differ.
+        TypeError: logits that are no floating tensors.
+
+    Example:
+        >>> terms = divergence_terms("total_variation", torch.tensor([0.0, 0.0]), torch.tensor([0.0, -torch.inf]))
+        >>> terms.tolist()
+        [0.25, 0.25]
+    """
+    beta = check_divergence(divergence, beta)
+    check_temperature("temperature", temperature)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    return _terms(divergence, student_logits, teacher_logits, temperature, beta)
+
+
+def log_prob_terms(divergence: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """The formula alone: contributions [..., V] from log-probabilities of teacher and student, in their dtype.
+
+    For callers that have normalised already; `beta` as `check_divergence` returns it.
+    """
+    return _TERMS[divergence](log_p, log_q, beta)
+
+
+def _terms(divergence: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, beta: float) -> Tensor:
+    dtype = wide(student_logits, teacher_logits)
+    log_p = log_probs(teacher_logits, temperature, dtype)
+    log_q = log_probs(student_logits, temperature, dtype)
+    return _TERMS[divergence](log_p, log_q, beta)
+
+
+def _per_position(
+    divergence: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, beta: float | None
+) -> Tensor:
+    """Checks, then the faster of the two ways: nats [...]."""
+    beta = check_divergence(divergence, beta)
+    check_temperature("temperature", temperature)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    differentiable = torch.is_grad_enabled()
+    if student_logits.numel() < _SMALL or (differentiable and teacher_logits.requires_grad):
+        return _terms(divergence, student_logits, teacher_logits, temperature, beta).sum(-1)
+    settings = (divergence, temperature, beta)
+    if differentiable and student_logits.requires_grad:
+        return _InBlocks.apply(student_logits, teacher_logits, settings)
+    return _in_blocks(student_logits, teacher_logits, settings, gradient=None)
+
+
+class _InBlocks(torch.autograd.Function):
+    """A divergence whose gradient with respect to z_s is computed beside the value, into the one buffer it saves."""
+
+    @staticmethod
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, settings: tuple[str, float, float]) -> Tensor:
+        gradient = torch.empty(
+            student_logits.shape, dtype=wide(student_logits, teacher_logits), device=student_logits.device
+        )
+        values = _in_blocks(student_logits, teacher_logits, settings, gradient=gradient)
+        ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # requires_grad, so that a second derivative meets the error instead of being left out in silence.
+            return _FirstDerivativeOnly.apply(gradient.detach().requires_grad_(), grad_values), None, None
+        return gradient * grad_values.unsqueeze(-1), None, None
+
+
+class _FirstDerivativeOnly(torch.autograd.Function):
+    """The gradient of `_InBlocks` under create_graph=True: usable; a second derivative says what to call instead."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, grad_values: Tensor) -> Tensor:
+        return gradient * grad_values.unsqueeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
+        fail(
+            "student_logits",
+            "differentiated twice",
+            "at most a first derivative of a divergence of large logits",
+            "Use `divergence_terms(divergence, ...).sum(-1)`, the plain formula, for second derivatives.",
+            because="only the gradient is kept",
+            error=RuntimeError,
+        )
+
+
+def _in_blocks(
+    student_logits: Tensor, teacher_logits: Tensor, settings: tuple[str, float, float], *, gradient: Tensor | None
+) -> Tensor:
+    """Nats [...], block of rows by block of rows; fills `gradient` [..., V] with dD/dz_s where it is given."""
+    divergence, temperature, beta = settings
+    dtype, device = wide(student_logits, teacher_logits), student_logits.device
+    classes = student_logits.shape[-1]
+    student_rows, teacher_rows = (z.detach().reshape(-1, classes) for z in (student_logits, teacher_logits))
+    positions = student_rows.shape[0]
+    block = max(1, _block_elements(device) // classes)
+    values = torch.empty(positions, dtype=dtype, device=device)
+    gradient_rows = None if gradient is None else gradient.view(-1, classes)
+    for start in range(0, positions, block):
+        rows = slice(start, min(start + block, positions))
+        z_s, z_t = student_rows[rows], teacher_rows[rows]
+        if gradient_rows is None:
+            values[rows] = _terms(divergence, z_s, z_t, temperature, beta).sum(-1)
+        else:
+            with torch.enable_grad():
+                z_s = z_s.to(dtype).requires_grad_()
+                block_values = _terms(divergence, z_s, z_t, temperature, beta).sum(-1)
+                gradient_rows[rows] = torch.autograd.grad(block_values.sum(), z_s)[0]
+            values[rows] = block_values.detach()
+    return values.view(student_logits.shape[:-1])
+
+
+def _block_elements(device: torch.device) -> int:
+    if device.type != "cpu":
+        return BLOCK_ACCELERATOR
+    return _BLOCK_ONE_THREAD if torch.get_num_threads() == 1 else _BLOCK_THREADS
+
+
+# ---- the public functions -------------------------------------------------------------------------------------------
+
+
+def forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(p || q) = sum p (log p - log q): the teacher's distribution p is matched everywhere it has mass.
+
+    When to use: the default for distillation (Hinton et al.); the student covers all the teacher's modes. With action
+    logits of an old policy as the teacher it is the policy KL of a trust region (TRPO), see the second example.
+
+    Args:
+        student_logits: z_s [..., V], any leading dimensions, any floating dtype.
+        teacher_logits: z_t [..., V], the same shape (never broadcast). Gradients flow to it when it requires them.
+        temperature: T > 0, divides both logits; the result is not multiplied by T².
+        beta: must be None: this divergence has none.
+
+    Returns:
+        Nats [...], float32 or wider. 0 where the distributions are equal, +inf where q = 0 at a class with p > 0.
+
+    Raises:
+        ValueError: a beta, a temperature <= 0 or not finite, shapes that differ, V = 0.
+        TypeError: logits that are no floating tensors.
+
+    Example:
+        >>> teacher = torch.tensor([[2.0, 1.0, 0.1], [1.0, 2.0, 0.5]])
+        >>> student = torch.tensor([[1.8, 1.1, 0.2], [0.9, 2.1, 0.6]])
+        >>> round(forward_kl(student, teacher).mean().item(), 6)
+        0.006916
+        >>> old_policy, policy = torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.2]])  # action logits
+        >>> bool(forward_kl(policy, old_policy).mean() < 0.01)  # inside a trust region of 0.01 nats
+        True
+
+    Source: Kullback and Leibler 1951; Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
+    """
+    return _per_position("forward_kl", student_logits, teacher_logits, temperature, beta)
+
+
+def reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(q || p) = sum q (log q - log p): the student puts no mass where the teacher has none.
+
+    When to use: a student too small for all the teacher's modes that shall keep to the likely ones; sequence models
+    trained on their own samples (MiniLLM); the KL penalty of a policy q towards a reference policy p.
+
+    Args, Returns, Raises: as `forward_kl`; +inf where p = 0 at a class with q > 0.
+
+    Example:
+        >>> policy, reference = torch.tensor([[0.0, 1.2]]), torch.tensor([[0.0, 1.0]])  # action logits
+        >>> round(reverse_kl(policy, reference).item(), 4)
+        0.0037
+
+    Source: Gu et al. 2023 (MiniLLM), arXiv:2306.08543.
+    """
+    return _per_position("reverse_kl", student_logits, teacher_logits, temperature, beta)
+
+
+def symmetric_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(p || q) + KL(q || p), the sum (not the mean) of both directions: Jeffreys' divergence.
+
+    When to use: two models that learn from each other, where neither is the reference.
+
+    Args, Returns, Raises: as `forward_kl`; +inf where either direction is.
+
+    Example:
+        >>> a, b = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0])
+        >>> bool(torch.isclose(symmetric_kl(a, b), forward_kl(a, b) + reverse_kl(a, b)))
+        True
+
+    Source: Jeffreys 1946; Zhang et al. 2018 (deep mutual learning), arXiv:1706.00384.
+    """
+    return _per_position("symmetric_kl", student_logits, teacher_logits, temperature, beta)
+
+
+def jsd(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """beta KL(p || M) + (1 - beta) KL(q || M), M = beta p + (1 - beta) q: the Jensen-Shannon divergence.
+
+    When to use: a bounded loss, finite also where the supports differ; beta moves it between the two KLs' behaviour.
+    It vanishes as beta goes to 0 or 1: for a KL take `forward_kl` or `reverse_kl` by name.
+
+    Args: as `forward_kl`; beta: strictly between 0 and 1, default 0.5.
+    Returns: nats [...], at most log 2 (at beta 0.5). Raises: as `forward_kl`.
+
+    Example:
+        >>> apart = jsd(torch.tensor([0.0, -torch.inf]), torch.tensor([-torch.inf, 0.0]))
+        >>> round(apart.item(), 4)  # log 2
+        0.6931
+
+    Source: Lin 1991; Agarwal et al. 2023 (GKD), arXiv:2306.13649.
+    """
+    return _per_position("jsd", student_logits, teacher_logits, temperature, beta)
+
+
+def skew_forward_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(p || beta p + (1 - beta) q): the forward KL to a mixture that holds a little of the teacher.
+
+    When to use: in place of `forward_kl` where students far from the teacher give large, noisy gradients.
+
+    Args: as `forward_kl`; beta: the lambda of the paper, strictly between 0 and 1, default 0.1.
+    Returns: nats [...], at most -log(beta), so never inf. Raises: as `forward_kl`.
+
+    Example:
+        >>> apart = skew_forward_kl(torch.tensor([0.0, -torch.inf]), torch.tensor([-torch.inf, 0.0]), beta=0.1)
+        >>> round(apart.item(), 4)  # -log 0.1
+        2.3026
+
+    Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898.
+    """
+    return _per_position("skew_forward_kl", student_logits, teacher_logits, temperature, beta)
+
+
+def skew_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(q || beta q + (1 - beta) p): the mirror of `skew_forward_kl`.
+
+    When to use: in place of `reverse_kl`; DistiLLM's choice for sequences sampled from the student.
+
+    Args: as `forward_kl`; beta: the lambda of the paper, strictly between 0 and 1, default 0.1.
+    Returns: nats [...], at most -log(beta), so never inf. Raises: as `forward_kl`.
+
+    Example:
+        >>> a, b = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0])
+        >>> bool(skew_reverse_kl(a, b) == skew_forward_kl(b, a))
+        True
+
+    Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898.
+    """
+    return _per_position("skew_reverse_kl", student_logits, teacher_logits, temperature, beta)
+
+
+def total_variation(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """0.5 sum |p - q|: the largest difference in probability that any set of classes can show.
+
+    When to use: as a bounded, robust loss, and as a figure one can explain (1 - TV is the acceptance rate of
+    speculative decoding with the student as the draft).
+
+    Args, Raises: as `forward_kl`. Returns: [...] in [0, 1]. (No logarithm in it, so no nats.)
+
+    Example:
+        >>> total_variation(torch.tensor([0.0, 0.0]), torch.tensor([0.0, -torch.inf])).item()
+        0.5
+
+    Source: Wen et al. 2023 (f-distill), arXiv:2307.15190.
+    """
+    return _per_position("total_variation", student_logits, teacher_logits, temperature, beta)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "symmetric_kl": symmetric_kl,
+    "jsd": jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+}
+
+
+def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """H(P) = -sum p log p: the uncertainty of a distribution, in nats.
+
+    When to use: to see how soft the teacher's targets are at a temperature.
+
+    Args:
+        logits: [..., V], any floating dtype; p = softmax(logits/T).
+        temperature: T > 0.
+
+    Returns:
+        Nats [...] between 0 and log V, float32 or wider.
+
+    Raises:
+        ValueError, TypeError: as `forward_kl`.
+
+    Example:
+        >>> round(entropy(torch.zeros(8)).item(), 4)  # log 8
+        2.0794
+
+    Source: Shannon 1948.
+    """
+    return soft_cross_entropy(logits, logits, temperature=temperature)
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """H(P, Q) = -sum p log q = H(P) + KL(P || Q): cross-entropy with the teacher's probabilities as targets.
+
+    When to use: as a loss with the student's gradient of `forward_kl`, whose floor is H(P) instead of 0.
+
+    Args:
+        student_logits: z_s [..., V], any floating dtype.
+        teacher_logits: z_t [..., V], the same shape.
+        temperature: T > 0, divides both logits.
+
+    Returns:
+        Nats [...], float32 or wider; +inf where q = 0 at a class with p > 0.
+
+    Raises:
+        ValueError, TypeError: as `forward_kl`.
+
+    Example:
+        >>> student, teacher = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0])
+        >>> sum_of_both = entropy(teacher) + forward_kl(student, teacher)
+        >>> bool(torch.isclose(soft_cross_entropy(student, teacher), sum_of_both))
+        True
+
+    Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
+    """
+    check_temperature("temperature", temperature)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    dtype = wide(student_logits, teacher_logits)
+    log_q = log_probs(student_logits, temperature, dtype)
+    return -_weigh(log_probs(teacher_logits, temperature, dtype).exp(), log_q).sum(-1)

@@ -1,0 +1,350 @@
+"""What the fused loss is asked: its arguments, checked, cut down to the counted positions and cast as autocast would.
+
+For: `fused_linear.py`, which computes it. Letters: N positions, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..validation import check_number, check_temperature, check_tensor, fail
+from .divergences import check_divergence
+from .reductions import IGNORE_INDEX, divide, select_positions
+from .sparse_targets import Samples, TopK
+from .tile import Setting
+from .tile_sparse import MOST_IDS
+
+# Rows of a chunk: as many as fit in a tile of these bytes (each product reads all of a weight again), at least 256 (or
+# the products lose speed: 7% at 128), unless the tile is then larger than the second number.
+_TILE_BYTES, _LARGEST_TILE_BYTES = 48 * 2**20, 160 * 2**20
+CHUNK_ROWS = 256
+GROUP_BYTES = 256 * 2**20  # half precision: gradient rows kept for one product with the hidden states
+
+
+def cap_and_scale(product: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """softcap * tanh(scale * product / softcap); without softcap scale * product."""
+    product = product if scale == 1 else scale * product
+    return product if softcap is None else softcap * torch.tanh(product / softcap)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model's way from hidden states to logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight, self.bias)
+        return self.capped(logits if logits.dtype == torch.float64 else logits.float())
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """From h @ weight.T + bias to logits."""
+        return cap_and_scale(logits, self.scale, self.softcap)
+
+    def product(self, hidden: Tensor, factor: float, out: Tensor) -> Tensor:
+        """factor * (h @ weight.T + bias), into `out`."""
+        if self.bias is not None:
+            return torch.addmm(self.bias, hidden, self.weight.t(), beta=factor, alpha=factor, out=out)
+        if factor == 1:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=factor, out=out)
+
+
+@dataclass
+class Job:
+    """Everything but the student's tensors; rows of every tensor are the N counted positions."""
+
+    setting: Setting
+    student: Side
+    teacher: Side | None
+    teacher_rows: Any  # hidden states, or logits where `teacher` is None; None with `sparse`
+    sparse: TopK | Samples | None  # ids int64, in range
+    labels: Tensor | None
+    soft: Tensor | None  # bool [N]: counted for the soft loss; None: all
+    alpha: float
+    soft_weight: Any  # factor / soft_count, factor / hard_count: numbers or 0-dim tensors
+    hard_weight: Any
+    label_smoothing: float
+    common_ids: int | None
+    chunk_rows: int
+    compiled: bool | None
+    plain_rows: bool = False
+
+    def __post_init__(self) -> None:
+        """Sets `plain_rows`: whether only autograd knows the gradient of these settings."""
+        capped = any(side is not None and side.softcap is not None for side in (self.student, self.teacher))
+        capped = capped or self.label_smoothing > 0 or self.common_ids is not None
+        capped = capped or (self.sparse is not None and self.sparse.ids.shape[1] > MOST_IDS)
+        excluding = [self.student.bias, self.teacher.bias if self.teacher is not None else self.teacher_rows]
+        known = [excludes(x) for x in excluding if x is not None]
+        self.plain_rows = capped or any(known)
+        if None in known and self.sparse is None:
+            self.setting = self.setting._replace(excluding=True)
+
+    def said(self, rows: slice) -> TopK | Samples | None:
+        """The rows of `sparse`."""
+        return None if self.sparse is None else type(self.sparse)(*(x[rows] for x in self.sparse))
+
+
+def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
+    """Checks; selects the counted positions; casts as autocast would. Job, hidden, weight and bias of the student."""
+    g = given
+    _check_numbers(g)
+    beta = check_divergence(g["divergence"], g["beta"])
+    _check_shapes(g)
+    labels, mask = g["labels"], g["soft_mask"]
+    labelled = None if labels is None else labels != IGNORE_INDEX
+    if mask is None:
+        counted = soft = labelled
+    else:
+        soft = mask if mask.dtype == torch.bool else mask != 0
+        if labelled is not None and mask.device.type == "cpu" and torch.equal(soft, labelled):
+            soft = labelled
+        counted = soft if labelled is None or soft is labelled else soft | labelled
+    soft_weight = g["factor"] * _one_over(g["soft_count"], soft, g["student_hidden"])
+    hard_weight = g["factor"] * _one_over(g["hard_count"], labelled, g["student_hidden"])
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None or counted is None else select_positions(tensor, counted)
+
+    labels, soft = rows(labels), None if soft is counted else rows(soft)
+    hidden: Any
+    weight: Any
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = (
+        cast_as_autocast(x)
+        for x in (
+            rows(g["student_hidden"]),
+            *(g[n] for n in ("student_weight", "student_bias")),
+            rows(g["teacher_hidden"]),
+            *(g[n] for n in ("teacher_weight", "teacher_bias")),
+        )
+    )
+    teacher = None
+    common = g["common_ids"]
+    if teacher_weight is not None and common is not None:
+        teacher_weight, teacher_bias = teacher_weight[:common], None if teacher_bias is None else teacher_bias[:common]
+        common = None if common == weight.shape[0] else common
+    if teacher_weight is not None:
+        teacher = Side(teacher_weight.detach(), _detached(teacher_bias), g["teacher_scale"], g["teacher_softcap"])
+    teacher_rows: Any = _detached(rows(g["teacher_logits"]) if teacher_hidden is None else teacher_hidden)
+    if soft is not None and teacher_rows is not None:  # what the teacher says elsewhere may be NaN: 0 * NaN
+        teacher_rows = teacher_rows.masked_fill(~soft.unsqueeze(1), 0.0)
+    sparse = _sparse(g, counted, soft)
+    setting = Setting(g["divergence"], beta, float(g["temperature"]), labels is not None)
+    side = Side(weight.detach(), _detached(bias), g["student_scale"], g["student_softcap"])
+    job = Job(
+        setting,
+        side,
+        teacher,
+        teacher_rows,
+        sparse,
+        labels,
+        soft,
+        g["alpha"],
+        soft_weight,
+        hard_weight,
+        g["label_smoothing"],
+        common,
+        g["chunk_rows"] or chunk_rows(len(weight), weight.element_size(), on_cpu=weight.device.type == "cpu"),
+        g["compiled"],
+    )
+    return job, hidden, weight, bias
+
+
+def _sparse(g: dict[str, Any], counted: Tensor | None, soft: Tensor | None) -> TopK | Samples | None:
+    """What a teacher given sparsely says of the counted positions."""
+    name = "teacher_top_k" if g["teacher_top_k"] is not None else "teacher_samples"
+    if g[name] is None:
+        return None
+    given = [x.detach() if x.is_floating_point() else x.long() for x in g[name]]
+    ids, second, third = given if counted is None else [select_positions(x, counted) for x in given]
+    if soft is not None:  # what is said elsewhere may be no ids, or NaN; the kept ones are distinct
+        some = torch.arange(ids.shape[1], device=ids.device)
+        ids = torch.where(soft.unsqueeze(1), ids, some if name == "teacher_top_k" else some * 0)
+        second = second.masked_fill(~(soft.unsqueeze(1) if second.dim() == 2 else soft), 0)
+        third = third.masked_fill(~soft, 0.0)
+    vocabulary = g["common_ids"] or g["student_weight"].shape[0]
+    _check_range(name, ids, vocabulary, or_none=False)
+    if name == "teacher_top_k":
+        return TopK(ids, second, third)
+    _check_range(name, second, vocabulary, or_none=False)
+    return Samples(ids, second, third)
+
+
+def _one_over(given: float | Tensor | None, mask: Tensor | None, hidden: Tensor) -> float | Tensor:
+    """1 / a denominator: the given one, or the number of counted positions."""
+    if given is None:
+        given = hidden.shape[0] if mask is None else mask.sum()
+    wide = torch.float32 if hidden.device.type == "mps" else torch.float64
+    return divide(1.0, given) if not isinstance(given, Tensor) else divide(given.new_ones((), dtype=wide), given)
+
+
+def excludes(tensor: Tensor) -> bool | None:
+    """Whether classes are excluded by logits of -inf, which the written-out gradients do not expect; None: unknown, on
+    accelerators, where looking would wait for the device."""
+    return bool(tensor.isneginf().any()) if tensor.device.type == "cpu" else None
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def cast_as_autocast(tensor: Any) -> Any:
+    """The tensor (or None) as torch's autocast would hand it to a matrix product."""
+    if tensor is None or not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def chunk_rows(vocabulary: int, itemsize: int, *, on_cpu: bool) -> int:
+    """Positions visited at once, whose logits take `itemsize` bytes each."""
+    row = vocabulary * itemsize
+    if not on_cpu:
+        return max(1, GROUP_BYTES // row)
+    return max(1, min(max(CHUNK_ROWS, _TILE_BYTES // row), _LARGEST_TILE_BYTES // row))
+
+
+def group_rows(positions: int, chunk: int, vocabulary: int, width: int, itemsize: int) -> int:
+    """Positions whose gradients are multiplied on at once: a chunk, or in half precision as many chunks as pay.
+
+    There the weight's gradient is best made in one product: a float32 sum would be visited once for each chunk.
+    """
+    if itemsize != 2:
+        return chunk
+    most = min(2 * width, GROUP_BYTES // (vocabulary * itemsize))
+    return min(positions, max(chunk, most // chunk * chunk))
+
+
+def _check_numbers(g: dict[str, Any]) -> None:
+    check_number("alpha", g["alpha"], low=0, high=1)
+    check_temperature("temperature", g["temperature"])
+    check_number("factor", g["factor"], low=0, open_low=True)
+    check_number("label_smoothing", g["label_smoothing"], low=0, high=1)
+    for name in ("student_softcap", "teacher_softcap"):
+        if g[name] is not None:
+            check_number(name, g[name], low=0, open_low=True)
+    for name in ("student_scale", "teacher_scale"):
+        check_number(name, g[name], low=0, open_low=True)
+    if g["chunk_rows"] is not None and (not isinstance(g["chunk_rows"], int) or g["chunk_rows"] < 1):
+        fail(
+            "chunk_rows",
+            repr(g["chunk_rows"]),
+            "a whole number of positions, at least 1",
+            "Leave it out for the default.",
+        )
+
+
+def _check_types(g: dict[str, Any]) -> None:
+    for name in ("labels", "soft_mask", "student_bias", "teacher_bias", "teacher_logits"):
+        if g[name] is not None:
+            check_tensor(name, g[name])
+    for name in ("soft_count", "hard_count"):
+        if g[name] is not None and not isinstance(g[name], Tensor):
+            check_number(name, g[name], low=0)
+    common = g["common_ids"]
+    if common is not None and (isinstance(common, bool) or not isinstance(common, int)):
+        mend = "Count the ids that both share."
+        fail("common_ids", repr(common), "a whole number of ids, at least 1", mend, error=TypeError)
+
+
+def _check_shapes(g: dict[str, Any]) -> None:
+    _check_types(g)
+    hidden, weight = g["student_hidden"], g["student_weight"]
+    _check_product("student", hidden, weight, g["student_bias"])
+    positions = hidden.shape[0]
+    forms = {name: g[name] for name in ("teacher_hidden", "teacher_logits", "teacher_top_k", "teacher_samples")}
+    given = [name for name, value in forms.items() if value is not None]
+    expected = (
+        "the teacher in one form: teacher_hidden with teacher_weight, teacher_logits, teacher_top_k or teacher_samples"
+    )
+    if len(given) != 1:
+        shown = " and ".join(given[1:]) + " given as well" if given else "None, and no other form is given"
+        fail("teacher_hidden", shown, expected, "Leave the others out.", error=TypeError)
+    if (g["teacher_hidden"] is None) != (g["teacher_weight"] is None):
+        mend = "Give both or neither."
+        fail(
+            "teacher_weight",
+            "given alone" if given != ["teacher_hidden"] else "None",
+            expected,
+            mend,
+            error=TypeError,
+        )
+    vocabulary, owner = weight.shape[0], given[0]
+    if g["teacher_hidden"] is not None:
+        _check_product("teacher", g["teacher_hidden"], g["teacher_weight"], g["teacher_bias"])
+        vocabulary, owner = g["teacher_weight"].shape[0], "teacher_weight"
+    elif g["teacher_logits"] is not None:
+        vocabulary = g["teacher_logits"].shape[-1]
+    if g["common_ids"] is None and vocabulary != weight.shape[0]:
+        shown = f"of {vocabulary} ids where the student has {weight.shape[0]}"
+        mend = "If the first ids mean the same tokens in both, say how many: common_ids."
+        fail(owner, shown, "equal vocabularies", mend, because="they are compared id by id")
+    if g["common_ids"] is not None and not 1 <= g["common_ids"] <= min(vocabulary, weight.shape[0]):
+        expected = f"1 to {min(vocabulary, weight.shape[0])}, the smaller vocabulary"
+        fail("common_ids", repr(g["common_ids"]), expected, "Count the ids that both share.")
+    columns = {"labels": g["labels"], "soft_mask": g["soft_mask"]}
+    if given[0] in ("teacher_top_k", "teacher_samples"):
+        columns[given[0]] = _check_sparse(given[0], forms[given[0]], positions, g["common_ids"] or weight.shape[0])
+        if given[0] == "teacher_samples" and g["divergence"] != "forward_kl":
+            because = "their estimate is unbiased only where the loss is linear in the teacher's probabilities"
+            mend = "Give teacher_top_k for the other divergences."
+            fail("divergence", repr(g["divergence"]), "'forward_kl' with teacher_samples", mend, because=because)
+    else:
+        columns[given[0]] = forms[given[0]][..., 0] if forms[given[0]].dim() == 2 else forms[given[0]]
+    for name, column in columns.items():
+        if column is not None and tuple(column.shape) != (positions,):
+            shown = f"of shape {list(column.shape)}"
+            fail(name, shown, f"one row for each of the {positions} positions", "Flatten batch and sequence alike.")
+    if g["labels"] is not None and g["labels"].is_floating_point():
+        fail("labels", f"of dtype {g['labels'].dtype}", "integer ids", "Cast to int64.", error=TypeError)
+    _check_range("labels", g["labels"], weight.shape[0])
+
+
+def _check_sparse(name: str, given: Any, positions: int, vocabulary: int) -> Tensor:
+    """Returns the last part, of one number a position."""
+    samples = name == "teacher_samples"
+    parts = "ids, the top and the entropy" if samples else "ids, log-probabilities and log of the tail's mass"
+    if len(given) != 3:
+        fail(name, f"a tuple of {len(given)}", parts, "Give all three.")
+    ids, second, last = given
+    if ids.dim() != 2 or ids.shape[0] != positions or second.shape != (ids.shape[:1] if samples else ids.shape):
+        shown = f"of shapes {list(ids.shape)} and {list(second.shape)}"
+        columns = f"[{positions}, n] and tops [{positions}]" if samples else f"and log-probabilities [{positions}, k]"
+        fail(name, shown, f"ids {columns}", "Give one row a position.")
+    if ids.is_floating_point() or ids.shape[1] < 1 or (samples and second.is_floating_point()):
+        fail(name, f"with ids of {ids.dtype}, {ids.shape[1]} a row", "integer ids, at least one", "Cast to int64.")
+    if not samples and ids.shape[1] > vocabulary:
+        mend = "Keep at most as many as there are."
+        fail(name, f"of {ids.shape[1]} ids a row", f"1 to {vocabulary} distinct ids", mend)
+    return last
+
+
+def _check_product(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for argument, tensor in ((f"{name}_hidden", hidden), (f"{name}_weight", weight)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            shown = f"of dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            fail(argument, shown, "a floating tensor", "Pass the hidden states and the head's weight.", error=TypeError)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        shown = f"of shape {list(hidden.shape)} with {name}_weight of shape {list(weight.shape)}"
+        fail(f"{name}_hidden", shown, "[N, H] and [V, H]", "Flatten batch and sequence; give the head of this model.")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        fail(f"{name}_bias", f"of shape {list(bias.shape)}", f"[{weight.shape[0]}]", "Give the head's own bias.")
+
+
+def _check_range(name: str, ids: Tensor | None, vocabulary: int, or_none: bool = True) -> None:
+    """On CPU alone: elsewhere looking would wait for the device, whose own indexing raises."""
+    if ids is None or ids.device.type != "cpu" or not ids.numel():
+        return
+    wrong = (ids < 0) | (ids >= vocabulary)
+    wrong = wrong & (ids != IGNORE_INDEX) if or_none else wrong
+    if wrong.any():
+        expected = f"ids from 0 to {vocabulary - 1}" + (f", or {IGNORE_INDEX} for no label" if or_none else "")
+        fail(name, f"a tensor that holds {int(ids[wrong][0])}", expected, "Take the ids of this vocabulary.")

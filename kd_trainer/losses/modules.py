@@ -1,0 +1,409 @@
+"""Modules and one fit: settings in, one call out.
+
+For: those who write their own training loop, and the trainer's soft loss. Leaves formulas to `divergences.py` and
+`distributions.py`, masks and denominators to `reductions.py`.
+Letters: B rows (sequences), S positions, V classes or vocabulary, N rows of probabilities; T temperature.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..validation import check_choice, check_number, check_temperature, check_tensor, fail
+from .distributions import kl_categorical
+from .divergences import DIVERGENCES, check_divergence, check_logits, divergence_terms, wide
+from .reductions import REDUCTIONS, as_mask, divide, masked_sum, reduce_terms, reduce_total, select_positions
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raises unless `labels` are integer class ids, one per position of `logits` [..., V]."""
+    check_tensor("labels", labels, "integer class ids")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        shown = f"of dtype {labels.dtype}"
+        fail("labels", shown, "integer class ids", "Call `.long()` on labels, not on probabilities.", error=TypeError)
+    as_mask(labels, logits.shape[:-1], argument="labels")
+
+
+class SoftTargetLoss(nn.Module):
+    """T² D(softmax(z_t/T), softmax(z_s/T)), reduced as torch reduces: the soft-target loss of distillation.
+
+    When to use: as the distillation term of your own loop; the trainer uses it too. T² is in the value and in the
+    gradient, so that the loss keeps its weight beside a hard loss when T changes.
+
+    Args:
+        temperature: T > 0; 1 compares the distributions as they are, 2 to 5 is usual. Default 1.
+        divergence: a key of `DIVERGENCES`; see the function of that name. Default 'forward_kl'.
+        beta: see `jsd` and the skew divergences; None for their default, and for all others.
+        reduction: 'none' (elementwise [..., V]), 'sum', 'mean' (over elements), 'batchmean' (sum / B: on [B, S, V] per
+            sequence) or 'tokenmean' (sum / counted positions); see `reductions.reduce_terms`. Default 'batchmean'.
+        ignore_index: positions with this label are not counted. Default -100.
+
+    Returns:
+        From `forward`: nats, float32 or wider, a scalar (but for 'none'). 0 with a gradient path where nothing is
+        counted; +inf where the divergence is.
+
+    Raises:
+        ValueError: a setting out of range; shapes that do not fit.
+        TypeError: logits that are not floating, labels that are not integers.
+
+    Example:
+        >>> teacher = torch.tensor([[2.0, 1.0, 0.1], [1.0, 2.0, 0.5]])
+        >>> student = torch.tensor([[1.8, 1.1, 0.2], [0.9, 2.1, 0.6]])
+        >>> loss = SoftTargetLoss(temperature=3.0)
+        >>> loss
+        SoftTargetLoss(temperature=3.0, divergence='forward_kl', reduction='batchmean', ignore_index=-100)
+        >>> round(loss(student, teacher).item() / 3.0**2, 6)
+        0.00085
+
+    Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        divergence: str = "forward_kl",
+        beta: float | None = None,
+        reduction: str = "batchmean",
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        check_temperature("temperature", temperature)
+        check_divergence(divergence, beta)
+        check_choice("reduction", reduction, REDUCTIONS)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            fail("ignore_index", repr(ignore_index), "a whole number", "Leave it at -100.", error=TypeError)
+        self.temperature, self.divergence, self.beta = temperature, divergence, beta
+        self.reduction, self.ignore_index = reduction, ignore_index
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The loss of `student_logits` [B, ..., V] against `teacher_logits` [B, ..., V], see the class.
+
+        Args:
+            student_logits, teacher_logits: the same shape, at least two dimensions.
+            labels: [B, ...] integers; positions equal to `ignore_index` are not counted. Their values are not used.
+            mask: [B, ...] bool or 0/1; False or 0 is not counted. With both, a position must be counted by both.
+        """
+        check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+        shape = student_logits.shape
+        if len(shape) < 2:
+            shown = f"of shape {list(shape)}"
+            fail("student_logits", shown, "at least [B, V]", "Add the batch dimension: `logits.unsqueeze(0)`.")
+        counted = None if mask is None else as_mask(mask, shape[:-1])
+        if labels is not None:
+            _check_labels(labels, student_logits)
+            labelled = labels != self.ignore_index
+            counted = labelled if counted is None else counted & labelled
+        if self.reduction == "none":
+            return self._elementwise(student_logits, teacher_logits, counted)
+        if counted is not None:
+            student_logits, teacher_logits = (select_positions(z, counted) for z in (student_logits, teacher_logits))
+        divergence = DIVERGENCES[self.divergence]
+        values = divergence(student_logits, teacher_logits, temperature=self.temperature, beta=self.beta)
+        total = values.sum() if self.temperature == 1 else values.sum() * self.temperature**2
+        return reduce_total(total, self.reduction, shape=shape, positions=values.numel())
+
+    def _elementwise(self, student_logits: Tensor, teacher_logits: Tensor, counted: Tensor | None) -> Tensor:
+        if counted is not None:  # before the formula too, whose gradient at NaN would be NaN
+            hidden = ~counted.unsqueeze(-1)
+            student_logits, teacher_logits = (z.masked_fill(hidden, 0.0) for z in (student_logits, teacher_logits))
+        terms = divergence_terms(
+            self.divergence, student_logits, teacher_logits, temperature=self.temperature, beta=self.beta
+        )
+        return reduce_terms(terms * self.temperature**2, counted, reduction="none")
+
+    def extra_repr(self) -> str:
+        beta = "" if self.beta is None else f", beta={self.beta}"
+        return (
+            f"temperature={self.temperature}, divergence={self.divergence!r}{beta}, reduction={self.reduction!r}, "
+            f"ignore_index={self.ignore_index}"
+        )
+
+
+class KLDivergenceLoss(nn.Module):
+    """mean over rows of KL(P || Q) = sum p log(p/q), from probabilities.
+
+    When to use: targets that are probabilities already (soft labels in a file, votes of annotators). From logits take
+    `SoftTargetLoss`.
+
+    Smoothing: with epsilon > 0 both sides become (p + epsilon) / (1 + C epsilon) over their C classes, which are again
+    distributions, so that KL >= 0 and KL(P, P) = 0 stay true. (Adding epsilon to one side, or only inside the
+    logarithm, breaks both.) With epsilon 0 nothing is changed: a class with p > 0 and q = 0 gives +inf, as the
+    definition says, and no gradient.
+
+    Args:
+        epsilon: >= 0, default 1e-8.
+        validate: check every row to be a distribution: finite, >= 0, sum 1 to within the rounding of its dtype. Costs a
+            synchronisation on an accelerator. Default True.
+
+    Returns:
+        From `forward`: nats, a scalar in float32 or wider; 0 for no rows.
+
+    Raises:
+        ValueError: epsilon out of range; shapes that differ or are not [N, C]; a row that is no distribution, named.
+        TypeError: probabilities that are not floating.
+
+    Example:
+        >>> loss = KLDivergenceLoss(epsilon=0.0)
+        >>> round(loss(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.25, 0.25, 0.5]])).item(), 4)
+        0.6931
+        >>> loss(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])).item()
+        inf
+
+    Source: Kullback and Leibler 1951; additive smoothing: Lidstone 1920.
+    """
+
+    def __init__(self, epsilon: float = 1e-8, validate: bool = True) -> None:
+        super().__init__()
+        check_number("epsilon", epsilon, low=0.0)
+        self.epsilon, self.validate = epsilon, validate
+
+    def forward(self, target_probs: Tensor, predicted_probs: Tensor) -> Tensor:
+        """Mean KL of `target_probs` P [N, C] to `predicted_probs` Q [N, C]; the target comes first."""
+        named = {"target_probs": target_probs, "predicted_probs": predicted_probs}
+        for name, probs in named.items():
+            check_tensor(name, probs, "a tensor of probabilities [N, C]")
+            if not probs.is_floating_point():
+                fail(name, f"of dtype {probs.dtype}", "floating", f"Call `{name}.float()`.", error=TypeError)
+        if target_probs.shape != predicted_probs.shape or target_probs.dim() != 2:
+            shapes = f"of shape {list(target_probs.shape)} and `predicted_probs` of shape {list(predicted_probs.shape)}"
+            fail("target_probs", shapes, "both [N, C]", "Give one row of class probabilities per example.")
+        if self.validate:
+            for name, probs in named.items():
+                _check_rows(name, probs.detach())
+        values = kl_categorical(self._smooth(target_probs), self._smooth(predicted_probs))
+        return divide(values.sum(), values.shape[0])
+
+    def _smooth(self, probs: Tensor) -> Tensor:
+        probs = probs.to(wide(probs))
+        return (probs + self.epsilon) / (1 + probs.shape[-1] * self.epsilon) if self.epsilon else probs
+
+    def extra_repr(self) -> str:
+        return f"epsilon={self.epsilon}, validate={self.validate}"
+
+
+def _check_rows(argument: str, probs: Tensor) -> None:
+    """Raises ValueError naming the first row of `probs` [N, C] that is no distribution."""
+    # Rounding C entries is off by an eps or so, the sum inside the softmax that made them by about sqrt(C) of them.
+    # What comes as float64 was often made in float32.
+    eps = max(torch.finfo(probs.dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = eps * (8 + probs.shape[-1] ** 0.5)
+    totals = probs.double().sum(-1)
+    troubles = {
+        "holds NaN or inf": ~probs.isfinite().all(-1),
+        "has a negative entry": (probs < 0).any(-1),
+        "sums to {total:.6g}": (totals - 1).abs() > tolerance,
+    }
+    if not bool(torch.stack(list(troubles.values())).any()):
+        return
+    for trouble, rows in troubles.items():
+        if bool(rows.any()):
+            row = int(rows.nonzero()[0])
+            shown = f"no distribution: row {row} {trouble.format(total=totals[row].item())}"
+            mend = "Apply a softmax to logits, or divide each row by its sum; `validate=False` skips the check."
+            fail(argument, shown, "rows that are finite, non-negative and sum to 1", mend)
+
+
+class DistillationParts(NamedTuple):
+    """What `DistillationLoss` returns: `total` to call backward on, and its unweighted parts for the log."""
+
+    total: Tensor
+    soft: Tensor
+    hard: Tensor
+
+
+class DistillationLoss(nn.Module):
+    """total = alpha * soft + (1 - alpha) * hard; soft = T² D(p, q), hard = cross-entropy with the labels at T = 1.
+
+    When to use: the whole loss of a distillation step in your own loop; `DistillationTrainer` computes the same.
+
+    A term of weight zero is not added (0 * inf would be NaN) and gives no gradient; it is still returned as a part.
+    Both terms have the same denominator, so that alpha weighs the same at every length.
+
+    Args:
+        alpha: the weight of the SOFT loss, in [0, 1]. Default 0.7. (Some texts put their alpha on the hard loss.)
+        temperature: T > 0 of the soft loss. Default 3.
+        divergence, beta: see `SoftTargetLoss`.
+        reduction: 'batchmean' (both sums / B), 'tokenmean' (each sum / its counted positions) or 'sum'. ('mean' would
+            divide the soft loss by V and the hard loss not.)
+        ignore_index: the label of what has no hard loss. Default -100.
+
+    Returns:
+        From `forward`: `DistillationParts(total, soft, hard)`, scalars in nats, float32 or wider.
+
+    Raises:
+        ValueError, TypeError: as `SoftTargetLoss`; alpha outside [0, 1]; labels outside the classes.
+
+    Example:
+        >>> student = torch.tensor([[1.8, 1.1, 0.2], [0.9, 2.1, 0.6]], requires_grad=True)
+        >>> teacher = torch.tensor([[2.0, 1.0, 0.1], [1.0, 2.0, 0.5]])
+        >>> total, soft, hard = DistillationLoss(alpha=0.7, temperature=3.0)(student, teacher, torch.tensor([0, 1]))
+        >>> total.backward()
+        >>> bool(torch.isclose(total, 0.7 * soft + 0.3 * hard))
+        True
+
+    Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.7,
+        temperature: float = 3.0,
+        divergence: str = "forward_kl",
+        beta: float | None = None,
+        reduction: str = "batchmean",
+        ignore_index: int = -100,
+    ) -> None:
+        super().__init__()
+        check_number("alpha", alpha, low=0.0, high=1.0)
+        check_choice("reduction", reduction, ("batchmean", "tokenmean", "sum"))
+        self.alpha = alpha
+        self.soft_loss = SoftTargetLoss(
+            temperature=temperature, divergence=divergence, beta=beta, reduction=reduction, ignore_index=ignore_index
+        )
+
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, mask: Tensor | None = None
+    ) -> DistillationParts:
+        """The loss on logits [B, ..., V] and labels [B, ...], see the class.
+
+        Args:
+            student_logits, teacher_logits: the same shape.
+            labels: integer class ids; `ignore_index` where there is no label.
+            mask: [B, ...], what the soft loss counts. None: every row of [B, V], where a row without a label still has
+                a teacher; on [B, S, V] the positions that have a label, since the others are mostly padding. Give the
+                mask where tokens are flattened to [B * S, V].
+        """
+        check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+        _check_labels(labels, student_logits)
+        counted_by_labels = labels if mask is None and student_logits.dim() > 2 else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha > 0):
+            soft = self.soft_loss(student_logits, teacher_logits, labels=counted_by_labels, mask=mask)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
+            hard = self._hard(student_logits, labels)
+        if self.alpha in (0, 1):
+            return DistillationParts(soft if self.alpha else hard, soft, hard)
+        return DistillationParts(self.alpha * soft + (1 - self.alpha) * hard, soft, hard)
+
+    def _hard(self, student_logits: Tensor, labels: Tensor) -> Tensor:
+        ignore_index = self.soft_loss.ignore_index
+        labelled = labels != ignore_index
+        rows = select_positions(student_logits, labelled)
+        kept = select_positions(labels, labelled).long()
+        _check_ids(kept, rows.shape[-1], ignore_index)
+        total = masked_sum(F.cross_entropy(rows.to(wide(rows)), kept, reduction="none"))
+        return reduce_total(total, self.soft_loss.reduction, shape=student_logits.shape, positions=rows.shape[0])
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+
+def _check_ids(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises ValueError for a label outside [0, classes); on an accelerator, where looking waits, torch asserts."""
+    if labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    lowest, highest = (int(x) for x in labels.aminmax())
+    if lowest < 0 or highest >= classes:
+        shown = f"{lowest if lowest < 0 else highest} at some position"
+        mend = f"Mark what has no label with {ignore_index}; check that the model has an output for every class."
+        fail("labels", shown, f"class ids in [0, {classes - 1}]", mend)
+
+
+def fit_temperature(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    minimum: float = 0.01,
+    maximum: float = 100.0,
+) -> float:
+    """argmin over T of mean -log softmax(logits/T)[label]: the temperature that calibrates a classifier.
+
+    When to use: on held-out data, to state or mend the calibration of a teacher or student (divide its logits by the
+    result; the predicted classes do not change). This is not the temperature of distillation.
+
+    The negative log-likelihood is convex in 1/T, so its slope is searched by Newton steps kept inside a bracket, in
+    float64, to about 1e-10. On perfectly separable data (every label has the largest logit) the likelihood
+    grows without end as T goes to 0, and on labels that are worse than chance as T goes to infinity: then a
+    RuntimeWarning says so, and the end of the bracket is returned.
+
+    Args:
+        logits: [..., V], finite, any floating dtype.
+        labels: [...] integer class ids.
+        ignore_index: positions with this label are left out. Default -100.
+        minimum, maximum: the bracket, 0 < minimum < maximum. Defaults 0.01 and 100.
+
+    Returns:
+        T > 0: above 1 for an overconfident model, below 1 for an underconfident one.
+
+    Raises:
+        ValueError: no labelled position, logits that are not finite, labels outside the classes, a bad bracket.
+        TypeError: labels that are not integers.
+
+    Example:
+        >>> logits = torch.tensor([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]])
+        >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # 75% right: 4/T = log 3
+        3.641
+
+    Source: Guo et al. 2017, arXiv:1706.04599.
+    """
+    check_number("minimum", minimum, low=0.0, open_low=True)
+    check_number("maximum", maximum, low=minimum, open_low=True)
+    check_logits(logits=logits)
+    _check_labels(labels, logits)
+    labelled = labels != ignore_index
+    rows = select_positions(logits.detach(), labelled).double()
+    kept = select_positions(labels, labelled).long()
+    if rows.shape[0] == 0:
+        shown = f"{ignore_index} at every position"
+        fail("labels", shown, "at least one label", "Fit the temperature on labelled data.")
+    if not bool(rows.isfinite().all()):
+        fail("logits", "not finite everywhere", "finite logits", "Look for NaN or inf in the model's output.")
+    _check_ids(kept, rows.shape[-1], ignore_index)
+    return _newton_in_bracket(rows, rows.gather(1, kept.unsqueeze(1)), minimum, maximum)
+
+
+def _newton_in_bracket(rows: Tensor, of_labels: Tensor, minimum: float, maximum: float) -> float:
+    """The root of the slope of the mean NLL in b = 1/T, E[z] - z_label averaged over the rows, in the bracket."""
+
+    def slope_and_curvature(b: float) -> tuple[float, float]:
+        probs = torch.softmax(rows * b, -1)
+        expected = (probs * rows).sum(-1, keepdim=True)
+        variance = (probs * (rows - expected).square()).sum(-1)
+        return float((expected - of_labels).mean()), float(variance.mean())
+
+    low, high = 1 / maximum, 1 / minimum
+    if slope_and_curvature(low)[0] >= 0:
+        warnings.warn(
+            f"The labels are no likelier than chance under `logits`: the best temperature is infinite, {maximum:g} is "
+            "returned. Check that logits and labels belong together.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return maximum
+    if slope_and_curvature(high)[0] <= 0:
+        warnings.warn(
+            f"`logits` separate the labels (almost) perfectly: the best temperature goes to 0, {minimum:g} is "
+            "returned. Fit on more or harder held-out data before you use it.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return minimum
+    b = 1.0 if low < 1 < high else (low * high) ** 0.5
+    for _ in range(100):
+        slope, curvature = slope_and_curvature(b)
+        low, high = (b, high) if slope < 0 else (low, b)
+        step = b - slope / curvature if curvature > 0 else low
+        following = step if low < step < high else (low * high) ** 0.5
+        if abs(following - b) <= 1e-12 * b:
+            break
+        b = following
+    return 1 / b

@@ -1,0 +1,328 @@
+"""The comparison of teacher, distilled and baseline runs: table, report files and pictures.
+
+For: an honest answer to "what did distillation bring?", from the output folders of any runs, with spreads over seeds.
+Leaves to others: reading folders and the numbers (`runs.py`), the drawing (`plots.py`), training (`trainer.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..files import write_atomically
+from ..losses import IGNORE_INDEX
+from ..validation import fail
+from .plots import PlottedModel, draw_all
+from .runs import NUMBERS, PREDICTIONS_FILE, Row, Run, accuracy_of, compare, finite, load_run, save_predictions
+
+__all__ = ["Report", "Row", "Run", "build_report", "load_run", "markdown_table", "print_table", "save_predictions"]
+
+
+class Column(NamedTuple):
+    """A number as the table shows it: which one, its headings in full and for the console, its format."""
+
+    number: str
+    heading: str
+    short: str
+    spec: str
+
+
+_ACCURACY = (
+    Column("parameters", "Parameters", "Parameters", ",.0f"),
+    Column("compression_ratio", "Compression", "Ratio", ".1f"),
+    Column("test_accuracy_percent", "Test accuracy (%)", "Accuracy %", ".1f"),
+    Column("improvement_points", "Over baseline (points)", "Over base", "+.1f"),
+    Column("gap_points", "Gap to teacher (points)", "Gap", ".1f"),
+)
+_FIDELITY = (
+    Column("agreement_percent", "Agreement with teacher (%)", "Agree %", ".1f"),
+    Column("kl_to_teacher_nats", "KL to teacher (nats)", "KL (nats)", ".4f"),
+    Column("ece", "ECE", "ECE", ".3f"),
+    Column("nll_nats", "NLL (nats)", "NLL (nats)", ".3f"),
+    Column("train_seconds", "Training (s)", "Train s", ".1f"),
+)
+COLUMNS = (*_ACCURACY, *_FIDELITY)
+_WIDTH = 100  # characters, where there is no terminal to ask; a narrower terminal breaks the cells, never cuts them
+_CAPTIONS = {
+    "learning_curves.png": "Learning curves: training loss and evaluation accuracy over the optimizer steps",
+    "reliability.png": "Reliability: accuracy by confidence on the test data",
+    "agreement.png": "Agreement with the teacher, over all test rows and class by class",
+    "temperature.png": "What the temperature does to the teacher's soft targets",
+    "divergences.png": "Distance of the students Q from the teacher P, by direction of the divergence",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The finished comparison; `files` are what was written, in the order report.md, report.json, pictures."""
+
+    title: str
+    rows: list[Row]
+    findings: list[str]
+    notes: list[str]
+    files: list[Path]
+
+
+def _findings(rows: Sequence[Row]) -> list[str]:
+    """Sentences that follow from the numbers alone, also where they disappoint."""
+    accuracies = [value for row in rows if (value := row.mean("test_accuracy_percent")) is not None]
+    if len(rows) > 1 and len(accuracies) == len(rows) and min(accuracies) >= 99.95:
+        return [
+            f"All {len(rows)} models reach 100.0% test accuracy: the task is too easy to tell them apart. "
+            "There is nothing to see here of what distillation brings."
+        ]
+    teacher = next((row for row in rows if row.role == "teacher"), None)
+    sentences = [_verdict(row) for row in rows if row.role == "student"]
+    best = teacher.mean("improvement_points") if teacher else None
+    if best is not None and best <= 0:
+        sentences.append("The teacher is no better than the baseline: it has little to teach on these rows.")
+    return [sentence for sentence in sentences if sentence]
+
+
+def _verdict(row: Row) -> str | None:
+    """Whether this student beats its baseline by more than chance, and how much of the teacher's lead it makes up."""
+    gain = row.mean("improvement_points")
+    if gain is None or row.baseline is None:
+        return None
+    rival = row.baseline
+    spread, meaning = _spread(row, rival)
+    names = [f"“{each.name}”" for each in (row, rival)]
+    if spread is None:
+        sentence = (
+            f"{names[0]} differs from {names[1]} by {gain:+.1f} points in one run; without more seeds or stored "
+            "test predictions this cannot be told from chance."
+        )
+    elif abs(gain) <= spread:
+        sentence = f"{names[0]} does not differ from {names[1]} beyond the spread: {gain:+.1f} points, {meaning}."
+    elif gain < 0:
+        sentence = f"{names[0]} is worse than {names[1]}: {gain:+.1f} points, {meaning}."
+    else:
+        sentence = f"{names[0]} beats {names[1]}: {gain:+.1f} points, {meaning}."
+        gap = row.mean("gap_points")
+        if gap is not None and gain + gap > 0:
+            sentence += f" That is {100 * gain / (gain + gap):.0f}% of the teacher's lead."
+    steps, rival_steps = row.runs[0].steps, rival.runs[0].steps
+    if steps and rival_steps and max(steps, rival_steps) > 1.1 * min(steps, rival_steps):
+        sentence += f" They did not train equally long: {steps:,} against {rival_steps:,} optimizer steps."
+    return sentence
+
+
+def _spread(row: Row, rival: Row) -> tuple[float | None, str]:
+    """What chance may do to the improvement, in points: over seeds, or over the test rows where there is one run."""
+    paired = len(row.runs) == len(rival.runs)
+    spreads = [row.std("improvement_points"), None if paired else rival.std("test_accuracy_percent")]
+    known = [spread for spread in spreads if spread is not None]
+    if known:
+        spread = math.hypot(*known)
+        return spread, f"standard deviation {spread:.1f} over {max(len(row.runs), len(rival.runs))} seeds"
+    if len(row.runs) > 1 or not row.runs[0].predictions or not rival.runs[0].predictions:
+        return None, ""
+    (logits, labels), rival_logits = row.runs[0].predictions, rival.runs[0].predictions.logits
+    counted = labels != IGNORE_INDEX
+    right, rival_right = ((each.argmax(-1) == labels)[counted].double() for each in (logits, rival_logits))
+    if len(right) < 2:
+        return None, ""
+    error = 200 * (right - rival_right).std().item() / math.sqrt(len(right))
+    return error, f"twice the standard error over {len(right):,} test rows {error:.1f} (one run)"
+
+
+def _missing(rows: Sequence[Row]) -> list[str]:
+    """What the table does not know, and what would tell it."""
+    notes = []
+    if all(row.role != "teacher" for row in rows):
+        notes.append("No run is named teacher: teacher=DIR gives compression, gap, agreement and KL.")
+    if all(row.role != "baseline" for row in rows):
+        notes.append("No run is named baseline: baseline=DIR shows what distillation itself brings.")
+    for row in rows:
+        without = [str(run.path) for run in row.runs if not run.predictions]
+        if without:
+            notes.append(f"{row.name}: no {PREDICTIONS_FILE} in {', '.join(without)} (save_predictions writes it).")
+        splits = [accuracy_of(run)[1] for run in row.runs]
+        if "eval" in splits:
+            notes.append(f"{row.name}: its accuracy is eval_accuracy; the folder holds no test accuracy.")
+        for run in row.runs:
+            stored, (measured, split) = finite(run.results.get("test_accuracy")), accuracy_of(run)
+            if stored is not None and measured is not None and split == "test" and abs(stored - measured) > 1e-3:
+                notes.append(
+                    f"{row.name}: test_accuracy {stored:.4f} in all_results.json is not that of the stored predictions "
+                    f"({measured:.4f}, shown) in {run.path}."
+                )
+        for column in COLUMNS:
+            count = sum(seed[column.number] is not None for seed in row.seeds)
+            if 0 < count < len(row.seeds):
+                notes.append(f"{row.name}: {column.heading} is known for {count} of {len(row.seeds)} seeds.")
+    return notes
+
+
+def build_report(
+    runs: Sequence[Run],
+    output_dir: str | os.PathLike[str],
+    *,
+    title: str = "Distillation report",
+    notes: Iterable[str] = (),
+    plots: bool = True,
+) -> Report:
+    """Compares runs and writes report.md, report.json and the pictures to `output_dir`.
+
+    Runs of one name are seeds of one row (mean and sample standard deviation). The i-th run of a name belongs to the
+    i-th teacher, unless there is one teacher for all. Improvement is over the baseline whose name has the same ending
+    ("distilled, 20 epochs" and "baseline, 20 epochs"), else over the plain one: seed by seed where both have equally
+    many, else over its mean. The gap is teacher minus model: positive where the model is behind.
+
+    Args:
+        runs: from `load_run`, at least one.
+        output_dir: made if missing; files of an earlier report are replaced.
+        title: the heading.
+        notes: sentences to print below the table.
+        plots: draw the pictures; without matplotlib the rest is written and a note says how to install it.
+
+    Returns:
+        The `Report`, for `print_table` and `markdown_table`.
+
+    Raises:
+        ValueError: no runs; test predictions of different rows; more students than teachers.
+
+    Example:
+        >>> report = build_report([load_run("out/teacher"), load_run("out/kd", "distilled")], "out")  # doctest: +SKIP
+    """
+    if not runs:
+        fail("runs", list(runs), "at least one run", "Give the output folders of Trainer runs.")
+    rows = compare(runs)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    all_notes = [*notes, *_missing(rows)]
+    pictures: dict[str, bytes] = {}
+    if plots:
+        try:
+            pictures = draw_all([_plotted(row) for row in rows])
+        except ImportError as error:
+            all_notes.append(str(error))
+    names = ["report.md", "report.json", *pictures]
+    report = Report(title, rows, _findings(rows), all_notes, [folder / name for name in names])
+    for name, image in pictures.items():
+        write_atomically(folder / name, image)
+    write_atomically(folder / "report.json", _json(report).encode())
+    write_atomically(folder / "report.md", _markdown(report).encode())
+    return report
+
+
+def _plotted(row: Row) -> PlottedModel:
+    """What the pictures show of a row."""
+    predictions = []
+    for run, teacher in zip(row.runs, row.teachers, strict=True):
+        if run.predictions:
+            predictions.append(
+                (*run.predictions, teacher.predictions.logits if teacher and teacher.predictions else None)
+            )
+    numbers = {number: (row.mean(number), row.std(number)) for number in NUMBERS}
+    return PlottedModel(row.name, row.role, [run.log_history for run in row.runs], predictions, numbers)
+
+
+def _cell(row: Row, column: Column) -> str:
+    """A number as the table prints it: mean, ± standard deviation over seeds, – where unknown."""
+    mean, std = row.mean(column.number), row.std(column.number)
+    if mean is None:
+        return "–"
+    unit = "x" if column.number == "compression_ratio" else ""
+    text = f"{mean:{column.spec}}{unit}"
+    # Seeds share an architecture: "± 0" parameters would only be noise.
+    same = column.number in ("parameters", "compression_ratio") and not std
+    return text if std is None or same else f"{text} ± {std:{column.spec.lstrip('+')}}"
+
+
+def markdown_table(report: Report) -> str:
+    """The comparison as a Markdown table, for a model card: one row per model, the seeds' mean ± standard deviation."""
+    lines = [
+        "| Model | " + " | ".join(column.heading for column in COLUMNS) + " |",
+        "|:---|" + "---:|" * len(COLUMNS),
+    ]
+    for row in report.rows:
+        name = row.name.replace("|", "\\|")
+        lines.append(f"| {name} | " + " | ".join(_cell(row, column) for column in COLUMNS) + " |")
+    return "\n".join(lines)
+
+
+def _how_to_read(rows: Sequence[Row]) -> str:
+    counts = {len(row.runs) for row in rows}
+    each = (
+        f"{counts.pop()} seeds"
+        if len(counts) == 1
+        else f"seeds ({'; '.join(f'{r.name}: {len(r.runs)}' for r in rows)})"
+    )
+    text = f"± is the standard deviation over {each}. " if any(len(row.runs) > 1 for row in rows) else ""
+    if sum(row.role == "baseline" for row in rows) > 1:
+        text += "Each model is compared with the baseline of the same ending. "
+    return text + (
+        "Gap: teacher minus model. KL: KL(teacher‖model) per test row at temperature 1. "
+        "ECE: expected calibration error, 15 bins. –: not known from the folders."
+    )
+
+
+def _markdown(report: Report) -> str:
+    parts = [f"# {report.title}", markdown_table(report), _how_to_read(report.rows)]
+    if report.findings:
+        parts += ["## What the numbers say", "\n".join(f"- {sentence}" for sentence in report.findings)]
+    formulas = [f"- {row.name}: `{formula}`" for row in report.rows for formula in row.formulas()]
+    if formulas:
+        parts += ["## Loss", "\n".join(formulas)]
+    pictures = [path.name for path in report.files if path.suffix == ".png"]
+    if pictures:
+        parts += ["## Pictures", *(f"![{_CAPTIONS[name]}]({name})\n\n*{_CAPTIONS[name]}*" for name in pictures)]
+    if report.notes:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in report.notes)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _json(report: Report) -> str:
+    """All numbers, per seed and over seeds, as strict JSON: what is no finite number is null."""
+    rows = [
+        {
+            "name": row.name,
+            "role": row.role,
+            "improvement_over": row.baseline.name if row.baseline else None,
+            "formulas": row.formulas(),
+            "runs": [
+                {"path": str(run.path), "steps": run.steps, **{key: finite(value) for key, value in seed.items()}}
+                for run, seed in zip(row.runs, row.seeds, strict=True)
+            ],
+            "mean": {key: finite(row.mean(key)) for key in NUMBERS},
+            "std": {key: finite(row.std(key)) for key in NUMBERS},
+        }
+        for row in report.rows
+    ]
+    pictures = [path.name for path in report.files if path.suffix == ".png"]
+    content = {"title": report.title, "rows": rows, "findings": report.findings, "notes": report.notes}
+    return json.dumps({**content, "pictures": pictures}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def print_table(report: Report, console: Console | None = None) -> None:
+    """Prints the comparison as two narrow tables, what they say, and the notes; plain where there is no terminal."""
+    if console is None:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=_WIDTH)
+    console.print(Text(report.title, style="bold"))
+    for columns in (_ACCURACY, _FIDELITY):
+        if not any(row.mean(column.number) is not None for row in report.rows for column in columns):
+            continue
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("Model", overflow="fold")
+        for column in columns:
+            table.add_column(column.short, justify="right", overflow="fold", no_wrap=console.width >= _WIDTH)
+        for row in report.rows:
+            table.add_row(Text(row.name), *(_cell(row, column) for column in columns))
+        console.print(table)
+    formulas = [f"Loss of {row.name}: {formula}" for row in report.rows for formula in row.formulas()]
+    notes = [f"Note: {note}" for note in report.notes]
+    for line in (_how_to_read(report.rows), *formulas, *report.findings, *notes):
+        console.print(Text(line))

@@ -1,0 +1,393 @@
+"""The pictures of the report: what the models did, drawn from their logits and logs.
+
+For: PNG images as bytes, one colour per model in all of them, from a palette that colour-blind readers can tell apart.
+Leaves to others: reading folders, the numbers of the table and writing files (`comparison.py`).
+Shapes: N test rows, C classes; logits are [N, C], labels [N] with -100 = unlabelled.
+matplotlib is imported while drawing, on a canvas of its own: the user's backend stays.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .fidelity import reliability_bins
+
+TEMPERATURES = (1, 2, 3, 5, 10)
+DIVERGENCE_LABELS = {
+    "kl_to_teacher_nats": "KL(P‖Q), forward",
+    "reverse_kl_nats": "KL(Q‖P), reverse",
+    "jsd_nats": "Jensen-Shannon",
+}
+# Okabe and Ito's colours: the teacher is black, baselines are warm, all other students are cool.
+_TEACHER = "#000000"
+_BASELINES = ("#D55E00", "#E69F00", "#A6761D")
+_STUDENTS = ("#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#7570B3")
+_STYLE: Any = {
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+_DPI = 150
+_SHOWN_CLASSES = 10
+_FEW_ROWS = 10
+
+
+@dataclass(frozen=True)
+class PlottedModel:
+    """What the pictures need of one row of the table; lists hold one entry per seed.
+
+    `role` is "teacher", "baseline" or another word (a student); `predictions` are (logits, labels, logits of the
+    teacher of that seed or None); `numbers` maps a key of the table to (mean, standard deviation or None).
+    """
+
+    name: str
+    role: str
+    histories: list[list[dict[str, Any]]]
+    predictions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+    numbers: Mapping[str, tuple[float | None, float | None]]
+
+
+def draw_all(models: Sequence[PlottedModel]) -> dict[str, bytes]:
+    """Draws every picture that the data allows: file name -> PNG bytes, in the order of the report.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to install it.
+    """
+    try:
+        import matplotlib
+        import matplotlib.figure
+    except ImportError as error:
+        raise ImportError("The plots need matplotlib: pip install kd_trainer[plots]") from error
+
+    pictures: dict[str, Callable[[Sequence[PlottedModel], dict[str, str]], Any]] = {
+        "learning_curves.png": _learning_curves,
+        "reliability.png": _reliability,
+        "agreement.png": _agreement,
+        "temperature.png": _temperature,
+        "divergences.png": _divergences,
+    }
+    drawn = {}
+    with matplotlib.rc_context(_STYLE):
+        colors = _colors(models)
+        for name, draw in pictures.items():
+            figure = draw(models, colors)
+            if figure is not None:
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=_DPI)
+                drawn[name] = buffer.getvalue()
+    return drawn
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure outside of pyplot: no global state, no window, drawn by Agg. Sizes in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _colors(models: Sequence[PlottedModel]) -> dict[str, str]:
+    """One colour per model name, the same in every picture."""
+    colors, seen = {}, {"baseline": 0, "student": 0}
+    for model in models:
+        if model.role == "teacher":
+            colors[model.name] = _TEACHER
+            continue
+        kind, palette = ("baseline", _BASELINES) if model.role == "baseline" else ("student", _STUDENTS)
+        colors[model.name] = palette[seen[kind] % len(palette)]
+        seen[kind] += 1
+    return colors
+
+
+def _wrapped(name: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(name, width, max_lines=3, placeholder="…")) or name
+
+
+def _whiskers(spread: Sequence[float | None]) -> np.ndarray:
+    """Standard deviations as error bars; NaN, which draws none, where there is one seed."""
+    return np.array([math.nan if value is None else value for value in spread])
+
+
+def _legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], columns: int) -> None:
+    """A legend under the panels, where it covers no data."""
+    short = [_wrapped(label, 110 // columns) for label in labels]
+    figure.legend(handles, short, loc="outside lower center", ncols=columns)
+
+
+def _values(history: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """{optimizer step: value} of one logged key, where the value is a finite number."""
+    found = {}
+    for entry in history:
+        value = entry.get(key)
+        if "step" in entry and isinstance(value, (int, float)) and math.isfinite(value):
+            found[int(entry["step"])] = float(value)
+    return found
+
+
+def _draw_curve(axes: Any, seeds: list[dict[int, float]], color: str, scale: float, marker: str | None) -> Any:
+    """The mean over seeds with a band of one standard deviation; single lines where the seeds' steps differ."""
+    steps = sorted(set.intersection(*map(set, seeds)))
+    if len(steps) < max(map(len, seeds)) / 2:
+        for seed in seeds:
+            (line,) = axes.plot(
+                list(seed), scale * np.array(list(seed.values())), color=color, lw=1, marker=marker, ms=3
+            )
+        return line
+    values = scale * np.array([[seed[step] for step in steps] for seed in seeds])
+    mean = values.mean(0)
+    if len(seeds) > 1:
+        spread = values.std(0, ddof=1)
+        axes.fill_between(steps, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
+    (line,) = axes.plot(steps, mean, color=color, lw=1.6, marker=marker, ms=3.5)
+    return line
+
+
+def _learning_curves(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
+    """Training loss and evaluation accuracy over the optimizer steps."""
+    panels = []
+    for key, label, scale, marker in (("loss", "training loss", 1, None), ("eval_accuracy", "accuracy (%)", 100, "o")):
+        curves = {}
+        for model in models:
+            seeds = [seed for seed in (_values(history, key) for history in model.histories) if seed]
+            if seeds:
+                curves[model.name] = seeds
+        if curves:
+            panels.append((label, scale, marker, curves))
+    if not panels:
+        return None
+    figure = _figure(4.8 * len(panels) + (1.2 if len(panels) == 1 else 0), 4.2)
+    handles: dict[str, Any] = {}
+    for axes, (label, scale, marker, curves) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for name, seeds in curves.items():
+            handles[name] = _draw_curve(axes, seeds, colors[name], scale, marker)
+        losses = label == "training loss"
+        axes.set_title("Training loss\n(of each run's own objective)" if losses else "Accuracy on the evaluation data")
+        axes.set_ylabel(label)
+        lengths = [max(map(max, seeds)) for seeds in curves.values()]
+        # A short run beside one of many times its length would be squeezed into the left edge.
+        long = max(lengths) > 4 * min(lengths)
+        axes.set_xlabel("optimizer step (log scale)" if long else "optimizer step")
+        if long:
+            axes.set_xscale("log")
+        axes.grid(True)
+    _legend_below(figure, list(handles.values()), list(handles), min(3, len(handles)))
+    return figure
+
+
+def _pooled(model: PlottedModel) -> tuple[torch.Tensor, torch.Tensor]:
+    """The test rows of all seeds behind one another: logits and labels."""
+    return torch.cat([logits for logits, _, _ in model.predictions]), torch.cat([row[1] for row in model.predictions])
+
+
+def _reliability(models: Sequence[PlottedModel], colors: dict[str, str], bins: int = 15) -> Any:
+    """Accuracy by confidence, one panel per model."""
+    shown = [model for model in models if any((labels >= 0).any() for _, labels, _ in model.predictions)]
+    if not shown:
+        return None
+    columns = min(len(shown), 3) if len(shown) != 4 else 4
+    rows = math.ceil(len(shown) / columns)
+    figure = _figure(max(2.7 * columns, 5.6), 3.0 * rows + 0.7)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes, model in zip(panels, shown, strict=False):
+        _draw_bins(axes, *_pooled(model), bins, colors[model.name])
+        axes.set_title(f"{_wrapped(model.name, 24)}\nECE {model.numbers['ece'][0]:.3f}")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    for index, axes in enumerate(panels):
+        axes.set_visible(index < len(shown))
+        # Shared axes label the last line of panels only, which may be shorter than the others.
+        axes.tick_params(labelbottom=index + columns >= len(shown))
+        axes.set_xlabel("confidence (largest probability)" if index + columns >= len(shown) else "")
+        axes.set_ylabel("accuracy" if index % columns == 0 else "")
+    figure.suptitle("Reliability on the test data: accuracy by confidence", fontsize=11)
+    _reliability_legend(figure)
+    return figure
+
+
+def _draw_bins(axes: Any, logits: torch.Tensor, labels: torch.Tensor, bins: int, color: str) -> None:
+    found = reliability_bins(logits, labels, bins)
+    edges = np.linspace(0, 1, bins + 1)
+    rows = (found.fraction * (labels >= 0).sum()).round()
+    bars = axes.bar((edges[1:] + edges[:-1]) / 2, found.accuracy.nan_to_num(0).numpy(), 0.92 / bins, color=color)
+    for bar, count in zip(bars, rows.tolist(), strict=True):
+        bar.set_alpha(0.5 if count >= _FEW_ROWS else 0.15)
+    axes.stairs(found.fraction.numpy(), edges, color="black", lw=1.3)
+    axes.plot([0, 1], [0, 1], color="black", ls=(0, (4, 3)), lw=1)
+
+
+def _reliability_legend(figure: Any) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(color="#888888", alpha=0.7),
+        Patch(color="#888888", alpha=0.25),
+        Line2D([], [], color="black", lw=1.3),
+        Line2D([], [], color="black", ls="--", lw=1),
+    ]
+    labels = ["accuracy in the bin", f"same, fewer than {_FEW_ROWS} rows", "share of the rows", "perfectly calibrated"]
+    _legend_below(figure, handles, labels, 2)
+
+
+def _agreement(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
+    """Who says what the teacher says: over all rows, and by class of the label."""
+    shown = [m for m in models if m.role != "teacher" and m.numbers["agreement_percent"][0] is not None]
+    if not shown:
+        return None
+    figure = _figure(10.5, 1.9 + 0.62 * len(shown))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    places = np.arange(len(shown))
+    mean, spread = zip(*(model.numbers["agreement_percent"] for model in shown), strict=True)
+    whiskers = _whiskers(spread)
+    left.barh(places, mean, 0.6, xerr=whiskers, color=[colors[m.name] for m in shown], alpha=0.75, capsize=3)
+    for place, value in zip(places, mean, strict=True):
+        left.annotate(f"{value:.1f}%", (1.02, place), xycoords=("axes fraction", "data"), va="center")
+    points = [(m.numbers["test_accuracy_percent"][0], place) for m, place in zip(shown, places - 0.18, strict=True)]
+    points = [point for point in points if point[0] is not None]
+    if points:
+        left.scatter(*zip(*points, strict=True), marker="D", s=34, color="white", edgecolors="black", zorder=3)
+    teacher = next((m.numbers["test_accuracy_percent"][0] for m in models if m.role == "teacher"), None)
+    if teacher is not None:
+        left.axvline(teacher, color=_TEACHER, ls="--", lw=1, zorder=0)
+    left.set_yticks(places, [_wrapped(model.name, 20) for model in shown])
+    left.set_ylim(len(shown) - 0.5, -0.5)  # as the map beside it
+    left.set(xlim=(0, 100), xlabel="test rows (%)", title="Same answer as the teacher")
+    _agreement_legend(figure, bool(points), teacher is not None)
+    _agreement_by_class(figure, right, shown)
+    return figure
+
+
+def _agreement_legend(figure: Any, accuracy: bool, teacher: bool) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    entries: list[tuple[Any, str]] = [(Patch(color="#888888"), "agreement with the teacher")]
+    if accuracy:
+        diamond = Line2D([], [], marker="D", ls="", markerfacecolor="white", markeredgecolor="black")
+        entries.append((diamond, "test accuracy"))
+    if teacher:
+        entries.append((Line2D([], [], color=_TEACHER, ls="--", lw=1), "teacher's test accuracy"))
+    handles, labels = zip(*entries, strict=True)
+    _legend_below(figure, handles, labels, len(entries))
+
+
+def _agreement_by_class(figure: Any, axes: Any, shown: Sequence[PlottedModel]) -> None:
+    """A map of the agreement per class of the label (of the teacher's answer where no row is labelled)."""
+    tables, by_label = [], True
+    for model in shown:
+        rows = [row for row in model.predictions if row[2] is not None]
+        student = torch.cat([logits for logits, _, _ in rows])
+        labels = torch.cat([labels for _, labels, _ in rows])
+        teacher = torch.cat([row[2] for row in rows if row[2] is not None])
+        if not (labels >= 0).any():
+            by_label, labels = False, teacher.argmax(-1)
+        same = (student.argmax(-1) == teacher.argmax(-1)).double()
+        counted = labels >= 0
+        total = torch.bincount(labels[counted], minlength=student.shape[-1])
+        table = torch.bincount(labels[counted], weights=same[counted], minlength=student.shape[-1]) / total
+        tables.append(100 * table.numpy())
+    width = max(map(len, tables))
+    values = np.array([np.pad(table, (0, width - len(table)), constant_values=np.nan) for table in tables])
+    image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=min(50.0, float(np.nanmin(values))), vmax=100)
+    figure.colorbar(image, ax=axes, label="agreement (%)", pad=0.02)
+    axes.set_yticks([])
+    if width <= 12:
+        axes.set_xticks(range(width))
+        middle = (image.norm.vmin + 100) / 2
+        for (row, column), value in np.ndenumerate(values):
+            if math.isfinite(value):
+                shade = "black" if value > middle else "white"
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=shade)
+    axes.set(
+        xlabel="class of the label" if by_label else "class that the teacher gives", title="The same, class by class"
+    )
+
+
+def _temperature(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
+    """What the temperature does to the teacher's soft targets: on average, and on one row."""
+    teachers = [model for model in models if model.role == "teacher" and model.predictions]
+    if not teachers:
+        return None
+    logits = _pooled(teachers[0])[0].double()
+    ranks = min(logits.shape[-1], _SHOWN_CLASSES)
+    figure = _figure(9.6, 4.2)
+    left, right = figure.subplots(1, 2)
+    log_probs = logits.log_softmax(-1)
+    entropy = torch.special.entr(log_probs.exp()).sum(-1)
+    # Most rows of a good teacher are certain: one at the 90th percentile of the entropy has something to show.
+    row = logits[entropy.argsort()[int(0.9 * (len(entropy) - 1))]]
+    order = row.argsort(descending=True)[:ranks]
+    shades = _temperature_shades(len(TEMPERATURES))
+    handles = []
+    for temperature, shade in zip(TEMPERATURES, shades, strict=True):
+        mean = (logits / temperature).softmax(-1).sort(-1, descending=True).values.mean(0)[:ranks]
+        (line,) = left.plot(range(1, ranks + 1), mean.numpy(), "o-", color=shade, lw=1.6, ms=4)
+        right.plot(range(ranks), (row / temperature).softmax(-1)[order].numpy(), "o-", color=shade, lw=1.6, ms=4)
+        handles.append(line)
+    left.set(title="Teacher's soft targets, mean over the test rows", xlabel="rank of the class", ylabel="probability")
+    left.set_xticks(range(1, ranks + 1))
+    right.set(title="One unsure test row (90th percentile of the entropy)", xlabel="class, most likely first")
+    right.set_xticks(range(ranks), [str(int(index)) for index in order])
+    for axes in (left, right):
+        axes.set_ylim(0, 1.03)
+        axes.grid(True)
+    _legend_below(figure, handles, [f"T = {temperature}" for temperature in TEMPERATURES], len(TEMPERATURES))
+    return figure
+
+
+def _temperature_shades(count: int) -> list[Any]:
+    """From dark (T = 1) to light: an order that stays one in grey."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](place) for place in np.linspace(0.0, 0.85, count)]
+
+
+def _divergences(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
+    """The three divergences between teacher P and student Q, side by side."""
+    from matplotlib.patches import Patch
+
+    shown = [m for m in models if m.role != "teacher" and m.numbers["kl_to_teacher_nats"][0] is not None]
+    if not shown:
+        return None
+    figure = _figure(max(6.4, 2.1 * len(shown) + 1.5), 4.4)
+    axes = figure.subplots()
+    drawn = []
+    for index, key in enumerate(DIVERGENCE_LABELS):
+        mean = np.array([model.numbers[key][0] for model in shown], dtype=float)
+        spread = _whiskers([model.numbers[key][1] for model in shown])
+        places = np.arange(len(shown)) + (index - 1) * 0.27
+        finite = np.isfinite(mean)
+        color = ("#0072B2", "#E69F00", "#009E73")[index]
+        axes.bar(places[finite], mean[finite], 0.25, yerr=spread[finite], color=color, capsize=2, error_kw={"lw": 1})
+        drawn.append((color, mean[finite], places, mean, spread))
+    positive = np.concatenate([mean[mean > 0] for _, mean, _, _, _ in drawn])
+    # One far-off student would flatten the bars of the others.
+    logarithmic = len(positive) > 0 and positive.max() > 30 * positive.min()
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.set_ylim(positive.min() / 3, positive.max() * 3)
+    for _, _, places, mean, spread in drawn:
+        for place, value, whisker in zip(places, mean, spread, strict=True):
+            if math.isfinite(value):
+                above = (place, value + np.nan_to_num(whisker))
+                axes.annotate(f"{value:.3g}", above, (0, 3), textcoords="offset points", ha="center", fontsize=8)
+            else:
+                axes.annotate("inf", (place, 0.95), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
+    axes.margins(y=0.12)
+    axes.set_xticks(range(len(shown)), [_wrapped(model.name, 20) for model in shown])
+    axes.set_ylabel("nats per test row, T = 1" + (" (log scale)" if logarithmic else ""))
+    axes.set_title("How far each student Q is from the teacher P, by direction")
+    _legend_below(figure, [Patch(color=color) for color, *_ in drawn], list(DIVERGENCE_LABELS.values()), 3)
+    return figure

@@ -1,0 +1,323 @@
+"""`Head`: which logits, which labels, which positions count, which shift, which hard loss a kind of task has.
+
+For: `heads.py`, which has the kinds and their table. Leaves the soft loss to `losses/modules.py` and the weighing to
+`training/objective.py`. This class is every task whose labels are classes, a row or a position each.
+Shapes: B rows, S positions, C classes or vocabulary entries; logits are [B, C] or [B, S, C].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import IGNORE_INDEX, SoftTargetLoss, wrong_labels
+from ..validation import fail
+from .inputs import begins_next, main_input, real_tokens, tells_sequences, token_mask
+from .logits import Wanted, logits_of
+
+
+class Fault(NamedTuple):
+    """What in a batch makes a loss that is not finite, whatever the models give."""
+
+    rows: Tensor  # bool [B], on the device
+    argument: str
+    found: str  # "`argument` is {found} in rows [..]"
+    expected: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """How one kind of task is read.
+
+    Args:
+        name: its name in `HEADS` and in `kd_task`.
+        token_level: logits are [B, S, C] and every position is a row of its own; else [B, C].
+        shifted: the logits at position i are compared with the label at i + 1 (decoder-only language models).
+        auto_classes: transformers' Auto classes whose models have this head; the first one loads a teacher by path.
+        label_names: the columns of a batch that hold the targets.
+        widths, at_least: likely numbers of classes and the least, where a model returns several tensors; see `Wanted`.
+    """
+
+    name: str
+    token_level: bool
+    shifted: bool
+    auto_classes: tuple[str, ...]
+    label_names: tuple[str, ...] = ("labels",)
+    widths: tuple[int, ...] = field(default=(), compare=False)
+    at_least: int = field(default=0, compare=False)
+
+    softmax: ClassVar[bool] = True  # both losses are of one softmax over the classes and of integer labels
+    a_label_a_logit: ClassVar[bool] = False  # labels are numbers, of the logits' shape
+    tempered: ClassVar[bool] = True  # divergence and temperature mean something
+    has_formula: ClassVar[bool] = True  # of the hard loss; else the model's own is the only one
+    cacheable: ClassVar[bool] = True  # which positions count can be told from a batch alone
+    # Along which dimension the models may differ in length: its number, the name of one entry, and what to do then.
+    along: ClassVar[tuple[int, str, str] | None] = None
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of the logits."""
+        return 3 if self.token_level else 2
+
+    @property
+    def over_tokens(self) -> bool:
+        """Whether the classes are a vocabulary: token ids, of which embeddings may hold more rows than there are."""
+        return self.name.endswith("_lm")
+
+    def of_model(self, model: Any) -> Head:
+        """The head as this student has it; most are the same for every one."""
+        return self
+
+    def with_label_names(self, names: Sequence[str], batch: Mapping[str, Any]) -> Head:
+        """The head that reads its targets where they stand: `names` are the trainer's `label_names`.
+
+        The usual columns win where `names` has them. Of other names the one counts that the batch holds; several, of
+        which none is usual, leave the head without targets (the model's own loss may still read them).
+        """
+        if set(self.label_names) <= set(names):
+            return self
+        here = [name for name in names if batch.get(name) is not None] or list(names)
+        if len(here) != len(self.label_names):
+            return self
+        return replace(self, label_names=tuple(here))
+
+    def soft_term(self, divergence: str) -> str:
+        """The soft loss by name, for the formula that is printed."""
+        return divergence
+
+    def logits(self, outputs: Any, argument: str) -> Tensor:
+        """The logits in what a model returned; `argument` is "model" or "teacher_model", for the error."""
+        return logits_of(outputs, argument, self.wanted)
+
+    @functools.cached_property
+    def wanted(self) -> Wanted:
+        """What is known of the logits, to find them among a model's outputs."""
+        return Wanted(self.dims, self.widths, max(self.at_least, 2 if self.softmax else 0))
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Labels aligned with the logits' positions ([B] or [B, S], `IGNORE_INDEX` where none), or None.
+
+        `shift_labels` are used as they stand: whoever wrote them has already shifted.
+        """
+        if inputs.get("shift_labels") is not None:
+            return signed(inputs["shift_labels"])
+        labels = inputs.get(self.label_names[0])
+        if labels is None:
+            return None
+        if labels.is_floating_point():
+            fail(
+                self.label_names[0],
+                f"of dtype {labels.dtype} and shape {tuple(labels.shape)}",
+                f"integer class ids for the task {self.name!r}",
+                "Cast the column to int64, or name the task of such labels: kd_task multi_label_classification or "
+                "regression.",
+                error=TypeError,
+            )
+        labels = signed(labels)
+        if not self.token_level:
+            return labels if labels.dim() == 1 else labels.reshape(-1)
+        return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if self.shifted else labels
+
+    def attended(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Boolean [B, S]: positions whose prediction is about a real token; None when every position counts.
+
+        A prediction made AT padding is not counted either, so that padding on the left changes nothing. An
+        encoder-decoder without `decoder_attention_mask` has its decoder's padding in the labels alone.
+        """
+        if not self.token_level:
+            return None
+        if self.name == "seq2seq_lm":
+            mask, targets = token_mask(inputs.get("decoder_attention_mask")), self.targets(inputs)
+            return targets != IGNORE_INDEX if mask is None and targets is not None else mask
+        tokens = self.sequences(inputs)
+        mask = self._real(inputs, tokens.shape)
+        if not self.shifted:
+            return mask
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        counted = mask[..., 1:] & mask[..., :-1]
+        return F.pad(counted & ~begins_next(inputs, mask), (0, 1), value=False)
+
+    def _real(self, inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
+        """Boolean [B, S]: positions that are no padding; None where no mask says."""
+        name = "decoder_attention_mask" if self.name == "seq2seq_lm" else "attention_mask"
+        return real_tokens(inputs.get(name), shape)
+
+    def made_at(self, inputs: Mapping[str, Any], targets: Tensor) -> Tensor | None:
+        """Boolean [B, S]: positions whose prediction is made at a real token, of the sequence that it is about.
+
+        None where nothing in the batch tells padding or sequences: then all are. `shift_labels` name what follows
+        themselves, at the end of a sequence too.
+        """
+        mask = self._real(inputs, targets.shape)
+        if not self.shifted or inputs.get("shift_labels") is not None or not tells_sequences(inputs):
+            return mask
+        within = F.pad(~begins_next(inputs, targets), (0, 1), value=True)
+        return within if mask is None else mask & within
+
+    def sequences(self, inputs: Mapping[str, Any]) -> Tensor:
+        """A [B, S] tensor with one entry for each position of the logits of a token-level task."""
+        targets = self.targets(inputs)
+        if targets is not None:
+            return targets
+        if self.name == "seq2seq_lm" and inputs.get("decoder_input_ids") is not None:
+            return inputs["decoder_input_ids"]
+        ids = main_input(inputs)
+        return ids if ids.dim() == 2 else ids[..., 0]
+
+    def soft_mask(self, inputs: Mapping[str, Any], targets: Tensor | None, positions: str) -> Tensor | None:
+        """Boolean mask of the positions counted for the soft loss, or None when all are.
+
+        `positions` is "labels" (where there is a label, predicted at a real token: the hard loss counts those that are
+        predicted at padding too, as upstream does) or "attended"; without labels it is always "attended".
+        Rows of a classification task all count: an unlabelled row has a soft loss.
+        """
+        if not self.token_level:
+            return None
+        if positions == "labels" and targets is not None:
+            made_at = self.made_at(inputs, targets)
+            return targets != IGNORE_INDEX if made_at is None else made_at & (targets != IGNORE_INDEX)
+        return self.attended(inputs)
+
+    def labelled(self, targets: Tensor) -> Tensor:
+        """How many rows (or positions) have a label: 0-dim."""
+        return (targets != IGNORE_INDEX).sum()
+
+    def labelled_in(self, inputs: Mapping[str, Any], targets: Tensor | None) -> Tensor | int:
+        """The same of a batch; 0 without labels."""
+        return 0 if targets is None else self.labelled(targets)
+
+    def soft_loss_sum(
+        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        """Sum of T² D over the rows or positions given; `soft_loss` sums T² D(p, q) over all but the last dimension."""
+        return soft_loss(student, teacher)
+
+    def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+        """In how many rows or positions both models say the same; None where nothing of the kind can be counted."""
+        return (student.argmax(-1) == teacher.argmax(-1)).sum()
+
+    def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Sum over labelled positions of the cross-entropy at temperature 1, in nats; float32 or wider inside.
+
+        With label smoothing e: (1 - e) * CE + e * mean over classes of -log q, as transformers' `LabelSmoother`.
+        """
+        logits = wide(logits)
+        wrong = None if targets.device.type == "cpu" else wrong_labels(targets, logits.shape[-1])
+        if wrong is not None:  # a device would stop the process: NaN says what the rest of the batch is worth
+            targets = targets.masked_fill(wrong, IGNORE_INDEX)
+        try:
+            total = F.cross_entropy(
+                logits.reshape(-1, logits.shape[-1]),
+                targets.reshape(-1).long(),
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
+                label_smoothing=label_smoothing,
+            )
+        except IndexError as error:
+            self.check_labels(targets, logits.shape[-1])
+            raise error
+        return total if wrong is None else total.masked_fill(wrong.any(), torch.nan)
+
+    def wrong(self, targets: Tensor, classes: int | None) -> Tensor:
+        """True where a label (of a number each: a row) is nothing that a loss can be taken of; on the device, unread.
+
+        Args:
+            classes: of the logits; None: not known, so that only what is wrong for every number counts.
+        """
+        return wrong_labels(targets, torch.iinfo(torch.int64).max if classes is None else classes)
+
+    def check_labels(self, targets: Tensor, classes: int | None) -> None:
+        """Raises ValueError naming the first label that is `wrong`; it waits for the device."""
+        if classes is not None:
+            check_label_range(targets, classes, self.label_names[0])
+            return
+        wrong = self.wrong(targets, None).reshape(-1)
+        if wrong.any():
+            place = int(wrong.nonzero()[0])
+            shown = f"{int(targets.reshape(-1)[place])} at position {place} of the batch"
+            expected = f"class ids from 0 on, or {IGNORE_INDEX} for no label"
+            fix = f"Correct the label column; an unlabelled row is {IGNORE_INDEX}, not -1."
+            fail(self.label_names[0], shown, expected, fix)
+
+    def fault(self, inputs: Mapping[str, Any], classes: int) -> Fault | None:
+        """What of the batch may make a loss that is not finite, where nothing has looked before."""
+        targets = self.targets(inputs)
+        if targets is None:
+            return None
+        rows = self.wrong(targets, classes).reshape(len(targets), -1).any(-1)
+        expected = f"0 to {classes - 1} (the logits have {classes} classes), or {IGNORE_INDEX} for no label"
+        return Fault(rows, self.label_names[0], "another number", expected, "Correct the label column.")
+
+    def check_shapes(
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor | None, common_ids: int | None = None
+    ) -> None:
+        """Raises ValueError where logits and labels do not fit each other or this head; never cuts or broadcasts.
+
+        With `common_ids` (see `compatibility.common_ids`) the vocabularies may differ, if the smaller has so many ids.
+        """
+        if student.dim() != self.dims:
+            fail(
+                "model",
+                f"giving logits of shape {tuple(student.shape)}",
+                f"{self.dims} dimensions for the task {self.name!r}",
+                "Set kd_task to the task that the model has.",
+            )
+        if self.softmax and not self.token_level and student.shape[-1] == 1:
+            mend, because = "Set num_labels, or problem_type to regression.", "the softmax of one class is always 1"
+            fail("num_labels", 1, "2 classes or more, or regression", mend, because=because)
+        fits = teacher is None or teacher.shape == student.shape
+        if teacher is not None and not fits and teacher.shape[:-1] == student.shape[:-1]:
+            fits = common_ids == min(student.shape[-1], teacher.shape[-1])
+        if teacher is not None and not fits:
+            self._fail_different(student, teacher)
+        expected = student.shape if self.a_label_a_logit else student.shape[:-1]
+        if targets is not None and targets.shape != expected:
+            fail(
+                "labels",
+                f"of shape {tuple(targets.shape)}",
+                f"{tuple(expected)}, for logits of shape {tuple(student.shape)}",
+                "Check the label column and the data collator.",
+            )
+
+    def _fail_different(self, student: Tensor, teacher: Tensor) -> NoReturn:
+        shown, expected = f"of shape {tuple(teacher.shape)}", f"the student's shape {tuple(student.shape)}"
+        one, fix = "class", "Take a teacher and a student with the same classes (or vocabulary) in the same order."
+        if self.along is not None and student.shape[self.along[0]] != teacher.shape[self.along[0]]:
+            dim, one, fix = self.along
+            shown, expected = f"for {teacher.shape[dim]} {one}s", f"{student.shape[dim]}, the student's"
+        elif student.shape[:-1] != teacher.shape[:-1]:
+            one = "position"
+            fix = "Take a teacher that reads the student's inputs and has one prediction for each of its positions."
+        because = f"{one} i of one must {'mean' if one == 'class' else 'be'} {one} i of the other"
+        fail("teacher_model", f"giving logits {shown}", expected, fix, because=because)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def signed(labels: Tensor) -> Tensor:
+    """Labels of a dtype without negative numbers, in which -100 would be a class (156 in uint8), as int64."""
+    return labels.long() if labels.dtype == torch.bool or not labels.dtype.is_signed else labels
+
+
+def check_label_range(targets: Tensor, num_classes: int, name: str = "labels") -> None:
+    """Raises ValueError naming the first label outside 0 ... num_classes - 1 that is not `IGNORE_INDEX`."""
+    flat = targets.reshape(-1)
+    wrong = (flat != IGNORE_INDEX) & ((flat < 0) | (flat >= num_classes))
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        fail(
+            name,
+            f"{int(flat[place])} at position {place} of the batch",
+            f"0 to {num_classes - 1} (the logits have {num_classes} classes), or {IGNORE_INDEX} for no label",
+            f"Mend the label column; an unlabelled row is {IGNORE_INDEX}, not -1.",
+        )

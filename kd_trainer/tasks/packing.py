@@ -1,0 +1,42 @@
+"""Packed rows, of several sequences each: watched for in every batch, without a wait for the device.
+
+For: the trainer, whose "batchmean" divides by rows. Whether one batch is packed: `inputs.is_packed`.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import Tensor
+
+from ..validation import fail
+
+
+class PackingWatch:
+    """Looks at every batch for packed rows, which "batchmean" cannot count.
+
+    On CPU, and where the batch tells without a look at its tensors, at once; on accelerators the answer stays on the
+    device until `raise_noted` reads it, so that no step waits.
+    """
+
+    def __init__(self) -> None:
+        self._note: Tensor | None = None
+
+    def see(self, packed: bool | Tensor, *, now: bool = False) -> None:
+        """Takes the answer of `is_packed`; raises ValueError where it may be read and is true."""
+        if isinstance(packed, Tensor) and packed.device.type != "cpu" and not now:
+            self._note = packed if self._note is None else self._note | packed
+        elif packed:
+            self._refuse()
+
+    def raise_noted(self) -> None:
+        """Raises ValueError where a batch since the last call was packed."""
+        note, self._note = self._note, None
+        if note is not None and note:
+            self._refuse()
+
+    @staticmethod
+    def _refuse() -> NoReturn:
+        because = "rows of a packed batch are no longer sequences"
+        expected, mend = "'tokenmean' with packed batches", "Set kd_reduction to tokenmean."
+        fail("kd_reduction", "'batchmean'", expected, mend, because=because)

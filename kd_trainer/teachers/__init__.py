@@ -1,0 +1,39 @@
+"""Who provides the teacher's distribution: loading, sharding, running a teacher, and whether it fits the student."""
+
+from .columns import TeacherCollator, add_teacher_inputs
+from .compatibility import Classes, class_names, class_order, listed, match_classes, tokenizer_of, without_names
+from .errors import check_ids, check_padding, positions_of
+from .live import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, adapter_modules, adapter_parameters, load_teacher
+from .outputs import Sparse, TeacherOutput
+from .sharding import HALVES, layer_classes, reshard
+from .shared_memory import check_separate, watch_shared_buffers
+from .student_from_teacher import student_from_teacher
+
+__all__ = [
+    "ADAPTER_OFF",
+    "HALVES",
+    "AdapterOffTeacher",
+    "Classes",
+    "LiveTeacher",
+    "Sparse",
+    "TeacherCollator",
+    "TeacherOutput",
+    "adapter_modules",
+    "adapter_parameters",
+    "add_teacher_inputs",
+    "check_ids",
+    "check_padding",
+    "check_separate",
+    "class_names",
+    "class_order",
+    "layer_classes",
+    "listed",
+    "load_teacher",
+    "match_classes",
+    "positions_of",
+    "reshard",
+    "student_from_teacher",
+    "tokenizer_of",
+    "watch_shared_buffers",
+    "without_names",
+]

@@ -1,0 +1,140 @@
+"""A teacher that reads something else than the student: its own columns in the dataset, padded beside the student's.
+
+For: `add_teacher_inputs` before training, `TeacherCollator` around the script's own collator. The trainer hands every
+column `teacher_<name>` to the teacher as `<name>`; nothing else reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..tasks import TEACHER_PREFIX
+from ..validation import fail
+
+
+def add_teacher_inputs(
+    dataset: Any,
+    teacher_tokenizer: Any,
+    columns: str | Sequence[str],
+    *,
+    max_length: int | None = None,
+    **map_kwargs: Any,
+) -> Any:
+    """The dataset with the columns that the teacher reads: teacher_input_ids, teacher_attention_mask, ...
+
+    When to use: sequence-level tasks (classification, regression) with a teacher of another tokenizer. Token-level
+    tasks compare position by position and need one tokenizer for both.
+
+    Args:
+        dataset: a `Dataset`, `DatasetDict` or `IterableDataset` that still has the text.
+        teacher_tokenizer: the teacher's tokenizer, or any callable like it (an image processor).
+        columns: the column of the text, or those of a pair of texts.
+        max_length: texts are cut to so many tokens; None: to the tokenizer's own limit, if it has one.
+        map_kwargs: passed to `dataset.map`, e.g. num_proc.
+
+    Returns:
+        A new dataset with the added columns.
+
+    Raises:
+        ValueError: a column that the dataset does not have, or not one or two columns.
+
+    Example::
+
+        data = add_teacher_inputs(data, teacher_tokenizer, "sentence")
+        trainer = DistillationTrainer(..., data_collator=TeacherCollator(collator, teacher_tokenizer))
+    """
+    if not hasattr(dataset, "map"):
+        shown = dataset if dataset is None else f"of type {type(dataset).__name__}"
+        mend = "Make one of it: datasets.Dataset.from_list(rows)."
+        fail("dataset", shown, "a dataset of the datasets library", mend, error=TypeError)
+    _check_callable("teacher_tokenizer", teacher_tokenizer, "the teacher's tokenizer, or a callable like it")
+    names = [columns] if isinstance(columns, str) else list(columns) if isinstance(columns, Sequence) else []
+    if len(names) not in (1, 2):
+        fail(
+            "columns",
+            repr(columns),
+            "the name of a column of text, or of two",
+            "Name the columns that the student reads.",
+        )
+    known = getattr(dataset, "column_names", None)
+    for split, there in known.items() if isinstance(known, Mapping) else [("dataset", known)]:
+        if there is None:  # a stream does not always know its columns
+            continue
+        missing = [name for name in names if name not in there]
+        if missing:
+            mend = "Add the teacher's inputs before the text is removed."
+            fail("columns", repr(missing[0]), f"a column of {split} ({', '.join(there)})", mend)
+    cut: dict[str, Any] = {"max_length": max_length} if max_length is not None else {}
+    limit = getattr(teacher_tokenizer, "model_max_length", 0)
+    if max_length is not None or 0 < limit < 10**9:  # beyond it there is none
+        cut["truncation"] = True
+
+    def add(batch: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = teacher_tokenizer(*(list(batch[name]) for name in names), **cut)
+        return {TEACHER_PREFIX + name: values for name, values in encoded.items()}
+
+    return dataset.map(add, batched=True, **map_kwargs)
+
+
+def _check_callable(argument: str, value: Any, expected: str) -> None:
+    if not callable(value):
+        shown = value if value is None else f"of type {type(value).__name__}"
+        fail(argument, shown, expected, f"Pass `{argument}` itself, not its name or its result.", error=TypeError)
+
+
+class TeacherCollator:
+    """A data collator that pads the `teacher_*` columns by the teacher's tokenizer and the rest by another collator.
+
+    When to use: around the script's own collator, which knows nothing of the teacher's columns and fails where their
+    lengths differ.
+
+    Args:
+        base_collator: makes the student's batch; it never sees a `teacher_*` column.
+        teacher_tokenizer: pads the teacher's tokens; None where the teacher reads no tokens (images).
+        pad_to_multiple_of: as in transformers' collators. Default None.
+
+    Raises:
+        ValueError: some rows of a batch have teacher columns and others not, or tokens without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        base_collator: Callable[[list[dict[str, Any]]], Any],
+        teacher_tokenizer: Any = None,
+        *,
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        _check_callable("base_collator", base_collator, "the data collator that makes the student's batch")
+        self.base_collator, self.teacher_tokenizer = base_collator, teacher_tokenizer
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        rows = [dict(feature) for feature in features]
+        taught = [{k: row.pop(k) for k in list(row) if k.startswith(TEACHER_PREFIX)} for row in rows]
+        batch = dict(self.base_collator(rows))
+        names = set(taught[0])
+        if any(set(row) != names for row in taught):
+            mend = "Add them to the whole dataset with add_teacher_inputs."
+            fail("features", "rows of which some lack teacher columns", "the same columns in all", mend)
+        tokens = names & {TEACHER_PREFIX + name for name in self._token_names()}
+        for chosen, collate in ((tokens, self._pad), (names - tokens, self._stack)):
+            if chosen:
+                own = [{k.removeprefix(TEACHER_PREFIX): row[k] for k in sorted(chosen)} for row in taught]
+                batch.update({TEACHER_PREFIX + k: v for k, v in collate(own).items()})
+        return batch
+
+    def _token_names(self) -> set[str]:
+        return {"input_ids", "attention_mask", *getattr(self.teacher_tokenizer, "model_input_names", ())}
+
+    def _pad(self, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+        if self.teacher_tokenizer is None:
+            mend = "Give TeacherCollator the teacher's tokenizer."
+            fail("teacher_tokenizer", None, "a tokenizer, to pad teacher_input_ids", mend)
+        return self.teacher_tokenizer.pad(rows, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors="pt")
+
+    @staticmethod
+    def _stack(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+        from transformers import default_data_collator
+
+        return default_data_collator(rows, return_tensors="pt")

@@ -1,0 +1,326 @@
+"""Do teacher and student fit? Refuses what would train wrongly in silence, before the first step.
+
+For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared in `tasks/head.py`, batch by
+batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..tasks import text_config, vocabulary_rows
+from ..validation import fail, quoted, warn
+
+logger = logging.getLogger(__name__)
+
+
+class Classes(NamedTuple):
+    """What the class names of two models tell."""
+
+    order: Tensor | None  # the teacher's class of each of the student's; None where they stand in the same places
+    known: bool | None  # whether class i is known to mean the same; None where a model has no names
+
+
+def class_order(student: nn.Module, teacher: nn.Module, *, remap: bool) -> Tensor | None:
+    """`match_classes` of two models; where their names cannot be compared it warns and returns None."""
+    return warned(class_names(student), class_names(teacher), remap=remap).order
+
+
+def warned(ours: Mapping[int, str] | None, theirs: Mapping[int, str] | None, **options: Any) -> Classes:
+    """`match_classes`, with a warning where one side has names and they cannot be compared with the other's."""
+    found = match_classes(ours, theirs, **options)
+    if found.known is False and ours is not None and theirs is not None and not without_names(ours, theirs):
+        warn(
+            logger,
+            "The classes of teacher (%s) and student (%s) cannot be compared by name: training goes on as if class i "
+            "meant the same in both. Set the same id2label in both configs to have it checked.",
+            listed(theirs),
+            listed(ours),
+        )
+    return found
+
+
+def match_classes(
+    ours: Mapping[int, str] | None,
+    theirs: Mapping[int, str] | None,
+    *,
+    remap: bool,
+    argument: str = "teacher_model",
+    what: str = "a model",
+) -> Classes:
+    """Compares the class names of student and teacher, up to case and separators (`normalised`).
+
+    Args:
+        ours, theirs: id -> name of student and teacher; None: a model without names.
+        remap: `kd_remap_labels`.
+        argument, what: the teacher, as an error names it.
+
+    Raises:
+        ValueError: the numbers of classes differ; a name that both know stands at different ids, and `remap` is False
+            or the names are no permutation of each other; or `remap` is True and the names do not tell the order.
+    """
+    if ours is None or theirs is None:
+        if remap:
+            side = "student" if ours is None else "teacher"
+            _fail_remap(f"names of the classes in both models (the {side} is a model without id2label)")
+        return Classes(None, None)
+    if len(ours) != len(theirs):
+        fail(
+            argument,
+            f"{what} with {len(theirs)} classes ({listed(theirs)})",
+            f"{len(ours)} classes as the student has ({listed(ours)})",
+            "Give both models the same num_labels and id2label.",
+        )
+    a, b = _alike(ours, theirs)
+    telling = not _unnamed(a) and not _unnamed(b) and sorted(a) == sorted(b) == list(range(len(a)))
+    if telling and a == b:
+        return Classes(None, True)
+    moved = [i for i in sorted(a) if a[i] in b.values() and b.get(i) != a[i]] if telling else []
+    permuted = len(set(a.values())) == len(a) and set(a.values()) == set(b.values())
+    if moved and permuted and remap:
+        return Classes(torch.tensor([_id(b, a[i]) for i in range(len(a))]), True)
+    if moved:
+        place = _id(b, a[moved[0]])
+        mend = "Set kd_remap_labels to true to reorder the teacher's classes by name."
+        fail(
+            argument,
+            f"{what} in which class {theirs[place]!r} has id {place}",
+            f"id {moved[0]} as in the student ({listed(ours)}; the teacher has {listed(theirs)})",
+            mend if permuted else "Give both configs the same id2label.",
+            because="the student would learn one class as another",
+        )
+    if remap:
+        _fail_remap(f"the same names in both (the student has {listed(ours)}; the teacher has {listed(theirs)})")
+    return Classes(None, False)
+
+
+def _fail_remap(expected: str) -> NoReturn:
+    mend = "Give both configs the same id2label, or set kd_remap_labels to false."
+    fail("kd_remap_labels", True, expected, mend, because="the teacher's classes are reordered by name")
+
+
+_SEPARATORS = re.compile(r"[\s_/.:\u00ad\u058a\u05be\u2010-\u2015\u2043\u2212-]+")
+_NUMBER = re.compile(r"[-+\u2212]?\d+([.,]\d+)?")
+
+
+def normalised(name: str) -> str:
+    """A class name without what people vary: case, form of the same Unicode letters, separators.
+
+    A separator between two digits stays as a space, and a name that is a number keeps its sign: 2-3 is not 23, -1 is
+    not 1.
+    """
+    folded = _folded(name)
+    if _NUMBER.fullmatch(folded):
+        return folded.replace("\u2212", "-").replace(",", ".")
+
+    def between(match: re.Match) -> str:
+        around = folded[match.start() - 1 : match.start()] + folded[match.end() : match.end() + 1]
+        return " " if len(around) == 2 and around.isdigit() else ""
+
+    return _SEPARATORS.sub(between, folded) or folded  # a name may be nothing but separators
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
+
+
+def _alike(ours: Mapping[int, str], theirs: Mapping[int, str]) -> tuple[dict[int, str], dict[int, str]]:
+    """Both with their names normalised as far as all names of a model stay different."""
+    for change in (normalised, _folded, str):
+        a, b = ({i: change(name) for i, name in names.items()} for names in (ours, theirs))
+        if all(len(set(names.values())) == len(names) for names in (a, b)):
+            break
+    return a, b
+
+
+def class_names(model: Any) -> dict[int, str] | None:
+    """id -> name, for a model whose config counts classes; language models' default id2label says nothing."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not names:
+        return None
+    items = names.items() if isinstance(names, Mapping) else enumerate(names)
+    try:
+        return {int(i): str(name) for i, name in items}
+    except (TypeError, ValueError):
+        fail("id2label", quoted(names), "whole numbers as its keys", "Write it as {0: name, 1: name, ...}.")
+
+
+def without_names(ours: Mapping[int, str], theirs: Mapping[int, str]) -> bool:
+    """Whether neither side names its classes: upstream's defaults on both, as integer labels leave them."""
+    return _unnamed(ours) and _unnamed(theirs)
+
+
+def _unnamed(names: Mapping[int, str]) -> bool:
+    """Whether they are upstream's default, LABEL_0 and so on."""
+    return all(re.fullmatch(r"label_?\d+", name.lower()) for name in names.values())
+
+
+def _id(names: Mapping[int, str], name: str) -> int:
+    return next(i for i, other in names.items() if other == name)
+
+
+def listed(names: Mapping[int, str]) -> str:
+    """The names in the order of their ids, the first dozen of many."""
+    shown = [names[i] for i in sorted(names)[:12]]
+    return ", ".join(shown) + (f", ... ({len(names)} in all)" if len(names) > len(shown) else "")
+
+
+_SAME_TOKENS = "Take a teacher with the student's tokenizer, or give the teacher its own inputs in teacher_* columns."
+_COMPARE = (
+    "Take a teacher with the student's tokenizer, give the teacher its own inputs in teacher_* columns, or, if the "
+    "tokens are the same, pass processing_class: then they are compared instead of the configs."
+)
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer, also that of a processor for sound or images; None where there is none."""
+    if hasattr(processing_class, "get_vocab"):
+        return processing_class
+    inner = getattr(processing_class, "tokenizer", None)
+    return inner if hasattr(inner, "get_vocab") else None
+
+
+def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: Any, init_kwargs: dict) -> str | None:
+    """For a teacher that reads the student's tokens: token -> id must be the same map.
+
+    The tokenizers are compared where both are at hand (`processing_class`, and the one saved beside the teacher);
+    otherwise the special ids and sizes in the configs.
+
+    Returns:
+        By what they were found equal, "tokenizers" or "special ids"; None where nothing could be compared.
+
+    Raises:
+        ValueError: a token has different ids, a special id differs, or the teacher has fewer ids than the student.
+    """
+    ours = tokenizer_of(processing_class)
+    theirs = _tokenizer_beside(teacher, init_kwargs) if ours is not None else None
+    if ours is not None and theirs is not None:
+        a, b = (vocabulary_rows(model, measured=True) for model in (student, teacher))
+        _check_tokenizers(ours.get_vocab(), theirs.get_vocab(), a, b)
+        return "tokenizers"
+    compared = False
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id"):
+        a, b = (_special_ids(model, name) for model in (student, teacher))
+        if a is None or b is None:
+            continue
+        compared = True
+        if not _ids(a) & _ids(b):
+            because = "different special ids mean different tokenizers"
+            shown = f"a model with {name} {b}"
+            fail("teacher_model", shown, f"{a} as in the student", _COMPARE, because=because)
+    a, b = (vocabulary_rows(model, measured=True) for model in (student, teacher))
+    if a is not None and b is not None and b < a:
+        _fail_smaller(b, f"at least {a}, the student's", _COMPARE)
+    return "special ids" if compared else None
+
+
+def _check_tokenizers(ours: Mapping[str, int], theirs: Mapping[str, int], a: int | None, b: int | None) -> None:
+    """Compares token -> id for all ids that both embeddings (of `a` and `b` rows) have.
+
+    A token whose ids are all beyond the smaller embedding may differ: the student cannot read or write it, or the
+    teacher's probability of it is left out of the soft loss. What the student can read and the teacher cannot may not.
+    """
+    common = min(a or sys.maxsize, b or sys.maxsize)
+    moved = [t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)]
+    moved = [t for t in moved if min(ours.get(t, common), theirs.get(t, common)) < common]
+    if moved:
+        wrong = min(moved, key=lambda t: ours.get(t, theirs.get(t, 0)))
+        fail(
+            "teacher_model",
+            f"a model whose tokenizer has {len(theirs)} tokens, {wrong!r} with id {theirs.get(wrong)}",
+            f"the tokens of processing_class ({len(ours)}, {wrong!r} with id {ours.get(wrong)})",
+            _SAME_TOKENS,
+            because="the teacher would read the student's input_ids as other words",
+        )
+    if a is None or b is None:
+        return
+    unread = max((t for t, i in ours.items() if b <= i < a), key=lambda t: ours[t], default=None)
+    if unread is not None:
+        _fail_smaller(b, f"at least {ours[unread] + 1}, for {unread!r} of processing_class", _SAME_TOKENS)
+
+
+def _fail_smaller(rows: int, expected: str, mend: str) -> NoReturn:
+    because = "some of the student's input_ids would be outside its embedding"
+    fail("teacher_model", f"a model with vocab_size {rows}", expected, mend, because=because)
+
+
+def common_ids(ours: int, theirs: int, known_by: str | None) -> int | None:
+    """How many ids, from 0 on, two language models share whose vocabularies differ in size; None where they do not.
+
+    Embeddings are padded to round numbers (Qwen2.5: 151,936 rows at 1.5B, 152,064 at 7B, for the same 151,665 tokens).
+
+    Args:
+        ours, theirs: classes of the student's and of the teacher's logits.
+        known_by: what `check_same_tokens` returned.
+
+    Raises:
+        ValueError: nothing tells that the tokens are the same; or special ids alone do, and the larger vocabulary is
+            no multiple of 8, so that it holds tokens of its own rather than padding (Whisper v3: 51,866 with a new
+            token in the middle, v2: 51,865).
+    """
+    if ours == theirs:
+        return None
+    if known_by == "tokenizers" or (known_by is not None and max(ours, theirs) % 8 == 0):
+        return min(ours, theirs)
+    because = "nothing tells that class i of one means class i of the other"
+    fail("teacher_model", f"a model of {theirs} token ids", f"{ours} as the student", _COMPARE, because=because)
+
+
+def vocabulary_line(ours: int, theirs: int, known_by: str | None) -> str:
+    """For the reader: which ids of differing vocabularies have no soft loss, and how the others are known to agree."""
+    side, extra = ("student", ours - theirs) if ours > theirs else ("teacher", theirs - ours)
+    alone = " and learn from the hard loss alone" if side == "student" else ""
+    return (
+        f"vocabularies of {ours:,} (student) and {theirs:,} (teacher) ids, compared by their {known_by}: soft loss and "
+        f"agreement are over the {min(ours, theirs):,} common ids; the {side}'s other {extra:,} are left out{alone}"
+    )
+
+
+def _special_ids(model: nn.Module, name: str) -> Any:
+    """By the config, or by that of the language model within: those of a vision-language model stand there alone."""
+    found = getattr(getattr(model, "config", None), name, None)
+    return getattr(text_config(model), name, None) if found is None else found
+
+
+def _ids(value: int | list[int]) -> set[int]:
+    """A special id of a config as a set: chat models name several ends of a text."""
+    return set(value) if isinstance(value, (list, tuple)) else {value}
+
+
+def check_teacher_columns(batch: Mapping[str, Any]) -> None:
+    """Raises ValueError where the teacher has tokens of its own and no mask of its own: it would attend to padding."""
+    if "teacher_input_ids" in batch and "attention_mask" in batch and "teacher_attention_mask" not in batch:
+        fail(
+            "teacher_attention_mask",
+            None,
+            "a column beside teacher_input_ids",
+            "Keep the attention_mask of the teacher's tokenizer as teacher_attention_mask.",
+            because="the student's mask does not fit the teacher's tokens",
+        )
+
+
+def _tokenizer_beside(teacher: nn.Module, init_kwargs: dict) -> Any:
+    """The tokenizer saved with the teacher, from local files only; None where there is none."""
+    from transformers import AutoTokenizer
+
+    path = getattr(getattr(teacher, "config", None), "_name_or_path", "")
+    if not path:
+        return None
+    folder = Path(path)  # where a folder has no tokenizer, upstream makes one up from its special tokens
+    files = ("tokenizer*", "vocab*", "*.model", "*.vocab")
+    if folder.is_dir() and not any(match for pattern in files for match in folder.rglob(pattern)):
+        return None
+    keep = {k: v for k, v in init_kwargs.items() if k in ("revision", "cache_dir", "subfolder", "trust_remote_code")}
+    try:
+        return AutoTokenizer.from_pretrained(path, **{"local_files_only": True, "trust_remote_code": False, **keep})
+    except Exception:  # upstream raises many kinds where a folder has no tokenizer: then the configs are compared
+        return None

@@ -1,0 +1,71 @@
+"""What a teacher said of a batch, in one of the forms in which a cache keeps it.
+
+For: `cache/formats.py`, which writes and reads them, and `training/objective.py`, which makes losses of them.
+Letters: N positions, or [B, S] or [B] of a batch; V classes, H hidden size, k classes kept, n draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses import Samples, TopK
+
+Sparse = TopK | Samples
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """One of the four, aligned with the student's logits; uncounted positions hold zeros.
+
+    Args:
+        logits: [..., V].
+        hidden: [..., H], final hidden states; `head` then has what makes logits of them, by the argument names of
+            `fused_linear_distillation` (teacher_weight, teacher_bias, teacher_scale, teacher_softcap).
+        sparse: `TopK` or `Samples` of [..., k] or [..., n].
+    """
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    sparse: Sparse | None = None
+    head: Mapping[str, Any] = field(default_factory=dict)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> TeacherOutput:
+        """The same with every tensor of positions changed."""
+        sparse = None if self.sparse is None else type(self.sparse)(*map(change, self.sparse))
+        logits, hidden = (None if x is None else change(x) for x in (self.logits, self.hidden))
+        return TeacherOutput(logits, hidden, sparse, self.head)
+
+    def to(self, device: torch.device) -> TeacherOutput:
+        """The same on a device; itself where it is there."""
+        one = next(x for x in (self.logits, self.hidden, *(self.sparse or ())) if x is not None)
+        return self if one.device == device else self.each(lambda tensor: tensor.to(device))
+
+    def reordered(self, order: Tensor) -> TeacherOutput:
+        """The same with class order[i] in place i; not of hidden states."""
+        order = order.to((self.sparse.ids if self.sparse is not None else self.logits).device)  # type: ignore[union-attr]
+        place = order.argsort()  # of each class, where it goes
+        sparse = self.sparse
+        if isinstance(sparse, TopK):
+            sparse = sparse._replace(ids=place[sparse.ids.long()])
+        elif isinstance(sparse, Samples):
+            sparse = sparse._replace(ids=place[sparse.ids.long()], top=place[sparse.top.long()])
+        return TeacherOutput(None if self.logits is None else self.logits[..., order], self.hidden, sparse, self.head)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The shape of the batch's positions, or of its rows."""
+        one = self.sparse.ids if self.sparse is not None else self.hidden if self.logits is None else self.logits
+        return () if one is None else tuple(one.shape[:-1])
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The teacher by the argument names of `fused_linear_distillation`."""
+        if isinstance(self.sparse, TopK):
+            return {"teacher_top_k": tuple(self.sparse)}
+        if isinstance(self.sparse, Samples):
+            return {"teacher_samples": tuple(self.sparse)}
+        return {"teacher_hidden": self.hidden, "teacher_logits": self.logits, **self.head}

@@ -1,0 +1,416 @@
+"""Settings of a distillation run: the `kd_*` and `teacher_*` fields, and the parser of "config.json --field value".
+
+For: users' JSON files and command lines. Leaves the meaning of the numbers to `objective.py` and the loading of the
+teacher to `teachers/live.py`.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from enum import Enum
+from numbers import Real
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+import numpy as np
+import torch
+import transformers
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+
+from ..cache import DTYPES, FORMATS
+from ..files import as_json
+from ..losses import DIVERGENCES
+from ..redaction import SecretiveDict, hidden, is_secret_name
+from ..tasks import HEADS
+from ..validation import check_choice, check_number, check_temperature, fail, nearest, quoted
+
+REDUCTIONS = ("batchmean", "tokenmean")
+POSITIONS = ("labels", "attended")
+SCHEDULES = ("constant", "linear", "cosine")
+CHECK_FINITE = ("step", "log", "off")
+IMPLEMENTATIONS = ("auto", "full", "fused")
+RUNS = ("train", "check", "cache")
+HARD_LOSSES = ("auto", "task", "model")
+
+# The names that a well-known textbook's class of the same purpose uses, where alpha weighs the HARD loss.
+_BORROWED = {
+    "alpha": "`kd_alpha`, which weighs the SOFT loss: total = kd_alpha * soft + (1 - kd_alpha) * hard",
+    "temperature": "`kd_temperature`",
+}
+
+
+def refuse_borrowed_names(kwargs: dict[str, Any], known: Any = ()) -> None:
+    """Raises TypeError for `alpha` and `temperature`: elsewhere they mean the opposite, so they are never guessed."""
+    for name, meaning in _BORROWED.items():
+        if name in kwargs and name not in known:
+            fail(
+                name,
+                quoted(kwargs[name]),
+                f"the argument {meaning}",
+                "Rename it in the training arguments.",
+                error=TypeError,
+            )
+
+
+def has_accelerator() -> bool:
+    """Whether there is a device other than the CPU that `TrainingArguments` would take."""
+    if os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu") != "cpu":
+        return True
+    kinds = ("cuda", "mps", "xpu", "mlu", "musa", "npu", "hpu", "neuron", "tpu", "xla")
+    checks = (getattr(transformers.utils, f"is_torch_{kind}_available", None) for kind in kinds)
+    known = getattr(torch, "accelerator", None)
+    return any(check is not None and check() for check in checks) or (known is not None and known.is_available())
+
+
+@dataclass(repr=False)
+class DistillationArguments:
+    """The distillation settings alone, to put in front of any `TrainingArguments` class.
+
+    total = kd_alpha * soft + (1 - kd_alpha) * hard, where soft = T^2 * D(teacher, student) at temperature T and hard is
+    the task's own loss on the labels. Every field stands with its default and its reason in the README's table.
+
+    Raises:
+        ValueError, TypeError: a value out of its range or of another type; the message names field, value and mend.
+
+    Example:
+        >>> DistillationArguments(kd_alpha=0.5).kd_temperature
+        3.0
+
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
+    """
+
+    kd_alpha: float = field(default=0.7, metadata={"help": "Weight of the SOFT loss, in [0, 1]."})
+    kd_temperature: float = field(default=3.0, metadata={"help": "Temperature of both distributions, > 0."})
+    kd_divergence: str = field(default="forward_kl", metadata={"help": "One of: " + ", ".join(DIVERGENCES) + "."})
+    kd_beta: float | None = field(
+        default=None, metadata={"help": "Mixture weight of jsd and the skew divergences; their own default if unset."}
+    )
+    kd_reduction: str = field(
+        default="batchmean",
+        metadata={"help": "Denominator of both losses: batchmean (rows) or tokenmean (counted positions)."},
+    )
+    kd_positions: str = field(
+        default="labels",
+        metadata={"help": "Token-level tasks: soft loss where there are labels, or at every attended position."},
+    )
+    kd_schedule: str = field(
+        default="constant", metadata={"help": "How alpha and temperature move to kd_*_end: constant, linear, cosine."}
+    )
+    kd_alpha_end: float | None = field(default=None, metadata={"help": "kd_alpha at the last step of a schedule."})
+    kd_temperature_end: float | None = field(
+        default=None, metadata={"help": "kd_temperature at the last step of a schedule."}
+    )
+    kd_task: str | None = field(
+        default=None, metadata={"help": "Name the task head if the model does not tell: " + ", ".join(HEADS) + "."}
+    )
+    kd_hard_loss: str = field(
+        default="auto",
+        metadata={
+            "help": "The hard loss: task (the task's formula), model (the model's own loss), or auto: the model's own "
+            "where it differs from the formula on the first batch."
+        },
+    )
+    kd_remap_labels: bool = field(
+        default=False,
+        metadata={"help": "Reorder the teacher's classes where its id2label is a permutation of the student's."},
+    )
+    kd_check_finite: str | None = field(
+        default=None,
+        metadata={"help": "Stop on NaN or inf: step (default on CPU), log (default on accelerators) or off."},
+    )
+    kd_loss_implementation: str = field(
+        default="auto",
+        metadata={"help": "Language models: fused (no logits are held), full, or auto: fused where it is possible."},
+    )
+    kd_run: str = field(
+        default="train",
+        metadata={
+            "help": "What trainer.train() does: train, check (print a table of findings, then end with 0 or 1), or "
+            "cache (build the teacher cache in teacher_cache_dir, then end)."
+        },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher, if it is not given to the trainer: a folder or a hub name."}
+    )
+    teacher_model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": 'Arguments of the teacher\'s from_pretrained, e.g. {"dtype": "bfloat16"}.'}
+    )
+    teacher_compile: bool = field(default=False, metadata={"help": "Run the teacher's forward through torch.compile."})
+    teacher_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Ask the teacher once about all data, keep its outputs in this folder and train from them."},
+    )
+    teacher_cache_format: str = field(
+        default="auto",
+        metadata={
+            "help": "What is kept: logits, hidden, topk, sampled; auto: hidden for large vocabularies, or logits."
+        },
+    )
+    teacher_cache_k: int | None = field(
+        default=None, metadata={"help": "Classes kept of each position (topk: 64) or draws (sampled: 50)."}
+    )
+    teacher_cache_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "float32, bfloat16 or float16 (topk: float16 alone); unset: as the teacher computes, topk float16."
+        },
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "DistillationArguments":
+        """Refuses borrowed names before the dataclass would answer 'unexpected keyword argument'."""
+        refuse_borrowed_names(kwargs, {f.name for f in dataclasses.fields(cls)})
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(DistillationArguments):
+            setattr(self, entry.name, _as_declared(entry, getattr(self, entry.name)))
+        self._read_teacher_kwargs()
+        check_number("kd_alpha", self.kd_alpha, low=0, high=1)
+        check_temperature("kd_temperature", self.kd_temperature)
+        check_choice("kd_divergence", self.kd_divergence, DIVERGENCES)
+        check_choice("kd_reduction", self.kd_reduction, REDUCTIONS)
+        check_choice("kd_positions", self.kd_positions, POSITIONS)
+        check_choice("kd_loss_implementation", self.kd_loss_implementation, IMPLEMENTATIONS)
+        check_choice("kd_schedule", self.kd_schedule, SCHEDULES)
+        check_choice("kd_run", self.kd_run, RUNS)
+        check_choice("kd_hard_loss", self.kd_hard_loss, HARD_LOSSES)
+        self._check_cache()
+        if self.kd_beta is not None:
+            self._check_beta()
+        if self.kd_task is not None:
+            check_choice("kd_task", self.kd_task, HEADS)
+        if self.kd_check_finite is not None:
+            check_choice("kd_check_finite", self.kd_check_finite, CHECK_FINITE)
+        self._check_schedule()
+        # Without it the processes of a launcher would not find each other on the CPU, and each would train alone.
+        if getattr(self, "use_cpu", None) is False and not has_accelerator():
+            self.use_cpu = True
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()  # type: ignore[misc]
+
+    def _check_beta(self) -> None:
+        check_number("kd_beta", self.kd_beta, low=0, high=1, open_low=True, open_high=True)
+        if not self.kd_divergence.startswith(("jsd", "skew")):
+            fail(
+                "kd_beta",
+                repr(self.kd_beta),
+                f"no value with kd_divergence {self.kd_divergence!r}, which has no beta",
+                "Leave it out, or choose kd_divergence jsd, skew_forward_kl or skew_reverse_kl.",
+            )
+
+    def _check_cache(self) -> None:
+        check_choice("teacher_cache_format", self.teacher_cache_format, ("auto", *FORMATS))
+        if self.teacher_cache_dtype is not None:
+            check_choice("teacher_cache_dtype", self.teacher_cache_dtype, DTYPES)
+        k = self.teacher_cache_k
+        if k is not None and k < 1:
+            fail(
+                "teacher_cache_k",
+                repr(k),
+                "a whole number, at least 1",
+                "Leave it out for 64 (topk) or 50 draws (sampled).",
+            )
+        if self.kd_run == "cache" and self.teacher_cache_dir is None:
+            fail("teacher_cache_dir", None, "a folder with kd_run 'cache'", "Set it to where the cache shall be.")
+        if self.teacher_cache_dir is None:
+            given = {
+                "teacher_cache_format": None if self.teacher_cache_format == "auto" else self.teacher_cache_format,
+                "teacher_cache_k": self.teacher_cache_k,
+                "teacher_cache_dtype": self.teacher_cache_dtype,
+            }
+            for name, value in given.items():
+                if value is not None:
+                    fail(
+                        name,
+                        quoted(value),
+                        "no value without teacher_cache_dir",
+                        "Set teacher_cache_dir, or leave it out.",
+                    )
+
+    def _check_schedule(self) -> None:
+        ends = {name: getattr(self, name) for name in ("kd_alpha_end", "kd_temperature_end")}
+        given = {name: value for name, value in ends.items() if value is not None}
+        if "kd_alpha_end" in given:
+            check_number("kd_alpha_end", self.kd_alpha_end, low=0, high=1)
+        if "kd_temperature_end" in given:
+            check_temperature("kd_temperature_end", self.kd_temperature_end)
+        if given and self.kd_schedule == "constant":
+            name, value = next(iter(given.items()))
+            fail(name, quoted(value), "no value with kd_schedule 'constant'", "Set kd_schedule to linear or cosine.")
+        if not given and self.kd_schedule != "constant":
+            fail(
+                "kd_schedule",
+                repr(self.kd_schedule),
+                "'constant' without an end",
+                "Set kd_alpha_end or kd_temperature_end.",
+            )
+
+    def _read_teacher_kwargs(self) -> None:
+        given = self.teacher_model_init_kwargs
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except json.JSONDecodeError as error:
+                mend = 'Write it as \'{"dtype": "bfloat16"}\'.'
+                fail("teacher_model_init_kwargs", quoted(given), f"a JSON object ({error})", mend)
+        if given is not None and not (isinstance(given, dict) and all(isinstance(name, str) for name in given)):
+            mend = 'Write it as {"dtype": "bfloat16"}.'
+            fail("teacher_model_init_kwargs", quoted(given), "a JSON object: names and values", mend, error=TypeError)
+        self.teacher_model_init_kwargs = None if given is None else SecretiveDict(given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, as upstream's arguments have it: what is no JSON value (a `BitsAndBytesConfig`, a
+        torch.dtype) is written as one."""
+        above: Any = super()
+        own = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        made: dict[str, Any] = above.to_dict() if hasattr(above, "to_dict") else own
+        return {**made, "teacher_model_init_kwargs": hidden(as_json(self.teacher_model_init_kwargs))}
+
+    def __repr__(self) -> str:
+        shown = {entry.name: getattr(self, entry.name, None) for entry in dataclasses.fields(self)}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in hidden(shown).items())})"
+
+    def __str__(self) -> str:
+        shown = {entry.name: getattr(self, entry.name, None) for entry in dataclasses.fields(self)}
+        lines = [f"{name}={value},\n" for name, value in sorted(hidden(shown).items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For training_args.bin, which is saved and uploaded with every model: secrets stay behind."""
+        return {name: None if is_secret_name(name) else value for name, value in self.__dict__.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = made = object.__new__(type(self))
+        made.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return made
+
+    def __copy__(self) -> Any:
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    @property
+    def teacher_kwargs(self) -> dict[str, Any]:
+        """`teacher_model_init_kwargs` as a dict, empty where unset."""
+        return cast(dict, self.teacher_model_init_kwargs or {})
+
+    @classmethod
+    def of(cls, args: Any) -> "DistillationArguments":
+        """The distillation settings inside `args`; a plain `TrainingArguments` has none and gets the defaults."""
+        names = [f.name for f in dataclasses.fields(DistillationArguments)]
+        return DistillationArguments(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+# By the class, since upstream's parser writes other types into the fields.
+_KINDS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(DistillationArguments).items()}
+_FOLDERS = ("teacher_model_name_or_path", "teacher_cache_dir")
+
+
+def _as_declared(entry: Any, value: Any) -> Any:
+    """The value of a field where it has the type that the field declares; raises TypeError or ValueError.
+
+    numpy's scalars become Python's own, and a path becomes text where a folder is meant.
+    """
+    name, kinds = entry.name, _KINDS[entry.name]
+    value = value.item() if isinstance(value, np.generic) else value.value if isinstance(value, Enum) else value
+    if value is None and entry.default is None:
+        return None
+    if bool in kinds:
+        if not isinstance(value, bool):
+            how = "without quotes" if isinstance(value, str) else "true or false (in Python True or False)"
+            fail(name, quoted(value), "true or false", f"Write {'it ' * isinstance(value, str)}{how}.", error=TypeError)
+    elif float in kinds:
+        if isinstance(value, Real) and not isinstance(value, (bool, int)):
+            return float(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            check_number(name, value)
+    elif int in kinds:
+        if isinstance(value, bool) or not isinstance(value, int):
+            mend = f"Give `{name}` as a whole number, not as {type(value).__name__}."
+            fail(name, quoted(value), "a whole number, at least 1", mend, error=TypeError)
+    elif name in _FOLDERS:  # other texts are choices, which `check_choice` compares
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        kind = "a folder" if name == "teacher_cache_dir" else "a folder or a hub name"
+        if not isinstance(value, str):
+            mend = f"Give `{name}` as text, not as {type(value).__name__}."
+            fail(name, quoted(value), kind, mend, error=TypeError)
+        if not value.strip():
+            fail(name, quoted(value), kind, "Leave it out (null in JSON) for none.")
+    return value
+
+
+@dataclass(repr=False)
+class DistillationTrainingArguments(DistillationArguments, TrainingArguments):
+    """`TrainingArguments` with the distillation settings of `DistillationArguments` in front."""
+
+
+@dataclass(repr=False)
+class Seq2SeqDistillationTrainingArguments(DistillationArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` (generation in evaluation) with the settings of `DistillationArguments` in front."""
+
+
+def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:
+    """Reads `script.py config.json --field value ...` into dataclasses; the command line wins over the file.
+
+    Args:
+        dataclass_types: argument classes, e.g. `DistillationTrainingArguments` and a class of the script's own.
+        argv: the words after the script's name; default `sys.argv[1:]`.
+
+    Returns:
+        The instance for one class; a tuple in the given order for several.
+
+    Raises:
+        FileNotFoundError: the JSON file does not exist.
+        ValueError: the file is no JSON object, or a key or option belongs to none of the classes.
+        TypeError: a key is `alpha` or `temperature` (see `DistillationArguments`).
+    """
+    for cls in dataclass_types:
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+            mend = "Pass the class itself, e.g. DistillationTrainingArguments."
+            fail("dataclass_types", repr(cls), "classes of arguments (dataclasses)", mend, error=TypeError)
+    if argv is not None and (not isinstance(argv, (list, tuple)) or not all(isinstance(word, str) for word in argv)):
+        fail("argv", quoted(argv), "a list of words", "Split the command line: shlex.split(text).", error=TypeError)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)  # a field half typed is a typing error
+    known = {f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
+    from_file: dict[str, Any] = {}
+    if argv and argv[0].endswith(".json"):
+        from_file = _read_json(argv.pop(0))
+        _check_keys(from_file, known, "key of the JSON file")
+        for action in parser._actions:  # a required field that stands in the file need not be typed again
+            action.required = action.required and action.dest not in from_file
+    namespace, rest = parser.parse_known_args(argv, namespace=argparse.Namespace(**from_file))
+    if rest:
+        options = [word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
+        _check_keys(dict.fromkeys(options, "(option)"), known, "option")
+        fail("argv", quoted(rest), "options of the form --field value", "Give the JSON file first, then the options.")
+    values = vars(namespace)
+    parsed = [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.init}) for cls in dataclass_types]
+    return parsed[0] if len(parsed) == 1 else tuple(parsed)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        mend = "Check the path; it is relative to the folder the script is started in."
+        fail("config file", repr(path), "an existing JSON file", mend, error=FileNotFoundError)
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        fail("config file", repr(path), f"valid JSON ({error})", "Mend the file at that line.")
+    if not isinstance(content, dict):
+        fail(
+            "config file", repr(path), f"a JSON object, got a {type(content).__name__}", 'Write {"field": value, ...}.'
+        )
+    return content
+
+
+def _check_keys(given: dict[str, Any], known: set[str], what: str) -> None:
+    refuse_borrowed_names(given, known)
+    for name, value in given.items():
+        if name not in known:
+            mend = nearest(name, known) or "Remove it."
+            fail(name, quoted(value), f"no such {what}: none of the argument classes has that field", mend)

@@ -1,0 +1,165 @@
+"""Which classes and options of upstream the mixin works with, and the names of upstream that the package relies on.
+
+For: `trainer.py`. Refusals name the class or the option, and what to write instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from transformers import Trainer
+
+from ..validation import fail, message
+
+# Upstream names without a promise of stability that the package relies on; a test looks each of them up.
+UPSTREAM_NAMES = {
+    "transformers.Trainer": (
+        "get_batch_samples",
+        "_get_num_items_in_batch",
+        "_prepare_inputs",
+        "_remove_unused_columns",
+        "_get_collator_with_removed_columns",
+        "_set_signature_columns_if_needed",
+        "_hp_search_setup",
+        "get_tp_size",
+        "get_cp_size",
+        "get_sp_size",
+        "loss_is_scaled_for_ga",
+        "prediction_step",
+        "evaluation_loop",
+        "_save_checkpoint",
+        "_load_best_model",
+        "_get_output_dir",
+    ),
+    "transformers.Seq2SeqTrainer": ("prediction_step",),
+    "transformers.AutoModelForCausalLM": ("_model_mapping",),
+    "transformers.utils.generic.TransformersKwargs": ("__annotations__",),
+    "accelerate.utils.fsdp_utils": ("fsdp2_prepare_model",),
+    "peft.tuners.tuners_utils.BaseTunerLayer": ("_disable_adapters", "adapter_layer_names"),
+}
+# Attributes that upstream's constructor sets and the trainer reads.
+UPSTREAM_ATTRIBUTES = (
+    "gather_function",
+    "label_names",
+    "label_smoother",
+    "_loss_shifts_labels",
+    "_signature_columns",
+    "accelerator",
+)
+
+# Trainers whose own compute_loss the mixin replaces on purpose, since what they compute is its hard loss; and what
+# they log no longer.
+REPLACED = {
+    "trl.trainer.sft_trainer.SFTTrainer": "SFTTrainer's entropy, mean_token_accuracy and num_tokens are not logged; "
+    "include_num_input_tokens_seen counts tokens, teacher_agreement and eval_perplexity tell how good the student is",
+}
+
+# What helps with the trainers of other libraries, whose losses are not a task's loss on logits.
+_LIBRARIES = {
+    "sentence_transformers": "Train embeddings with that library's own distillation losses, such as MSELoss on the "
+    "teacher's embeddings, MarginMSELoss or DistillKLDivLoss, given to its trainer as loss=...",
+    "setfit": "SetFit has a DistillationTrainer of its own.",
+    "trl": "Take TRL's SFTTrainer; the losses of its other trainers are no task's loss on labels.",
+}
+
+
+def check_bases(cls: type, mixin: type) -> None:
+    """Raises TypeError unless `cls` has `mixin` in front of `Trainer` classes whose compute_loss it may replace."""
+    place = cls.__mro__.index(mixin)
+    before, behind = cls.__mro__[:place], cls.__mro__[place + 1 :]
+    others = [c for c in cls.__mro__ if _is_another_trainer(c, mixin)]
+    if others and not issubclass(cls, Trainer):
+        refuse_no_trainer(cls, others[0])
+    wrong = [c for c in before if issubclass(c, Trainer) and not issubclass(c, mixin)]
+    if wrong:
+        name = wrong[0].__name__
+        _refuse(
+            cls,
+            f"with {name} before DistillationMixin",
+            "DistillationMixin (or DistillationTrainer) first",
+            f"Write class {cls.__name__}(DistillationMixin, {name}).",
+            f"the loss of {name} would be used and the teacher never asked",
+        )
+    lost = [c for c in behind if "compute_loss" in vars(c) and c is not Trainer and _full_name(c) not in REPLACED]
+    if lost:
+        fix = f"Move it into {cls.__name__}, where super().compute_loss(...) is the distillation loss."
+        _refuse(
+            cls,
+            f"with {lost[0].__name__}, which has a compute_loss of its own",
+            "a Trainer class without one behind DistillationMixin",
+            _advice(lost, fix),
+            "DistillationMixin's would be used and this one never called",
+        )
+
+
+def refuse_no_trainer(cls: type, other: type | None = None) -> NoReturn:
+    """Raises TypeError for a class without `transformers.Trainer`; `other`: the trainer of another library in it."""
+    shown = "without transformers.Trainer"
+    if other is not None:
+        shown = f"with {_full_name(other)}, which is no transformers.Trainer"
+    fix = f"Write class {cls.__name__}(DistillationMixin, Trainer); elsewhere use the losses alone: SoftTargetLoss."
+    expected = "DistillationMixin in front of a transformers.Trainer"
+    _refuse(cls, shown, expected, _advice(cls.__mro__, fix), "it overrides what that class calls")
+
+
+def no_room_for_fields(cls: type, mixin: type, args: Any) -> str:
+    """The message for arguments that the trainer behind the mixin makes into a class without our fields."""
+    behind = next(c for c in cls.__mro__ if issubclass(c, Trainer) and not issubclass(c, mixin))
+    fix = "Write a dataclass Args(DistillationArguments, TheOtherArguments) and build the args of it."
+    expected = f"the arguments of {behind.__name__} with DistillationArguments in front"
+    return message("args", f"of type {type(args).__name__}", expected, fix)
+
+
+def check_options(args: Any, hard_loss: str, compute_loss_func: Any, accelerator: Any) -> None:
+    """Raises ValueError for options of upstream that the loss of the distillation cannot honour."""
+    loss_type = getattr(args, "loss_type", "nll")
+    if loss_type != "nll":
+        expected = "'nll' (the default), the hard loss of the distillation"
+        fail("loss_type", repr(loss_type), expected, "Leave it out; kd_alpha weighs the losses.")
+    if args.n_gpu > 1:
+        mend = "Start the script with `accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+        fail("n_gpu", args.n_gpu, "1 GPU for each process, not nn.DataParallel", mend)
+    if compute_loss_func is not None and hard_loss == "task":
+        expected = "'auto' with a compute_loss_func, which is the hard loss then"
+        fail("kd_hard_loss", "'task'", expected, "Leave out one of the two.")
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and parallel.sp_backend == "deepspeed" and parallel.sp_enabled:
+        fail("parallelism_config", "Ulysses sequence parallelism", "none", "Switch sequence parallelism off.")
+
+
+def check_smoothing(factor: float, label_names: Sequence[str]) -> None:
+    """Raises ValueError where upstream would not smooth the labels, which have other names."""
+    if factor > 0 and {"labels", "start_positions"}.isdisjoint(label_names):
+        expected = f"0 with the labels in {', '.join(map(repr, label_names))}"
+        mend = "Rename the column to 'labels', or set it to 0."
+        fail("label_smoothing_factor", factor, expected, mend, because="upstream smooths a column 'labels' alone")
+
+
+def not_logged(cls: type) -> list[str]:
+    """Notes on what the replaced bases of a class log no longer."""
+    return [REPLACED[name] for name in map(_full_name, cls.__mro__) if name in REPLACED]
+
+
+def _refuse(cls: type, shown: str, expected: str, fix: str, because: str) -> NoReturn:
+    fail("bases", f"of {cls.__name__} {shown}", expected, fix, because=because, error=TypeError)
+
+
+def _advice(classes: Iterable[type], otherwise: str) -> str:
+    """What helps with the first of `classes` that comes from a known library."""
+    return next((_LIBRARIES[root] for root in map(_library, classes) if root in _LIBRARIES), otherwise)
+
+
+def _is_another_trainer(cls: type, mixin: type) -> bool:
+    """Whether a class trains models without being a `Trainer` of transformers."""
+    own = _library(cls) == __name__.partition(".")[0] or issubclass(cls, (Trainer, mixin))
+    return not own and any(callable(vars(cls).get(name)) for name in ("train", "fit", "training_step", "compute_loss"))
+
+
+def _library(cls: type) -> str:
+    """The package that a class comes from."""
+    return cls.__module__.partition(".")[0]
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,316 @@
+"""The objective: sums over the counted positions -> the loss of a micro-batch, divided once.
+
+    loss = scale * ((1 - alpha) * S_hard / D_hard + alpha * S_soft / D_soft)
+
+S_* are sums over THIS micro-batch, D_* count positions (or rows) over ALL micro-batches of the optimizer step and all
+processes, so the loss does not depend on how a batch is split. Leaves the counting across processes to `trainer.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..losses import (
+    IGNORE_INDEX,
+    FusedLoss,
+    Samples,
+    SoftTargetLoss,
+    TopK,
+    divide,
+    fused_linear_distillation,
+    is_small,
+    joint_loss,
+    sampled_forward_kl,
+    select_positions,
+    top_k_divergence,
+)
+from ..tasks import Head, main_input
+from ..teachers import Sparse, TeacherOutput
+from ..validation import fail
+
+
+class Counts(NamedTuple):
+    """How much of a batch counts: numbers or 0-dim tensors, local or summed over micro-batches and processes."""
+
+    hard: Tensor | int  # positions with a label
+    soft: Tensor | int  # positions counted for the soft loss
+    rows: Tensor | int  # rows of the batch
+    scale: int = 1  # undoes the averaging of gradients over processes where the counts are global
+    num_items: Any = None  # upstream's num_items_in_batch, where the model's own loss divides by it
+    by_num_items: bool = False  # whether the formula's sum is divided by it too, instead of `hard`
+    micro_batches: int = 1  # of the optimizer step: upstream divides a loss by it that knows no num_items
+
+    @property
+    def hard_divisor(self) -> Any:
+        """What the hard loss is divided by with "tokenmean"."""
+        return self.num_items if self.by_num_items else self.hard
+
+
+class Parts(NamedTuple):
+    """The loss of a micro-batch and what it is made of; soft holds T^2, agreement is a fraction, both divided alike."""
+
+    total: Tensor
+    hard: Tensor | float | None
+    soft: Tensor | float | None
+    agreement: Tensor | float | None
+
+    def zeroed(self) -> Parts:
+        """The same parts of no rows at all."""
+        return Parts(self.total, *(None if part is None else 0.0 for part in self[1:]))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The settings of the mixture at one step: total = alpha * soft + (1 - alpha) * hard."""
+
+    alpha: float
+    temperature: float
+    divergence: str = "forward_kl"
+    beta: float | None = None
+    reduction: str = "batchmean"
+    positions: str = "labels"
+    label_smoothing: float = 0.0
+
+    def formula(self, head: Head | None) -> str:
+        """The formula with its numbers, e.g. `loss = 0.7 * soft(forward_kl, T=3) + 0.3 * hard, per row`.
+
+        A term of weight zero is left out, as it is in the loss.
+        """
+        soft = self.divergence if head is None else head.soft_term(self.divergence)
+        if head is None or head.tempered:
+            soft += ("" if self.beta is None else f", beta={self.beta:g}") + f", T={self.temperature:g}"
+        terms = {f"soft({soft})": self.alpha, "hard": 1 - self.alpha}
+        shown = [name if weight == 1 else f"{weight:g} * {name}" for name, weight in terms.items() if weight > 0]
+        per = "per token" if head is not None and head.token_level and self.reduction == "tokenmean" else "per row"
+        return f"loss = {' + '.join(shown)}, {per}"
+
+    def count(self, head: Head, inputs: Mapping[str, Any]) -> Counts:
+        """The counts of one micro-batch, read from its inputs alone."""
+        targets = head.targets(inputs)
+        rows = (main_input(inputs) if targets is None else targets).shape[0]
+        hard = head.labelled_in(inputs, targets)
+        if not head.token_level:
+            return Counts(hard, rows, rows)
+        if self.positions == "labels" and targets is not None and head.made_at(inputs, targets) is None:
+            return Counts(hard, hard, rows)
+        mask = head.soft_mask(inputs, targets, self.positions)
+        soft = head.sequences(inputs).numel() if mask is None else mask.sum()
+        return Counts(hard, soft, rows)
+
+    def count_all(self, head: Head, batches: Sequence[Mapping[str, Any]]) -> Counts:
+        """The counts of all micro-batches of an optimizer step on this process."""
+        each = [self.count(head, batch) for batch in batches]
+        if len(each) == 1:
+            return each[0]
+        return Counts(sum(c.hard for c in each), sum(c.soft for c in each), sum(c.rows for c in each))
+
+    def __call__(
+        self,
+        head: Head,
+        soft_loss: SoftTargetLoss,
+        student_logits: Tensor,
+        teacher: Tensor | Sparse | None,
+        inputs: Mapping[str, Any],
+        counts: Counts,
+        *,
+        common_ids: int | None = None,
+        own_hard: Tensor | None = None,
+        takes_own: bool = False,
+    ) -> Parts:
+        """The loss of one micro-batch.
+
+        Args:
+            soft_loss: sums T^2 * D over the positions it is given (reduction "sum").
+            student_logits: [B, C] or [B, S, C].
+            teacher: logits of the same shape; or `TopK` or `Samples` [B, k] or [B, S, k]; or None where the teacher is
+                not called.
+            counts: the denominators of the whole optimizer step, and the scale.
+            common_ids: where the vocabularies differ in size, soft loss and agreement are over the first `common_ids`
+                ids of both, renormalised; the hard loss is over all of the student's. None: equal vocabularies.
+            own_hard: with `takes_own` the hard loss, divided as the stock Trainer divides it; None where the batch has
+                no labels.
+        """
+        targets = head.targets(inputs)
+        sparse = teacher if isinstance(teacher, (TopK, Samples)) else None
+        taught = teacher if isinstance(teacher, Tensor) else None
+        head.check_shapes(student_logits, taught, targets, common_ids)
+        mask = head.soft_mask(inputs, targets, self.positions)
+        chosen, logits, labels = student_logits, student_logits, targets
+        if head.token_level and targets is not None:  # padding's NaN would reach the gradient: 0 * NaN
+            labelled = targets != IGNORE_INDEX
+            logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
+        if head.token_level:
+            if mask is not None and targets is not None and self.positions == "labels":
+                within = select_positions(mask, labelled)  # usually all: then the same rows serve both losses
+                same_rows = within.device.type == "cpu" and bool(within.all())
+                chosen = logits if same_rows else select_positions(logits, within)
+            else:
+                chosen = select_positions(student_logits, mask)
+            taught = None if taught is None else select_positions(taught, mask)
+            if sparse is not None and mask is not None:
+                sparse = type(sparse)(*(select_positions(x, mask) for x in sparse))
+            elif sparse is not None:
+                chosen = student_logits
+        if common_ids is not None and teacher is not None:
+            chosen, taught = chosen[..., :common_ids], None if taught is None else taught[..., :common_ids]
+        soft_count, hard_count = self._denominators(counts)
+
+        plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not head.softmax
+        plain = plain or takes_own
+        if taught is not None and not plain and is_small(chosen, taught):
+            parts = self._joint(chosen, taught, labels, float(soft_count), float(hard_count), counts)
+            if parts is not None:
+                return parts
+        hard = soft = agreement = None
+        if takes_own:
+            hard = own_hard
+        elif labels is not None:
+            # At alpha 1 the hard loss is for the log alone.
+            hard_sum = head.hard_loss_sum(logits if self.alpha < 1 else logits.detach(), labels, self.label_smoothing)
+            hard = divide(hard_sum, hard_count) * counts.scale
+        if taught is not None:
+            soft = divide(head.soft_loss_sum(soft_loss, chosen, taught, inputs), soft_count) * counts.scale
+            same = head.agreement_sum(chosen, taught, inputs)
+            agreement = None if same is None else divide(same, counts.soft) * counts.scale
+        if sparse is not None:
+            soft_sum, same = self._sparse_sums(chosen, sparse)
+            soft = divide(soft_sum, soft_count) * counts.scale
+            agreement = divide(same, counts.soft) * counts.scale
+        return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
+
+    def _sparse_sums(self, student_logits: Tensor, taught: Sparse) -> tuple[Tensor, Tensor]:
+        """(T^2 * sum of D(p, q), number of equal top classes) where the teacher is given sparsely."""
+        if isinstance(taught, TopK):
+            nats = top_k_divergence(
+                student_logits, taught, temperature=self.temperature, divergence=self.divergence, beta=self.beta
+            )
+            top = taught.ids[..., 0]
+        else:
+            nats, top = sampled_forward_kl(student_logits, taught, temperature=self.temperature), taught.top
+        return nats.sum() * self.temperature**2, (student_logits.argmax(-1) == top).sum()
+
+    def fused(
+        self,
+        head: Head,
+        student_hidden: Tensor,
+        teacher: TeacherOutput,
+        weights: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        counts: Counts,
+        *,
+        common_ids: int | None = None,
+    ) -> FusedLoss:
+        """The same from final hidden states [B, S, H], without logits: see `fused_linear_distillation`.
+
+        Args:
+            teacher: what it said of [B, S] positions.
+            weights: the student's output head, by that function's argument names.
+            inputs, counts, common_ids: as in `__call__`. Of the result, `parts` makes `Parts`.
+        """
+        targets = head.targets(inputs)
+        shape = student_hidden.shape[:-1]
+        if targets is not None and targets.shape != shape:
+            fail(
+                "labels",
+                f"of shape {tuple(targets.shape)}",
+                f"{tuple(shape)}, one for each position of the model's hidden states",
+                "Check the label column and the data collator.",
+            )
+        mask = None  # both losses count the positions with a label, or all of them
+        if targets is None or self.positions != "labels" or head.made_at(inputs, targets) is not None:
+            mask = head.soft_mask(inputs, targets, self.positions)
+            if mask is None and targets is not None:
+                mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)
+        soft_count, hard_count = self._denominators(counts)
+        given: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
+        given |= teacher.each(lambda tensor: tensor.flatten(0, 1)).as_arguments()
+        return fused_linear_distillation(
+            student_hidden.flatten(0, 1),
+            labels=None if targets is None else targets.flatten(),
+            alpha=self.alpha,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            beta=self.beta,
+            soft_mask=None if mask is None else mask.flatten(),
+            soft_count=soft_count,
+            hard_count=hard_count,
+            factor=counts.scale,
+            label_smoothing=self.label_smoothing,
+            common_ids=common_ids,
+            **weights,
+            **given,
+        )
+
+    def parts(self, loss: FusedLoss, counts: Counts, *, labelled: bool) -> Parts:
+        """`Parts` of a fused loss: its sums over the denominators, as `__call__` gives them."""
+        soft_count, hard_count = self._denominators(counts)
+        return Parts(
+            loss.total,
+            divide(loss.hard, hard_count) * counts.scale if labelled else None,
+            divide(loss.soft, soft_count) * counts.scale,
+            divide(loss.agreement, counts.soft) * counts.scale,
+        )
+
+    def _denominators(self, counts: Counts) -> tuple[Tensor | int, Tensor | int]:
+        """What the sums of the soft and of the hard loss are divided by."""
+        if self.reduction == "batchmean":
+            return counts.rows, counts.rows
+        return counts.soft, counts.hard_divisor
+
+    def _joint(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None,
+        soft_count: float,
+        hard_count: float,
+        counts: Counts,
+    ) -> Parts | None:
+        """The same by `joint_loss`, on the CPU, where reading a number waits for nothing; None: take the plain way."""
+        joint = joint_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            temperature=self.temperature,
+            soft_weight=divide(self.alpha * counts.scale, soft_count),
+            hard_weight=divide((1 - self.alpha) * counts.scale, hard_count),
+            all_labelled=float(counts.hard) == float(counts.rows),
+        )
+        if joint is None:
+            return None
+        hard = None if labels is None else divide(joint.hard * counts.scale, hard_count)
+        same = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum().item()
+        agreement = divide(same * counts.scale, float(counts.soft))
+        return Parts(joint.total, hard, divide(joint.soft * counts.scale, soft_count), agreement)
+
+    def _mix(self, hard: Tensor | None, soft: Tensor | None, student_logits: Tensor) -> Tensor:
+        """alpha * soft + (1 - alpha) * hard; a term of weight zero is not added, since 0 * inf is NaN."""
+        if soft is None or self.alpha == 0:
+            if hard is None:  # nothing counts: zero, with a gradient path for the processes that wait in backward
+                return student_logits[..., :0].sum()
+            return hard if self.alpha == 0 else (1 - self.alpha) * hard
+        if hard is None or self.alpha == 1:
+            return soft if self.alpha == 1 else self.alpha * soft
+        return torch.add((1 - self.alpha) * hard, soft, alpha=self.alpha)
+
+    def mixture(self, hard: float | None, soft: float | None) -> float:
+        """The same of numbers; None where a loss does not exist."""
+        terms = ((self.alpha, soft), (1 - self.alpha, hard))
+        return sum(weight * value for weight, value in terms if value is not None and weight > 0)
+
+
+def scheduled(start: float, end: float | None, schedule: str, progress: float) -> float:
+    """The value of a setting at `progress` in [0, 1] of the training: start -> end, linear or half a cosine.
+
+    Constant where `end` is None. A pure function, so that a resumed run goes on at the same value.
+    """
+    if end is None or schedule == "constant":
+        return start
+    share = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return start + (end - start) * share

@@ -1,0 +1,79 @@
+"""The distillation arguments as a run reads them: now, at a point of a schedule, and after a script has changed them.
+
+For: `trainer.py`, which owns one `Settings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..losses import SoftTargetLoss
+from .arguments import DistillationArguments
+from .objective import Objective, scheduled
+
+_NAMES = (*(f.name for f in dataclasses.fields(DistillationArguments)), "label_smoothing_factor")
+# What may change without another look at the first batch; and what else may where there is no teacher cache.
+_FREE = frozenset({"kd_alpha", "kd_alpha_end", "kd_beta", "kd_schedule", "kd_check_finite", "kd_run"})
+_FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
+
+
+class Settings:
+    """The `kd_*` and `teacher_*` arguments of a trainer as they stand.
+
+    Attributes:
+        kd: the arguments, checked.
+        always_hard: whether `kd_alpha` is constantly 0, so that training does not call the teacher.
+    """
+
+    kd: DistillationArguments
+    always_hard: bool
+
+    def __init__(self, args: Any) -> None:
+        self.read(args)
+
+    def read(self, args: Any) -> None:
+        """Reads the arguments: a script, a callback or a hyperparameter search may have changed them."""
+        self.kd = DistillationArguments.of(args)
+        self.always_hard = self.kd.kd_alpha == 0 and self.kd.kd_schedule == "constant"
+        self._smoothing = args.label_smoothing_factor
+        self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
+        self._last = self._values(args)
+
+    @staticmethod
+    def _values(args: Any) -> tuple[Any, ...]:
+        return tuple(map(vars(args).get, _NAMES))
+
+    def follow(self, args: Any, *, cached: bool) -> bool | None:
+        """Reads the arguments again where they have changed since; None where they have not.
+
+        Args:
+            cached: whether the teacher is read from a cache, which was built for a temperature.
+
+        Returns:
+            Whether what the first batch told was told for other settings.
+        """
+        now, before = self._values(args), self._last
+        if now == before:
+            return None
+        changed = {name for name, a, b in zip(_NAMES, now, before, strict=True) if a != b}
+        always_hard = self.always_hard
+        self.read(args)
+        free = _FREE if cached else _FREE | _FREE_WITH_LOGITS
+        return always_hard != self.always_hard or bool(changed - free)
+
+    def finite_mode(self, device_type: str) -> str:
+        """How `FiniteWatch` watches: `kd_check_finite`, or by default at every step on the CPU, else at logs."""
+        return self.kd.kd_check_finite or ("step" if device_type == "cpu" else "log")
+
+    def objective_at(self, progress: float) -> tuple[Objective, SoftTargetLoss]:
+        """The mixture and its soft loss at `progress` in [0, 1] of the schedule."""
+        kd = self.kd
+        alpha = scheduled(kd.kd_alpha, kd.kd_alpha_end, kd.kd_schedule, progress)
+        temperature = scheduled(kd.kd_temperature, kd.kd_temperature_end, kd.kd_schedule, progress)
+        if (alpha, temperature) not in self._objectives:
+            divergence, beta = kd.kd_divergence, kd.kd_beta
+            settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, self._smoothing)
+            soft_loss = SoftTargetLoss(temperature=temperature, divergence=divergence, beta=beta, reduction="sum")
+            self._objectives = {(alpha, temperature): (Objective(alpha, temperature, *settings), soft_loss)}
+        return self._objectives[alpha, temperature]

@@ -1,0 +1,101 @@
+"""What a person reads: the block before the first step and the model card's section on the distillation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..losses import divide
+from ..tasks import Head, count_parameters, describe, name_of, times
+from .objective import Counts, Objective
+
+
+def start_block(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    head: Head,
+    first: Objective,
+    last: Objective,
+    counts: Counts,
+    *,
+    labelled: bool,
+    cached: str | None = None,
+) -> str:
+    """The lines before the first step: models, task, formula with its numbers, and what may surprise.
+
+    Args:
+        first, last: the objective at the first step and at the end of its schedule.
+        counts: of the first optimizer step on this process; labelled: whether the batch has labels.
+        cached: a line on the teacher where its outputs are read from disk.
+    """
+    lines = [f"student  {describe(student)}"]
+    if teacher is not None:
+        ratio = count_parameters(teacher) / max(count_parameters(student), 1)
+        lines = [f"teacher  {describe(teacher)} ({times(ratio, 'the student')})", *lines]
+        if ratio < 1:
+            lines.append("the teacher is smaller than the student: swap them if that is not meant")
+    if cached is not None:
+        lines = [f"teacher  {cached}", *lines]
+    lines += [f"task     {head.name}", first.formula(head)]
+    if first != last:
+        lines.append(f"at the end of the schedule: {last.formula(head)}")
+    if not labelled:
+        lines.append("no labels in the batch: the hard loss is absent")
+    if head.token_level and first.reduction == "batchmean":
+        larger = float(divide(torch.as_tensor(float(counts.soft)), int(counts.rows)))
+        lines.append(
+            f"batchmean sums over the tokens of a row: the loss is about {larger:.0f} times the stock Trainer's; "
+            'set {"kd_reduction": "tokenmean"} for its scale'
+        )
+    return "\n".join("[kd_trainer] " + line for line in lines)
+
+
+def card_section(summary: Mapping[str, Any], log_history: Sequence[Mapping[str, float]]) -> str:
+    """The model card's section: teacher, formula and the last evaluation's numbers (or the last logged ones).
+
+    Args:
+        summary: `DistillationMixin.summary()`; log_history: `trainer.state.log_history`.
+    """
+    ratio = summary["teacher_parameters"] / max(summary["student_parameters"], 1)
+    size = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / max(ratio, 1e-9):.1f}x larger"
+    lines = [
+        "## Distillation",
+        "",
+        f"Distilled from the teacher `{summary['teacher']}` ({summary['teacher_parameters']:,} parameters) into "
+        f"{summary['student_parameters']:,} parameters ({size}) with kd_trainer:",
+        "",
+        f"    {summary['formula']}",
+        "",
+        "| Result | Value |",
+        "|---|---|",
+    ]
+    last = next((entry for entry in reversed(log_history) if any(k.startswith("eval_") for k in entry)), None)
+    last = last or next((entry for entry in reversed(log_history) if "loss" in entry), {})
+    shown = {k: v for k, v in last.items() if isinstance(v, float) and not k.endswith(("_runtime", "_per_second"))}
+    return "\n".join([*lines, *(f"| {key} | {value:.4f} |" for key, value in shown.items())]) + "\n"
+
+
+def summary_of(kd: Any, formulas: Sequence[str], teacher: Any, student: nn.Module) -> dict[str, Any]:
+    """Teacher, formula and the numbers in it, as JSON values.
+
+    Args:
+        kd: the distillation arguments.
+        formulas: at the start and at the end of the schedule.
+        teacher: the module; or of a cache what its manifest has of it; or None.
+    """
+    formula = (
+        formulas[0] if kd.kd_schedule == "constant" else f"{formulas[0]}; {kd.kd_schedule} schedule to {formulas[1]}"
+    )
+    kept = teacher if isinstance(teacher, Mapping) else {}
+    live = teacher if isinstance(teacher, nn.Module) else None
+    return {
+        "formula": formula,
+        "teacher": kept.get("name") if live is None else name_of(live),
+        "teacher_parameters": kept.get("parameters") if live is None else count_parameters(live),
+        "student_parameters": count_parameters(student),
+        **{f.name.removeprefix("kd_"): getattr(kd, f.name) for f in dataclasses.fields(kd) if f.name[:3] == "kd_"},
+    }

@@ -1,0 +1,166 @@
+"""The examples run, print what their headers promise, and `by_hand.py` gives the trainer's own losses."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_trainer import DistillationTrainer, MLPConfig, MLPForImageClassification, synthetic_classification
+from tests.helpers import tiny
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def output_of(name: str, folder: Path) -> str:
+    """What the example prints when it is started as its header says, in an empty folder."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / name)]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+def figures(text: str, *patterns: str) -> list[float]:
+    """The number that each pattern captures in `text`."""
+    found = [re.search(pattern, text) for pattern in patterns]
+    missing = [pattern for pattern, match in zip(patterns, found, strict=True) if match is None]
+    assert not missing, f"{missing} not in:\n{text}"
+    return [float(match[1]) for match in found]
+
+
+def header_of(name: str) -> str:
+    return (EXAMPLES / name).read_text(encoding="utf-8").split('"""')[1]
+
+
+@pytest.mark.parametrize(("name", "limit"), [("minimal.py", 40), ("by_hand.py", 60), ("soft_targets.py", 60)])
+def test_an_example_is_short_and_opens_with_its_command(name, limit):
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < limit
+    header = header_of(name)
+    assert f"python examples/{name}" in header
+    assert "seconds" in header
+    assert "Expected" in header
+
+
+def test_minimal_gains_from_the_swap(tmp_path):
+    pattern = r" (\d+\.\d)%"
+    printed = figures(
+        output_of("minimal.py", tmp_path), *(f"{name}:{pattern}" for name in ("teacher", "before", "after"))
+    )
+    promised = figures(
+        header_of("minimal.py"), "teacher" + pattern, r"plain student\)" + pattern, r"distilled student\)" + pattern
+    )
+    # 2,000 draws of a share p err by sqrt(p (1 - p) / 2000) <= 1.1 points; another machine's rounding moves some rows.
+    assert printed == pytest.approx(promised, abs=3)
+    teacher, before, after = printed
+    assert before + 15 < after < teacher
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("name", "margin"),
+    [
+        ("text_classification.py", 4),
+        ("image_classification.py", 15),
+        ("token_classification.py", 15),
+        ("question_answering.py", 15),
+        ("summarization.py", 10),
+    ],
+)
+def test_a_task_gains_from_the_swap(name, margin, tmp_path):
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 80
+    pattern = r" (\d+\.\d)%"
+    teacher, before, after = figures(
+        output_of(name, tmp_path), *(f"{which}:{pattern}" for which in ("teacher", "before", "after"))
+    )
+    promised = figures(
+        header_of(name), "teacher" + pattern, r"plain student\)" + pattern, r"distilled student\)" + pattern
+    )
+    # 600 draws of a share err by 2 points, and another machine's rounding moves a small student by some more.
+    assert [teacher, before, after] == pytest.approx(promised, abs=9)
+    assert before + margin < after < teacher
+
+
+@pytest.mark.trains
+def test_a_masked_language_model_gains_from_the_swap(tmp_path):
+    assert len((EXAMPLES / "masked_lm.py").read_text(encoding="utf-8").splitlines()) < 80
+    printed = output_of("masked_lm.py", tmp_path)
+    teacher, before, after = figures(printed, *(rf"{which}: (\d+\.\d)" for which in ("teacher", "before", "after")))
+    header = " ".join(header_of("masked_lm.py").split())
+    promised = figures(header, r"teacher (\d+\.\d)", r"plain student\) (\d+\.\d)", r"distilled student\) (\d+\.\d)")
+    assert [teacher, before, after] == pytest.approx(promised, rel=0.1)  # another machine rounds otherwise
+    assert teacher < after < 0.85 * before
+
+
+def test_minimal_marks_every_line_that_differs():
+    """Without the marked lines it is a script of transformers and data alone."""
+    lines = (EXAMPLES / "minimal.py").read_text(encoding="utf-8").splitlines()
+    code = [line for line in lines[lines.index("from datasets import concatenate_datasets  # new:") :] if line]
+    marked = [line for line in code if "# new:" in line]
+    assert len(marked) == 5
+    assert not [line for line in code if "Distillation" in line and line not in marked]
+    assert [line for line in code if "Trainer(" in line and line not in marked]
+
+
+@pytest.mark.trains
+def test_soft_targets_reach_the_optimum(tmp_path):
+    patterns = r"start (\d\.\d+)", r"Adam (\d\.\d+)", r"optimum (\d\.\d+)"
+    printed = figures(output_of("soft_targets.py", tmp_path), *patterns)
+    assert printed == pytest.approx(
+        figures(header_of("soft_targets.py"), *patterns), abs=1.01e-4
+    )  # the last digit shown
+    start, end, optimum = printed
+    assert start == pytest.approx(0.0735, abs=1.01e-4)
+    assert end == pytest.approx(optimum, abs=1.01e-4)
+
+
+def test_by_hand_keeps_its_promises(capsys):
+    runpy.run_path(str(EXAMPLES / "by_hand.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    patterns = r"loss (\d\.\d+) at the first of 100", r"steps, (\d\.\d+) at the last"
+    assert figures(printed, *patterns) == pytest.approx(figures(header_of("by_hand.py"), *patterns), rel=0.01)
+    off_2, off_4 = figures(printed, r"eq\. \(2\) by (\S+) ", r"eq\. \(4\) by (\S+)%")
+    # eq. (2) is exact but for float64's rounding of probabilities near 1/10 that differ by about 1/T; eq. (4) is the
+    # first order in 1/T.
+    assert off_2 < 1e-11
+    assert off_4 == pytest.approx(0.3, abs=0.11)
+
+
+@pytest.mark.parametrize(("alpha", "temperature"), [(0.7, 3.0), (0.3, 1.0), (1.0, 5.0), (0.0, 2.0)])
+def test_by_hand_is_the_trainer(alpha, temperature, tmp_path):
+    train_by_hand = runpy.run_path(str(EXAMPLES / "by_hand.py"))["train_by_hand"]
+    steps, size, rate = 20, 32, 0.1
+    torch.manual_seed(0)
+    teacher, student = (MLPForImageClassification(MLPConfig(hidden_sizes=sizes)) for sizes in ([256] * 3, [64]))
+    rows = synthetic_classification(num_train=steps * size)["train"]
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    train_by_hand(teacher, student, batches, alpha=0.0, temperature=1.0, learning_rate=rate)  # a teacher that knows
+    trainer = DistillationTrainer(
+        model=copy.deepcopy(student),
+        teacher_model=teacher,
+        args=tiny.arguments(
+            tmp_path,
+            learning_rate=rate,
+            max_steps=steps,
+            per_device_train_batch_size=size,
+            kd_alpha=alpha,
+            kd_temperature=temperature,
+        ),
+        train_dataset=rows,
+    )
+    trainer.train()
+    by_hand = train_by_hand(student, teacher, batches, alpha=alpha, temperature=temperature, learning_rate=rate)
+    logged = tiny.logged(trainer, "loss")
+    assert len(logged) == len(by_hand) == steps
+    assert by_hand[-1] < 0.8 * by_hand[0]  # it did learn something
+    # 1e-6 as long as the loss is not small beside the rounding of the log-probabilities that it is a difference of.
+    rounding = alpha * temperature**2 * torch.finfo(torch.float32).eps * math.log(10)
+    assert logged == pytest.approx(by_hand, rel=1e-6, abs=rounding if alpha == 1 else 0)

@@ -1,0 +1,97 @@
+"""Starts a script of the tests in two real processes (gloo), one such run at a time, and leaves none behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+_TWO = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+_TWO += ["--dynamo_backend", "no"]
+_KEPT: list[socket.socket] = []
+
+
+def two_processes(script: str, *arguments: str, timeout: float = 900) -> None:
+    """Runs a script of this folder by `accelerate launch` on the CPU; AssertionError with the end of its output."""
+    _launch(_TWO, script, arguments, timeout)
+
+
+def two_processes_command(script: str) -> list[str]:
+    """The command line of `two_processes`, for who starts it differently; arguments go behind it."""
+    return [sys.executable, *_command(_TWO, script)]
+
+
+def by_config(config: Path, options: list[str], script: str, *arguments: str, timeout: float = 900) -> None:
+    """The same with a config file of Accelerate, and options that change it."""
+    _launch(["--config_file", str(config), *options], script, arguments, timeout)
+
+
+def leave() -> None:
+    """Ends a started script whose work is on disk: an interpreter's own end has aborted in gloo's threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _command(options: list[str], script: str) -> list[str]:
+    """Its port is one that this process keeps: accelerate finds it taken, and binds one of its own before it tells it.
+
+    A free port could be taken by another process before it is bound.
+    """
+    if not _KEPT:
+        _KEPT.append(socket.create_server(("127.0.0.1", 0), backlog=1024))
+    port = str(_KEPT[0].getsockname()[1])
+    path = Path(__file__).with_name(script)
+    return ["-m", "accelerate.commands.launch", *options, "--main_process_port", port, str(path)]
+
+
+def _launch(options: list[str], script: str, arguments: tuple[str, ...], timeout: float) -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen(
+        [sys.executable, *_command(options, script), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except BaseException:
+            process.terminate()  # the launcher ends its processes, which a kill would leave behind
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
+            process.kill()
+            raise
+    assert process.returncode == 0, output[-6000:]
+
+
+@contextlib.contextmanager
+def shared_folder(tmp_path_factory: Any) -> Iterator[Path]:
+    """A folder that all test workers of this run share; whoever is inside is alone there."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(str(base / "two_processes.lock")):
+        yield base
+
+
+def once(tmp_path_factory: Any, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder `name` that `make` filled, made by the first test worker that asks for it.
+
+    A run that failed is not tried again by the next worker: it fails there too.
+    """
+    with shared_folder(tmp_path_factory) as base:
+        out = base / name
+        if not out.exists():
+            out.mkdir()
+            make(out)
+            (out / "done").touch()
+    assert (out / "done").exists(), f"the run {name} has failed in another test worker"
+    return out

@@ -1,0 +1,40 @@
+"""Runs a script in a process of its own without waiting for its imports: a fork of a server that has them already."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from tests.helpers import tiny  # noqa: F401  what the scripts import: torch, transformers' models and Trainer, kd_trainer
+
+SERVER = multiprocessing.get_context("forkserver")  # a fork of the test process itself would inherit its threads
+SERVER.set_forkserver_preload([__name__])
+
+
+def run_script(path: Path, argv: list[str], *, timeout: float = 120) -> str:
+    """What `python path *argv`, started in the script's folder, prints; AssertionError where it does not end with 0."""
+    printed = path.with_suffix(".log")
+    process = SERVER.Process(target=_main, args=(str(path), argv, str(printed)))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    output = printed.read_text(encoding="utf-8")
+    assert process.exitcode == 0, f"{path.name} ended with {process.exitcode}:\n{output[-4000:]}"
+    return output
+
+
+def _main(path: str, argv: list[str], printed: str) -> None:
+    gc.freeze()  # see conftest.py
+    os.chdir(Path(path).parent)
+    with open(printed, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [path, *argv]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")

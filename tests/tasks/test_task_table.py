@@ -1,0 +1,116 @@
+"""Every list of models in transformers: the task that its models have, or what the refusal says they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from kd_trainer.tasks.resolve import OTHER_PURPOSES, auto_class_of, head_for
+
+# transformers' lists by the task that their models have; "seq2seq_lm or causal_lm" by the model's config.
+TASKS = {
+    "SEQUENCE_CLASSIFICATION": "classification",
+    "IMAGE_CLASSIFICATION": "classification",
+    "AUDIO_CLASSIFICATION": "classification",
+    "VIDEO_CLASSIFICATION": "classification",
+    "NEXT_SENTENCE_PREDICTION": "classification",
+    "MULTIPLE_CHOICE": "multiple_choice",
+    "TOKEN_CLASSIFICATION": "token_classification",
+    "AUDIO_FRAME_CLASSIFICATION": "audio_frame_classification",
+    "CTC": "ctc",
+    "CAUSAL_LM": "causal_lm",
+    "CAUSAL_IMAGE_MODELING": "causal_lm",
+    "MASKED_LM": "masked_lm",
+    "SEQ_TO_SEQ_CAUSAL_LM": "seq2seq_lm or causal_lm",
+    "SPEECH_SEQ_2_SEQ": "seq2seq_lm or causal_lm",
+    "IMAGE_TEXT_TO_TEXT": "seq2seq_lm or causal_lm",
+    "MULTIMODAL_LM": "seq2seq_lm or causal_lm",
+    "QUESTION_ANSWERING": "question_answering",
+    "DOCUMENT_QUESTION_ANSWERING": "question_answering",
+    "VISUAL_QUESTION_ANSWERING": "multi_label_classification",
+}
+# Lists that hold the models of others, or nothing that is trained: no entry of their own.
+ALIASES = {"AUDIO_TOKENIZATION_NAMES"}
+
+
+def names_of_lists() -> list[str]:
+    names = (name for name in dir(modeling_auto) if name.startswith("MODEL_") and name.endswith("MAPPING"))
+    return sorted(set(names))
+
+
+def short(name: str) -> str:
+    return name.removeprefix("MODEL_FOR_").removesuffix("_MAPPING")
+
+
+def test_every_list_has_an_answer():
+    known = {f"MODEL_FOR_{name}_MAPPING" for name in TASKS} | set(OTHER_PURPOSES)
+    assert set(names_of_lists()) <= known, "say in HEADS or OTHER_PURPOSES what its models are"
+
+
+def listed(name: str) -> list[tuple[Any, type]]:
+    """(config, model class) of a list, of what this machine can import and whose config has defaults that fit."""
+    found: list[tuple[Any, Any]] = []
+    mapping = getattr(modeling_auto, name, {})
+    for config in mapping:
+        try:
+            models = mapping[config]
+            found += [(config(), each) for each in (models if isinstance(models, (tuple, list)) else (models,))]
+        except Exception:  # upstream raises many kinds where a config has no defaults that fit
+            continue
+    return [(config, model) for config, model in found if isinstance(model, type) and issubclass(model, nn.Module)]
+
+
+def without_weights(config: Any, model: type) -> Any:
+    """The model's class and config, without its layers: what recognises a model looks at nothing else."""
+    made = model.__new__(model)
+    nn.Module.__init__(made)
+    made.config = config
+    return made
+
+
+# Of these the answer differs from their list's: as other lists, which come first, or their outputs say.
+EXCEPTIONS = {
+    "BlipForQuestionAnswering": {"refused"},
+    "Blip2ForConditionalGeneration": {"seq2seq_lm", "causal_lm"},
+    "LxmertForQuestionAnswering": {"question_answering"},
+    "PI0ForConditionalGeneration": {"refused"},
+    "DiffusionGemmaForBlockDiffusion": {"refused"},
+    "Qwen2_5OmniForConditionalGeneration": {"refused"},
+    "Qwen3OmniMoeForConditionalGeneration": {"refused"},
+}
+
+
+def answers(name: str, expected: set[str]) -> dict[str, str]:
+    """The models of a list whose task is another than expected, with what was found."""
+    wrong = {}
+    for config, model in listed(f"MODEL_FOR_{name}_MAPPING"):
+        allowed = EXCEPTIONS.get(model.__name__, expected)
+        try:
+            head = head_for(without_weights(config, model), None, False)
+            found = "unknown" if head is None else head.name
+        except ValueError as error:
+            found = "refused" if "expected a model with class logits" in str(error) else str(error)
+        if found not in allowed:
+            wrong[model.__name__] = found
+    return wrong
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_models_of_a_list_have_its_task(name):
+    """BART is listed as a masked language model too and is trained as an encoder-decoder: the first entry wins."""
+    allowed = set(TASKS[name].split(" or ")) | ({"seq2seq_lm", "causal_lm"} if name == "MASKED_LM" else set())
+    assert not answers(name, allowed)
+
+
+@pytest.mark.parametrize("name", OTHER_PURPOSES)
+def test_models_for_other_purposes_are_refused(name):
+    """Those lists hold models of the tasks too (T5 is listed for pretraining), which have their task."""
+    for config, model in listed(name)[:60]:
+        made = without_weights(config, model)
+        if auto_class_of(made) is not None:
+            continue
+        with pytest.raises(ValueError, match=r"`model` is a .* for .*; expected a model with class logits"):
+            head_for(made, None, False)
