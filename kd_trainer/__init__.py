@@ -11,13 +11,15 @@ if TYPE_CHECKING:
     from .data.mlp import MLPConfig as MLPConfig
     from .data.mlp import MLPForImageClassification as MLPForImageClassification
     from .data.own_files import load_classification as load_classification
+    from .data.synthetic import soft_target_data as soft_target_data
+    from .data.synthetic import synthetic_classification as synthetic_classification
     from .data.tensor_rows import as_tensors as as_tensors
     from .data.tensor_rows import collate_tensors as collate_tensors
-    from .data.tensor_rows import soft_target_data as soft_target_data
     from .data.tensor_rows import split_labelled as split_labelled
-    from .data.tensor_rows import synthetic_classification as synthetic_classification
     from .diagnostics.memory import Memory as Memory
     from .diagnostics.memory import estimate_memory as estimate_memory
+    from .losses.calibration import fit_temperature as fit_temperature
+    from .losses.distributions import KLDivergenceLoss as KLDivergenceLoss
     from .losses.distributions import kl_bernoulli as kl_bernoulli
     from .losses.distributions import kl_categorical as kl_categorical
     from .losses.distributions import kl_diagonal_gaussian as kl_diagonal_gaussian
@@ -39,9 +41,7 @@ if TYPE_CHECKING:
     from .losses.fused_linear import fused_linear_distillation as fused_linear_distillation
     from .losses.fused_linear import fused_linear_distillation_plain as fused_linear_distillation_plain
     from .losses.modules import DistillationLoss as DistillationLoss
-    from .losses.modules import KLDivergenceLoss as KLDivergenceLoss
     from .losses.modules import SoftTargetLoss as SoftTargetLoss
-    from .losses.modules import fit_temperature as fit_temperature
     from .report.comparison import build_report as build_report
     from .report.comparison import print_table as print_table
     from .report.metrics import Accuracy as Accuracy
@@ -69,14 +69,12 @@ __version__ = "0.1.0"
 
 _HOME = {
     "cache.cached_teacher": ["CachedTeacher"],
-    "training.checkpoints": ["newest_resumable"],
-    "data.tensor_rows": [
-        "as_tensors",
-        "collate_tensors",
-        "soft_target_data",
-        "split_labelled",
-        "synthetic_classification",
-    ],
+    "data.mlp": ["MLPConfig", "MLPForImageClassification"],
+    "data.own_files": ["load_classification"],
+    "data.synthetic": ["soft_target_data", "synthetic_classification"],
+    "data.tensor_rows": ["as_tensors", "collate_tensors", "split_labelled"],
+    "diagnostics.memory": ["Memory", "estimate_memory"],
+    "losses.calibration": ["fit_temperature"],
     "losses.distributions": [
         "kl_bernoulli",
         "kl_categorical",
@@ -84,6 +82,7 @@ _HOME = {
         "kl_full_gaussian",
         "kl_gaussian",
         "kl_to_standard_normal",
+        "KLDivergenceLoss",
         "monte_carlo_kl",
     ],
     "losses.divergences": [
@@ -99,10 +98,8 @@ _HOME = {
         "total_variation",
     ],
     "losses.fused_linear": ["FusedLoss", "fused_linear_distillation", "fused_linear_distillation_plain"],
-    "training.interrupt": ["ResumableInterrupt"],
-    "data.own_files": ["load_classification"],
-    "losses.modules": ["DistillationLoss", "KLDivergenceLoss", "SoftTargetLoss", "fit_temperature"],
-    "diagnostics.memory": ["Memory", "estimate_memory"],
+    "losses.modules": ["DistillationLoss", "SoftTargetLoss"],
+    "report.comparison": ["build_report", "print_table"],
     "report.metrics": [
         "Accuracy",
         "ExpectedCalibrationError",
@@ -111,11 +108,9 @@ _HOME = {
         "TeacherAgreement",
         "classification_metrics",
     ],
-    "data.mlp": ["MLPConfig", "MLPForImageClassification"],
-    "report.comparison": ["build_report", "print_table"],
     "report.runs": ["load_run", "save_predictions"],
-    "teachers.student_from_teacher": ["student_from_teacher"],
     "teachers.columns": ["TeacherCollator", "add_teacher_inputs"],
+    "teachers.student_from_teacher": ["student_from_teacher"],
     "trainer": ["DistillationMixin", "DistillationTrainer", "Seq2SeqDistillationTrainer"],
     "training.arguments": [
         "DistillationArguments",
@@ -123,6 +118,8 @@ _HOME = {
         "Seq2SeqDistillationTrainingArguments",
         "parse_args",
     ],
+    "training.checkpoints": ["newest_resumable"],
+    "training.interrupt": ["ResumableInterrupt"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -1,23 +1,13 @@
 """Teacher outputs on disk: format, store, reading, building."""
 
-from .build import Speaker, ask, build_shards, translate_os_errors
-from .cached_teacher import (
-    EVAL,
-    TEST,
-    TRAIN,
-    CachedCollator,
-    CachedTeacher,
-    NumberedRows,
-    Read,
-    Reading,
-    numbered,
-    open_part,
-    part_of,
-    reading_of,
-)
+from .asking import Speaker
+from .build import ask, build_shards, translate_os_errors
+from .cached_teacher import EVAL, TEST, TRAIN, CachedTeacher, open_part, part_of
+from .collator import CachedCollator
 from .formats import DTYPES, FORMATS, card, far_apart, format_of
 from .identity import teacher_identity, tokenizer_identity
 from .manifest import CacheError, check_links, check_settings, head_of
+from .reading import NumberedRows, Read, Reading, numbered, reading_of
 from .settings import (
     as_read,
     class_names,

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,130 +24,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 
-from ..losses import Side, bad_rows, cast_as_autocast, chunk_rows
-from ..tasks import TEACHER_PREFIX, Head, NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
+from ..losses import bad_rows
+from ..tasks import TEACHER_PREFIX
 from ..validation import fail, message
-from .cached_teacher import NumberedRows, Read, Reading, Taken
+from .asking import Speaker, fail_no_product
 from .formats import SPARSE, encode, format_of, room_for, to_numpy
+from .reading import NumberedRows, Read, Reading, Taken
 from .store import Rows, joined, write_shard, written_shards
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20
-_MOST_ROWS = 1024  # positions whose logits are made and encoded at once on CPU: more leave its cache
-
-
-class Dimensions(NamedTuple):
-    """What a teacher gives for a position."""
-
-    shape: list[int]  # of its logits: the classes last
-    logits_dtype: str
-    hidden_size: int = 0  # 0 where its logits are no product that could be made apart
-    hidden_dtype: str = ""
-
-
-class Speaker:
-    """The live teacher, asked for the kept positions of a batch alone.
-
-    Args:
-        teacher: a prepared `LiveTeacher`; output_head: its own, where it is known already.
-    """
-
-    def __init__(self, teacher: Any, accelerator: Any, head: Head, output_head: OutputHead | None = None) -> None:
-        self.teacher, self.accelerator, self.head, self.output_head = teacher, accelerator, head, output_head
-        self._kept_side: tuple[torch.dtype, Side] | None = None
-        if output_head is None and head.over_tokens and not teacher.compiled:
-            try:
-                self.output_head = OutputHead(teacher.model)
-            except NotPlain as reason:
-                logger.info("The teacher's logits are made in full: %s.", reason)
-
-    def hidden(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
-        """Final hidden states [N, H] of the kept positions; None where the teacher's head turns out to be more than a
-        product."""
-        states = self._states(inputs)
-        return None if states is None else states.index_select(0, _places_of(mask))  # faster than states[mask]
-
-    def _states(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Those [B * S, H] of all positions."""
-        if self.output_head is None:
-            return None
-        try:
-            states = teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head)
-            return self.teacher.behind_front(states, inputs).flatten(0, 1)
-        except NotPlain as reason:
-            logger.info("The teacher's logits are made in full: %s.", reason)
-            self.output_head = None
-            return None
-
-    def dimensions(self, inputs: Mapping[str, Any], mask: Tensor) -> Dimensions:
-        """What it gives for a batch; afterwards `output_head` is settled."""
-        head = self.output_head
-        known = head is not None and head.hidden_dtype is not None
-        if head is not None and (known or self.hidden(inputs, mask) is not None):
-            linear, dtype = head.module, str(head.hidden_dtype).removeprefix("torch.")
-            return Dimensions([linear.out_features], "float32", linear.in_features, dtype)
-        logits = next(self.logits(inputs, mask))
-        return Dimensions(list(logits.shape[1:]), str(logits.dtype).removeprefix("torch."))
-
-    def logits(self, inputs: Mapping[str, Any], mask: Tensor) -> Iterator[Tensor]:
-        """Logits [n, ...] of the kept positions, some at a time; the next ones may take the memory of the last."""
-        states = self._states(inputs)
-        if states is None:
-            whole = self.teacher(inputs, self.accelerator, read=self.head.logits)
-            yield _rows(self.head, whole, mask)
-            return
-        assert self.output_head is not None
-        with whole_weight(self.output_head) as whole:
-            side = self._side(whole, states.dtype)
-            plain = side.scale == 1 and side.softcap is None
-            at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
-            if side.weight.is_cpu:
-                at_once = min(at_once, _MOST_ROWS)
-            places = _places_of(mask)
-            parts = places.chunk(max(1, -(-len(places) // at_once)))
-            tile = side.weight.new_empty(len(parts[0]), len(side.weight))  # the teacher's own memory, just freed
-            for part in parts:
-                rows = states.index_select(0, part).to(side.weight.dtype)
-                product = side.product(rows, 1.0, tile[: len(part)])
-                yield product if plain else side.capped(product.float())
-
-    def _side(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> Side:
-        """The head as it multiplies hidden states of this dtype; made once where the weight is always whole."""
-        assert self.output_head is not None
-        if self._kept_side is not None and self._kept_side[0] == dtype:
-            return self._kept_side[1]
-        with self.accelerator.autocast():
-            weight, bias = (cast_as_autocast(x) for x in self._multiplied(whole, dtype))
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-        side = Side(weight, bias, self.output_head.scale, self.output_head.softcap)
-        if whole[0] is self.output_head.module.weight and not hasattr(whole[0], "ds_id"):
-            self._kept_side = dtype, side
-        return side
-
-    def head_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Weight and bias of the teacher's output head as they multiply; every process must call."""
-        assert self.output_head is not None
-        with whole_weight(self.output_head) as whole, self.accelerator.autocast():
-            named = zip(("weight", "bias"), self._multiplied(whole, dtype), strict=True)
-            return {name: x.detach().cpu().contiguous().clone() for name, x in named if x is not None}
-
-    def _multiplied(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as `teacher_side` casts them for hidden states of this dtype."""
-        assert self.output_head is not None
-        side = teacher_side(self.output_head, *whole, torch.empty(0, dtype=dtype, device=whole[0].device))
-        return side["teacher_weight"], side["teacher_bias"]
-
-
-def _places_of(mask: Tensor) -> Tensor:
-    return mask.flatten().nonzero().squeeze(1)
-
-
-def _rows(head: Head, logits: Tensor, mask: Tensor) -> Tensor:
-    """The kept positions of whole logits, as rows [N, ...]."""
-    if head.name == "question_answering":
-        return logits.transpose(1, 2)[mask]
-    return logits[mask] if head.token_level else logits
 
 
 def plan(
@@ -285,12 +172,6 @@ def check_rows_unseen(trainer: Any, speaker: Speaker, reading: Reading, rows: Ta
         shown = "one that makes one long row of several, and the teacher lets them see each other"
         mend = "Use DataCollatorWithFlattening with its position_ids and a teacher that keeps to them, or pad the rows."
         fail("data_collator", shown, "rows of which the teacher says the same in any company", mend)
-
-
-def fail_no_product(speaker: Speaker) -> NoReturn:
-    because = "the logits of " + type(speaker.teacher.model).__name__ + " are more than its output head's product"
-    mend = "Set it to topk or logits."
-    fail("teacher_cache_format", "'hidden'", "another format with this teacher", mend, because=because)
 
 
 def _uniform(settings: Mapping[str, Any], first_row: int, count: int) -> Tensor:

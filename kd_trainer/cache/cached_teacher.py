@@ -8,30 +8,21 @@ Letters: B rows, S positions, N kept positions of a batch.
 from __future__ import annotations
 
 import hashlib
-import itertools
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from ..tasks import ROW_ID, TEACHER_PREFIX, Head, begins_next, real_tokens
+from ..tasks import TEACHER_PREFIX
 from ..teachers import TeacherOutput
 from ..validation import fail, message
-from .formats import Format, check_columns, decode, format_of, output
-from .manifest import check_links, check_settings, head_of
-from .signatures import kinds_of, refuse_column, signatures
-from .store import BUILDING, DATA, HEAD, MANIFEST, CacheError, Store, damaged, foreign, is_finished, read_manifest
+from .formats import Format, format_of, output
+from .manifest import check_links, check_settings
+from .store import BUILDING, HEAD, MANIFEST, CacheError, Store, damaged, foreign, is_finished, read_manifest
 
 COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that the collator adds to a batch
-ROWS_DIFFER = (
-    "the rows were changed, ordered or tokenised otherwise, a transform draws anew at each reading, or padding is not "
-    "marked by an attention_mask"
-)
 # Parts of a cache: its train data, its evaluation data (eval-NAME of several) and others that were asked about.
 TRAIN, EVAL, TEST = "train", "eval", "test"
 
@@ -58,124 +49,6 @@ def _is_part(folder: str) -> bool:
 # ---- rows of a batch ------------------------------------------------------------------------------------------------
 
 
-class Taken(NamedTuple):
-    """What `NumberedRows` hands to the collator: the rows' numbers beside what the dataset gave for them."""
-
-    row_ids: list[int]
-    features: Any
-
-
-class NumberedRows:
-    """A map-style dataset whose batches know their rows; everything else is the dataset's own."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "dataset":  # while it is unpickled
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __getitem__(self, row: int) -> Any:
-        return self.__getitems__([row])
-
-    def __getitems__(self, rows: list[int]) -> Taken:
-        many = getattr(self.dataset, "__getitems__", None)
-        return Taken(list(rows), many(rows) if many is not None else [self.dataset[row] for row in rows])
-
-
-def numbered(features: Any) -> Taken:
-    """Rows with their numbers, from `NumberedRows` or from the dataset's own column `teacher_row_id`."""
-    if isinstance(features, Taken) and not (isinstance(features.features, list) and have_ids(features.features)):
-        return features
-    rows = features.features if isinstance(features, Taken) else features
-    if not isinstance(rows, list) or not have_ids(rows):
-        expected = f"rows with a column {ROW_ID!r}: whole numbers, each once"
-        fail("train_dataset", "a stream of rows without a number", expected, "Number them, or use a Dataset.")
-    return Taken([int(row[ROW_ID]) for row in rows], [{k: v for k, v in row.items() if k != ROW_ID} for row in rows])
-
-
-def have_ids(rows: list[Any]) -> bool:
-    return bool(rows) and all(isinstance(row, Mapping) and ROW_ID in row for row in rows)
-
-
-def kept_positions(head: Head, inputs: Mapping[str, Any], positions: str, rows: int) -> Tensor:
-    """Boolean [B, S]: the positions of which a cache keeps what the teacher said; [B, 1] where rows have one each."""
-    if head.name == "question_answering":  # a distribution over the positions: each has a start and an end logit
-        mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape)
-        return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask
-    targets = head.targets(inputs)
-    if not head.token_level:
-        return torch.ones(rows, 1, dtype=torch.bool)
-    mask = head.soft_mask(inputs, targets, positions)
-    return torch.ones_like(head.sequences(inputs), dtype=torch.bool) if mask is None else mask
-
-
-class Read(NamedTuple):
-    """A collated batch, and what a cache has to know of its rows."""
-
-    batch: dict[str, Any]
-    row_ids: list[int]
-    mask: Tensor  # `kept_positions`
-    counts: np.ndarray  # [rows] how many of them each row has
-    signatures: np.ndarray
-
-
-class Reading:
-    """The script's collator, and beside its batch what a cache knows the rows by: the same in building and training.
-
-    Args:
-        kinds: how the columns belong to the rows, see `kinds_of`; None finds it from the first rows that are read.
-    """
-
-    def __init__(
-        self,
-        collator: Callable[[Any], Any],
-        head: Head,
-        positions: str,
-        columns: Sequence[str],
-        kinds: Mapping[str, str] | None = None,
-    ) -> None:
-        self.collator, self.head, self.positions, self.columns, self.kinds = collator, head, positions, columns, kinds
-
-    def __call__(self, features: Any) -> Read:
-        taken = numbered(features)
-        batch = dict(self.collator(taken.features))
-        rows = len(taken.row_ids)
-        mask = kept_positions(self.head, batch, self.positions, rows)
-        spans = rows_in_a_row(batch, mask, rows)
-
-        def alone() -> list[dict[str, Any]]:
-            each = [_single(taken.features, row) for row in range(rows)]
-            return [] if any(one is None for one in each) else [dict(self.collator(one)) for one in each]
-
-        options: dict[str, Any] = {"causal": self.head.name == "causal_lm", "shifted": self.head.shifted}
-        options["apart"] = self.head.name == "seq2seq_lm"
-        if spans is None:
-            self.kinds = self.kinds or kinds_of(batch, (alone() if rows > 1 else None) or None, rows, self.columns)
-            seen = signatures(batch, mask, self.columns, self.kinds, alone=alone, **options)
-            return Read(batch, taken.row_ids, mask, mask.sum(1).numpy(), seen)
-        found = []  # rows of one long row are known by what each is alone
-        for one in alone() or refuse_column("input_ids", batch.get("input_ids"), rows):
-            self.kinds = self.kinds or kinds_of(one, [one], 1, self.columns)
-            own = kept_positions(self.head, one, self.positions, 1)
-            found.append(signatures(one, own, self.columns, self.kinds, alone=[one].copy, **options))
-        counts = np.array([int(mask[:, span].sum()) for span in spans])
-        return Read(batch, taken.row_ids, mask, counts, np.concatenate(found))
-
-
-def _single(features: Any, row: int) -> Any:
-    """One of some rows, as the collator takes them; None where they cannot be taken apart."""
-    if isinstance(features, (list, Tensor)):
-        return features[row : row + 1]
-    if isinstance(features, Mapping) and all(isinstance(value, (list, Tensor)) for value in features.values()):
-        return {name: value[row : row + 1] for name, value in features.items()}
-    return None
-
-
 def open_part(folder: Path, root: Path | None = None) -> Store:
     """A finished part of a cache, all settings of which were checked.
 
@@ -188,80 +61,6 @@ def open_part(folder: Path, root: Path | None = None) -> Store:
     store = Store(folder, root)
     check_settings(folder / MANIFEST, store.manifest, complete=True)
     return store
-
-
-def reading_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> Reading:
-    """As the cache of this manifest was read when it was built."""
-    return Reading(collator, head_of(manifest), manifest["positions"], manifest["columns_read"], manifest["kinds"])
-
-
-class CachedCollator:
-    """The script's collator, and behind it what the teacher said of the batch's rows in `teacher_cache_*` columns.
-
-    Args:
-        collator: makes the batch.
-        store: the cache of the dataset whose rows come.
-
-    Raises:
-        CacheError: a row differs from the one that the teacher read, is not in the cache, or its shard is damaged.
-    """
-
-    def __init__(self, collator: Callable[[Any], Any], store: Store) -> None:
-        self.collator, self.store = collator, store
-
-    def around(self, wrap: Callable[[Any], Any]) -> CachedCollator:
-        """The same with what stands between: `wrap` makes a collator of the script's."""
-        return CachedCollator(wrap(self.collator), self.store)
-
-    def __call__(self, features: Any) -> dict[str, Any]:
-        manifest = self.store.manifest
-        reading = reading_of(manifest, self.collator)
-        batch, row_ids, mask, counts, seen = reading(features)
-        rows = self.store.take(row_ids)
-        wrong = np.flatnonzero((rows.signatures != seen) | (rows.counts != counts))
-        if len(wrong):
-            fix = "Train on the data that the cache was built from, or name another teacher_cache_dir to build one."
-            shown = f"giving a row {rows.row_ids[wrong[0]]} that differs from the one the teacher read"
-            raise CacheError(message("train_dataset", shown, "the rows of the teacher cache", fix, because=ROWS_DIFFER))
-        kept = format_of(manifest)
-        width = manifest["hidden_size"] if kept.name == "hidden" else math.prod(manifest["shape"])
-        reason = check_columns(kept, rows.columns, width)
-        decoded = {} if reason else decode(kept, rows.columns)
-        for name in ("ids", "top"):
-            if name in decoded and decoded[name].numel() and int(decoded[name].max()) >= kept.classes:
-                reason = f"{name} are beyond the {kept.classes:,} classes of its manifest"
-        if reason:
-            raise CacheError(foreign(str(self.store.folder / DATA), reason))
-        for name, values in decoded.items():
-            shape = manifest["shape"] if name == "logits" else None
-            batch[COLUMN_PREFIX + name] = _aligned(values, mask, reading.head, shape)
-        return batch
-
-
-def rows_in_a_row(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[slice] | None:
-    """Where each of `count` rows lies in a batch that is one long row of them all; None where each has its own.
-
-    Raises:
-        ValueError: the batch is neither, or does not tell where its rows begin.
-    """
-    if len(mask) == count:
-        return None
-    starts = [0, *(begins_next(batch, mask)[0].nonzero().flatten() + 1).tolist()] if len(mask) == 1 else []
-    if len(starts) != count:
-        shown, because = f"one that makes {len(mask)} rows of {count}", "what the teacher said is joined row by row"
-        expected = "a row of the batch for each row of the dataset, or one row with position_ids that tell where each"
-        fix = "Use DataCollatorWithFlattening, or pack the dataset before (so that its rows are the packed ones)."
-        fail("data_collator", shown, f"{expected} begins", fix, because=because)
-    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, mask.shape[1]])]
-
-
-def _aligned(values: Tensor, mask: Tensor, head: Head, shape: Sequence[int] | None) -> Tensor:
-    """[N, width] of the kept positions -> [B, S, width], or [B, width] where rows have one each; zeros elsewhere."""
-    if not head.token_level and head.name != "question_answering":
-        return values if shape is None else values.view(len(values), *shape)
-    whole = values.new_zeros(*mask.shape, values.shape[-1])
-    whole[mask] = values
-    return whole.transpose(1, 2).contiguous() if head.name == "question_answering" else whole
 
 
 # ---- the teacher ----------------------------------------------------------------------------------------------------

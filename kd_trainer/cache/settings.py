@@ -20,23 +20,13 @@ from torch.utils.data import IterableDataset
 from .. import __version__
 from ..tasks import HEADS, SMALL_VOCABULARY, classes_have_names, count_parameters
 from ..validation import fail, message, warn
-from .build import SHARD_BYTES, Speaker, check_rows_unseen, columns_read, fail_no_product, on_device
-from .cached_teacher import (
-    ROWS_DIFFER,
-    TEST,
-    CachedTeacher,
-    NumberedRows,
-    Read,
-    Reading,
-    check_objective,
-    have_ids,
-    numbered,
-    open_part,
-    reading_of,
-)
+from .asking import Speaker, fail_no_product
+from .build import SHARD_BYTES, check_rows_unseen, columns_read, on_device
+from .cached_teacher import TEST, CachedTeacher, check_objective, open_part
 from .formats import DEFAULT_K, DTYPES, Format, check_format, format_of
 from .identity import collation, compare, compare_teachers, tokenizer_identity
 from .manifest import LAYOUT, CacheError, settings_of_head
+from .reading import ROWS_DIFFER, NumberedRows, Read, Reading, have_ids, numbered, reading_of
 from .store import MANIFEST
 
 logger = logging.getLogger(__name__)

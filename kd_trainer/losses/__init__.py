@@ -1,6 +1,8 @@
 """From logits, or hidden states, to nats: formulas, masks, denominators, and the fused loss in torch."""
 
+from .calibration import fit_temperature
 from .distributions import (
+    KLDivergenceLoss,
     kl_bernoulli,
     kl_categorical,
     kl_diagonal_gaussian,
@@ -21,9 +23,10 @@ from .divergences import (
     symmetric_kl,
     total_variation,
 )
-from .fused_arguments import Side, cap_and_scale, cast_as_autocast, chunk_rows, group_rows
+from .fused_arguments import chunk_rows, group_rows
 from .fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain, release_memory
-from .modules import DistillationLoss, KLDivergenceLoss, SoftTargetLoss, fit_temperature
+from .modules import DistillationLoss, SoftTargetLoss
+from .projection import Side, cap_and_scale, cast_as_autocast
 from .reductions import IGNORE_INDEX, bad_rows, divide, is_bad, select_positions, wrong_labels
 from .small_batch import is_small, joint_loss
 from .sparse_targets import Samples, TopK, draw_samples, sampled_forward_kl, top_k, top_k_divergence

@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..validation import check_tensor, fail
-from .divergences import kl_terms
+from ..validation import check_number, check_tensor, fail
+from .divergences import kl_terms, wide
+from .reductions import divide
 
 
 def _log(probs: Tensor) -> Tensor:
@@ -271,3 +272,87 @@ def monte_carlo_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> MonteCarloKL:
         fail("p_log_probs", shown, "at least two samples in the first dimension", "Draw more samples from P.")
     log_ratio = p_log_probs - q_log_probs
     return MonteCarloKL(log_ratio.mean(0), log_ratio.std(0) / log_ratio.shape[0] ** 0.5)
+
+
+class KLDivergenceLoss(nn.Module):
+    """mean over rows of KL(P || Q) = sum p log(p/q), from probabilities.
+
+    When to use: targets that are probabilities already (soft labels in a file, votes of annotators). From logits take
+    `SoftTargetLoss`.
+
+    Smoothing: with epsilon > 0 both sides become (p + epsilon) / (1 + C epsilon) over their C classes, which are again
+    distributions, so that KL >= 0 and KL(P, P) = 0 stay true. (Adding epsilon to one side, or only inside the
+    logarithm, breaks both.) With epsilon 0 nothing is changed: a class with p > 0 and q = 0 gives +inf, as the
+    definition says, and no gradient.
+
+    Args:
+        epsilon: >= 0, default 1e-8.
+        validate: check every row to be a distribution: finite, >= 0, sum 1 to within the rounding of its dtype. Costs a
+            synchronisation on an accelerator. Default True.
+
+    Returns:
+        From `forward`: nats, a scalar in float32 or wider; 0 for no rows.
+
+    Raises:
+        ValueError: epsilon out of range; shapes that differ or are not [N, C]; a row that is no distribution, named.
+        TypeError: probabilities that are not floating.
+
+    Example:
+        >>> loss = KLDivergenceLoss(epsilon=0.0)
+        >>> round(loss(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.25, 0.25, 0.5]])).item(), 4)
+        0.6931
+        >>> loss(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])).item()
+        inf
+
+    Source: Kullback and Leibler 1951; additive smoothing: Lidstone 1920.
+    """
+
+    def __init__(self, epsilon: float = 1e-8, validate: bool = True) -> None:
+        super().__init__()
+        check_number("epsilon", epsilon, low=0.0)
+        self.epsilon, self.validate = epsilon, validate
+
+    def forward(self, target_probs: Tensor, predicted_probs: Tensor) -> Tensor:
+        """Mean KL of `target_probs` P [N, C] to `predicted_probs` Q [N, C]; the target comes first."""
+        named = {"target_probs": target_probs, "predicted_probs": predicted_probs}
+        for name, probs in named.items():
+            check_tensor(name, probs, "a tensor of probabilities [N, C]")
+            if not probs.is_floating_point():
+                fail(name, f"of dtype {probs.dtype}", "floating", f"Call `{name}.float()`.", error=TypeError)
+        if target_probs.shape != predicted_probs.shape or target_probs.dim() != 2:
+            shapes = f"of shape {list(target_probs.shape)} and `predicted_probs` of shape {list(predicted_probs.shape)}"
+            fail("target_probs", shapes, "both [N, C]", "Give one row of class probabilities per example.")
+        if self.validate:
+            for name, probs in named.items():
+                _check_rows(name, probs.detach())
+        values = kl_categorical(self._smooth(target_probs), self._smooth(predicted_probs))
+        return divide(values.sum(), values.shape[0])
+
+    def _smooth(self, probs: Tensor) -> Tensor:
+        probs = probs.to(wide(probs))
+        return (probs + self.epsilon) / (1 + probs.shape[-1] * self.epsilon) if self.epsilon else probs
+
+    def extra_repr(self) -> str:
+        return f"epsilon={self.epsilon}, validate={self.validate}"
+
+
+def _check_rows(argument: str, probs: Tensor) -> None:
+    """Raises ValueError naming the first row of `probs` [N, C] that is no distribution."""
+    # Rounding C entries is off by an eps or so, the sum inside the softmax that made them by about sqrt(C) of them.
+    # What comes as float64 was often made in float32.
+    eps = max(torch.finfo(probs.dtype).eps, torch.finfo(torch.float32).eps)
+    tolerance = eps * (8 + probs.shape[-1] ** 0.5)
+    totals = probs.double().sum(-1)
+    troubles = {
+        "holds NaN or inf": ~probs.isfinite().all(-1),
+        "has a negative entry": (probs < 0).any(-1),
+        "sums to {total:.6g}": (totals - 1).abs() > tolerance,
+    }
+    if not bool(torch.stack(list(troubles.values())).any()):
+        return
+    for trouble, rows in troubles.items():
+        if bool(rows.any()):
+            row = int(rows.nonzero()[0])
+            shown = f"no distribution: row {row} {trouble.format(total=totals[row].item())}"
+            mend = "Apply a softmax to logits, or divide each row by its sum; `validate=False` skips the check."
+            fail(argument, shown, "rows that are finite, non-negative and sum to 1", mend)

@@ -9,53 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..validation import check_number, check_temperature, check_tensor, fail
 from .divergences import check_divergence
+from .projection import Side, cast_as_autocast
 from .reductions import IGNORE_INDEX, divide, select_positions
 from .sparse_targets import Samples, TopK
-from .tile import Setting
 from .tile_sparse import MOST_IDS
+from .tile_types import Setting
 
 # Rows of a chunk: as many as fit in a tile of these bytes (each product reads all of a weight again), at least 256 (or
 # the products lose speed: 7% at 128), unless the tile is then larger than the second number.
 _TILE_BYTES, _LARGEST_TILE_BYTES = 48 * 2**20, 160 * 2**20
 CHUNK_ROWS = 256
 GROUP_BYTES = 256 * 2**20  # half precision: gradient rows kept for one product with the hidden states
-
-
-def cap_and_scale(product: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """softcap * tanh(scale * product / softcap); without softcap scale * product."""
-    product = product if scale == 1 else scale * product
-    return product if softcap is None else softcap * torch.tanh(product / softcap)
-
-
-@dataclass(frozen=True)
-class Side:
-    """A model's way from hidden states to logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self.weight, self.bias)
-        return self.capped(logits if logits.dtype == torch.float64 else logits.float())
-
-    def capped(self, logits: Tensor) -> Tensor:
-        """From h @ weight.T + bias to logits."""
-        return cap_and_scale(logits, self.scale, self.softcap)
-
-    def product(self, hidden: Tensor, factor: float, out: Tensor) -> Tensor:
-        """factor * (h @ weight.T + bias), into `out`."""
-        if self.bias is not None:
-            return torch.addmm(self.bias, hidden, self.weight.t(), beta=factor, alpha=factor, out=out)
-        if factor == 1:
-            return torch.mm(hidden, self.weight.t(), out=out)
-        return torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=factor, out=out)
 
 
 @dataclass
@@ -195,13 +163,6 @@ def excludes(tensor: Tensor) -> bool | None:
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
-
-
-def cast_as_autocast(tensor: Any) -> Any:
-    """The tensor (or None) as torch's autocast would hand it to a matrix product."""
-    if tensor is None or not torch.is_autocast_enabled(tensor.device.type) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def chunk_rows(vocabulary: int, itemsize: int, *, on_cpu: bool) -> int:

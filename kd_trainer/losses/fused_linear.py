@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .divergences import log_prob_terms
-from .fused_arguments import CHUNK_ROWS, Job, Side, group_rows, read
+from .fused_arguments import CHUNK_ROWS, Job, group_rows, read
+from .projection import Side
 from .reductions import IGNORE_INDEX, wrong_labels
 from .sparse_targets import TopK, bucket_divergence, sampled_forward_kl
 from .tile import compile_pays, visit

@@ -7,7 +7,6 @@ Letters: B rows (sequences), S positions, V classes or vocabulary, N rows of pro
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -15,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..validation import check_choice, check_number, check_temperature, check_tensor, fail
-from .distributions import kl_categorical
 from .divergences import DIVERGENCES, check_divergence, check_logits, divergence_terms, wide
-from .reductions import REDUCTIONS, as_mask, divide, masked_sum, reduce_terms, reduce_total, select_positions
+from .reductions import REDUCTIONS, as_mask, masked_sum, reduce_terms, reduce_total, select_positions
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
@@ -127,90 +125,6 @@ class SoftTargetLoss(nn.Module):
         )
 
 
-class KLDivergenceLoss(nn.Module):
-    """mean over rows of KL(P || Q) = sum p log(p/q), from probabilities.
-
-    When to use: targets that are probabilities already (soft labels in a file, votes of annotators). From logits take
-    `SoftTargetLoss`.
-
-    Smoothing: with epsilon > 0 both sides become (p + epsilon) / (1 + C epsilon) over their C classes, which are again
-    distributions, so that KL >= 0 and KL(P, P) = 0 stay true. (Adding epsilon to one side, or only inside the
-    logarithm, breaks both.) With epsilon 0 nothing is changed: a class with p > 0 and q = 0 gives +inf, as the
-    definition says, and no gradient.
-
-    Args:
-        epsilon: >= 0, default 1e-8.
-        validate: check every row to be a distribution: finite, >= 0, sum 1 to within the rounding of its dtype. Costs a
-            synchronisation on an accelerator. Default True.
-
-    Returns:
-        From `forward`: nats, a scalar in float32 or wider; 0 for no rows.
-
-    Raises:
-        ValueError: epsilon out of range; shapes that differ or are not [N, C]; a row that is no distribution, named.
-        TypeError: probabilities that are not floating.
-
-    Example:
-        >>> loss = KLDivergenceLoss(epsilon=0.0)
-        >>> round(loss(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.25, 0.25, 0.5]])).item(), 4)
-        0.6931
-        >>> loss(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]])).item()
-        inf
-
-    Source: Kullback and Leibler 1951; additive smoothing: Lidstone 1920.
-    """
-
-    def __init__(self, epsilon: float = 1e-8, validate: bool = True) -> None:
-        super().__init__()
-        check_number("epsilon", epsilon, low=0.0)
-        self.epsilon, self.validate = epsilon, validate
-
-    def forward(self, target_probs: Tensor, predicted_probs: Tensor) -> Tensor:
-        """Mean KL of `target_probs` P [N, C] to `predicted_probs` Q [N, C]; the target comes first."""
-        named = {"target_probs": target_probs, "predicted_probs": predicted_probs}
-        for name, probs in named.items():
-            check_tensor(name, probs, "a tensor of probabilities [N, C]")
-            if not probs.is_floating_point():
-                fail(name, f"of dtype {probs.dtype}", "floating", f"Call `{name}.float()`.", error=TypeError)
-        if target_probs.shape != predicted_probs.shape or target_probs.dim() != 2:
-            shapes = f"of shape {list(target_probs.shape)} and `predicted_probs` of shape {list(predicted_probs.shape)}"
-            fail("target_probs", shapes, "both [N, C]", "Give one row of class probabilities per example.")
-        if self.validate:
-            for name, probs in named.items():
-                _check_rows(name, probs.detach())
-        values = kl_categorical(self._smooth(target_probs), self._smooth(predicted_probs))
-        return divide(values.sum(), values.shape[0])
-
-    def _smooth(self, probs: Tensor) -> Tensor:
-        probs = probs.to(wide(probs))
-        return (probs + self.epsilon) / (1 + probs.shape[-1] * self.epsilon) if self.epsilon else probs
-
-    def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon}, validate={self.validate}"
-
-
-def _check_rows(argument: str, probs: Tensor) -> None:
-    """Raises ValueError naming the first row of `probs` [N, C] that is no distribution."""
-    # Rounding C entries is off by an eps or so, the sum inside the softmax that made them by about sqrt(C) of them.
-    # What comes as float64 was often made in float32.
-    eps = max(torch.finfo(probs.dtype).eps, torch.finfo(torch.float32).eps)
-    tolerance = eps * (8 + probs.shape[-1] ** 0.5)
-    totals = probs.double().sum(-1)
-    troubles = {
-        "holds NaN or inf": ~probs.isfinite().all(-1),
-        "has a negative entry": (probs < 0).any(-1),
-        "sums to {total:.6g}": (totals - 1).abs() > tolerance,
-    }
-    if not bool(torch.stack(list(troubles.values())).any()):
-        return
-    for trouble, rows in troubles.items():
-        if bool(rows.any()):
-            row = int(rows.nonzero()[0])
-            shown = f"no distribution: row {row} {trouble.format(total=totals[row].item())}"
-            mend = "Apply a softmax to logits, or divide each row by its sum; `validate=False` skips the check."
-            fail(argument, shown, "rows that are finite, non-negative and sum to 1", mend)
-
-
 class DistillationParts(NamedTuple):
     """What `DistillationLoss` returns: `total` to call backward on, and its unweighted parts for the log."""
 
@@ -315,95 +229,3 @@ def _check_ids(labels: Tensor, classes: int, ignore_index: int) -> None:
         shown = f"{lowest if lowest < 0 else highest} at some position"
         mend = f"Mark what has no label with {ignore_index}; check that the model has an output for every class."
         fail("labels", shown, f"class ids in [0, {classes - 1}]", mend)
-
-
-def fit_temperature(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    ignore_index: int = -100,
-    minimum: float = 0.01,
-    maximum: float = 100.0,
-) -> float:
-    """argmin over T of mean -log softmax(logits/T)[label]: the temperature that calibrates a classifier.
-
-    When to use: on held-out data, to state or mend the calibration of a teacher or student (divide its logits by the
-    result; the predicted classes do not change). This is not the temperature of distillation.
-
-    The negative log-likelihood is convex in 1/T, so its slope is searched by Newton steps kept inside a bracket, in
-    float64, to about 1e-10. On perfectly separable data (every label has the largest logit) the likelihood
-    grows without end as T goes to 0, and on labels that are worse than chance as T goes to infinity: then a
-    RuntimeWarning says so, and the end of the bracket is returned.
-
-    Args:
-        logits: [..., V], finite, any floating dtype.
-        labels: [...] integer class ids.
-        ignore_index: positions with this label are left out. Default -100.
-        minimum, maximum: the bracket, 0 < minimum < maximum. Defaults 0.01 and 100.
-
-    Returns:
-        T > 0: above 1 for an overconfident model, below 1 for an underconfident one.
-
-    Raises:
-        ValueError: no labelled position, logits that are not finite, labels outside the classes, a bad bracket.
-        TypeError: labels that are not integers.
-
-    Example:
-        >>> logits = torch.tensor([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]])
-        >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 4)  # 75% right: 4/T = log 3
-        3.641
-
-    Source: Guo et al. 2017, arXiv:1706.04599.
-    """
-    check_number("minimum", minimum, low=0.0, open_low=True)
-    check_number("maximum", maximum, low=minimum, open_low=True)
-    check_logits(logits=logits)
-    _check_labels(labels, logits)
-    labelled = labels != ignore_index
-    rows = select_positions(logits.detach(), labelled).double()
-    kept = select_positions(labels, labelled).long()
-    if rows.shape[0] == 0:
-        shown = f"{ignore_index} at every position"
-        fail("labels", shown, "at least one label", "Fit the temperature on labelled data.")
-    if not bool(rows.isfinite().all()):
-        fail("logits", "not finite everywhere", "finite logits", "Look for NaN or inf in the model's output.")
-    _check_ids(kept, rows.shape[-1], ignore_index)
-    return _newton_in_bracket(rows, rows.gather(1, kept.unsqueeze(1)), minimum, maximum)
-
-
-def _newton_in_bracket(rows: Tensor, of_labels: Tensor, minimum: float, maximum: float) -> float:
-    """The root of the slope of the mean NLL in b = 1/T, E[z] - z_label averaged over the rows, in the bracket."""
-
-    def slope_and_curvature(b: float) -> tuple[float, float]:
-        probs = torch.softmax(rows * b, -1)
-        expected = (probs * rows).sum(-1, keepdim=True)
-        variance = (probs * (rows - expected).square()).sum(-1)
-        return float((expected - of_labels).mean()), float(variance.mean())
-
-    low, high = 1 / maximum, 1 / minimum
-    if slope_and_curvature(low)[0] >= 0:
-        warnings.warn(
-            f"The labels are no likelier than chance under `logits`: the best temperature is infinite, {maximum:g} is "
-            "returned. Check that logits and labels belong together.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return maximum
-    if slope_and_curvature(high)[0] <= 0:
-        warnings.warn(
-            f"`logits` separate the labels (almost) perfectly: the best temperature goes to 0, {minimum:g} is "
-            "returned. Fit on more or harder held-out data before you use it.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return minimum
-    b = 1.0 if low < 1 < high else (low * high) ** 0.5
-    for _ in range(100):
-        slope, curvature = slope_and_curvature(b)
-        low, high = (b, high) if slope < 0 else (low, b)
-        step = b - slope / curvature if curvature > 0 else low
-        following = step if low < step < high else (low * high) ** 0.5
-        if abs(following - b) <= 1e-12 * b:
-            break
-        b = following
-    return 1 / b

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..kernels import PAYS_FROM, can_compile, visit_on_cpu
 from ..validation import warn
 from .reductions import IGNORE_INDEX, wrong_labels
+from .tile_types import Rows, Setting, halves_of, power_of, widened
 
 logger = logging.getLogger(__name__)
 
@@ -28,42 +29,10 @@ _BLOCK_BYTES = 3 * 2**17
 _LARGE_BLOCK_BYTES = 2**27  # on accelerators, to hold few of them
 
 
-class Rows(NamedTuple):
-    """What a visit says of each row [R], in float32 or wider."""
-
-    soft: Tensor  # D(p, q), nats, without T^2
-    hard: Tensor  # cross-entropy at temperature 1, nats; 0 without a label
-    same: Tensor  # bool: whether a class is on top in both
-
-
-class Setting(NamedTuple):
-    """What a visit computes; hashable."""
-
-    divergence: str
-    beta: float
-    temperature: float
-    hard: bool
-    excluding: bool = False  # whether logits may be -inf where nobody looked: only the Triton kernel knows what to do
-
-
 # Every element-sized result goes into `room`, seven tensors [R, V] of which some may share their memory; single classes
 # are given none.
 Room = tuple[Tensor | None, ...]
 _NO_ROOM: Room = (None,) * 7
-
-
-def power_of(halves: int, es: Tensor, out: Tensor | None = None) -> Tensor:
-    """es to the power of halves / 2, by multiplications."""
-    power = torch.sqrt(es, out=out) if halves % 2 else None
-    for _ in range(halves // 2):
-        power = es if power is None else torch.mul(power, es, out=out)
-    assert power is not None
-    return power if power is not es or out is None else out.copy_(es)
-
-
-def halves_of(temperature: float) -> int:
-    """2T where it is a whole number up to 8, else 0."""
-    return int(2 * temperature) if 2 * temperature in range(1, 9) else 0
 
 
 def _kl_gradient(
@@ -155,12 +124,6 @@ def _hard_sum(setting: Setting, sums: _Sums, room: Room) -> tuple[Tensor, Tensor
         return sums.zs, sums.es
     power = power_of(halves_of(setting.temperature), sums.es, room[5]) if sums.power is None else sums.power
     return power.sum(-1, True), power
-
-
-def widened(logits: Tensor, out: Tensor | None) -> Tensor:
-    """In float32 or wider, into `out` where it is given."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.to(wide) if out is None or logits.dtype == wide else out.copy_(logits)
 
 
 def _kl_visit(

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..kernels import can_compile, few_on_cpu, overwrite_on_cpu, sums_on_cpu
 from .divergences import log_prob_terms, wide
 from .sparse_targets import Samples, TopK
-from .tile import Rows, Setting, block_rows, compile_pays, halves_of, power_of, same_compiled, widened, without_wrong
+from .tile import block_rows, compile_pays, same_compiled, without_wrong
+from .tile_types import Rows, Setting, halves_of, power_of, widened
 
 MOST_IDS = 1024  # of a row; the work on more of them, in double precision, would rival that on the tile
 

@@ -1,9 +1,11 @@
 """Who provides the teacher's distribution: loading, sharding, running a teacher, and whether it fits the student."""
 
+from .adapter_off import AdapterOffTeacher, adapter_modules, adapter_parameters
 from .columns import TeacherCollator, add_teacher_inputs
 from .compatibility import Classes, class_names, class_order, listed, match_classes, tokenizer_of, without_names
 from .errors import check_ids, check_padding, positions_of
-from .live import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, adapter_modules, adapter_parameters, load_teacher
+from .live import ADAPTER_OFF, LiveTeacher
+from .load import load_teacher
 from .outputs import Sparse, TeacherOutput
 from .sharding import HALVES, layer_classes, reshard
 from .shared_memory import check_separate, watch_shared_buffers

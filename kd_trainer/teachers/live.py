@@ -7,28 +7,22 @@ with the accelerator and never a submodule of the student: checkpoints and optim
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..redaction import scrub, secrets_in
 from ..tasks import (
-    HEADS,
     ROW_ID,
     TEACHER_PREFIX,
-    Head,
     accepted_inputs,
-    auto_class_of,
-    auto_classes,
     behind_front,
     logits_of,
     model_inputs,
 )
-from ..validation import fail, message, quoted, warn
+from ..validation import warn
 from .batch import TeacherBatch, floating_dtypes
 from .errors import check_ids, check_widths, explain, widest_input
 from .sharding import prepare_teacher
@@ -184,180 +178,3 @@ class LiveTeacher:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             warn(logger, "teacher_compile: the teacher runs uncompiled, because torch.compile said: %s", said)
             return outputs
-
-
-class AdapterOffTeacher(LiveTeacher):
-    """The student's own base as the teacher: the student with its adapters off, no second copy of the weights.
-
-    Args:
-        student: a model with adapters in its layers (LoRA and its kin): a `PeftModel`, or transformers' `add_adapter`.
-        over_tokens: whether the student is a language model (`Head.over_tokens`).
-
-    Raises:
-        ValueError: the student has no such adapters, or what is off is no fixed teacher (see `check_adapters`).
-    """
-
-    def __init__(self, student: nn.Module, *, over_tokens: bool) -> None:
-        check_adapters(student, over_tokens=over_tokens)
-        super().__init__(student)
-
-    def prepare(self, device: torch.device, accelerator: Any = None) -> None:
-        """Nothing to place: the student is where it belongs."""
-
-    def _ask(self, inputs: dict[str, Any], student: nn.Module | None) -> Any:
-        # The wrapped one: FSDP and DeepSpeed gather the weights in its forward.
-        with adapters_off(self.model):
-            return (self.model if student is None else student)(**inputs)
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode with its adapters off; afterwards each module and each adapter is as it was.
-
-    peft's own `disable_adapter` makes every parameter of the active adapters trainable on its way out, those that were
-    frozen on purpose too.
-    """
-    on = [layer for layer in _adapter_layers(model) if not layer._disable_adapters]
-    training = [module for module in model.modules() if module.training]
-    try:
-        for layer in on:
-            layer._disable_adapters = True
-        model.eval()
-        yield
-    finally:
-        for layer in on:
-            layer._disable_adapters = False
-        for module in training:
-            module.training = True
-
-
-def check_adapters(student: nn.Module, *, over_tokens: bool) -> None:
-    """Raises ValueError unless the student with its adapters off is a teacher, and stays the same one."""
-    layers = _adapter_layers(student)
-    own = "Give the teacher as a model of its own, e.g. by path."
-    if not layers:
-        mend = f"Add adapters with peft first; a folder of that name is './{ADAPTER_OFF}'."
-        shown = f"'{ADAPTER_OFF}' with a student of type {type(student).__name__}"
-        fail("teacher_model", shown, "a student with adapters in its layers (LoRA and its kin)", mend)
-    adapters = adapter_parameters(student)
-    moving = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in adapters]
-    if moving:
-        shown = f"'{ADAPTER_OFF}' with a student that trains {', '.join(moving[:4])}"
-        because = f"these {len(moving)} parameters are the teacher's too and would move with the student"
-        fail("teacher_model", shown, "all but the adapters frozen", "Freeze them. Or: " + own, because=because)
-    saved = [n for n, m in student.named_modules() if _is_adapter_layer(m) and hasattr(m, "modules_to_save")]
-    if saved and not over_tokens:
-        shown = f"'{ADAPTER_OFF}' with a classifier in modules_to_save ({saved[0]})"
-        because = "the base's own classifier may be newly initialised and teach noise"
-        fail("teacher_model", shown, "a classifier without modules_to_save", own, because=because)
-
-
-def _is_adapter_layer(module: nn.Module) -> bool:
-    """A layer of peft that can be switched off, told by the attributes that are used here: no import of peft."""
-    return hasattr(module, "_disable_adapters") and hasattr(module, "adapter_layer_names")
-
-
-def adapter_parameters(model: nn.Module) -> set[int]:
-    """The `id` of every parameter that belongs to an adapter, not to the base."""
-    bases = ("base_layer.", "original_module.")
-    named = (item for layer in _adapter_layers(model) for item in layer.named_parameters())
-    return {id(parameter) for name, parameter in named if not name.startswith(bases)}
-
-
-def adapter_modules(model: nn.Module) -> set[int]:
-    """The `id` of every module that belongs to an adapter or wraps one around the base."""
-    bases = ("base_layer", "original_module")
-    found = {id(module) for module in model.modules() if type(module).__module__.partition(".")[0] == "peft"}
-    for layer in _adapter_layers(model):
-        found.add(id(layer))
-        found |= {id(module) for name, module in layer.named_modules() if name and not name.startswith(bases)}
-    return found
-
-
-def _adapter_layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if _is_adapter_layer(module)]
-
-
-def _from_pretrained(head: Head, auto_class: Any, path: str, kwargs: dict[str, Any]) -> tuple[Any, dict]:
-    """(model, loading info) by the student's Auto class, or by another one of its task, where that one knows the path.
-
-    A causal teacher that reads images or speech too has another Auto class than a student of text alone.
-    """
-    others = [*auto_classes(head), *(auto_classes(HEADS["seq2seq_lm"]) if head.name == "causal_lm" else ())]
-    refusal = None
-    for candidate in dict.fromkeys([auto_class, *others]):
-        try:
-            return candidate.from_pretrained(path, output_loading_info=True, **kwargs)
-        except ValueError as error:
-            if "Unrecognized configuration class" not in str(error):
-                raise
-            refusal = refusal or error
-    raise refusal or AssertionError("there is at least the student's own Auto class")
-
-
-# Nothing is unpickled and no code of the checkpoint's runs; left open, upstream asks at the terminal and waits.
-_UNLESS_ASKED = {"use_safetensors": True, "trust_remote_code": False}
-
-
-def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init_kwargs: dict[str, Any]) -> nn.Module:
-    """The teacher as a module: itself, or loaded by path with the Auto class of the student's task.
-
-    A path is read from safetensors unless `init_kwargs` asks otherwise, and no remote code runs unless it says so.
-
-    Raises:
-        TypeError: neither a module nor a path.
-        ValueError: the path cannot be loaded, the student's task is unknown, or the head would be newly initialised.
-    """
-    if isinstance(teacher_model, nn.Module):
-        if init_kwargs:
-            mend = "Leave it out, or give the teacher by path."
-            fail("teacher_model_init_kwargs", quoted(init_kwargs), "nothing where the teacher is a module", mend)
-        return teacher_model
-    if not isinstance(teacher_model, (str, Path)):
-        shown = f"of type {type(teacher_model).__name__}"
-        fail("teacher_model", shown, "a torch module, a folder or a hub name", "Load the model first.", error=TypeError)
-    path = str(teacher_model)
-    known = auto_class_of(student)
-    if known is None or known[1] is None:
-        fail(
-            "teacher_model",
-            repr(path),
-            "a module, because no Auto class of transformers has a student of type " + type(student).__name__,
-            "Load the teacher yourself and give the module.",
-        )
-    head, auto_class = known
-    try:
-        model, info = _from_pretrained(head, auto_class, path, {**_UNLESS_ASKED, **init_kwargs})
-    except Exception as error:  # upstream and safetensors raise many kinds
-        secrets = set(secrets_in(init_kwargs))
-        line = scrub((str(error).splitlines() or [""])[0], secrets)
-        cause = error if scrub(str(error), secrets) == str(error) else None  # its traceback would show a secret
-        said = f"{auto_class.__name__} can load ({type(error).__name__}: {line})"
-        if init_kwargs and isinstance(error, (TypeError, RuntimeError, ImportError)):
-            expected, mend = f"arguments with which {said}", "Check their names and values."
-            raise ValueError(message("teacher_model_init_kwargs", quoted(init_kwargs), expected, mend)) from cause
-        mend = "Check the path for a typing error."
-        if any(Path(path).glob("*.bin")):
-            mend = (
-                "Its weights are a pickle, which can run code: save them again as safetensors, or, if you trust "
-                'whoever made it, set teacher_model_init_kwargs to {"use_safetensors": false}.'
-            )
-        if "custom code" in str(error):
-            mend = (
-                "It comes with code of its own: read it, and if you trust it, set teacher_model_init_kwargs to "
-                '{"trust_remote_code": true}.'
-            )
-        expected = f"a folder with config.json and safetensors weights, or a hub name, that {said}"
-        raise ValueError(message("teacher_model", repr(path), expected, mend)) from cause
-    if init_kwargs.get("device_map") is not None and getattr(model, "hf_device_map", None) is None:
-        model.hf_device_map = {"": model.device}  # upstream notes a map of several devices only
-    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
-    if fresh:
-        fail(
-            "teacher_model",
-            repr(path),
-            "a checkpoint already fine-tuned for the student's task",
-            f"Fine-tune the teacher first, or name a checkpoint that has the head of {type(model).__name__}.",
-            because=f"these of its weights would be newly initialised and teach noise: {', '.join(fresh[:4])}",
-        )
-    return model

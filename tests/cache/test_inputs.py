@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_trainer import CachedTeacher
-from kd_trainer.cache.cached_teacher import NumberedRows, Reading
+from kd_trainer.cache.reading import NumberedRows, Reading
 from kd_trainer.cache.store import CacheError
 from kd_trainer.tasks.heads import HEADS
 from tests.cache.test_cached_teacher import build, cache, losses

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from kd_trainer import CachedTeacher
 from kd_trainer.cache import settings as cache_settings
-from kd_trainer.cache.cached_teacher import CachedCollator, NumberedRows
+from kd_trainer.cache.collator import CachedCollator
 from kd_trainer.cache.manifest import FIELDS, shard_index, write_json
+from kd_trainer.cache.reading import NumberedRows
 from kd_trainer.cache.store import CacheError, written_notes
 from kd_trainer.files import digest
 from kd_trainer.training import checkpoints

@@ -18,7 +18,8 @@ import torch
 
 from kd_trainer.kernels.tile_triton import has_triton, visit_on_device
 from kd_trainer.losses.divergences import DIVERGENCES
-from kd_trainer.losses.tile import Setting, visit
+from kd_trainer.losses.tile import visit
+from kd_trainer.losses.tile_types import Setting
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 each_divergence = pytest.mark.parametrize("divergence", list(DIVERGENCES))

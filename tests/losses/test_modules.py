@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from kd_trainer.losses import divergences
+from kd_trainer.losses.calibration import fit_temperature
+from kd_trainer.losses.distributions import KLDivergenceLoss
 from kd_trainer.losses.divergences import DIVERGENCES, divergence_terms, forward_kl
-from kd_trainer.losses.modules import DistillationLoss, KLDivergenceLoss, SoftTargetLoss, fit_temperature
+from kd_trainer.losses.modules import DistillationLoss, SoftTargetLoss
 
 INF, NAN = math.inf, math.nan
 

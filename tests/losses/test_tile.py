@@ -11,7 +11,8 @@ import torch
 
 from kd_trainer import DIVERGENCES
 from kd_trainer.kernels import c_compiler
-from kd_trainer.losses.tile import Setting, compile_pays, visit
+from kd_trainer.losses.tile import compile_pays, visit
+from kd_trainer.losses.tile_types import Setting
 
 KLS = ("forward_kl", "reverse_kl", "symmetric_kl")
 MIXED = 2e-5  # the gradient of a divergence to a mixture is a difference of which little may remain

@@ -12,8 +12,8 @@ import torch
 
 from kd_trainer.losses import tile_sparse as module
 from kd_trainer.losses.sparse_targets import draw_samples, top_k
-from kd_trainer.losses.tile import Setting
 from kd_trainer.losses.tile_sparse import _compiled_for, compile_pays_sparse, visit_sparse
+from kd_trainer.losses.tile_types import Setting
 from tests.losses import test_tile as test_visit
 from tests.losses.test_tile import assert_one, compiler
 

@@ -11,7 +11,8 @@ import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from kd_trainer import MLPConfig, MLPForImageClassification
-from kd_trainer.data.tensor_rows import as_tensors, collate_tensors, synthetic_classification
+from kd_trainer.data.synthetic import synthetic_classification
+from kd_trainer.data.tensor_rows import as_tensors, collate_tensors
 from kd_trainer.report.fidelity import (
     accuracy,
     expected_calibration_error,

@@ -19,8 +19,9 @@ from kd_trainer.losses import fused_arguments
 from kd_trainer.losses.divergences import DIVERGENCES
 from kd_trainer.losses.fused_linear import fused_linear_distillation, fused_linear_distillation_plain
 from kd_trainer.losses.sparse_targets import Samples, TopK
-from kd_trainer.losses.tile import Setting, visit
+from kd_trainer.losses.tile import visit
 from kd_trainer.losses.tile_sparse import visit_sparse
+from kd_trainer.losses.tile_types import Setting
 from kd_trainer.tasks.heads import HEADS
 from kd_trainer.training.finite_watch import FiniteWatch
 from tests.helpers import tiny

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from kd_trainer.teachers.compatibility import _tokenizer_beside
-from kd_trainer.teachers.live import LiveTeacher, load_teacher
+from kd_trainer.teachers.live import LiveTeacher
+from kd_trainer.teachers.load import load_teacher
 from tests.helpers import tiny
 
 ACCELERATOR = SimpleNamespace(autocast=contextlib.nullcontext, mixed_precision="no")

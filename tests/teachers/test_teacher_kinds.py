@@ -19,7 +19,9 @@ from torch import nn
 from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 from kd_trainer import DistillationTrainer, DistillationTrainingArguments, parse_args
-from kd_trainer.teachers.live import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, adapters_off, load_teacher
+from kd_trainer.teachers.adapter_off import AdapterOffTeacher, adapters_off
+from kd_trainer.teachers.live import ADAPTER_OFF, LiveTeacher
+from kd_trainer.teachers.load import load_teacher
 from tests.helpers import tiny
 
 ACCELERATOR = SimpleNamespace(autocast=contextlib.nullcontext, mixed_precision="no")

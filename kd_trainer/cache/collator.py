@@ -1,0 +1,69 @@
+"""A data collator that joins cached teacher outputs to each batch by row id."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..tasks import Head
+from ..validation import message
+from .cached_teacher import COLUMN_PREFIX
+from .formats import check_columns, decode, format_of
+from .reading import ROWS_DIFFER, reading_of
+from .store import DATA, CacheError, Store, foreign
+
+
+class CachedCollator:
+    """The script's collator, and behind it what the teacher said of the batch's rows in `teacher_cache_*` columns.
+
+    Args:
+        collator: makes the batch.
+        store: the cache of the dataset whose rows come.
+
+    Raises:
+        CacheError: a row differs from the one that the teacher read, is not in the cache, or its shard is damaged.
+    """
+
+    def __init__(self, collator: Callable[[Any], Any], store: Store) -> None:
+        self.collator, self.store = collator, store
+
+    def around(self, wrap: Callable[[Any], Any]) -> CachedCollator:
+        """The same with what stands between: `wrap` makes a collator of the script's."""
+        return CachedCollator(wrap(self.collator), self.store)
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        manifest = self.store.manifest
+        reading = reading_of(manifest, self.collator)
+        batch, row_ids, mask, counts, seen = reading(features)
+        rows = self.store.take(row_ids)
+        wrong = np.flatnonzero((rows.signatures != seen) | (rows.counts != counts))
+        if len(wrong):
+            fix = "Train on the data that the cache was built from, or name another teacher_cache_dir to build one."
+            shown = f"giving a row {rows.row_ids[wrong[0]]} that differs from the one the teacher read"
+            raise CacheError(message("train_dataset", shown, "the rows of the teacher cache", fix, because=ROWS_DIFFER))
+        kept = format_of(manifest)
+        width = manifest["hidden_size"] if kept.name == "hidden" else math.prod(manifest["shape"])
+        reason = check_columns(kept, rows.columns, width)
+        decoded = {} if reason else decode(kept, rows.columns)
+        for name in ("ids", "top"):
+            if name in decoded and decoded[name].numel() and int(decoded[name].max()) >= kept.classes:
+                reason = f"{name} are beyond the {kept.classes:,} classes of its manifest"
+        if reason:
+            raise CacheError(foreign(str(self.store.folder / DATA), reason))
+        for name, values in decoded.items():
+            shape = manifest["shape"] if name == "logits" else None
+            batch[COLUMN_PREFIX + name] = _aligned(values, mask, reading.head, shape)
+        return batch
+
+
+def _aligned(values: Tensor, mask: Tensor, head: Head, shape: Sequence[int] | None) -> Tensor:
+    """[N, width] of the kept positions -> [B, S, width], or [B, width] where rows have one each; zeros elsewhere."""
+    if not head.token_level and head.name != "question_answering":
+        return values if shape is None else values.view(len(values), *shape)
+    whole = values.new_zeros(*mask.shape, values.shape[-1])
+    whole[mask] = values
+    return whole.transpose(1, 2).contiguous() if head.name == "question_answering" else whole

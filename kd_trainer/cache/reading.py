@@ -1,0 +1,163 @@
+"""Rows of a dataset by number, and what of a batch a cache keeps: positions, columns, signatures.
+
+Letters: B rows, S positions, N kept positions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..tasks import ROW_ID, Head, begins_next, real_tokens
+from ..validation import fail
+from .manifest import head_of
+from .signatures import kinds_of, refuse_column, signatures
+
+ROWS_DIFFER = (
+    "the rows were changed, ordered or tokenised otherwise, a transform draws anew at each reading, or padding is not "
+    "marked by an attention_mask"
+)
+
+
+class Taken(NamedTuple):
+    """What `NumberedRows` hands to the collator: the rows' numbers beside what the dataset gave for them."""
+
+    row_ids: list[int]
+    features: Any
+
+
+class NumberedRows:
+    """A map-style dataset whose batches know their rows; everything else is the dataset's own."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.__getitems__([row])
+
+    def __getitems__(self, rows: list[int]) -> Taken:
+        many = getattr(self.dataset, "__getitems__", None)
+        return Taken(list(rows), many(rows) if many is not None else [self.dataset[row] for row in rows])
+
+
+def numbered(features: Any) -> Taken:
+    """Rows with their numbers, from `NumberedRows` or from the dataset's own column `teacher_row_id`."""
+    if isinstance(features, Taken) and not (isinstance(features.features, list) and have_ids(features.features)):
+        return features
+    rows = features.features if isinstance(features, Taken) else features
+    if not isinstance(rows, list) or not have_ids(rows):
+        expected = f"rows with a column {ROW_ID!r}: whole numbers, each once"
+        fail("train_dataset", "a stream of rows without a number", expected, "Number them, or use a Dataset.")
+    return Taken([int(row[ROW_ID]) for row in rows], [{k: v for k, v in row.items() if k != ROW_ID} for row in rows])
+
+
+def have_ids(rows: list[Any]) -> bool:
+    return bool(rows) and all(isinstance(row, Mapping) and ROW_ID in row for row in rows)
+
+
+def kept_positions(head: Head, inputs: Mapping[str, Any], positions: str, rows: int) -> Tensor:
+    """Boolean [B, S]: the positions of which a cache keeps what the teacher said; [B, 1] where rows have one each."""
+    if head.name == "question_answering":  # a distribution over the positions: each has a start and an end logit
+        mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape)
+        return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask
+    targets = head.targets(inputs)
+    if not head.token_level:
+        return torch.ones(rows, 1, dtype=torch.bool)
+    mask = head.soft_mask(inputs, targets, positions)
+    return torch.ones_like(head.sequences(inputs), dtype=torch.bool) if mask is None else mask
+
+
+class Read(NamedTuple):
+    """A collated batch, and what a cache has to know of its rows."""
+
+    batch: dict[str, Any]
+    row_ids: list[int]
+    mask: Tensor  # `kept_positions`
+    counts: np.ndarray  # [rows] how many of them each row has
+    signatures: np.ndarray
+
+
+class Reading:
+    """The script's collator, and beside its batch what a cache knows the rows by: the same in building and training.
+
+    Args:
+        kinds: how the columns belong to the rows, see `kinds_of`; None finds it from the first rows that are read.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[Any], Any],
+        head: Head,
+        positions: str,
+        columns: Sequence[str],
+        kinds: Mapping[str, str] | None = None,
+    ) -> None:
+        self.collator, self.head, self.positions, self.columns, self.kinds = collator, head, positions, columns, kinds
+
+    def __call__(self, features: Any) -> Read:
+        taken = numbered(features)
+        batch = dict(self.collator(taken.features))
+        rows = len(taken.row_ids)
+        mask = kept_positions(self.head, batch, self.positions, rows)
+        spans = rows_in_a_row(batch, mask, rows)
+
+        def alone() -> list[dict[str, Any]]:
+            each = [_single(taken.features, row) for row in range(rows)]
+            return [] if any(one is None for one in each) else [dict(self.collator(one)) for one in each]
+
+        options: dict[str, Any] = {"causal": self.head.name == "causal_lm", "shifted": self.head.shifted}
+        options["apart"] = self.head.name == "seq2seq_lm"
+        if spans is None:
+            self.kinds = self.kinds or kinds_of(batch, (alone() if rows > 1 else None) or None, rows, self.columns)
+            seen = signatures(batch, mask, self.columns, self.kinds, alone=alone, **options)
+            return Read(batch, taken.row_ids, mask, mask.sum(1).numpy(), seen)
+        found = []  # rows of one long row are known by what each is alone
+        for one in alone() or refuse_column("input_ids", batch.get("input_ids"), rows):
+            self.kinds = self.kinds or kinds_of(one, [one], 1, self.columns)
+            own = kept_positions(self.head, one, self.positions, 1)
+            found.append(signatures(one, own, self.columns, self.kinds, alone=[one].copy, **options))
+        counts = np.array([int(mask[:, span].sum()) for span in spans])
+        return Read(batch, taken.row_ids, mask, counts, np.concatenate(found))
+
+
+def _single(features: Any, row: int) -> Any:
+    """One of some rows, as the collator takes them; None where they cannot be taken apart."""
+    if isinstance(features, (list, Tensor)):
+        return features[row : row + 1]
+    if isinstance(features, Mapping) and all(isinstance(value, (list, Tensor)) for value in features.values()):
+        return {name: value[row : row + 1] for name, value in features.items()}
+    return None
+
+
+def reading_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> Reading:
+    """As the cache of this manifest was read when it was built."""
+    return Reading(collator, head_of(manifest), manifest["positions"], manifest["columns_read"], manifest["kinds"])
+
+
+def rows_in_a_row(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[slice] | None:
+    """Where each of `count` rows lies in a batch that is one long row of them all; None where each has its own.
+
+    Raises:
+        ValueError: the batch is neither, or does not tell where its rows begin.
+    """
+    if len(mask) == count:
+        return None
+    starts = [0, *(begins_next(batch, mask)[0].nonzero().flatten() + 1).tolist()] if len(mask) == 1 else []
+    if len(starts) != count:
+        shown, because = f"one that makes {len(mask)} rows of {count}", "what the teacher said is joined row by row"
+        expected = "a row of the batch for each row of the dataset, or one row with position_ids that tell where each"
+        fix = "Use DataCollatorWithFlattening, or pack the dataset before (so that its rows are the packed ones)."
+        fail("data_collator", shown, f"{expected} begins", fix, because=because)
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, mask.shape[1]])]

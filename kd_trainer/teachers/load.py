@@ -1,0 +1,102 @@
+"""A teacher loaded from a folder or by its hub name, with the class that fits the student's task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..redaction import scrub, secrets_in
+from ..tasks import (
+    HEADS,
+    Head,
+    auto_class_of,
+    auto_classes,
+)
+from ..validation import fail, message, quoted
+
+
+def _from_pretrained(head: Head, auto_class: Any, path: str, kwargs: dict[str, Any]) -> tuple[Any, dict]:
+    """(model, loading info) by the student's Auto class, or by another one of its task, where that one knows the path.
+
+    A causal teacher that reads images or speech too has another Auto class than a student of text alone.
+    """
+    others = [*auto_classes(head), *(auto_classes(HEADS["seq2seq_lm"]) if head.name == "causal_lm" else ())]
+    refusal = None
+    for candidate in dict.fromkeys([auto_class, *others]):
+        try:
+            return candidate.from_pretrained(path, output_loading_info=True, **kwargs)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            refusal = refusal or error
+    raise refusal or AssertionError("there is at least the student's own Auto class")
+
+
+# Nothing is unpickled and no code of the checkpoint's runs; left open, upstream asks at the terminal and waits.
+_UNLESS_ASKED = {"use_safetensors": True, "trust_remote_code": False}
+
+
+def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init_kwargs: dict[str, Any]) -> nn.Module:
+    """The teacher as a module: itself, or loaded by path with the Auto class of the student's task.
+
+    A path is read from safetensors unless `init_kwargs` asks otherwise, and no remote code runs unless it says so.
+
+    Raises:
+        TypeError: neither a module nor a path.
+        ValueError: the path cannot be loaded, the student's task is unknown, or the head would be newly initialised.
+    """
+    if isinstance(teacher_model, nn.Module):
+        if init_kwargs:
+            mend = "Leave it out, or give the teacher by path."
+            fail("teacher_model_init_kwargs", quoted(init_kwargs), "nothing where the teacher is a module", mend)
+        return teacher_model
+    if not isinstance(teacher_model, (str, Path)):
+        shown = f"of type {type(teacher_model).__name__}"
+        fail("teacher_model", shown, "a torch module, a folder or a hub name", "Load the model first.", error=TypeError)
+    path = str(teacher_model)
+    known = auto_class_of(student)
+    if known is None or known[1] is None:
+        fail(
+            "teacher_model",
+            repr(path),
+            "a module, because no Auto class of transformers has a student of type " + type(student).__name__,
+            "Load the teacher yourself and give the module.",
+        )
+    head, auto_class = known
+    try:
+        model, info = _from_pretrained(head, auto_class, path, {**_UNLESS_ASKED, **init_kwargs})
+    except Exception as error:  # upstream and safetensors raise many kinds
+        secrets = set(secrets_in(init_kwargs))
+        line = scrub((str(error).splitlines() or [""])[0], secrets)
+        cause = error if scrub(str(error), secrets) == str(error) else None  # its traceback would show a secret
+        said = f"{auto_class.__name__} can load ({type(error).__name__}: {line})"
+        if init_kwargs and isinstance(error, (TypeError, RuntimeError, ImportError)):
+            expected, mend = f"arguments with which {said}", "Check their names and values."
+            raise ValueError(message("teacher_model_init_kwargs", quoted(init_kwargs), expected, mend)) from cause
+        mend = "Check the path for a typing error."
+        if any(Path(path).glob("*.bin")):
+            mend = (
+                "Its weights are a pickle, which can run code: save them again as safetensors, or, if you trust "
+                'whoever made it, set teacher_model_init_kwargs to {"use_safetensors": false}.'
+            )
+        if "custom code" in str(error):
+            mend = (
+                "It comes with code of its own: read it, and if you trust it, set teacher_model_init_kwargs to "
+                '{"trust_remote_code": true}.'
+            )
+        expected = f"a folder with config.json and safetensors weights, or a hub name, that {said}"
+        raise ValueError(message("teacher_model", repr(path), expected, mend)) from cause
+    if init_kwargs.get("device_map") is not None and getattr(model, "hf_device_map", None) is None:
+        model.hf_device_map = {"": model.device}  # upstream notes a map of several devices only
+    fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if fresh:
+        fail(
+            "teacher_model",
+            repr(path),
+            "a checkpoint already fine-tuned for the student's task",
+            f"Fine-tune the teacher first, or name a checkpoint that has the head of {type(model).__name__}.",
+            because=f"these of its weights would be newly initialised and teach noise: {', '.join(fresh[:4])}",
+        )
+    return model
