@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -18,60 +18,44 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from .cache import CachedCollator, CachedTeacher, Store
-from .diagnostics import Finding, examine, has_errors, print_findings
+from .cache.cached_teacher import CachedTeacher
+from .cache.collator import CachedCollator
+from .cache.store import Store
+from .diagnostics.check import examine
+from .diagnostics.findings import Finding, has_errors, print_findings
 from .files import write_atomically
-from .losses import SoftTargetLoss, release_memory
-from .tasks import (
-    ROW_ID,
-    TEACHER_PREFIX,
-    NotPlain,
-    PackingWatch,
-    WithTeacherColumns,
-    accepted_inputs,
-    as_mapping,
-    full_logits,
-    model_inputs,
-    tensors_alone,
-)
-from .teachers import LiveTeacher, TeacherOutput
-from .training import (
-    BatchLoss,
-    Checkpoints,
-    Counts,
-    DistillationArguments,
-    Evaluation,
-    FiniteWatch,
-    Fit,
-    MicroBatch,
-    Objective,
-    OfflineTeacher,
-    OwnHardLoss,
-    Parts,
-    ResumableInterrupt,
-    Settings,
-    TeacherOutputs,
-    Window,
-    card_section,
+from .losses.fused_linear import release_memory
+from .losses.modules import SoftTargetLoss
+from .tasks.inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns, accepted_inputs, model_inputs
+from .tasks.output_head import NotPlain, full_logits
+from .tasks.packing import PackingWatch
+from .tasks.predictions import as_mapping, tensors_alone
+from .teachers.live import LiveTeacher
+from .teachers.outputs import TeacherOutput
+from .training.arguments import DistillationArguments, refuse_borrowed_names
+from .training.bases import (
     check_bases,
     check_options,
     check_smoothing,
-    is_sharded,
-    named,
     no_room_for_fields,
     not_logged,
-    on_main_process,
-    own_rows,
-    refuse_borrowed_names,
-    refuse_lone_processes,
     refuse_no_trainer,
-    router_weight,
-    start_block,
-    summary_of,
-    with_existence,
-    with_existence_of,
 )
-from .validation import fail, leave_progress_bar, warn
+from .training.checkpoints import Checkpoints
+from .training.finite_watch import FiniteWatch
+from .training.interrupt import ResumableInterrupt
+from .training.logs import Evaluation, Window, named, with_existence, with_existence_of
+from .training.objective import Counts, Objective, Parts
+from .training.own_loss import OwnHardLoss
+from .training.processes import refuse_lone_processes
+from .training.router_loss import router_weight
+from .training.settings import Settings
+from .training.setup import Fit
+from .training.setup_checks import is_sharded
+from .training.start_block import print_start, put_card_section, summary_of
+from .training.step_loss import BatchLoss, MicroBatch, TeacherOutputs, own_rows
+from .training.teacher_cache import OfflineTeacher
+from .validation import fail, warn
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +151,7 @@ class DistillationMixin(OfflineTeacher):
         self._run_settings.read(self.args)
         self._require_teacher(self.teacher)
 
-    def check(self, *, evaluate: bool = True) -> list[Finding]:
+    def check(self, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
         """Looks for what would stop or spoil a training, runs one batch through both models, prints a table.
 
         When to use: before a long run; `kd_run` "check" does it from any script. Nothing is trained, and weights,
@@ -176,13 +160,11 @@ class DistillationMixin(OfflineTeacher):
         Args:
             evaluate: whether the teacher is compared with the student as it starts, on up to 50 batches of the
                 eval_dataset. Default True.
+            batch: looked at instead of the first one of the training data.
 
         Returns:
             The rows: `status` ("ok", "warning" or "error"), `what` was looked at, what was `found`, how to `mend` it.
         """
-        return self._check(evaluate=evaluate)
-
-    def _check(self, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
         findings = examine(self, evaluate=evaluate, batch=batch)
         release_memory()
         if self.is_world_process_zero():
@@ -192,7 +174,7 @@ class DistillationMixin(OfflineTeacher):
 
     def _end_with_check(self, batch: Mapping[str, Any] | None = None) -> NoReturn:
         """Ends the process: 1 where the check found an error, else 0."""
-        raise SystemExit(int(has_errors(self._check(batch=batch))))
+        raise SystemExit(int(has_errors(self.check(batch=batch))))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results.
@@ -256,9 +238,6 @@ class DistillationMixin(OfflineTeacher):
         self._checkpoints.check_best(str(self.state.best_model_checkpoint))
         super()._load_best_model()
 
-    def _on_main_process(self, ask: Callable[[], Any]) -> Any:
-        return on_main_process(self.accelerator, ask)
-
     # ---- counting: once for each optimizer step ----
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -277,7 +256,7 @@ class DistillationMixin(OfflineTeacher):
         for batch in batches:
             self._refuse_packed(fit.head, batch)
         counts = objective.count_all(fit.head, batches)
-        if self._takes_num_items(fit) and num_items is None:
+        if fit.takes_num_items(self._always_hard) and num_items is None:
             num_items = super()._get_num_items_in_batch(batches, device)
         by_items = fit.by_num_items and self._always_hard and num_items is not None
         counts = counts._replace(num_items=num_items, micro_batches=len(batches), by_num_items=by_items)
@@ -285,40 +264,29 @@ class DistillationMixin(OfflineTeacher):
             self._started = True
             self._refuse_packed(fit.head, batches[0], now=True)
             if self.is_world_process_zero():
-                self._print_start(fit, objective, batches[0], counts)
+                cached = isinstance(self.teacher, CachedTeacher)
+                teacher = self.teacher.describe() if cached else self._teacher_module()  # type: ignore[union-attr]
+                last, notes = self._objective(training=False)[0], not_logged(type(self))
+                print_start(fit, teacher, objective, last, batches[0], counts, self.label_names, notes)
         self._window.steps += 1
         return batches, self._over_processes(counts, device)
-
-    def _print_start(self, fit: Fit, objective: Objective, batch: Mapping[str, Any], counts: Counts) -> None:
-        labelled = fit.head.targets(batch) is not None
-        labelled |= fit.own_loss and any(batch.get(name) is not None for name in self.label_names)
-        cached = self.teacher.describe() if isinstance(self.teacher, CachedTeacher) else None
-        (last, _), teacher = self._objective(training=False), self._teacher_module()
-        block = start_block(fit.student, teacher, fit.head, objective, last, counts, labelled=labelled, cached=cached)
-        hard = [f"hard loss: {fit.hard_loss}"] if fit.hard_loss else []
-        notes = (*hard, *fit.notes, *not_logged(type(self)))
-        leave_progress_bar()
-        print("\n".join([block, *("[kd_trainer] " + note for note in notes)]), flush=True)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Upstream's where the hard loss is divided by it. Else None: `get_batch_samples` counts for training, and
         evaluation counts its own batch without a collective."""
-        needed = self._fit is not None and self._takes_num_items(self._fit)
+        needed = self._fit is not None and self._fit.takes_num_items(self._always_hard)
         return super()._get_num_items_in_batch(batch_samples, device) if needed else None
-
-    def _takes_num_items(self, fit: Fit) -> bool:
-        """Whether upstream's num_items_in_batch divides the hard loss: one of the model's own, or, to be the stock
-        Trainer with `kd_alpha` 0, a formula whose labels upstream counts otherwise."""
-        return fit.own_loss or (fit.by_num_items and self._always_hard)
 
     def _over_processes(self, counts: Counts, device: torch.device) -> Counts:
         """The counts summed over the processes: one reduce a step."""
         if not self.args.average_tokens_across_devices or self.args.world_size == 1:
             return counts
         local = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts[:3]])
-        same_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        hard, soft, rows = self.accelerator.reduce(local, reduction="sum").div(same_batch).unbind()
+        hard, soft, rows = self.accelerator.reduce(local, reduction="sum").div(self._same_batch()).unbind()
         return counts._replace(hard=hard, soft=soft, rows=rows, scale=self._scale())
+
+    def _same_batch(self) -> int:  # processes that share each batch
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
     def _scale(self) -> int:
         """Gradients are averaged over processes: times this they are a sum again, where the counts are global."""
@@ -332,11 +300,7 @@ class DistillationMixin(OfflineTeacher):
         return self._run_settings.objective_at(min(done, 1.0))
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """alpha * soft + (1 - alpha) * hard of a micro-batch, divided by the counts of the whole optimizer step.
 
@@ -354,24 +318,26 @@ class DistillationMixin(OfflineTeacher):
         counts = num_items_in_batch if num_items_in_batch is not None else objective.count(fit.head, inputs)
         if not isinstance(num_items_in_batch, Counts):
             self._refuse_packed(fit.head, inputs)
-        if self._takes_num_items(fit) and not isinstance(counts, Counts):  # an evaluation's, of all processes
+        if fit.takes_num_items(self._always_hard) and not isinstance(counts, Counts):  # of an evaluation
             items = num_items_in_batch if fit.own_loss else num_items_in_batch / self._scale()
             counts = objective.count(fit.head, inputs)._replace(num_items=items, by_num_items=not fit.own_loss)
         if not isinstance(counts, Counts):
             mend = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
             fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", mend, error=TypeError)
         inputs = self._with_decoder_inputs(fit.student, fit.head, inputs)
-        evaluating = self._evaluation is not None and self.args.world_size > 1 and not fit.own_loss
-        shared = self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1  # rows, in another way
         own = None
-        if evaluating and not training and not shared:
+        several = not training and self._evaluation is not None and self.args.world_size > 1
+        if several and not fit.own_loss and self._same_batch() == 1:
             own = own_rows(self.accelerator, objective, fit, inputs, counts)
         batch = MicroBatch(fit, objective, soft_loss, model, inputs, counts, training, own)
         result = None
         if fit.heads is not None and (not return_outputs or self._loss_only):
             result = self._fused_loss(batch)
         if result is None:
-            result = batch.full(self._teacher_output(batch), self._own_hard_loss() if fit.own_loss else None)
+            own_loss = None
+            if fit.own_loss:
+                own_loss = OwnHardLoss(self.compute_loss_func, self.model_accepts_loss_kwargs, self._scale())
+            result = batch.full(self._teacher_output(batch), own_loss)
         self._finite.see(
             result.parts.total, result.student, result.teacher, self.state.global_step, of=result.of,
             fault=lambda: fit.head.fault(inputs, result.classes),
@@ -379,9 +345,6 @@ class DistillationMixin(OfflineTeacher):
         self._collect(result.logged, result.aux, result.counts, training)
         total = result.parts.total
         return (total, as_mapping(result.outputs, total)) if return_outputs else total
-
-    def _own_hard_loss(self) -> OwnHardLoss:
-        return OwnHardLoss(self.compute_loss_func, self.model_accepts_loss_kwargs, self._scale())
 
     def _teacher_output(self, batch: MicroBatch) -> TeacherOutput | None:
         if self.teacher is None or (self._always_hard and batch.training):
@@ -417,12 +380,7 @@ class DistillationMixin(OfflineTeacher):
     # ---- evaluation and logs ----
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **gen_kwargs: Any,
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: Any = None, **gen_kwargs: Any
     ) -> tuple[Any, Any, Any]:
         """Upstream's, with the loss of `compute_loss` where it generates and for batches without labels too."""
         self._loss_only, self._predicting = prediction_loss_only, True
@@ -565,9 +523,7 @@ class DistillationMixin(OfflineTeacher):
         path = Path(str(self.args.output_dir)) / "README.md"
         if self.teacher is None or not self.is_world_process_zero() or not path.exists():
             return
-        text = path.read_text(encoding="utf-8")
-        section = card_section(self.summary(), self.state.log_history)
-        write_atomically(path, text.split("\n## Distillation\n")[0].rstrip() + "\n\n" + section)
+        put_card_section(path, self.summary(), self.state.log_history)
 
 
 class DistillationTrainer(DistillationMixin, Trainer):

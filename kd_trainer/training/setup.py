@@ -62,6 +62,11 @@ class Fit(NamedTuple):
     by_num_items: bool = False  # its sum is divided by upstream's num_items_in_batch: see `own_loss.HardLoss`
     required: frozenset[str] = frozenset()  # names of columns without which the student's forward cannot be called
 
+    def takes_num_items(self, always_hard: bool) -> bool:
+        """Whether upstream's num_items_in_batch divides the hard loss: one of the model's own, or, to be the stock
+        Trainer with `kd_alpha` 0, a formula whose labels upstream counts otherwise."""
+        return self.own_loss or (self.by_num_items and always_hard)
+
 
 def plan(setup: Setup) -> Fit:
     """What the checks have found, for the loss; after all of them."""

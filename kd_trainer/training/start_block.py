@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..files import write_atomically
 from ..losses import divide
 from ..tasks import Head, count_parameters, describe, name_of, times
+from ..validation import leave_progress_bar
 from .objective import Counts, Objective
+from .setup import Fit
 
 
 def start_block(
@@ -77,6 +81,38 @@ def card_section(summary: Mapping[str, Any], log_history: Sequence[Mapping[str, 
     last = last or next((entry for entry in reversed(log_history) if "loss" in entry), {})
     shown = {k: v for k, v in last.items() if isinstance(v, float) and not k.endswith(("_runtime", "_per_second"))}
     return "\n".join([*lines, *(f"| {key} | {value:.4f} |" for key, value in shown.items())]) + "\n"
+
+
+def put_card_section(path: Path, summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+    """Puts the section on the distillation at the end of a model card, in place of an older one."""
+    text = path.read_text(encoding="utf-8").split("\n## Distillation\n")[0].rstrip()
+    write_atomically(path, f"{text}\n\n{card_section(summary, history)}")
+
+
+def print_start(
+    fit: Fit,
+    teacher: nn.Module | str | None,
+    first: Objective,
+    last: Objective,
+    batch: Mapping[str, Any],
+    counts: Counts,
+    label_names: Sequence[str],
+    notes: Sequence[str],
+) -> None:
+    """Prints the start block with the notes of the plan and further ones.
+
+    Args:
+        teacher: the module, or a line on the cache that its outputs are read from.
+        batch: the first one; of its columns `label_names` hold labels.
+    """
+    labelled = fit.head.targets(batch) is not None
+    labelled |= fit.own_loss and any(batch.get(name) is not None for name in label_names)
+    cached = teacher if isinstance(teacher, str) else None
+    model = teacher if isinstance(teacher, nn.Module) else None
+    block = start_block(fit.student, model, fit.head, first, last, counts, labelled=labelled, cached=cached)
+    hard = [f"hard loss: {fit.hard_loss}"] if fit.hard_loss else []
+    leave_progress_bar()
+    print("\n".join([block, *("[kd_trainer] " + note for note in (*hard, *fit.notes, *notes))]), flush=True)
 
 
 def summary_of(kd: Any, formulas: Sequence[str], teacher: Any, student: nn.Module) -> dict[str, Any]:

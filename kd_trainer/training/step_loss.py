@@ -143,7 +143,7 @@ class BatchLoss(NamedTuple):
     of: str = "logits"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class MicroBatch:
     """One micro-batch on its way to its loss.
 

@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,6 +70,7 @@ from ..files import write_atomically
 from ..tasks import same_random_numbers
 from ..teachers import ADAPTER_OFF, LiveTeacher
 from ..validation import fail, message, warn
+from .processes import on_main_process
 from .setup import FirstLook
 
 logger = logging.getLogger(__name__)
@@ -83,11 +85,13 @@ class OfflineTeacher(FirstLook):
     _given_teacher: Any
     _identity: dict[str, Any] | None
     _ready_parts: dict[str, Store]
-    _on_main_process: Callable[..., Any]
     _more_parts: dict[str, Any] = {}  # noqa: RUF012  # data of `build_teacher_cache`, by part; replaced, never changed
     _module: Callable[[], nn.Module | None] = staticmethod(lambda: None)  # the given module, as long as it is held
     _at_hand: LiveTeacher | None = None  # asked about evaluation data that is not in the cache
     _compared = False  # whether a cache that was opened for an evaluation was compared
+
+    def _on_main_process(self, ask: Callable[[], Any]) -> Any:
+        return on_main_process(self.accelerator, ask)
 
     def build_teacher_cache(self, dataset: Any = None, *, name: str | None = None) -> CachedTeacher:
         """Asks the teacher once about all training and evaluation data and keeps what it said in `teacher_cache_dir`.
@@ -358,9 +362,7 @@ class OfflineTeacher(FirstLook):
         with same_random_numbers(self.args.device):
             for part, data in self._cache_parts():
                 if (store := parts.get(part)) is not None:
-                    self._on_main_process(
-                        lambda s=store, p=part, d=data: compare_settings(self, s.folder, s.manifest, p, d)
-                    )
+                    self._on_main_process(partial(compare_settings, self, store.folder, store.manifest, part, data))
 
     # ---- reading ----
 
