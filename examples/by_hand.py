@@ -3,8 +3,7 @@
     python examples/by_hand.py                   # about 6 seconds on one CPU core
 
 Expected: loss 5.0271 at the first of 100 steps, 0.0611 at the last; at T = 1000 the gradient is eq. (2) to rounding and
-eq. (4) to 0.3%. `DistillationTrainer` logs the same losses step by step
-(tests/examples/test_examples.py compares to 1e-6).
+eq. (4) to 0.3%. `DistillationTrainer` logs the same losses step by step (test_examples.py compares to 1e-6).
 """
 
 import torch

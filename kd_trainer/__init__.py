@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from .report.runs import save_predictions as save_predictions
     from .teachers.columns import TeacherCollator as TeacherCollator
     from .teachers.columns import add_teacher_inputs as add_teacher_inputs
-    from .teachers.student_from_teacher import student_from_teacher as student_from_teacher
+    from .teachers.students import student_from_teacher as student_from_teacher
     from .trainer import DistillationMixin as DistillationMixin
     from .trainer import DistillationTrainer as DistillationTrainer
     from .trainer import Seq2SeqDistillationTrainer as Seq2SeqDistillationTrainer
@@ -110,7 +110,7 @@ _HOME = {
     ],
     "report.runs": ["load_run", "save_predictions"],
     "teachers.columns": ["TeacherCollator", "add_teacher_inputs"],
-    "teachers.student_from_teacher": ["student_from_teacher"],
+    "teachers.students": ["student_from_teacher"],
     "trainer": ["DistillationMixin", "DistillationTrainer", "Seq2SeqDistillationTrainer"],
     "training.arguments": [
         "DistillationArguments",

@@ -9,7 +9,7 @@ from .load import load_teacher
 from .outputs import Sparse, TeacherOutput
 from .sharding import HALVES, layer_classes, reshard
 from .shared_memory import check_separate, watch_shared_buffers
-from .student_from_teacher import student_from_teacher
+from .students import student_from_teacher
 
 __all__ = [
     "ADAPTER_OFF",

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from kd_trainer import MLPConfig, MLPForImageClassification, student_from_teacher
-from kd_trainer.teachers import student_from_teacher as students
+from kd_trainer.teachers import students
 from kd_trainer.teachers.shared_memory import check_separate
 from tests.helpers import tiny
 
