@@ -7,7 +7,6 @@ from .inputs import (
     ROW_ID,
     TEACHER_PREFIX,
     Accepted,
-    WithTeacherColumns,
     accepted_inputs,
     begins_next,
     behind_front,
@@ -42,7 +41,6 @@ from .output_head import (
     whole_weight,
 )
 from .packing import PackingWatch
-from .predictions import as_mapping, tensors_alone
 from .resolve import (
     CLASSIFICATIONS,
     PROBLEM_TYPES,
@@ -75,10 +73,8 @@ __all__ = [
     "OutputHead",
     "PackingWatch",
     "Wanted",
-    "WithTeacherColumns",
     "accepted_inputs",
     "as_in_training",
-    "as_mapping",
     "auto_class_of",
     "auto_classes",
     "begins_next",
@@ -111,7 +107,6 @@ __all__ = [
     "student_side",
     "teacher_hidden",
     "teacher_side",
-    "tensors_alone",
     "text_config",
     "times",
     "token_mask",
