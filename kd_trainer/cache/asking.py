@@ -79,7 +79,7 @@ class Speaker:
         states = self._states(inputs)
         if states is None:
             whole = self.teacher(inputs, self.accelerator, read=self.head.logits)
-            yield _rows(self.head, whole, mask)
+            yield self.head.take_positions(whole, mask)
             return
         assert self.output_head is not None
         with whole_weight(self.output_head) as whole:
@@ -125,13 +125,6 @@ class Speaker:
 
 def _places_of(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero().squeeze(1)
-
-
-def _rows(head: Head, logits: Tensor, mask: Tensor) -> Tensor:
-    """The kept positions of whole logits, as rows [N, ...]."""
-    if head.name == "question_answering":
-        return logits.transpose(1, 2)[mask]
-    return logits[mask] if head.token_level else logits
 
 
 def fail_no_product(speaker: Speaker) -> NoReturn:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from ..tasks import Head
 from ..validation import message
 from .cached_teacher import COLUMN_PREFIX
 from .formats import check_columns, decode, format_of
@@ -56,14 +54,5 @@ class CachedCollator:
             raise CacheError(foreign(str(self.store.folder / DATA), reason))
         for name, values in decoded.items():
             shape = manifest["shape"] if name == "logits" else None
-            batch[COLUMN_PREFIX + name] = _aligned(values, mask, reading.head, shape)
+            batch[COLUMN_PREFIX + name] = reading.head.place_positions(values, mask, shape)
         return batch
-
-
-def _aligned(values: Tensor, mask: Tensor, head: Head, shape: Sequence[int] | None) -> Tensor:
-    """[N, width] of the kept positions -> [B, S, width], or [B, width] where rows have one each; zeros elsewhere."""
-    if not head.token_level and head.name != "question_answering":
-        return values if shape is None else values.view(len(values), *shape)
-    whole = values.new_zeros(*mask.shape, values.shape[-1])
-    whole[mask] = values
-    return whole.transpose(1, 2).contiguous() if head.name == "question_answering" else whole

@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..tasks import ROW_ID, Head, begins_next, real_tokens
+from ..tasks import ROW_ID, Head, begins_next
 from ..validation import fail
 from .manifest import head_of
 from .signatures import kinds_of, refuse_column, signatures
@@ -67,24 +66,12 @@ def have_ids(rows: list[Any]) -> bool:
     return bool(rows) and all(isinstance(row, Mapping) and ROW_ID in row for row in rows)
 
 
-def kept_positions(head: Head, inputs: Mapping[str, Any], positions: str, rows: int) -> Tensor:
-    """Boolean [B, S]: the positions of which a cache keeps what the teacher said; [B, 1] where rows have one each."""
-    if head.name == "question_answering":  # a distribution over the positions: each has a start and an end logit
-        mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape)
-        return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask
-    targets = head.targets(inputs)
-    if not head.token_level:
-        return torch.ones(rows, 1, dtype=torch.bool)
-    mask = head.soft_mask(inputs, targets, positions)
-    return torch.ones_like(head.sequences(inputs), dtype=torch.bool) if mask is None else mask
-
-
 class Read(NamedTuple):
     """A collated batch, and what a cache has to know of its rows."""
 
     batch: dict[str, Any]
     row_ids: list[int]
-    mask: Tensor  # `kept_positions`
+    mask: Tensor  # `Head.kept_positions`
     counts: np.ndarray  # [rows] how many of them each row has
     signatures: np.ndarray
 
@@ -110,15 +97,15 @@ class Reading:
         taken = numbered(features)
         batch = dict(self.collator(taken.features))
         rows = len(taken.row_ids)
-        mask = kept_positions(self.head, batch, self.positions, rows)
+        mask = self.head.kept_positions(batch, self.positions, rows)
         spans = rows_in_a_row(batch, mask, rows)
 
         def alone() -> list[dict[str, Any]]:
             each = [_single(taken.features, row) for row in range(rows)]
             return [] if any(one is None for one in each) else [dict(self.collator(one)) for one in each]
 
-        options: dict[str, Any] = {"causal": self.head.name == "causal_lm", "shifted": self.head.shifted}
-        options["apart"] = self.head.name == "seq2seq_lm"
+        options: dict[str, Any] = {"causal": self.head.left_to_right, "shifted": self.head.shifted}
+        options["apart"] = self.head.encoder_decoder
         if spans is None:
             self.kinds = self.kinds or kinds_of(batch, (alone() if rows > 1 else None) or None, rows, self.columns)
             seen = signatures(batch, mask, self.columns, self.kinds, alone=alone, **options)
@@ -126,7 +113,7 @@ class Reading:
         found = []  # rows of one long row are known by what each is alone
         for one in alone() or refuse_column("input_ids", batch.get("input_ids"), rows):
             self.kinds = self.kinds or kinds_of(one, [one], 1, self.columns)
-            own = kept_positions(self.head, one, self.positions, 1)
+            own = self.head.kept_positions(one, self.positions, 1)
             found.append(signatures(one, own, self.columns, self.kinds, alone=[one].copy, **options))
         counts = np.array([int(mask[:, span].sum()) for span in spans])
         return Read(batch, taken.row_ids, mask, counts, np.concatenate(found))

@@ -42,7 +42,6 @@ from .output_head import (
 )
 from .packing import PackingWatch
 from .resolve import (
-    CLASSIFICATIONS,
     PROBLEM_TYPES,
     auto_class_of,
     auto_classes,
@@ -50,6 +49,7 @@ from .resolve import (
     check_virtual_tokens,
     classes_have_names,
     classes_of,
+    has_named_classes,
     head_for,
     head_from_logits,
     wanted_logits,
@@ -57,7 +57,6 @@ from .resolve import (
 from .restore import as_in_training, same_random_numbers, unchanged_buffers, unchanged_modes
 
 __all__ = [
-    "CLASSIFICATIONS",
     "HEADS",
     "NOT_INPUTS",
     "PROBLEM_TYPES",
@@ -91,6 +90,7 @@ __all__ = [
     "few_products",
     "front_positions",
     "full_logits",
+    "has_named_classes",
     "head_for",
     "head_from_logits",
     "is_packed",

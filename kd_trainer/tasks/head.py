@@ -57,6 +57,7 @@ class Head:
     a_label_a_logit: ClassVar[bool] = False  # labels are numbers, of the logits' shape
     tempered: ClassVar[bool] = True  # divergence and temperature mean something
     has_formula: ClassVar[bool] = True  # of the hard loss; else the model's own is the only one
+    over_positions: ClassVar[bool] = False  # the classes are the positions of a row
     cacheable: ClassVar[bool] = True  # which positions count can be told from a batch alone
     # Along which dimension the models may differ in length: its number, the name of one entry, and what to do then.
     along: ClassVar[tuple[int, str, str] | None] = None
@@ -70,6 +71,20 @@ class Head:
     def over_tokens(self) -> bool:
         """Whether the classes are a vocabulary: token ids, of which embeddings may hold more rows than there are."""
         return self.name.endswith("_lm")
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether the positions are a decoder's, whose inputs are made of the labels."""
+        return self.name == "seq2seq_lm"
+
+    @property
+    def left_to_right(self) -> bool:
+        """Whether a position is computed from those before it alone."""
+        return self.name == "causal_lm"
+
+    def is_same_task(self, other: Head) -> bool:
+        """Whether the other head is of the same entry of `HEADS`, however its labels are read."""
+        return self.name == other.name
 
     def of_model(self, model: Any) -> Head:
         """The head as this student has it; most are the same for every one."""
@@ -133,7 +148,7 @@ class Head:
         """
         if not self.token_level:
             return None
-        if self.name == "seq2seq_lm":
+        if self.encoder_decoder:
             mask, targets = token_mask(inputs.get("decoder_attention_mask")), self.targets(inputs)
             return targets != IGNORE_INDEX if mask is None and targets is not None else mask
         tokens = self.sequences(inputs)
@@ -146,7 +161,7 @@ class Head:
 
     def _real(self, inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
         """Boolean [B, S]: positions that are no padding; None where no mask says."""
-        name = "decoder_attention_mask" if self.name == "seq2seq_lm" else "attention_mask"
+        name = "decoder_attention_mask" if self.encoder_decoder else "attention_mask"
         return real_tokens(inputs.get(name), shape)
 
     def made_at(self, inputs: Mapping[str, Any], targets: Tensor) -> Tensor | None:
@@ -166,7 +181,7 @@ class Head:
         targets = self.targets(inputs)
         if targets is not None:
             return targets
-        if self.name == "seq2seq_lm" and inputs.get("decoder_input_ids") is not None:
+        if self.encoder_decoder and inputs.get("decoder_input_ids") is not None:
             return inputs["decoder_input_ids"]
         ids = main_input(inputs)
         return ids if ids.dim() == 2 else ids[..., 0]
@@ -184,6 +199,30 @@ class Head:
             made_at = self.made_at(inputs, targets)
             return targets != IGNORE_INDEX if made_at is None else made_at & (targets != IGNORE_INDEX)
         return self.attended(inputs)
+
+    def kept_positions(self, inputs: Mapping[str, Any], positions: str, rows: int) -> Tensor:
+        """Boolean [B, S]: positions of which a cache keeps the teacher's output; [B, 1] where rows have one each."""
+        targets = self.targets(inputs)
+        if not self.token_level:
+            return torch.ones(rows, 1, dtype=torch.bool)
+        mask = self.soft_mask(inputs, targets, positions)
+        return torch.ones_like(self.sequences(inputs), dtype=torch.bool) if mask is None else mask
+
+    def take_positions(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """The kept positions of logits, as rows [N, ...]."""
+        return logits[mask] if self.token_level else logits
+
+    def place_positions(self, values: Tensor, mask: Tensor, shape: Sequence[int] | None) -> Tensor:
+        """[N, width] of the kept positions -> [B, S, width], or [B, width] where rows have one each; zeros elsewhere.
+
+        Args:
+            shape: of the logits of a row that has one output; None where the values are no logits.
+        """
+        if not self.token_level:
+            return values if shape is None else values.view(len(values), *shape)
+        whole = values.new_zeros(*mask.shape, values.shape[-1])
+        whole[mask] = values
+        return whole
 
     def labelled(self, targets: Tensor) -> Tensor:
         """How many rows (or positions) have a label: 0-dim."""

@@ -6,7 +6,7 @@ Shapes: B rows, S positions, C classes or vocabulary entries, D outputs of a reg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -197,6 +197,7 @@ class QuestionAnsweringHead(Head):
     """
 
     softmax: ClassVar[bool] = False
+    over_positions: ClassVar[bool] = True
     along: ClassVar[tuple[int, str, str] | None] = (-1, "position", "Take a teacher that reads the student's tokens.")
 
     @property
@@ -247,6 +248,19 @@ class QuestionAnsweringHead(Head):
 
     def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return divide(super().hard_loss_sum(logits, targets), 2)
+
+    def kept_positions(self, inputs: Mapping[str, Any], positions: str, rows: int) -> Tensor:
+        """Each attended position has a start and an end logit."""
+        mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape)
+        return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask
+
+    def take_positions(self, logits: Tensor, mask: Tensor) -> Tensor:
+        return logits.transpose(1, 2)[mask]
+
+    def place_positions(self, values: Tensor, mask: Tensor, shape: Sequence[int] | None) -> Tensor:
+        whole = values.new_zeros(*mask.shape, values.shape[-1])
+        whole[mask] = values
+        return whole.transpose(1, 2).contiguous()
 
     @staticmethod
     def _attended(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:

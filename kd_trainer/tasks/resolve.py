@@ -100,7 +100,7 @@ def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
         for auto_class in auto_classes(head):
             listed = _listed(auto_class._model_mapping, config)
             if isinstance(model, listed) and _has_logits(model, auto_class.__name__):
-                if head.name != "seq2seq_lm" or _is_encoder_decoder(config):
+                if not head.encoder_decoder or _is_encoder_decoder(config):
                     return head, auto_class
                 return HEADS["causal_lm"], auto_class  # a decoder that reads speech or images: it shifts its labels
     for name, task in _WITHOUT_AUTO_CLASS.items():
@@ -255,11 +255,16 @@ def head_from_logits(logits: Tensor) -> Head:
     return HEADS[names[logits.dim()]]
 
 
+def has_named_classes(head: Head) -> bool:
+    """Whether its classes are those of a config's id2label."""
+    return head.name in CLASSIFICATIONS
+
+
 def classes_have_names(student: nn.Module, head: Head | None) -> bool:
     """Whether class i of the teacher must mean class i of the student by name; `head`: None where not yet known."""
     config: Any = getattr(student, "config", None)
     numbers = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
-    return not numbers and (head is None or head.name in CLASSIFICATIONS)
+    return not numbers and (head is None or has_named_classes(head))
 
 
 def classes_of(student: nn.Module, head: Head) -> int | None:
@@ -267,7 +272,7 @@ def classes_of(student: nn.Module, head: Head) -> int | None:
     need not be true."""
     if head.over_tokens:
         return vocabulary_rows(student, written=True, measured=True)
-    if head.name not in CLASSIFICATIONS:  # num_labels says nothing of choices or of positions
+    if not has_named_classes(head):  # num_labels says nothing of choices or of positions
         return None
     classes = getattr(getattr(student, "config", None), "num_labels", None)
     return classes if isinstance(classes, int) else None
@@ -291,6 +296,6 @@ def wanted_logits(head: Head | None, labels: Any, models: Iterable[nn.Module], v
         at_least = max(at_least, int(labels.max()) + 1)
     if head is not None and head.over_tokens:
         widths += [vocabulary_rows(model, written=True) for model in models]
-    elif head is None or head.name in CLASSIFICATIONS:
+    elif head is None or has_named_classes(head):
         widths += [getattr(getattr(model, "config", None), "num_labels", None) for model in models]
     return Wanted(dims, tuple(dict.fromkeys(w for w in widths if isinstance(w, int))), at_least)

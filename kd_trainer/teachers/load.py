@@ -22,7 +22,7 @@ def _from_pretrained(head: Head, auto_class: Any, path: str, kwargs: dict[str, A
 
     A causal teacher that reads images or speech too has another Auto class than a student of text alone.
     """
-    others = [*auto_classes(head), *(auto_classes(HEADS["seq2seq_lm"]) if head.name == "causal_lm" else ())]
+    others = [*auto_classes(head), *(auto_classes(HEADS["seq2seq_lm"]) if head.left_to_right else ())]
     refusal = None
     for candidate in dict.fromkeys([auto_class, *others]):
         try:

@@ -215,7 +215,7 @@ class Comparison:
     def _heads(self) -> list[Head]:
         """The task as it was taken, and with the other shift where labels could be shifted."""
         head = self.head
-        toggled = head.token_level and head.softmax and head.name != "seq2seq_lm"
+        toggled = head.token_level and head.softmax and not head.encoder_decoder
         return [head, dataclasses.replace(head, shifted=not head.shifted)] if toggled else [head]
 
     def _call(self, batch: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
@@ -280,9 +280,9 @@ class Comparison:
         name = self.head.label_names[0]
         if not self.accepted.take_target(name) or not self.head.softmax or len(self.head.label_names) > 1:
             return {}
-        ids = batch.get("decoder_input_ids" if self.head.name == "seq2seq_lm" else "input_ids")
+        ids = batch.get("decoder_input_ids" if self.head.encoder_decoder else "input_ids")
         if self.head.token_level and isinstance(ids, Tensor) and ids.dim() == 2:
-            mask = batch.get("decoder_attention_mask" if self.head.name == "seq2seq_lm" else "attention_mask")
+            mask = batch.get("decoder_attention_mask" if self.head.encoder_decoder else "attention_mask")
             made = torch.zeros_like(ids)
             if isinstance(mask, Tensor) and mask.shape == ids.shape:
                 made = made.masked_fill(mask == 0, IGNORE_INDEX)
@@ -366,8 +366,8 @@ def piece_of(batch: Mapping[str, Any], head: Head) -> dict[str, Any]:
         changed = {name: value[:most] for name, value in tensors.items()}
     if head.over_tokens:
         decoded = {name for name in tensors if name.startswith("decoder_")} | set(head.label_names)
-        cut = decoded if head.name == "seq2seq_lm" else _OF_TEXT | set(head.label_names)
-        if head.name == "seq2seq_lm" or set(batch) <= cut:
+        cut = decoded if head.encoder_decoder else _OF_TEXT | set(head.label_names)
+        if head.encoder_decoder or set(batch) <= cut:
             changed |= _window({name: value for name, value in changed.items() if name in cut}, head)
     return {**batch, **changed}
 

@@ -226,7 +226,7 @@ class FirstLook(_InFrontOf):
     @staticmethod
     def _with_decoder_inputs(student: nn.Module, head: Head | None, inputs: dict[str, Any]) -> dict[str, Any]:
         """Encoder-decoders build their decoder's inputs from labels: built once here, for both models."""
-        if head is None or head.name != "seq2seq_lm" or "decoder_input_ids" in inputs or inputs.get("labels") is None:
+        if head is None or not head.encoder_decoder or "decoder_input_ids" in inputs or inputs.get("labels") is None:
             return inputs
         ids = decoder_input_ids(student, inputs["labels"])
         return inputs if ids is None else {**inputs, "decoder_input_ids": ids}

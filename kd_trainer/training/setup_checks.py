@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..cache import CachedTeacher, head_of, tokenizer_identity
 from ..losses import bad_rows
 from ..tasks import (
-    CLASSIFICATIONS,
     TEACHER_PREFIX,
     Accepted,
     AmbiguousOutputs,
@@ -37,6 +36,7 @@ from ..tasks import (
     classes_of,
     few_products,
     full_logits,
+    has_named_classes,
     head_for,
     head_from_logits,
     logits_of,
@@ -166,7 +166,7 @@ def tokens(setup: Setup) -> None:
     compatibility.check_teacher_columns(batch)
     # The positions of an encoder-decoder are the decoder's, and these tokens the encoder's.
     apart = f"{TEACHER_PREFIX}input_ids" in batch
-    if apart and head is not None and head.dims == 3 and head.name != "seq2seq_lm":
+    if apart and head is not None and head.dims == 3 and not head.encoder_decoder:
         because = f"the task {head.name!r} compares position i of one with position i of the other"
         fix = "Take a teacher with the student's tokenizer and no teacher_input_ids."
         fail("teacher_input_ids", "a column of the batch", "no tokens of the teacher's own", fix, because=because)
@@ -191,7 +191,7 @@ def cache(setup: Setup) -> None:
     if teacher is None:
         return
     manifest, kept = teacher.manifest, head_of(teacher.manifest)
-    if setup.head is not None and setup.head.name != kept.name:
+    if setup.head is not None and not setup.head.is_same_task(kept):
         fix = "Train a student of that task, or build a cache for this one."
         fail("teacher_cache", f"one for the task {kept.name!r}", f"{setup.head.name!r}, the student's", fix)
     if kept.token_level and kd.kd_positions != manifest["positions"]:
@@ -232,7 +232,7 @@ def settings(setup: Setup) -> str | None:
     if not head.tempered and kd.kd_divergence != "forward_kl":
         expected = "'forward_kl' (the default) in a regression, whose soft loss is the squared error"
         fail("kd_divergence", repr(kd.kd_divergence), expected, "Leave it out.")
-    if kd.kd_remap_labels and head.name not in CLASSIFICATIONS:
+    if kd.kd_remap_labels and not has_named_classes(head):
         because = "its outputs are no classes with names of their own"
         fail("kd_remap_labels", True, f"False for the task {head.name!r}", "Leave it out.", because=because)
     if not head.has_formula and kd.kd_hard_loss == "task":
