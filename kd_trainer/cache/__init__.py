@@ -2,7 +2,7 @@
 
 from .asking import Speaker
 from .build import ask, build_shards, translate_os_errors
-from .cached_teacher import EVAL, TEST, TRAIN, CachedTeacher, open_part, part_of
+from .cached_teacher import EVAL, TEST, TRAIN, CachedTeacher, given_cache, open_part, part_of
 from .collator import CachedCollator
 from .formats import DTYPES, FORMATS, card, far_apart, format_of
 from .identity import teacher_identity, tokenizer_identity
@@ -67,6 +67,7 @@ __all__ = [
     "finish",
     "first_rows",
     "format_of",
+    "given_cache",
     "head_of",
     "is_finished",
     "known_by_position",

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..tasks import TEACHER_PREFIX
 from ..teachers import TeacherOutput
@@ -101,7 +102,11 @@ class CachedTeacher:
         trainer = DistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data)
     """
 
-    compiled = False
+    live: None = None
+    model: None = None
+    compiled = is_student = has_own_weights = False
+    note = ""
+    start_tokens: None = None
 
     def __init__(self, path: str | Path) -> None:
         if not isinstance(path, (str, Path)) or not str(path).strip():
@@ -157,11 +162,32 @@ class CachedTeacher:
         counted = ", ".join(f"{name} {count:,} rows" for name, count in rows.items())
         return f"{self.manifest['teacher']['name']}, read from {str(self.path)!r} ({shown}; {counted})"
 
+    def identity(self) -> dict[str, Any]:
+        """`name` and `parameters` of the teacher, and more that tells it."""
+        return self.manifest["teacher"]
+
+    def prepare(self, device: torch.device, accelerator: Any = None) -> None:
+        """Nothing is run."""
+
+    def for_student(self, student: nn.Module, *, over_tokens: bool) -> CachedTeacher:
+        """Itself: it belongs to no student."""
+        return self
+
+    def release(self, student: nn.Module) -> None:
+        """It holds nothing on the device but an output head."""
+
     def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:
         """See the function of this name."""
         check_objective(self.format, divergence, temperatures)
 
-    def output(self, batch: Mapping[str, Any]) -> TeacherOutput | None:
+    def output(
+        self,
+        batch: Mapping[str, Any],
+        accelerator: Any = None,
+        student: nn.Module | None = None,
+        *,
+        read: Callable[[Any, str], Tensor] | None = None,
+    ) -> TeacherOutput | None:
         """What the teacher said of the batch; None where it was not asked about these rows."""
         columns = {k[len(COLUMN_PREFIX) :]: v for k, v in batch.items() if k.startswith(COLUMN_PREFIX)}
         if not columns:
@@ -216,6 +242,11 @@ class CachedTeacher:
         return api.upload_folder(
             repo_id=repo_id, folder_path=str(self.path), repo_type="dataset", ignore_patterns=hidden, **options
         )
+
+
+def given_cache(given: Any) -> CachedTeacher | None:
+    """What was given as the teacher, where it is a cached one."""
+    return given if isinstance(given, CachedTeacher) else None
 
 
 def _local(path: str | Path) -> Path:

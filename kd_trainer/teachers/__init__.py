@@ -10,6 +10,7 @@ from .outputs import Sparse, TeacherOutput
 from .sharding import HALVES, layer_classes, reshard
 from .shared_memory import check_separate, watch_shared_buffers
 from .students import student_from_teacher
+from .teacher import Teacher
 
 __all__ = [
     "ADAPTER_OFF",
@@ -18,6 +19,7 @@ __all__ = [
     "Classes",
     "LiveTeacher",
     "Sparse",
+    "Teacher",
     "TeacherCollator",
     "TeacherOutput",
     "adapter_modules",

@@ -24,9 +24,19 @@ class AdapterOffTeacher(LiveTeacher):
         ValueError: the student has no such adapters, or what is off is no fixed teacher (see `check_adapters`).
     """
 
+    is_student = True
+    note = "the teacher is the student with its adapters off"
+
     def __init__(self, student: nn.Module, *, over_tokens: bool) -> None:
         check_adapters(student, over_tokens=over_tokens)
         super().__init__(student)
+
+    def for_student(self, student: nn.Module, *, over_tokens: bool) -> AdapterOffTeacher:
+        """The base of a student from `model_init`."""
+        return self if self.model is student else AdapterOffTeacher(student, over_tokens=over_tokens)
+
+    def describe(self) -> str:
+        return "the student with its adapters off"
 
     def prepare(self, device: torch.device, accelerator: Any = None) -> None:
         """Nothing to place: the student is where it belongs."""

@@ -7,7 +7,7 @@ with the accelerator and never a submodule of the student: checkpoints and optim
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,12 +19,16 @@ from ..tasks import (
     TEACHER_PREFIX,
     accepted_inputs,
     behind_front,
+    count_parameters,
+    describe,
     logits_of,
     model_inputs,
+    name_of,
 )
 from ..validation import warn
 from .batch import TeacherBatch, floating_dtypes
 from .errors import check_ids, check_widths, explain, widest_input
+from .outputs import TeacherOutput
 from .sharding import prepare_teacher
 
 logger = logging.getLogger(__name__)
@@ -52,6 +56,10 @@ class LiveTeacher:
             every batch are compared with it. None where the student would stumble first.
     """
 
+    manifest: None = None
+    is_student = False
+    note = ""
+
     def __init__(self, model: nn.Module, *, compiled: bool = False) -> None:
         self.model = model
         self.compiled = compiled
@@ -69,6 +77,39 @@ class LiveTeacher:
         self._off = {name: False for name in costly if name in self.accepted}
         self._modules: list[nn.Module] = []
         self.shared: list[nn.Module] = []  # frozen modules that are the student's too, which keep its mode
+
+    @property
+    def live(self) -> LiveTeacher:
+        return self
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def has_own_weights(self) -> bool:
+        return not self.is_student
+
+    def for_student(self, student: nn.Module, *, over_tokens: bool) -> LiveTeacher:
+        """Itself: it belongs to no student."""
+        return self
+
+    def describe(self) -> str:
+        """One line on the model."""
+        return describe(self.model)
+
+    def identity(self) -> dict[str, Any]:
+        """`name` and `parameters`, for the summary."""
+        return {"name": name_of(self.model), "parameters": count_parameters(self.model)}
+
+    def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:
+        """Logits serve every loss."""
+
+    def release(self, student: nn.Module) -> None:
+        """To the CPU, where a script may hold it still; not what the backend or a loader has placed."""
+        placed = any(getattr(self.model, name, None) is not None for name in ("hf_device_map", "quantization_method"))
+        if not (placed or self.sharded or self.model is student):
+            self.model.to("cpu")
 
     def prepare(self, device: torch.device, accelerator: Any = None) -> None:
         """Places the teacher, once: whole on `device`, or sharded by the accelerator's backend (see `backends`).
@@ -103,6 +144,17 @@ class LiveTeacher:
             first = torch.where(ids[:, :1] == self.start_tokens[0], self.start_tokens[1], ids[:, :1])
             taken["decoder_input_ids"] = torch.cat([first, ids[:, 1:]], 1)
         return taken
+
+    def output(
+        self,
+        batch: Mapping[str, Any],
+        accelerator: Any,
+        student: nn.Module | None = None,
+        *,
+        read: Callable[[Any, str], Tensor] = logits_of,
+    ) -> TeacherOutput:
+        """The logits as a `TeacherOutput`: see `__call__`."""
+        return TeacherOutput(logits=self(batch, accelerator, student, read=read))
 
     def __call__(
         self,
