@@ -140,7 +140,7 @@ def tokens_per_second(metrics, data) -> dict[str, float]:
 
 
 def train_student(student, teacher, tokenizer, data, args) -> dict[str, float]:
-    """Trains `student` with the loss that `args` say; its tokens per second, if known."""
+    """Trains `student` with the loss that `args` define; its tokens per second, if known."""
     trainer = DistillationTrainer(
         model=student,
         teacher_model=teacher,

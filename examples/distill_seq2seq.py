@@ -169,7 +169,7 @@ def seconds(metrics) -> dict[str, float]:
 
 
 def train_student(student, teacher, tokenizer, data, args) -> dict[str, float]:
-    """Trains `student` with the loss that `args` say; the seconds it took, if known."""
+    """Trains `student` with the loss that `args` define; the seconds it took, if known."""
     trainer = Seq2SeqDistillationTrainer(teacher_model=teacher, args=args, **common_arguments(student, tokenizer, data))
     return seconds(train(trainer))
 

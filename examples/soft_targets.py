@@ -4,7 +4,7 @@
 
 Expected (mean KL(target || student) in nats):  start 0.0735   Adam 0.0323   optimum 0.0323
 There is no relation between features and targets, so the loss cannot reach 0: the optimum, found by LBFGS in float64,
-says when a training run is done.
+shows when a training run is done.
 """
 
 import torch

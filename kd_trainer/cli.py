@@ -1,8 +1,7 @@
-"""The `kd-trainer` command: `report` compares the output folders of any runs, `memory` tells what a step will take.
+"""The `kd-trainer` command: `report` compares the output folders of any runs, `memory` prints what a step needs.
 
-For: the command line and its errors (one line, exit code 2). Leaves everything else to `report/comparison.py` and
-`diagnostics/memory.py`. `report/comparison.py` and `diagnostics/memory.py` are imported when a command runs: `--help`
-costs no import of torch.
+An error is one line and exit code 2. `report/` and `diagnostics/memory.py` do the work and are imported when a command
+runs: `--help` costs no import of torch.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ one row, given in the same order for every name. Without NAME= the folder's own 
 """
 
 _MEMORY_EXAMPLE = """\
-Neither weights nor a device are needed, and nothing is trained; configs/README.md says what is counted.
+Neither weights nor a device are needed, and nothing is trained; configs/README.md lists what is counted.
 
   kd-trainer memory configs/models/llama-3.2-1b.json configs/models/llama-3.1-8b.json --processes 8 \\
       --batch-size 4 --sequence-length 2048 --mixed-precision bf16 --student-dtype float32
@@ -57,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--no-plots", action="store_true", help="write the tables only")
     memory = commands.add_parser(
         "memory",
-        help="what a training step takes in each process: a table of all backends",
-        description="Prints what a training step of a pair takes in each process, in GiB, for every backend.",
+        help="memory of a training step in each process: a table of all backends",
+        description="Prints the memory of a training step of a pair in each process, in GiB, for every backend.",
         epilog=_MEMORY_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -76,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--gradient-checkpointing", action="store_true", help="as in the training arguments")
     memory.add_argument("--mixed-precision", default="no", choices=("no", "bf16", "fp16"), help="default: %(default)s")
     for side in ("student", "teacher"):
-        text = f"of the {side}'s weights as loaded (default: as its config says)"
+        text = f"of the {side}'s weights as loaded (default: as in its config)"
         memory.add_argument(f"--{side}-dtype", metavar="DTYPE", help=text)
     memory.add_argument("--teacher-bits", type=int, choices=(8, 4), help="of a teacher that bitsandbytes quantises")
     memory.add_argument(
@@ -88,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from .report.comparison import build_report, load_run, print_table
+    from .report import build_report, load_run, print_table
 
     runs = [load_run(folder, name) for name, folder in map(_named, arguments.runs)]
     report = build_report(runs, arguments.output, title=arguments.title, plots=not arguments.no_plots)
@@ -111,12 +110,8 @@ def _named(text: str) -> tuple[str | None, str]:
     if not name.strip() or not folder:
         from .validation import fail
 
-        fail(
-            "run",
-            repr(text),
-            "NAME=DIR or DIR",
-            "Write both sides of the equals sign, for example teacher=out/teacher.",
-        )
+        fix = "Write both sides of the equals sign, for example teacher=out/teacher."
+        fail("run", repr(text), "NAME=DIR or DIR", fix)
     return name.strip(), folder
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kd_trainer.cli import main
-from kd_trainer.report.comparison import save_predictions
+from kd_trainer.report import save_predictions
 
 
 def run(*arguments, cwd):

@@ -85,3 +85,22 @@ def test_the_readme_is_short_and_has_two_setup_commands():
     assert text.count("\n") < 300
     assert len(re.findall(r"^pip install", text, re.M)) == 2
     assert all((ROOT / link).exists() for link in re.findall(r"\]\(((?!http)[^)#]+)", text))
+
+
+@pytest.mark.parametrize("page", [*PAGES, "tests/benchmarks/README.md"])
+def test_links_lead_to_files_and_headings(page):
+    for file, heading in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]+))?\)", (ROOT / page).read_text()):
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), file
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert heading in slugs, f"{file}#{heading}"
+
+
+def test_the_files_that_the_contributing_section_names_exist():
+    section = (ROOT / "README.md").read_text().partition("## Contributing")[2]
+    named = re.findall(r"`((?:tests/)?\w+/\w+\.py)`", section)
+    assert len(named) > 10
+    for name in named:
+        assert (ROOT / name).is_file() or (ROOT / "kd_trainer" / name).is_file(), name

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kd_trainer import files
-from kd_trainer.report.comparison import build_report, load_run
+from kd_trainer.report import build_report, load_run
 from kd_trainer.report.runs import save_predictions
 from tests.cache.test_cached_teacher import cache
 from tests.helpers import tiny

@@ -1,7 +1,6 @@
-"""The comparison of teacher, distilled and baseline runs: table, report files and pictures.
+"""The comparison of teacher, distilled and baseline runs: table, findings, report files and pictures.
 
-For: an honest answer to "what did distillation bring?", from the output folders of any runs, with spreads over seeds.
-Leaves to others: reading folders and the numbers (`runs.py`), the drawing (`plots.py`), training (`trainer.py`).
+The numbers come from `runs.py`, the drawing is in `plots.py`.
 """
 
 from __future__ import annotations
@@ -22,14 +21,12 @@ from rich.text import Text
 from ..files import write_atomically
 from ..losses import IGNORE_INDEX
 from ..validation import fail
-from .plots import PlottedModel, draw_all
-from .runs import NUMBERS, PREDICTIONS_FILE, Row, Run, accuracy_of, compare, finite, load_run, save_predictions
-
-__all__ = ["Report", "Row", "Run", "build_report", "load_run", "markdown_table", "print_table", "save_predictions"]
+from .plots import draw_all
+from .runs import NUMBERS, PREDICTIONS_FILE, Row, Run, accuracy_of, compare, finite
 
 
 class Column(NamedTuple):
-    """A number as the table shows it: which one, its headings in full and for the console, its format."""
+    """A number of the table: its key, its headings in full and for the console, its format."""
 
     number: str
     heading: str
@@ -79,13 +76,13 @@ def _findings(rows: Sequence[Row]) -> list[str]:
     if len(rows) > 1 and len(accuracies) == len(rows) and min(accuracies) >= 99.95:
         return [
             f"All {len(rows)} models reach 100.0% test accuracy: the task is too easy to tell them apart. "
-            "There is nothing to see here of what distillation brings."
+            "This comparison cannot show what distillation brings."
         ]
     teacher = next((row for row in rows if row.role == "teacher"), None)
     sentences = [_verdict(row) for row in rows if row.role == "student"]
     best = teacher.mean("improvement_points") if teacher else None
     if best is not None and best <= 0:
-        sentences.append("The teacher is no better than the baseline: it has little to teach on these rows.")
+        sentences.append("The teacher is no better than the baseline: a student can gain little from it on these rows.")
     return [sentence for sentence in sentences if sentence]
 
 
@@ -94,61 +91,58 @@ def _verdict(row: Row) -> str | None:
     gain = row.mean("improvement_points")
     if gain is None or row.baseline is None:
         return None
-    rival = row.baseline
-    spread, meaning = _spread(row, rival)
-    names = [f"“{each.name}”" for each in (row, rival)]
+    spread, meaning = _spread(row, row.baseline)
+    name, baseline = f"“{row.name}”", f"“{row.baseline.name}”"
     if spread is None:
         sentence = (
-            f"{names[0]} differs from {names[1]} by {gain:+.1f} points in one run; without more seeds or stored "
-            "test predictions this cannot be told from chance."
+            f"{name} differs from {baseline} by {gain:+.1f} points in one run; without more seeds or stored "
+            "test predictions this cannot be distinguished from chance."
         )
     elif abs(gain) <= spread:
-        sentence = f"{names[0]} does not differ from {names[1]} beyond the spread: {gain:+.1f} points, {meaning}."
+        sentence = f"{name} does not differ from {baseline} beyond the spread: {gain:+.1f} points, {meaning}."
     elif gain < 0:
-        sentence = f"{names[0]} is worse than {names[1]}: {gain:+.1f} points, {meaning}."
+        sentence = f"{name} is worse than {baseline}: {gain:+.1f} points, {meaning}."
     else:
-        sentence = f"{names[0]} beats {names[1]}: {gain:+.1f} points, {meaning}."
+        sentence = f"{name} beats {baseline}: {gain:+.1f} points, {meaning}."
         gap = row.mean("gap_points")
         if gap is not None and gain + gap > 0:
             sentence += f" That is {100 * gain / (gain + gap):.0f}% of the teacher's lead."
-    steps, rival_steps = row.runs[0].steps, rival.runs[0].steps
-    if steps and rival_steps and max(steps, rival_steps) > 1.1 * min(steps, rival_steps):
-        sentence += f" They did not train equally long: {steps:,} against {rival_steps:,} optimizer steps."
+    steps, baseline_steps = row.runs[0].steps, row.baseline.runs[0].steps
+    if steps and baseline_steps and max(steps, baseline_steps) > 1.1 * min(steps, baseline_steps):
+        sentence += f" They did not train equally long: {steps:,} against {baseline_steps:,} optimizer steps."
     return sentence
 
 
-def _spread(row: Row, rival: Row) -> tuple[float | None, str]:
-    """What chance may do to the improvement, in points: over seeds, or over the test rows where there is one run."""
-    paired = len(row.runs) == len(rival.runs)
-    spreads = [row.std("improvement_points"), None if paired else rival.std("test_accuracy_percent")]
+def _spread(row: Row, baseline: Row) -> tuple[float | None, str]:
+    """The spread of the improvement in points, and its name: over seeds, or over test rows where there is one run."""
+    paired = len(row.runs) == len(baseline.runs)
+    spreads = [row.std("improvement_points"), None if paired else baseline.std("test_accuracy_percent")]
     known = [spread for spread in spreads if spread is not None]
     if known:
         spread = math.hypot(*known)
-        return spread, f"standard deviation {spread:.1f} over {max(len(row.runs), len(rival.runs))} seeds"
-    if len(row.runs) > 1 or not row.runs[0].predictions or not rival.runs[0].predictions:
+        return spread, f"standard deviation {spread:.1f} over {max(len(row.runs), len(baseline.runs))} seeds"
+    if len(row.runs) > 1 or not row.runs[0].predictions or not baseline.runs[0].predictions:
         return None, ""
-    (logits, labels), rival_logits = row.runs[0].predictions, rival.runs[0].predictions.logits
+    (logits, labels), baseline_logits = row.runs[0].predictions, baseline.runs[0].predictions.logits
     counted = labels != IGNORE_INDEX
-    right, rival_right = ((each.argmax(-1) == labels)[counted].double() for each in (logits, rival_logits))
+    right, baseline_right = ((each.argmax(-1) == labels)[counted].double() for each in (logits, baseline_logits))
     if len(right) < 2:
         return None, ""
-    error = 200 * (right - rival_right).std().item() / math.sqrt(len(right))
+    error = 200 * (right - baseline_right).std().item() / math.sqrt(len(right))
     return error, f"twice the standard error over {len(right):,} test rows {error:.1f} (one run)"
 
 
 def _missing(rows: Sequence[Row]) -> list[str]:
-    """What the table does not know, and what would tell it."""
+    """Notes on numbers that are missing, and what would supply them."""
     notes = []
     if all(row.role != "teacher" for row in rows):
         notes.append("No run is named teacher: teacher=DIR gives compression, gap, agreement and KL.")
     if all(row.role != "baseline" for row in rows):
         notes.append("No run is named baseline: baseline=DIR shows what distillation itself brings.")
     for row in rows:
-        without = [str(run.path) for run in row.runs if not run.predictions]
-        if without:
+        if without := [str(run.path) for run in row.runs if not run.predictions]:
             notes.append(f"{row.name}: no {PREDICTIONS_FILE} in {', '.join(without)} (save_predictions writes it).")
-        splits = [accuracy_of(run)[1] for run in row.runs]
-        if "eval" in splits:
+        if "eval" in [accuracy_of(run)[1] for run in row.runs]:
             notes.append(f"{row.name}: its accuracy is eval_accuracy; the folder holds no test accuracy.")
         for run in row.runs:
             stored, (measured, split) = finite(run.results.get("test_accuracy")), accuracy_of(run)
@@ -174,17 +168,15 @@ def build_report(
 ) -> Report:
     """Compares runs and writes report.md, report.json and the pictures to `output_dir`.
 
-    Runs of one name are seeds of one row (mean and sample standard deviation). The i-th run of a name belongs to the
-    i-th teacher, unless there is one teacher for all. Improvement is over the baseline whose name has the same ending
-    ("distilled, 20 epochs" and "baseline, 20 epochs"), else over the plain one: seed by seed where both have equally
-    many, else over its mean. The gap is teacher minus model: positive where the model is behind.
+    Runs of one name are seeds of one row (mean and sample standard deviation). `compare` in `runs.py` pairs them with
+    teachers and baselines. The gap is teacher minus model: positive where the model is behind.
 
     Args:
         runs: from `load_run`, at least one.
         output_dir: made if missing; files of an earlier report are replaced.
         title: the heading.
         notes: sentences to print below the table.
-        plots: draw the pictures; without matplotlib the rest is written and a note says how to install it.
+        plots: draw the pictures; without matplotlib the rest is written, with a note on how to install it.
 
     Returns:
         The `Report`, for `print_table` and `markdown_table`.
@@ -204,7 +196,7 @@ def build_report(
     pictures: dict[str, bytes] = {}
     if plots:
         try:
-            pictures = draw_all([_plotted(row) for row in rows])
+            pictures = draw_all(rows)
         except ImportError as error:
             all_notes.append(str(error))
     names = ["report.md", "report.json", *pictures]
@@ -214,18 +206,6 @@ def build_report(
     write_atomically(folder / "report.json", _json(report).encode())
     write_atomically(folder / "report.md", _markdown(report).encode())
     return report
-
-
-def _plotted(row: Row) -> PlottedModel:
-    """What the pictures show of a row."""
-    predictions = []
-    for run, teacher in zip(row.runs, row.teachers, strict=True):
-        if run.predictions:
-            predictions.append(
-                (*run.predictions, teacher.predictions.logits if teacher and teacher.predictions else None)
-            )
-    numbers = {number: (row.mean(number), row.std(number)) for number in NUMBERS}
-    return PlottedModel(row.name, row.role, [run.log_history for run in row.runs], predictions, numbers)
 
 
 def _cell(row: Row, column: Column) -> str:
@@ -254,24 +234,22 @@ def markdown_table(report: Report) -> str:
 
 def _how_to_read(rows: Sequence[Row]) -> str:
     counts = {len(row.runs) for row in rows}
-    each = (
-        f"{counts.pop()} seeds"
-        if len(counts) == 1
-        else f"seeds ({'; '.join(f'{r.name}: {len(r.runs)}' for r in rows)})"
-    )
+    each = f"seeds ({'; '.join(f'{row.name}: {len(row.runs)}' for row in rows)})"
+    if len(counts) == 1:
+        each = f"{counts.pop()} seeds"
     text = f"± is the standard deviation over {each}. " if any(len(row.runs) > 1 for row in rows) else ""
     if sum(row.role == "baseline" for row in rows) > 1:
         text += "Each model is compared with the baseline of the same ending. "
     return text + (
         "Gap: teacher minus model. KL: KL(teacher‖model) per test row at temperature 1. "
-        "ECE: expected calibration error, 15 bins. –: not known from the folders."
+        "ECE: expected calibration error, 15 bins. –: not in the folders."
     )
 
 
 def _markdown(report: Report) -> str:
     parts = [f"# {report.title}", markdown_table(report), _how_to_read(report.rows)]
     if report.findings:
-        parts += ["## What the numbers say", "\n".join(f"- {sentence}" for sentence in report.findings)]
+        parts += ["## Findings", "\n".join(f"- {sentence}" for sentence in report.findings)]
     formulas = [f"- {row.name}: `{formula}`" for row in report.rows for formula in row.formulas()]
     if formulas:
         parts += ["## Loss", "\n".join(formulas)]
@@ -306,7 +284,7 @@ def _json(report: Report) -> str:
 
 
 def print_table(report: Report, console: Console | None = None) -> None:
-    """Prints the comparison as two narrow tables, what they say, and the notes; plain where there is no terminal."""
+    """Prints the comparison as two narrow tables, the findings and the notes; plain where there is no terminal."""
     if console is None:
         console = Console(highlight=False)
         if not console.is_terminal:

@@ -1,8 +1,9 @@
-"""How good, how faithful and how calibrated a classifier is, from its logits: pure functions.
+"""Accuracy, negative log-likelihood, calibration error, agreement with and KL to the teacher, from logits.
 
-For: evaluation and reports: accuracy, agreement with and KL to the teacher, calibration error, negative log-likelihood.
-Leaves to others: the same as `evaluate` modules (`metrics.py`), tables and plots (`comparison.py`).
-Shapes: N rows, C classes, K bins. Logits [N, C] (leading dimensions are flattened), labels [N], -100 = unlabelled.
+Shapes: N rows, C classes, K bins. Logits are [N, C] of any floating dtype (leading dimensions are flattened), labels
+[N] class ids; rows with -100 are left out. Where no row is left the result is NaN.
+All raise ValueError for labels outside 0..C-1 (and not -100) and for numbers of rows or shapes that differ, TypeError
+for logits that are no floating point numbers and labels that are.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def _tensor(argument: str, values: Array) -> torch.Tensor:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:  # text, None, rows of unequal length
         shown = values if values is None else f"of type {type(values).__name__}"
-        told = message(argument, shown, "numbers: a tensor, an array or lists", "Give all rows the same length.")
-        raise TypeError(told) from error
+        fix = "Give all rows the same length."
+        raise TypeError(message(argument, shown, "numbers: a tensor, an array or lists", fix)) from error
 
 
 def _logits(argument: str, logits: Array) -> torch.Tensor:
@@ -45,13 +46,8 @@ def _logits(argument: str, logits: Array) -> torch.Tensor:
     if logits.dim() < 2:
         fail(argument, f"of shape {list(logits.shape)}", "[N, C]", "Give one row of logits per example.")
     if not logits.is_floating_point():
-        fail(
-            argument,
-            f"of dtype {logits.dtype}",
-            "floating point logits",
-            "Give the model's raw outputs, not class ids.",
-            error=TypeError,
-        )
+        fix = "Give the model's raw outputs, not class ids."
+        fail(argument, f"of dtype {logits.dtype}", "floating point logits", fix, error=TypeError)
     return logits.reshape(-1, logits.shape[-1]).double()
 
 
@@ -67,12 +63,8 @@ def _labelled(logits: Array, labels: Array) -> tuple[torch.Tensor, torch.Tensor]
     rows, targets = rows[counted], targets[counted].long()
     wrong = (targets < 0) | (targets >= rows.shape[-1])
     if wrong.any():
-        fail(
-            "labels",
-            int(targets[wrong][0]),
-            f"class ids from 0 to {rows.shape[-1] - 1}",
-            "Mark unlabelled rows with -100.",
-        )
+        expected = f"class ids from 0 to {rows.shape[-1] - 1}"
+        fail("labels", int(targets[wrong][0]), expected, "Mark unlabelled rows with -100.")
     return rows, targets
 
 
@@ -81,28 +73,14 @@ def _pair(student_logits: Array, teacher_logits: Array) -> tuple[torch.Tensor, t
     student = _logits("student_logits", student_logits)
     teacher = _logits("teacher_logits", teacher_logits).to(student.device)
     if student.shape != teacher.shape:
-        fail(
-            "teacher_logits",
-            f"of shape {list(teacher.shape)}",
-            f"{list(student.shape)}, the shape of the student's logits",
-            "Run both models on the same rows, in the same order.",
-        )
+        expected = f"{list(student.shape)}, the shape of the student's logits"
+        fix = "Run both models on the same rows, in the same order."
+        fail("teacher_logits", f"of shape {list(teacher.shape)}", expected, fix)
     return student, teacher
 
 
 def accuracy(logits: Array, labels: Array) -> float:
-    """The fraction of labelled rows whose largest logit is the label's.
-
-    Args:
-        logits: [N, C], any floating dtype.
-        labels: [N], class ids; rows with -100 are left out.
-
-    Returns:
-        A float in [0, 1]; NaN where no row is labelled.
-
-    Raises:
-        ValueError: labels outside 0..C-1 (and not -100), or another number of rows than `logits`.
-        TypeError: logits that are no floating point numbers, labels that are.
+    """The fraction of labelled rows whose largest logit is the label's, in [0, 1].
 
     Example:
         >>> accuracy([[2.0, 1.0], [0.0, 3.0], [1.0, 0.0]], [0, 1, -100])
@@ -113,17 +91,7 @@ def accuracy(logits: Array, labels: Array) -> float:
 
 
 def negative_log_likelihood(logits: Array, labels: Array) -> float:
-    """The mean of -log softmax(logits)[label] over the labelled rows.
-
-    Args:
-        logits: [N, C], any floating dtype.
-        labels: [N], class ids; rows with -100 are left out.
-
-    Returns:
-        A float in nats, >= 0; NaN where no row is labelled.
-
-    Raises:
-        ValueError, TypeError: as `accuracy`.
+    """The mean of -log softmax(logits)[label] over the labelled rows, in nats.
 
     Example:
         >>> round(negative_log_likelihood([[0.0, 0.0]], [1]), 4)
@@ -137,17 +105,6 @@ def reliability_bins(logits: Array, labels: Array, bins: int = 15) -> Reliabilit
     """Confidence against accuracy, in `bins` bins of equal width over (0, 1]: the data of a reliability diagram.
 
     A row's confidence is its largest probability; bin k holds the confidences in (k / bins, (k + 1) / bins].
-
-    Args:
-        logits: [N, C], any floating dtype.
-        labels: [N], class ids; rows with -100 are left out.
-        bins: how many bins, >= 1; default 15.
-
-    Returns:
-        `ReliabilityBins` of three float64 tensors [bins]; all confidences and accuracies NaN where no row is labelled.
-
-    Raises:
-        ValueError, TypeError: as `accuracy`; `bins` below 1 or no whole number.
 
     Example:
         >>> reliability_bins([[0.0, 0.0], [0.0, 0.0]], [0, 1], bins=2).accuracy.tolist()
@@ -169,25 +126,13 @@ def reliability_bins(logits: Array, labels: Array, bins: int = 15) -> Reliabilit
 
 
 def expected_calibration_error(logits: Array, labels: Array, bins: int = 15) -> float:
-    """The mean over rows of |accuracy - confidence| of the row's bin (Guo et al. 2017, equation 3).
-
-    Args:
-        logits: [N, C], any floating dtype.
-        labels: [N], class ids; rows with -100 are left out.
-        bins: how many bins of equal width, >= 1; default 15.
-
-    Returns:
-        A float in [0, 1]; 0 is perfectly calibrated; NaN where no row is labelled.
-
-    Raises:
-        ValueError, TypeError: as `reliability_bins`.
+    """The mean over rows of |accuracy - confidence| of the row's bin, in [0, 1]; 0 is perfectly calibrated.
 
     Example:
         >>> expected_calibration_error([[0.0, 0.0], [0.0, 0.0]], [0, 0])
         0.5
 
-    Source:
-        "On Calibration of Modern Neural Networks", arXiv 1706.04599.
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599, equation 3.
     """
     found = reliability_bins(logits, labels, bins)
     if not found.fraction.any():
@@ -196,18 +141,7 @@ def expected_calibration_error(logits: Array, labels: Array, bins: int = 15) -> 
 
 
 def teacher_agreement(student_logits: Array, teacher_logits: Array) -> float:
-    """The fraction of rows where student and teacher have the same largest logit; labels play no part.
-
-    Args:
-        student_logits: [N, C], any floating dtype.
-        teacher_logits: [N, C], the same rows in the same order.
-
-    Returns:
-        A float in [0, 1]; NaN where there are no rows.
-
-    Raises:
-        ValueError: shapes that differ.
-        TypeError: logits that are no floating point numbers.
+    """The fraction of rows where student and teacher have the same largest logit, in [0, 1].
 
     Example:
         >>> teacher_agreement([[2.0, 1.0], [0.0, 3.0]], [[5.0, 1.0], [4.0, 3.0]])
@@ -218,18 +152,7 @@ def teacher_agreement(student_logits: Array, teacher_logits: Array) -> float:
 
 
 def kl_to_teacher(student_logits: Array, teacher_logits: Array) -> float:
-    """The mean over rows of KL(softmax(teacher) || softmax(student)) at temperature 1.
-
-    Args:
-        student_logits: [N, C], any floating dtype.
-        teacher_logits: [N, C], the same rows in the same order.
-
-    Returns:
-        A float in nats, >= 0; NaN where there are no rows.
-
-    Raises:
-        ValueError: shapes that differ.
-        TypeError: logits that are no floating point numbers.
+    """The mean over rows of KL(softmax(teacher) || softmax(student)) at temperature 1, in nats.
 
     Example:
         >>> round(kl_to_teacher([[1.8, 1.1, 0.2], [0.9, 2.1, 0.6]], [[2.0, 1.0, 0.1], [1.0, 2.0, 0.5]]), 6)

@@ -1,6 +1,5 @@
 """The measures of `fidelity.py` as `evaluate.Metric` modules that need no hub, and as a `compute_metrics`.
 
-Leaves the formulas to `fidelity.py` and what is logged during training to `trainer.py`.
 Shapes: N rows, C classes. Logits [N, C], labels [N], -100 = unlabelled.
 """
 
@@ -23,24 +22,23 @@ from .fidelity import (
 
 
 class _LogitsMetric(evaluate.Metric):
-    """Predictions are logits, references class ids: what the metrics below share. A subclass gives `_compute`."""
+    """Predictions are logits, references class ids (or the teacher's logits); `measure` gives the number `key`."""
 
+    key: str
+    measure: Callable[..., float]
     references: Any = datasets.Value("int64")
 
     def _info(self) -> evaluate.MetricInfo:
+        text = type(self).__doc__ or ""
+        columns = {"predictions": datasets.List(datasets.Value("float32")), "references": self.references}
         return evaluate.MetricInfo(
-            description=type(self).__doc__ or "",
-            citation="",
-            inputs_description=type(self).__doc__ or "",
-            features=datasets.Features(
-                {"predictions": datasets.List(datasets.Value("float32")), "references": self.references}
-            ),
+            description=text, citation="", inputs_description=text, features=datasets.Features(columns)
         )
 
     def compute(
         self, *, predictions: Array | None = None, references: Array | None = None, **kwargs: Any
     ) -> dict[str, float] | None:
-        """As `evaluate.Metric.compute`; rows given in this one call are measured as they are, in their own precision.
+        """As `evaluate.Metric.compute`; rows given in this one call are measured at once, in their own precision.
 
         Upstream would pass them through an Arrow table, row by row, which takes ten times as long as the metric.
         """
@@ -48,11 +46,8 @@ class _LogitsMetric(evaluate.Metric):
             return self._compute(predictions, references, **kwargs)
         return super().compute(predictions=predictions, references=references, **kwargs)
 
-
-class _FidelityMetric(_LogitsMetric):
-    """Predictions are the student's logits, references the teacher's."""
-
-    references = datasets.List(datasets.Value("float32"))
+    def _compute(self, predictions: Array, references: Array, **kwargs: Any) -> dict[str, float]:
+        return {self.key: type(self).measure(predictions, references, **kwargs)}
 
 
 class Accuracy(_LogitsMetric):
@@ -63,36 +58,31 @@ class Accuracy(_LogitsMetric):
         {'accuracy': 0.5}
     """
 
-    def _compute(self, predictions: Array, references: Array) -> dict[str, float]:
-        return {"accuracy": accuracy(predictions, references)}
+    key, measure = "accuracy", accuracy
 
 
 class NegativeLogLikelihood(_LogitsMetric):
     """`negative_log_likelihood` (nats) as an `evaluate.Metric`: logits [N, C] against class ids [N]."""
 
-    def _compute(self, predictions: Array, references: Array) -> dict[str, float]:
-        return {"nll": negative_log_likelihood(predictions, references)}
+    key, measure = "nll", negative_log_likelihood
 
 
 class ExpectedCalibrationError(_LogitsMetric):
     """`expected_calibration_error` as an `evaluate.Metric`: logits [N, C] against class ids [N]; `compute(bins=15)`."""
 
-    def _compute(self, predictions: Array, references: Array, bins: int = 15) -> dict[str, float]:
-        return {"ece": expected_calibration_error(predictions, references, bins)}
+    key, measure = "ece", expected_calibration_error
 
 
-class TeacherAgreement(_FidelityMetric):
+class TeacherAgreement(_LogitsMetric):
     """`teacher_agreement` as an `evaluate.Metric`: student logits [N, C] against teacher logits [N, C]."""
 
-    def _compute(self, predictions: Array, references: Array) -> dict[str, float]:
-        return {"agreement": teacher_agreement(predictions, references)}
+    key, measure, references = "agreement", teacher_agreement, datasets.List(datasets.Value("float32"))
 
 
-class KLToTeacher(_FidelityMetric):
+class KLToTeacher(_LogitsMetric):
     """`kl_to_teacher` (nats) as an `evaluate.Metric`: student logits [N, C] against teacher logits [N, C]."""
 
-    def _compute(self, predictions: Array, references: Array) -> dict[str, float]:
-        return {"kl_to_teacher": kl_to_teacher(predictions, references)}
+    key, measure, references = "kl_to_teacher", kl_to_teacher, datasets.List(datasets.Value("float32"))
 
 
 def classification_metrics(teacher_logits: Array | None = None) -> Callable[[Any], dict[str, float]]:

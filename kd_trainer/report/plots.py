@@ -1,9 +1,8 @@
-"""The pictures of the report: what the models did, drawn from their logits and logs.
+"""The pictures of the report as PNG bytes, drawn from the logits and logs of the rows of the table.
 
-For: PNG images as bytes, one colour per model in all of them, from a palette that colour-blind readers can tell apart.
-Leaves to others: reading folders, the numbers of the table and writing files (`comparison.py`).
+A model has one colour in all of them, from a palette for colour-blind readers. matplotlib is imported while drawing,
+without pyplot: the user's backend stays.
 Shapes: N test rows, C classes; logits are [N, C], labels [N] with -100 = unlabelled.
-matplotlib is imported while drawing, on a canvas of its own: the user's backend stays.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from .fidelity import reliability_bins
+from .runs import Row
 
 TEMPERATURES = (1, 2, 3, 5, 10)
 DIVERGENCE_LABELS = {
@@ -44,26 +43,11 @@ _SHOWN_CLASSES = 10
 _FEW_ROWS = 10
 
 
-@dataclass(frozen=True)
-class PlottedModel:
-    """What the pictures need of one row of the table; lists hold one entry per seed.
-
-    `role` is "teacher", "baseline" or another word (a student); `predictions` are (logits, labels, logits of the
-    teacher of that seed or None); `numbers` maps a key of the table to (mean, standard deviation or None).
-    """
-
-    name: str
-    role: str
-    histories: list[list[dict[str, Any]]]
-    predictions: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
-    numbers: Mapping[str, tuple[float | None, float | None]]
-
-
-def draw_all(models: Sequence[PlottedModel]) -> dict[str, bytes]:
+def draw_all(rows: Sequence[Row]) -> dict[str, bytes]:
     """Draws every picture that the data allows: file name -> PNG bytes, in the order of the report.
 
     Raises:
-        ImportError: matplotlib is not installed; the message says how to install it.
+        ImportError: matplotlib is not installed; the message names the command that installs it.
     """
     try:
         import matplotlib
@@ -71,36 +55,29 @@ def draw_all(models: Sequence[PlottedModel]) -> dict[str, bytes]:
     except ImportError as error:
         raise ImportError("The plots need matplotlib: pip install kd_trainer[plots]") from error
 
-    pictures: dict[str, Callable[[Sequence[PlottedModel], dict[str, str]], Any]] = {
-        "learning_curves.png": _learning_curves,
-        "reliability.png": _reliability,
-        "agreement.png": _agreement,
-        "temperature.png": _temperature,
-        "divergences.png": _divergences,
-    }
     drawn = {}
     with matplotlib.rc_context(_STYLE):
-        colors = _colors(models)
-        for name, draw in pictures.items():
-            figure = draw(models, colors)
+        colors = _colors(rows)
+        for draw in (_learning_curves, _reliability, _agreement, _temperature, _divergences):
+            figure = draw(rows, colors)
             if figure is not None:
                 buffer = io.BytesIO()
                 figure.savefig(buffer, format="png", dpi=_DPI)
-                drawn[name] = buffer.getvalue()
+                drawn[f"{draw.__name__[1:]}.png"] = buffer.getvalue()
     return drawn
 
 
 def _figure(width: float, height: float) -> Any:
-    """A figure outside of pyplot: no global state, no window, drawn by Agg. Sizes in inches."""
+    """A figure outside of pyplot, without global state, drawn by Agg. Sizes in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _colors(models: Sequence[PlottedModel]) -> dict[str, str]:
+def _colors(rows: Sequence[Row]) -> dict[str, str]:
     """One colour per model name, the same in every picture."""
     colors, seen = {}, {"baseline": 0, "student": 0}
-    for model in models:
+    for model in rows:
         if model.role == "teacher":
             colors[model.name] = _TEACHER
             continue
@@ -114,9 +91,12 @@ def _wrapped(name: str, width: int) -> str:
     return "\n".join(textwrap.wrap(name, width, max_lines=3, placeholder="…")) or name
 
 
-def _whiskers(spread: Sequence[float | None]) -> np.ndarray:
-    """Standard deviations as error bars; NaN, which draws none, where there is one seed."""
-    return np.array([math.nan if value is None else value for value in spread])
+def _numbers(rows: Sequence[Row], number: str) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations as bars and error bars; NaN, which draws none, where unknown."""
+    return (
+        np.array([row.mean(number) for row in rows], dtype=float),
+        np.array([row.std(number) for row in rows], dtype=float),
+    )
 
 
 def _legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], columns: int) -> None:
@@ -153,13 +133,13 @@ def _draw_curve(axes: Any, seeds: list[dict[int, float]], color: str, scale: flo
     return line
 
 
-def _learning_curves(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
+def _learning_curves(rows: Sequence[Row], colors: dict[str, str]) -> Any:
     """Training loss and evaluation accuracy over the optimizer steps."""
     panels = []
     for key, label, scale, marker in (("loss", "training loss", 1, None), ("eval_accuracy", "accuracy (%)", 100, "o")):
         curves = {}
-        for model in models:
-            seeds = [seed for seed in (_values(history, key) for history in model.histories) if seed]
+        for model in rows:
+            seeds = [seed for seed in (_values(run.log_history, key) for run in model.runs) if seed]
             if seeds:
                 curves[model.name] = seeds
         if curves:
@@ -187,23 +167,24 @@ def _learning_curves(models: Sequence[PlottedModel], colors: dict[str, str]) -> 
     return figure
 
 
-def _pooled(model: PlottedModel) -> tuple[torch.Tensor, torch.Tensor]:
+def _pooled(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
     """The test rows of all seeds behind one another: logits and labels."""
-    return torch.cat([logits for logits, _, _ in model.predictions]), torch.cat([row[1] for row in model.predictions])
+    logits, labels = zip(*(run.predictions for run in row.runs if run.predictions), strict=True)
+    return torch.cat(logits), torch.cat(labels)
 
 
-def _reliability(models: Sequence[PlottedModel], colors: dict[str, str], bins: int = 15) -> Any:
+def _reliability(rows: Sequence[Row], colors: dict[str, str], bins: int = 15) -> Any:
     """Accuracy by confidence, one panel per model."""
-    shown = [model for model in models if any((labels >= 0).any() for _, labels, _ in model.predictions)]
+    shown = [row for row in rows if any(run.predictions and (run.predictions.labels >= 0).any() for run in row.runs)]
     if not shown:
         return None
     columns = min(len(shown), 3) if len(shown) != 4 else 4
-    rows = math.ceil(len(shown) / columns)
-    figure = _figure(max(2.7 * columns, 5.6), 3.0 * rows + 0.7)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    lines = math.ceil(len(shown) / columns)
+    figure = _figure(max(2.7 * columns, 5.6), 3.0 * lines + 0.7)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, model in zip(panels, shown, strict=False):
         _draw_bins(axes, *_pooled(model), bins, colors[model.name])
-        axes.set_title(f"{_wrapped(model.name, 24)}\nECE {model.numbers['ece'][0]:.3f}")
+        axes.set_title(f"{_wrapped(model.name, 24)}\nECE {model.mean('ece'):.3f}")
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
     for index, axes in enumerate(panels):
         axes.set_visible(index < len(shown))
@@ -219,9 +200,9 @@ def _reliability(models: Sequence[PlottedModel], colors: dict[str, str], bins: i
 def _draw_bins(axes: Any, logits: torch.Tensor, labels: torch.Tensor, bins: int, color: str) -> None:
     found = reliability_bins(logits, labels, bins)
     edges = np.linspace(0, 1, bins + 1)
-    rows = (found.fraction * (labels >= 0).sum()).round()
+    counts = (found.fraction * (labels >= 0).sum()).round()
     bars = axes.bar((edges[1:] + edges[:-1]) / 2, found.accuracy.nan_to_num(0).numpy(), 0.92 / bins, color=color)
-    for bar, count in zip(bars, rows.tolist(), strict=True):
+    for bar, count in zip(bars, counts.tolist(), strict=True):
         bar.set_alpha(0.5 if count >= _FEW_ROWS else 0.15)
     axes.stairs(found.fraction.numpy(), edges, color="black", lw=1.3)
     axes.plot([0, 1], [0, 1], color="black", ls=(0, (4, 3)), lw=1)
@@ -241,30 +222,28 @@ def _reliability_legend(figure: Any) -> None:
     _legend_below(figure, handles, labels, 2)
 
 
-def _agreement(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
-    """Who says what the teacher says: over all rows, and by class of the label."""
-    shown = [m for m in models if m.role != "teacher" and m.numbers["agreement_percent"][0] is not None]
+def _agreement(rows: Sequence[Row], colors: dict[str, str]) -> Any:
+    """Agreement with the teacher: over all rows, and by class of the label."""
+    shown = [row for row in rows if row.role != "teacher" and row.mean("agreement_percent") is not None]
     if not shown:
         return None
     figure = _figure(10.5, 1.9 + 0.62 * len(shown))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     places = np.arange(len(shown))
-    mean, spread = zip(*(model.numbers["agreement_percent"] for model in shown), strict=True)
-    whiskers = _whiskers(spread)
+    mean, whiskers = _numbers(shown, "agreement_percent")
     left.barh(places, mean, 0.6, xerr=whiskers, color=[colors[m.name] for m in shown], alpha=0.75, capsize=3)
     for place, value in zip(places, mean, strict=True):
         left.annotate(f"{value:.1f}%", (1.02, place), xycoords=("axes fraction", "data"), va="center")
-    points = [(m.numbers["test_accuracy_percent"][0], place) for m, place in zip(shown, places - 0.18, strict=True)]
-    points = [point for point in points if point[0] is not None]
-    if points:
-        left.scatter(*zip(*points, strict=True), marker="D", s=34, color="white", edgecolors="black", zorder=3)
-    teacher = next((m.numbers["test_accuracy_percent"][0] for m in models if m.role == "teacher"), None)
+    accuracies, _ = _numbers(shown, "test_accuracy_percent")
+    known = np.isfinite(accuracies)
+    left.scatter(accuracies[known], places[known] - 0.18, marker="D", s=34, color="white", edgecolors="black", zorder=3)
+    teacher = next((row.mean("test_accuracy_percent") for row in rows if row.role == "teacher"), None)
     if teacher is not None:
         left.axvline(teacher, color=_TEACHER, ls="--", lw=1, zorder=0)
     left.set_yticks(places, [_wrapped(model.name, 20) for model in shown])
     left.set_ylim(len(shown) - 0.5, -0.5)  # as the map beside it
-    left.set(xlim=(0, 100), xlabel="test rows (%)", title="Same answer as the teacher")
-    _agreement_legend(figure, bool(points), teacher is not None)
+    left.set(xlim=(0, 100), xlabel="test rows (%)", title="Same class as the teacher")
+    _agreement_legend(figure, bool(known.any()), teacher is not None)
     _agreement_by_class(figure, right, shown)
     return figure
 
@@ -283,17 +262,19 @@ def _agreement_legend(figure: Any, accuracy: bool, teacher: bool) -> None:
     _legend_below(figure, handles, labels, len(entries))
 
 
-def _agreement_by_class(figure: Any, axes: Any, shown: Sequence[PlottedModel]) -> None:
-    """A map of the agreement per class of the label (of the teacher's answer where no row is labelled)."""
+def _agreement_by_class(figure: Any, axes: Any, shown: Sequence[Row]) -> None:
+    """A map of the agreement per class of the label (of the teacher's class where no row is labelled)."""
     tables, by_label = [], True
     for model in shown:
-        rows = [row for row in model.predictions if row[2] is not None]
-        student = torch.cat([logits for logits, _, _ in rows])
-        labels = torch.cat([labels for _, labels, _ in rows])
-        teacher = torch.cat([row[2] for row in rows if row[2] is not None])
+        pairs = [
+            (*run.predictions, teacher.predictions.logits)
+            for run, teacher in zip(model.runs, model.teachers, strict=True)
+            if run.predictions and teacher and teacher.predictions
+        ]
+        student, labels, teacher_logits = map(torch.cat, zip(*pairs, strict=True))
         if not (labels >= 0).any():
-            by_label, labels = False, teacher.argmax(-1)
-        same = (student.argmax(-1) == teacher.argmax(-1)).double()
+            by_label, labels = False, teacher_logits.argmax(-1)
+        same = (student.argmax(-1) == teacher_logits.argmax(-1)).double()
         counted = labels >= 0
         total = torch.bincount(labels[counted], minlength=student.shape[-1])
         table = torch.bincount(labels[counted], weights=same[counted], minlength=student.shape[-1]) / total
@@ -310,14 +291,14 @@ def _agreement_by_class(figure: Any, axes: Any, shown: Sequence[PlottedModel]) -
             if math.isfinite(value):
                 shade = "black" if value > middle else "white"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=shade)
-    axes.set(
-        xlabel="class of the label" if by_label else "class that the teacher gives", title="The same, class by class"
-    )
+    axes.set(xlabel="class of the label" if by_label else "class of the teacher", title="The same, class by class")
 
 
-def _temperature(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
+def _temperature(rows: Sequence[Row], colors: dict[str, str]) -> Any:
     """What the temperature does to the teacher's soft targets: on average, and on one row."""
-    teachers = [model for model in models if model.role == "teacher" and model.predictions]
+    from matplotlib import colormaps
+
+    teachers = [row for row in rows if row.role == "teacher" and any(run.predictions for run in row.runs)]
     if not teachers:
         return None
     logits = _pooled(teachers[0])[0].double()
@@ -329,7 +310,8 @@ def _temperature(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
     # Most rows of a good teacher are certain: one at the 90th percentile of the entropy has something to show.
     row = logits[entropy.argsort()[int(0.9 * (len(entropy) - 1))]]
     order = row.argsort(descending=True)[:ranks]
-    shades = _temperature_shades(len(TEMPERATURES))
+    # From dark (T = 1) to light: an order that stays one in grey.
+    shades = colormaps["viridis"](np.linspace(0.0, 0.85, len(TEMPERATURES)))
     handles = []
     for temperature, shade in zip(TEMPERATURES, shades, strict=True):
         mean = (logits / temperature).softmax(-1).sort(-1, descending=True).values.mean(0)[:ranks]
@@ -347,29 +329,20 @@ def _temperature(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
     return figure
 
 
-def _temperature_shades(count: int) -> list[Any]:
-    """From dark (T = 1) to light: an order that stays one in grey."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](place) for place in np.linspace(0.0, 0.85, count)]
-
-
-def _divergences(models: Sequence[PlottedModel], colors: dict[str, str]) -> Any:
+def _divergences(rows: Sequence[Row], colors: dict[str, str]) -> Any:
     """The three divergences between teacher P and student Q, side by side."""
     from matplotlib.patches import Patch
 
-    shown = [m for m in models if m.role != "teacher" and m.numbers["kl_to_teacher_nats"][0] is not None]
+    shown = [row for row in rows if row.role != "teacher" and row.mean("kl_to_teacher_nats") is not None]
     if not shown:
         return None
     figure = _figure(max(6.4, 2.1 * len(shown) + 1.5), 4.4)
     axes = figure.subplots()
     drawn = []
-    for index, key in enumerate(DIVERGENCE_LABELS):
-        mean = np.array([model.numbers[key][0] for model in shown], dtype=float)
-        spread = _whiskers([model.numbers[key][1] for model in shown])
+    for index, (key, color) in enumerate(zip(DIVERGENCE_LABELS, ("#0072B2", "#E69F00", "#009E73"), strict=True)):
+        mean, spread = _numbers(shown, key)
         places = np.arange(len(shown)) + (index - 1) * 0.27
         finite = np.isfinite(mean)
-        color = ("#0072B2", "#E69F00", "#009E73")[index]
         axes.bar(places[finite], mean[finite], 0.25, yerr=spread[finite], color=color, capsize=2, error_kw={"lw": 1})
         drawn.append((color, mean[finite], places, mean, spread))
     positive = np.concatenate([mean[mean > 0] for _, mean, _, _, _ in drawn])

@@ -1,9 +1,7 @@
-"""What the output folders of Trainer runs hold, and how the runs of one comparison measure up to each other.
+"""Output folders of Trainer runs read as `Run`s, and compared with their teacher and baseline as `Row`s.
 
-For: reading a folder into a `Run`, writing its test predictions, and the numbers of every run beside its teacher and
-its baseline, as `Row`s. What a folder does not hold is None, never guessed.
-Leaves to others: the formulas (`fidelity.py`, `losses/divergences.py`), sentences, tables and pictures
-(`comparison.py`). Shapes: N test rows, C classes; logits are [N, C], labels [N] with -100 = unlabelled.
+What a folder does not hold is None, never guessed.
+Shapes: N test rows, C classes; logits are [N, C], labels [N] with -100 = unlabelled.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from safetensors.torch import load_file, save
 from ..files import write_atomically
 from ..losses import jsd, reverse_kl
 from ..validation import fail
-from . import fidelity as fidelity
+from . import fidelity
 
 PREDICTIONS_FILE = "test_predictions.safetensors"
 DISTILLATION_FILE = "distillation.json"
@@ -62,10 +60,10 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What one output folder holds; None (or empty) where it does not. A run named "teacher" is the teacher's.
+    """The content of one output folder; None (or empty) where it is missing. A run named "teacher" is the teacher's.
 
     `steps` are the optimizer steps done, `results` those of `save_metrics`, `distillation` the settings that a
-    `DistillationTrainer` leaves in its output folder.
+    `DistillationTrainer` writes to its output folder.
     """
 
     name: str
@@ -94,7 +92,7 @@ class Row:
     baseline: Row | None
 
     def mean(self, number: str) -> float | None:
-        """The mean over the seeds that have the number, in the unit that its name says; None where none has it."""
+        """The mean over the seeds that have the number, in the unit of its name; None where none has it."""
         values = self._values(number)
         return sum(values) / len(values) if values else None
 
@@ -105,9 +103,8 @@ class Row:
 
     def formulas(self) -> list[str]:
         """The loss formulas of the distilled runs, each once."""
-        return list(
-            dict.fromkeys(str(run.distillation["formula"]) for run in self.runs if "formula" in run.distillation)
-        )
+        formulas = [run.distillation["formula"] for run in self.runs if "formula" in run.distillation]
+        return list(dict.fromkeys(map(str, formulas)))
 
     def _values(self, number: str) -> list[float]:
         return [value for seed in self.seeds if (value := seed[number]) is not None]
@@ -147,7 +144,7 @@ def save_predictions(output_dir: str | os.PathLike[str], predictions: Any, label
 
 
 def load_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
-    """Reads what the output folder of a Trainer run holds: logs, results, number of parameters, test predictions.
+    """Reads the output folder of a Trainer run: logs, results, number of parameters, test predictions.
 
     `trainer_state.json` and the model may also lie in the newest `checkpoint-*`. Parameters are counted from the
     headers of the safetensors files (tied weights once, stored buffers included). The seconds are `train_runtime`: of
@@ -158,33 +155,24 @@ def load_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
         name: the row of the table; default: the folder's own name. "teacher" and "baseline..." have their roles.
 
     Returns:
-        A `Run`; what the folder lacks is None or empty.
+        A `Run`; what is missing is None or empty.
 
     Raises:
         FileNotFoundError: no such folder, or a folder that holds none of the files looked for.
-        ValueError: a file that cannot be read as what it should be; the message names it.
+        ValueError: a file of another type than its name; the message names it.
 
     Example:
         >>> runs = [load_run("out/teacher"), load_run("out/kd", "distilled")]  # doctest: +SKIP
     """
     folder = Path(path)
     if not folder.is_dir():
-        fail(
-            "run",
-            repr(str(path)),
-            "an existing folder",
-            "Give the output_dir of a Trainer run.",
-            error=FileNotFoundError,
-        )
+        fix = "Give the output_dir of a Trainer run."
+        fail("run", repr(str(path)), "an existing folder", fix, error=FileNotFoundError)
     found = {file: _find(folder, file) for file in _LOOKED_FOR}
     if not any(found.values()):
-        fail(
-            "run",
-            repr(str(path)),
-            "the output folder of a Trainer run, with at least one of " + ", ".join(_LOOKED_FOR),
-            "Give the run's output_dir (trainer.save_state, save_metrics and save_model write these files).",
-            error=FileNotFoundError,
-        )
+        expected = "the output folder of a Trainer run, with at least one of " + ", ".join(_LOOKED_FOR)
+        fix = "Give the run's output_dir (trainer.save_state, save_metrics and save_model write these files)."
+        fail("run", repr(str(path)), expected, fix, error=FileNotFoundError)
     name = name or folder.resolve().name
     state = _read_json(found["trainer_state.json"])
     history = state.get("log_history") or []
@@ -215,14 +203,10 @@ def _read_json(path: Path | None) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        fail(
-            "run",
-            repr(str(path)),
-            f"a JSON file ({error})",
-            "Mend or remove the file; it may be cut off by a killed run.",
-        )
+        fix = "Fix or remove the file; it may be cut off by a killed run."
+        fail("run", repr(str(path)), f"a JSON file ({error})", fix)
     if not isinstance(value, dict):
-        fail("run", repr(str(path)), "a JSON object", "Mend or remove the file.")
+        fail("run", repr(str(path)), "a JSON object", "Fix or remove the file.")
     return value
 
 
@@ -245,13 +229,13 @@ def _count_parameters(path: Path | None) -> int | None:
 def _read_predictions(path: Path | None) -> Predictions | None:
     if path is None:
         return None
-    mend = "Write it with kd_trainer.save_predictions."
+    fix = "Write it with kd_trainer.save_predictions."
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        fail("run", repr(str(path)), f"a safetensors file ({error})", mend)
+        fail("run", repr(str(path)), f"a safetensors file ({error})", fix)
     if not {"logits", "labels"} <= tensors.keys():
-        fail("run", repr(str(path)), f"tensors `logits` and `labels`, not {sorted(tensors)}", mend)
+        fail("run", repr(str(path)), f"tensors `logits` and `labels`, not {sorted(tensors)}", fix)
     predictions = Predictions(tensors["logits"], tensors["labels"])
     _check_predictions(str(path), predictions)
     return predictions
@@ -277,7 +261,7 @@ def compare(runs: Sequence[Run]) -> list[Row]:
         runs: from `load_run`, in the same order of seeds for every name.
 
     Returns:
-        The rows; numbers that the folders do not tell are None.
+        The rows; numbers that are not in the folders are None.
 
     Raises:
         ValueError: more seeds than teachers (and more than one teacher), or test predictions of different rows.
@@ -288,43 +272,40 @@ def compare(runs: Sequence[Run]) -> list[Row]:
     teachers = groups.get("teacher", [])
     baselines = [name for name in groups if name.lower().startswith("baseline")]
     rows: dict[str, Row] = {}
-    for name in [*baselines, *(name for name in groups if name not in baselines)]:
+    for name in sorted(groups, key=lambda name: name not in baselines):  # a row refers to that of its baseline
         members = groups[name]
         own_teachers = [_teacher_of(run, index, teachers) for index, run in enumerate(members)]
         seeds = [_measure(run, teacher) for run, teacher in zip(members, own_teachers, strict=True)]
-        rival = _baseline_of(name, baselines)
+        baseline = _baseline_of(name, baselines)
+        baseline = None if baseline == name else baseline
         role = "teacher" if name == "teacher" else "baseline" if name in baselines else "student"
-        rows[name] = Row(name, role, members, own_teachers, seeds, rows.get(rival) if rival != name else None)
+        rows[name] = Row(name, role, members, own_teachers, seeds, rows.get(baseline) if baseline else None)
         if teachers and role != "teacher":
             for seed, ahead in zip(seeds, _points_above(members, teachers), strict=True):
                 seed["gap_points"] = None if ahead is None else -ahead
-        if rival and rival != name:
-            for seed, ahead in zip(seeds, _points_above(members, groups[rival]), strict=True):
+        if baseline:
+            for seed, ahead in zip(seeds, _points_above(members, groups[baseline]), strict=True):
                 seed["improvement_points"] = ahead
     return [rows[name] for name in groups]
 
 
 def _teacher_of(run: Run, index: int, teachers: Sequence[Run]) -> Run | None:
     if len(teachers) > 1 and index >= len(teachers):
-        fail(
-            "runs",
-            f"{len(teachers)} teachers and at least {index + 1} runs named {run.name!r}",
-            "one teacher for all, or one per seed",
-            "Give the teachers and the students in the same order of seeds.",
-        )
+        shown = f"{len(teachers)} teachers and at least {index + 1} runs named {run.name!r}"
+        fix = "Give the teachers and the students in the same order of seeds."
+        fail("runs", shown, "one teacher for all, or one per seed", fix)
     return teachers[0 if len(teachers) == 1 else index] if teachers else None
 
 
-def _baseline_of(name: str, baselines: Sequence[str]) -> str:
-    """The name of the baseline to compare with, '' where there is none."""
+def _baseline_of(name: str, baselines: Sequence[str]) -> str | None:
+    """The baseline with the longest common ending, which the bare "baseline" has with every name; else the shortest."""
     shortest_first = sorted(baselines, key=len)
     same_ending = [baseline for baseline in shortest_first if name.endswith(baseline[len("baseline") :])]
-    # The longest common ending is the most telling one; the bare "baseline" fits every name.
-    return same_ending[-1] if same_ending else next(iter(shortest_first), "")
+    return (same_ending[-1:] or shortest_first[:1] or [None])[0]
 
 
 def _measure(run: Run, teacher: Run | None) -> dict[str, float | None]:
-    """The `NUMBERS` of one run; None where the folder does not hold what they need."""
+    """The `NUMBERS` of one run; None where the folder lacks what they need."""
     numbers: dict[str, float | None] = dict.fromkeys(NUMBERS)
     numbers["parameters"] = run.parameters
     if teacher and teacher.parameters and run.parameters:
@@ -374,26 +355,23 @@ def _check_same_rows(run: Run, other: Run) -> None:
         reason = f"labels that differ in {int((labels != other_labels).sum())} of {len(labels)} rows"
     else:
         return
-    fail(
-        "runs",
-        f"{str(run.path)!r} and {str(other.path)!r}, with {reason}",
-        f"the same test rows in every {PREDICTIONS_FILE}",
-        "Predict both on the same test data, in the same order.",
-    )
+    shown = f"{str(run.path)!r} and {str(other.path)!r}, with {reason}"
+    fix = "Predict both on the same test data, in the same order."
+    fail("runs", shown, f"the same test rows in every {PREDICTIONS_FILE}", fix)
 
 
 def _points_above(runs: Sequence[Run], others: Sequence[Run]) -> list[float | None]:
     """By how many points of accuracy each run is above `others`: its own partner, or their mean; None if unknown."""
-    partners = others if len(others) == len(runs) else [others[0]] * len(runs) if len(others) == 1 else []
-    for run, partner in zip(runs, partners, strict=False):
-        _check_same_rows(run, partner)
-    accuracies, rivals = [accuracy_of(run) for run in runs], [accuracy_of(run) for run in others]
-    # A test accuracy minus an evaluation accuracy would be no improvement of anything.
-    if len({split for value, split in (*accuracies, *rivals) if value is not None}) > 1:
+    if len(others) in (1, len(runs)):
+        for index, run in enumerate(runs):
+            _check_same_rows(run, others[index % len(others)])
+    accuracies, references = [accuracy_of(run) for run in runs], [accuracy_of(run) for run in others]
+    # A test accuracy and an evaluation accuracy cannot be compared.
+    if len({split for value, split in (*accuracies, *references) if value is not None}) > 1:
         return [None] * len(runs)
-    bars = [value for value, _ in rivals]
-    if len(bars) != len(runs):
-        known = [value for value in bars if value is not None]
-        bars = [sum(known) / len(known) if known else None] * len(runs)
-    pairs = zip(accuracies, bars, strict=True)
-    return [None if value is None or bar is None else 100 * (value - bar) for (value, _), bar in pairs]
+    levels = [value for value, _ in references]
+    if len(levels) != len(runs):
+        known = [value for value in levels if value is not None]
+        levels = [sum(known) / len(known) if known else None] * len(runs)
+    pairs = zip(accuracies, levels, strict=True)
+    return [None if value is None or level is None else 100 * (value - level) for (value, _), level in pairs]

@@ -16,7 +16,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import PredictionOutput
 
-from kd_trainer.report.comparison import build_report, load_run, markdown_table, print_table, save_predictions
+from kd_trainer.report import build_report, load_run, print_table, save_predictions
+from kd_trainer.report.comparison import markdown_table
 
 # Probabilities of class 0 on four test rows. Teacher: answers 0 0 1 1, student: 0 1 1 0; both are right on three rows.
 LABELS = torch.tensor([0, 0, 1, 0])
