@@ -301,7 +301,7 @@ def _baseline_of(name: str, baselines: Sequence[str]) -> str | None:
     """The baseline with the longest common ending, which the bare "baseline" has with every name; else the shortest."""
     shortest_first = sorted(baselines, key=len)
     same_ending = [baseline for baseline in shortest_first if name.endswith(baseline[len("baseline") :])]
-    return (same_ending[-1:] or shortest_first[:1] or [None])[0]
+    return next(iter([*same_ending[::-1], *shortest_first]), None)
 
 
 def _measure(run: Run, teacher: Run | None) -> dict[str, float | None]:
