@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,8 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from .cache.cached_teacher import CachedTeacher
 from .cache.collator import CachedCollator
 from .cache.store import Store
-from .diagnostics.check import examine
-from .diagnostics.findings import Finding, has_errors, print_findings
+from .diagnostics.check import Inspection, examine
+from .diagnostics.findings import Finding, has_errors
 from .files import write_atomically
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
@@ -30,6 +32,7 @@ from .tasks.inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns, accepted_i
 from .tasks.output_head import NotPlain, full_logits
 from .tasks.packing import PackingWatch
 from .tasks.predictions import as_mapping, tensors_alone
+from .tasks.restore import unchanged_attributes
 from .teachers.live import LiveTeacher
 from .teachers.outputs import TeacherOutput
 from .training.arguments import DistillationArguments, refuse_borrowed_names
@@ -158,23 +161,26 @@ class DistillationMixin(OfflineTeacher):
         random numbers and trainer are afterwards what they were. Every process must call it; the first one prints.
 
         Args:
-            evaluate: whether the teacher is compared with the student as it starts, on up to 50 batches of the
-                eval_dataset. Default True.
+            evaluate: whether the teacher is compared with the student as it starts, on up to 50 evaluation batches.
             batch: looked at instead of the first one of the training data.
 
         Returns:
             The rows: `status` ("ok", "warning" or "error"), `what` was looked at, what was `found`, how to `mend` it.
         """
-        findings = examine(self, evaluate=evaluate, batch=batch)
-        release_memory()
-        if self.is_world_process_zero():
-            print_findings(findings)
-        self.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended with 1
-        return findings
+        with self._inspected() as inspection:
+            return examine(inspection, evaluate=evaluate, batch=batch)
 
-    def _end_with_check(self, batch: Mapping[str, Any] | None = None) -> NoReturn:
-        """Ends the process: 1 where the check found an error, else 0."""
-        raise SystemExit(int(has_errors(self.check(batch=batch))))
+    @contextmanager
+    def _inspected(self) -> Iterator[Inspection]:
+        """What `check` needs of the trainer; afterwards the trainer is what it was."""
+        with unchanged_attributes(self, "teacher", "_fit", "_window", "_finite", "_each_alone"):
+            mode = "off" if self._finite.mode == "off" else "step"
+            self._finite, self._each_alone = FiniteWatch(mode, self.args.process_index), not is_sharded(self)
+            yield Inspection(
+                self, self._run_settings, self._refused, self._loss_shifts_labels, self._withheld_columns,
+                lambda: self._signature_columns, lambda: self._fit, partial(setattr, self, "_fit"),
+                partial(setattr, self, "_window"),
+            )  # fmt: skip
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results.
@@ -186,7 +192,7 @@ class DistillationMixin(OfflineTeacher):
             if is_sharded(self):  # by training's own preparation: `get_batch_samples` checks
                 self.callback_handler.callbacks = []
             else:
-                self._end_with_check()
+                raise SystemExit(int(has_errors(self.check())))
         here = self.kd_args.teacher_cache_dir is not None and not isinstance(self._given_teacher, CachedTeacher | None)
         if here and (not self._always_hard or self.kd_args.kd_run == "cache"):
             self.build_teacher_cache()
@@ -213,16 +219,12 @@ class DistillationMixin(OfflineTeacher):
 
     def summary(self) -> dict[str, Any]:
         """Teacher, formula and the numbers in it, as JSON values: for the report and the model card."""
-        teacher: Any = self._teacher_module()
+        teacher: Any = getattr(self.teacher, "model", None)
         if teacher is None and isinstance(self.teacher, CachedTeacher):
             teacher = self.teacher.manifest["teacher"]
         head = self._fit.head if self._fit else None
         formulas = [self._run_settings.objective_at(progress)[0].formula(head) for progress in (0.0, 1.0)]
         return summary_of(self.kd_args, formulas, teacher, self.unwrapped_student())
-
-    def _teacher_module(self) -> nn.Module | None:
-        """The teacher where there is a live one."""
-        return self.teacher.model if isinstance(self.teacher, LiveTeacher) else None
 
     # ---- checkpoints ----
 
@@ -250,7 +252,7 @@ class DistillationMixin(OfflineTeacher):
             return batches, None
         self._follow_settings()
         if self.kd_args.kd_run == "check":
-            self._end_with_check(batches[0])
+            raise SystemExit(int(has_errors(self.check(batch=batches[0]))))
         fit = self._look_at(batches[0])
         objective, _ = self._objective(training=True)
         for batch in batches:
@@ -265,7 +267,7 @@ class DistillationMixin(OfflineTeacher):
             self._refuse_packed(fit.head, batches[0], now=True)
             if self.is_world_process_zero():
                 cached = isinstance(self.teacher, CachedTeacher)
-                teacher = self.teacher.describe() if cached else self._teacher_module()  # type: ignore[union-attr]
+                teacher = self.teacher.describe() if cached else getattr(self.teacher, "model", None)  # type: ignore[union-attr]
                 last, notes = self._objective(training=False)[0], not_logged(type(self))
                 print_start(fit, teacher, objective, last, batches[0], counts, self.label_names, notes)
         self._window.steps += 1
@@ -295,9 +297,7 @@ class DistillationMixin(OfflineTeacher):
     # ---- the loss ----
 
     def _objective(self, *, training: bool, steps_ago: int = 0) -> tuple[Objective, SoftTargetLoss]:
-        """The mixture at this step; evaluation uses the end of a schedule, so that its losses can be compared."""
-        done = (self.state.global_step - steps_ago) / max(self.state.max_steps - 1, 1) if training else 1.0
-        return self._run_settings.objective_at(min(done, 1.0))
+        return self._run_settings.objective(self.state, training=training, steps_ago=steps_ago)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tasks import TEACHER_PREFIX
-from ..teachers import TeacherOutput
+from ..tasks import TEACHER_PREFIX, Head
+from ..teachers import Classes, TeacherOutput, class_names, match_classes
 from ..validation import fail, message
 from .formats import Format, format_of, output
 from .manifest import check_links, check_settings
@@ -175,6 +175,21 @@ class CachedTeacher:
 
     def release(self, student: nn.Module) -> None:
         """It holds nothing on the device but an output head."""
+
+    def compare_classes(
+        self,
+        student: nn.Module,
+        head: Head | None = None,
+        *,
+        remap: bool,
+        compare: Callable[..., Classes] = match_classes,
+    ) -> tuple[Mapping[int, str], Classes] | None:
+        """Its class names and how they match the student's; None for tasks whose classes are tokens or numbers."""
+        if not self.manifest["labels"]:
+            return None
+        names = {int(i): str(name) for i, name in self.manifest["labels"].items()}
+        matched = compare(class_names(student), names, remap=remap, argument="teacher_cache", what="one")
+        return names, matched
 
     def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:
         """See the function of this name."""

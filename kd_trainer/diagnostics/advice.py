@@ -6,7 +6,7 @@ For: `check.py`. What training would refuse stands in `training/setup_checks.py`
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..tasks import (
     times,
     vocabulary_rows,
 )
-from ..teachers import AdapterOffTeacher, Classes, LiveTeacher, listed, positions_of, without_names
+from ..teachers import Classes, LiveTeacher, listed, positions_of, without_names
 from ..training import Fit, Objective
 from ..validation import fail
 from .findings import Finding, error, ok, warning
@@ -63,13 +63,12 @@ def about_teacher(
     """Size, mode, dtype and head of the teacher as it was given; `called`: whether training asks it at all."""
     if teacher is None:
         return [] if called else [ok("teacher", "none: kd_alpha is 0, the loss is the labels' alone")]
-    if isinstance(teacher, CachedTeacher):
+    if not teacher.has_own_weights:
         return [ok("teacher", teacher.describe())]
-    if isinstance(teacher, AdapterOffTeacher):
-        return [ok("teacher", "the student with its adapters off")]
-    model, size = teacher.model, count_parameters(teacher.model)
+    model = cast(nn.Module, teacher.model)
+    size = count_parameters(model)
     ratio = size / max(count_parameters(student), 1)
-    found = f"{describe(model)} ({times(ratio, 'the student')})"
+    found = f"{teacher.describe()} ({times(ratio, 'the student')})"
     swapped = "The smaller model is the teacher: swap them if that is not meant."
     rows = [warning("teacher", found, swapped) if ratio < 1 else ok("teacher", found)]
     if not called:
@@ -185,7 +184,7 @@ def about_labels(
         mend = 'Set kd_positions to "attended" to have a soft loss there.'
         findings.append(warning("labels", f"{found}; {none} of {rows} rows have none at all", mend))
     mask, labels = batch.get("attention_mask"), batch.get("labels")
-    if head.name == "seq2seq_lm":
+    if head.encoder_decoder:
         stray = 0 if pad_id is None else int((targets == pad_id).sum())
     else:
         both = isinstance(mask, Tensor) and isinstance(labels, Tensor) and mask.shape == labels.shape
@@ -271,7 +270,7 @@ def _longest(ids: Tensor, head: Head, batch: Mapping[str, Any]) -> int:
     positions, labels = batch.get("position_ids"), batch.get("labels")
     if isinstance(positions, Tensor) and positions.shape == ids.shape:
         return int(positions.max()) + 1
-    decoded = labels.shape[1] if head.name == "seq2seq_lm" and isinstance(labels, Tensor) else 0
+    decoded = labels.shape[1] if head.encoder_decoder and isinstance(labels, Tensor) else 0
     return max(ids.shape[1], decoded)
 
 

@@ -42,10 +42,10 @@ def padded(batch: Mapping[str, Any], head: Head, more: int, pad_id: int, *, left
         own = name.startswith(TEACHER_PREFIX)
         decoded = name.startswith("decoder_") or name == "labels"
         width = value.shape[1] if isinstance(value, Tensor) and value.dim() == 2 else None
-        of_tokens = width == cast(Tensor, ids).shape[1] or (head.name == "seq2seq_lm" and decoded)
+        of_tokens = width == cast(Tensor, ids).shape[1] or (head.encoder_decoder and decoded)
         if width is None or own or not of_tokens or (decoded and not head.token_level):
             continue
-        before = left and not (decoded and head.name == "seq2seq_lm")
+        before = left and not (decoded and head.encoder_decoder)
         made[name] = nn.functional.pad(value, (more, 0) if before else (0, more), value=fills.get(name, 0))
     if left and head.shifted and "labels" in made:
         made["labels"][:, more] = IGNORE_INDEX  # the first label of a row is predicted nowhere

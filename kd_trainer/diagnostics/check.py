@@ -10,119 +10,111 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
-from ..cache import CachedTeacher
+from ..losses import release_memory
 from ..tasks import (
     TEACHER_PREFIX,
+    PackingWatch,
     accepted_inputs,
-    classes_have_names,
     head_for,
     model_inputs,
     same_random_numbers,
+    unchanged_attributes,
     unchanged_buffers,
     unchanged_modes,
 )
-from ..teachers import AdapterOffTeacher, LiveTeacher, class_names, match_classes
-from ..training import (
-    WITH_MODELS,
-    WITHOUT_MODELS,
-    FiniteWatch,
-    Setup,
-    classes_of_cache,
-    classes_of_logits,
-    is_sharded,
-    plan,
-    tokens,
-)
+from ..teachers import class_names
+from ..training import WITH_MODELS, WITHOUT_MODELS, Setup, classes_of_logits, is_sharded, plan, tokens
 from ..validation import fail
 from . import advice as advice
-from .findings import Finding, Findings, has_errors, refused, warning
+from .findings import Finding, Findings, has_errors, print_findings, refused, warning
+from .inspection import Inspection as Inspection
 from .trial import Trial, batches, run
 
 
-def examine(trainer: Any, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
-    """All findings, the same list on every process; every process must call it.
+def examine(inspection: Inspection, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
+    """All findings, the same list on every process; every process must call it, and the first one prints them.
 
     Args:
-        trainer: a `DistillationMixin`.
         evaluate: whether the teacher is measured on the evaluation data.
         batch: the first batch of training; None takes it from the trainer's own loader.
     """
+    trainer = inspection.trainer
     with _as_it_was(trainer):
-        findings = Findings(trainer)
-        findings.rows += [refused("setup", refusal) for refusal in trainer._refused]
-        _look_at_models(trainer, findings)
+        findings = Findings(trainer.accelerator, trainer.args.device)
+        findings.rows += [refused("setup", refusal) for refusal in inspection.refusals]
+        _look_at_models(inspection, findings)
         if batch is None:
             with findings.attempt("data"):
                 batch = _first_batch(trainer)
         trial = None
         if findings.everywhere(batch is not None):
-            trial = _look_at_batch(trainer, findings, cast(Mapping, batch))
+            trial = _look_at_batch(inspection, findings, cast(Mapping, batch))
         if findings.everywhere(trial is not None):
             run(cast(Trial, trial), findings, evaluate)
-        return findings.of_all_processes()
+        rows = findings.of_all_processes()
+    release_memory()
+    if trainer.is_world_process_zero():
+        print_findings(rows)
+    trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended with 1
+    return rows
 
 
-def _look_at_models(trainer: Any, findings: Findings) -> None:
+def _look_at_models(inspection: Inspection, findings: Findings) -> None:
+    trainer, settings = inspection.trainer, inspection.settings
     student, teacher, args = trainer.unwrapped_student(), trainer.teacher, trainer.args
     with findings.attempt("settings"):
-        trainer._run_settings.read(trainer.args)
-        if not trainer._refused:  # else the teacher is missing for a reason that is told already
-            trainer._require_teacher(teacher)
+        settings.read(args)
+        if not inspection.refusals:  # else the teacher is missing for a reason that already has a row
+            settings.require_teacher(teacher)
     with findings.attempt("student"):
         findings.rows += advice.about_student(student, fp16=args.fp16)
     with findings.attempt("teacher"):
-        mixed, called = trainer.accelerator.mixed_precision != "no", not trainer._always_hard
+        mixed = trainer.accelerator.mixed_precision != "no"
+        called = not settings.always_hard
         findings.rows += advice.about_teacher(teacher, student, args.device, called=called, mixed=mixed)
-    kd, head = trainer.kd_args, head_for(student, trainer.kd_args.kd_task, trainer._loss_shifts_labels)
+    head = head_for(student, settings.kd.kd_task, inspection.loss_shifts_labels)
     with findings.attempt("classes"):
-        if isinstance(teacher, CachedTeacher) and teacher.manifest["labels"]:
-            names = {int(i): name for i, name in teacher.manifest["labels"].items()}
-            matched = classes_of_cache(student, teacher, remap=kd.kd_remap_labels)
-            findings.rows += advice.about_classes(class_names(student), names, matched)
-        elif _has_own_weights(teacher) and classes_have_names(student, head):
-            both = class_names(student), class_names(teacher.model)
-            findings.rows += advice.about_classes(*both, match_classes(*both, remap=kd.kd_remap_labels))
+        compared = teacher and teacher.compare_classes(student, head, remap=settings.kd.kd_remap_labels)
+        if compared:
+            findings.rows += advice.about_classes(class_names(student), *compared)
 
 
-def _look_at_batch(trainer: Any, findings: Findings, batch: Mapping[str, Any]) -> Trial | None:
+def _look_at_batch(inspection: Inspection, findings: Findings, batch: Mapping[str, Any]) -> Trial | None:
     """The list of checks, and what else the batch tells; None where the models could not be run on it."""
-    setup, before = Setup(trainer, batch), len(findings.rows)
+    trainer, setup, before = inspection.trainer, Setup(inspection.trainer, batch), len(findings.rows)
     passed = {check: findings.passes(what, partial(check, setup)) for what, check in WITHOUT_MODELS}
-    if passed[tokens] and _has_own_weights(trainer.teacher):
+    if passed[tokens] and trainer.teacher is not None and trainer.teacher.has_own_weights:
         findings.rows += advice.about_tokens(batch, setup.known_by)
     with findings.attempt("student's tokens"):
         advice.check_student_ids(setup.student, batch)
-    _look_closer(setup, findings)
+    _look_closer(inspection, setup, findings)
     if is_sharded(trainer) and not trainer.is_in_train:
-        mend = 'Set {"kd_run": "check"}: trainer.train() then checks with the student as training shards it.'
-        findings.rows.append(warning("loss", "the models were not run: the student is not sharded yet", mend))
+        fix = 'Set {"kd_run": "check"}: trainer.train() then checks with the student as training shards it.'
+        findings.rows.append(warning("loss", "the models were not run: the student is not sharded yet", fix))
         return None
     # On a GPU an index out of range ends the process.
     fits = findings.everywhere(all(passed.values()) and not has_errors(findings.rows[before:]))
     fits = fits and all(findings.passes(what, partial(check, setup)) for what, check in WITH_MODELS)
     if fits and setup.head_by_logits:
-        _look_closer(setup, findings)
+        _look_closer(inspection, setup, findings)
     if setup.head is not None:
         with findings.attempt("reduction"):
-            trainer._refuse_packed(setup.head, batch, now=True)
+            PackingWatch().look(setup.head, batch, setup.kd.kd_reduction, now=True)
     if not fits:
         return None
-    trainer._fit = plan(setup)
-    return Trial(setup, trainer._fit, trainer.model_wrapped if setup.sharded else trainer.model, setup.prepared())
+    fit = plan(setup)
+    inspection.use_plan(fit)
+    model = trainer.model_wrapped if setup.sharded else trainer.model
+    return Trial(inspection, setup, fit, model, setup.prepared())
 
 
-def _has_own_weights(teacher: Any) -> bool:
-    """Whether the teacher is run, and is no part of the student."""
-    return isinstance(teacher, LiveTeacher) and not isinstance(teacher, AdapterOffTeacher)
-
-
-def _look_closer(setup: Setup, findings: Findings) -> None:
+def _look_closer(inspection: Inspection, setup: Setup, findings: Findings) -> None:
     """What is suspicious in a batch of a known task, and not always wrong."""
-    trainer, head, batch, student = setup.trainer, setup.head, setup.batch, setup.student
+    trainer, head, batch, student = inspection.trainer, setup.head, setup.batch, setup.student
     if head is None:
         return
-    teacher_model, tokenizer = trainer._teacher_module(), trainer.processing_class
-    objective, pad_id = trainer._objective(training=True)[0], advice.pad_id_of(tokenizer, student)
+    teacher_model, tokenizer = getattr(trainer.teacher, "model", None), trainer.processing_class
+    objective, pad_id = inspection.objective(training=True)[0], advice.pad_id_of(tokenizer, student)
 
     def labels() -> list[Finding]:
         # On a GPU an index out of range ends the process.
@@ -130,13 +122,13 @@ def _look_closer(setup: Setup, findings: Findings) -> None:
         return advice.about_labels(classes, head, objective, batch, pad_id)
 
     def columns() -> list[Finding]:
-        accepted = accepted_inputs(student, label_names=trainer.label_names, withheld=trainer._withheld_columns())
+        accepted = accepted_inputs(student, label_names=trainer.label_names, withheld=inspection.withheld_columns())
         read = set(model_inputs(batch, accepted)) | (set(batch) & accepted.targets)
         if trainer.teacher is not None:
             read |= {name for name in batch if name.startswith(TEACHER_PREFIX)}
         if setup.live is not None:
             read |= set(setup.live.inputs(batch))
-        kept = trainer._signature_columns if trainer.args.remove_unused_columns else None
+        kept = inspection.kept_columns() if trainer.args.remove_unused_columns else None
         return advice.about_columns(trainer.train_dataset, kept, batch, read, pad_id)
 
     looks: dict[str, Callable[[], list[Finding]]] = {
@@ -152,7 +144,7 @@ def _look_closer(setup: Setup, findings: Findings) -> None:
 
 
 def _first_batch(trainer: Any) -> dict[str, Any]:
-    batch = next(iter(batches(trainer, trainer.get_train_dataloader(), 1)), None)
+    batch = next(iter(batches(trainer.get_train_dataloader(), 1)), None)
     if batch is None:
         fail("train_dataset", "without a single batch", "rows", "Check how it is loaded and filtered.")
     return batch
@@ -160,24 +152,22 @@ def _first_batch(trainer: Any) -> dict[str, Any]:
 
 @contextmanager
 def _as_it_was(trainer: Any) -> Iterator[None]:
-    """Afterwards the student's buffers, gradients and modes, the random numbers and the trainer are what they were."""
+    """Afterwards random numbers and the student's modes, buffers, gradients and config are what they were, and
+    upstream's list of prepared loaders."""
     student = trainer.unwrapped_student()
     gradients = [(p, p.grad) for p in student.parameters()]
-    lent = ("_fit", "_window", "_finite", "_packing", "_evaluation", "_each_alone", "teacher")
-    kept = {name: getattr(trainer, name) for name in lent}
-    problem_type = getattr(getattr(student, "config", None), "problem_type", None)
     loaders = list(trainer.accelerator._dataloaders)
-    mode = "off" if trainer._finite.mode == "off" else "step"
-    trainer._each_alone = not is_sharded(trainer)
-    trainer._finite = FiniteWatch(mode, trainer.args.process_index)
+    config = getattr(student, "config", None)
+    names = ["problem_type"] if hasattr(config, "problem_type") else []
     try:
-        with same_random_numbers(trainer.args.device), unchanged_modes(student), unchanged_buffers(student):
+        with (
+            same_random_numbers(trainer.args.device),
+            unchanged_modes(student),
+            unchanged_buffers(student),
+            unchanged_attributes(config, *names),
+        ):
             yield
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        if hasattr(getattr(student, "config", None), "problem_type"):
-            student.config.problem_type = problem_type
         trainer.accelerator._dataloaders[:] = loaders
-        for name, value in kept.items():
-            setattr(trainer, name, value)

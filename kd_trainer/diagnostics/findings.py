@@ -96,10 +96,10 @@ def has_errors(findings: Iterable[Finding]) -> bool:
 class Findings:
     """The rows of this process, and what the processes have to agree on."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, accelerator: Any, device: torch.device) -> None:
         self.rows: list[Finding] = []
         self.memory_peak: int | None = None  # bytes, measured in the step
-        self._accelerator, self._device = trainer.accelerator, trainer.args.device
+        self._accelerator, self._device = accelerator, device
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:

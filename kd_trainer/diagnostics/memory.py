@@ -366,7 +366,7 @@ def _columns(model: Any, head: Head, rows: int, length: int) -> dict[str, Tensor
     """A batch of tokens or of images, as the model reads them."""
     name, config = getattr(model, "main_input_name", None), model.config
     if name == "input_ids":
-        names = ("input_ids", "decoder_input_ids") if head.name == "seq2seq_lm" else ("input_ids",)
+        names = ("input_ids", "decoder_input_ids") if head.encoder_decoder else ("input_ids",)
         return {name: torch.empty(rows, length, dtype=torch.long, device="meta") for name in names}
     size = getattr(config, "image_size", None)
     if name == "pixel_values" and size is not None:

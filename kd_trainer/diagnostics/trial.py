@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from ..losses import IGNORE_INDEX, divide
 from ..tasks import behind_front, main_input, model_inputs, vocabulary_rows
-from ..teachers import ADAPTER_OFF, AdapterOffTeacher, positions_of
+from ..teachers import positions_of
 from ..training import Counts, Fit, Setup, Window, named
 from .advice import about_path, pad_id_of
 from .batch_changes import padded, pieces_of, starts_padded
 from .findings import Finding, Findings, error, has_errors, ok, warning
+from .inspection import Inspection
 from .memory import estimate_memory
 
 _EVALUATED = 50  # batches of the evaluation data
@@ -37,6 +38,7 @@ _LOPSIDED = 0.95
 class Trial(NamedTuple):
     """What the passes through the models need."""
 
+    inspection: Inspection
     setup: Setup
     fit: Fit
     model: nn.Module  # the student as it is called
@@ -44,7 +46,7 @@ class Trial(NamedTuple):
 
     @property
     def trainer(self) -> Any:
-        return self.setup.trainer
+        return self.inspection.trainer
 
     @property
     def whole(self) -> bool:
@@ -80,7 +82,8 @@ def run(trial: Trial, findings: Findings, evaluate: bool) -> None:
         findings.rows += _step(trial, findings)
     if not findings.everywhere(not has_errors(findings.rows[before:])):
         return
-    findings.rows += about_path(trial.trainer._fit, trial.fit.student, trial.trainer.kd_args.kd_loss_implementation)
+    plan = cast(Fit, trial.inspection.plan())  # with full logits where the step has fallen back to them
+    findings.rows += about_path(plan, trial.fit.student, trial.inspection.settings.kd.kd_loss_implementation)
     parts: dict[str, Callable[[Trial, Findings], list[Finding]]]
     parts = {"memory": _memory, "split": _halves, "padding": _more_padding, "soft and hard": _shares}
     for what, part in {**parts, **({"teacher's quality": _teacher_beside_student} if evaluate else {})}.items():
@@ -95,10 +98,11 @@ def _step(trial: Trial, findings: Findings) -> list[Finding]:
     # Where the student is sharded, or saves memory in a way that begins with training, no gradient is asked for.
     backward = trial.whole and not _checkpoints_activations(trainer.args)
     seconds = math.inf
-    counts = trainer._objective(training=True)[0].count(fit.head, trial.batch)
+    counts = trial.inspection.objective(training=True)[0].count(fit.head, trial.batch)
     memory_peak = _watch_memory(trainer.args.device)
     for _ in range(2):
-        trainer._window = Window(trainer.args.device)
+        window = Window(trainer.args.device)
+        trial.inspection.use_window(window)
         fit.student.zero_grad(set_to_none=True)
         begun = _now(trainer)
         with torch.set_grad_enabled(backward), _in_training(trainer):
@@ -109,7 +113,7 @@ def _step(trial: Trial, findings: Findings) -> list[Finding]:
         if seconds > _WARM or not trial.whole:
             break
     findings.memory_peak = memory_peak() if backward else None
-    sums = trainer._window.sums()  # None where a class in front has a compute_loss that does not call ours
+    sums = window.sums()  # None where a class in front has a compute_loss that does not call ours
     parts = {} if sums is None else named(sums.tolist(), "")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
     found = f"{loss.item():.4f} of one batch: {shown}"
@@ -119,7 +123,7 @@ def _step(trial: Trial, findings: Findings) -> list[Finding]:
     rows = [ok("loss", found)]
     if trial.whole:
         rows += _seconds(trial, seconds, backward)
-    return [*rows, *_gradient(trainer, fit.student)] if backward else rows
+    return [*rows, *_gradient(trainer.args, fit.student)] if backward else rows
 
 
 def _checkpoints_activations(args: Any) -> bool:
@@ -129,7 +133,7 @@ def _checkpoints_activations(args: Any) -> bool:
 def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
     trainer, count = trial.trainer, main_input(trial.batch).shape[0]
     taught = 0.0
-    if trial.setup.live is not None and not trainer._always_hard:
+    if trial.setup.live is not None and not trial.inspection.settings.always_hard:
         times = [_now(trainer)]
         for _ in range(1 if whole > _WARM else 2):
             trainer.teacher.outputs(trial.batch, trainer.accelerator, trial.model)
@@ -141,7 +145,7 @@ def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
     return [ok("time", found + (f", {taught:.3g} s for the teacher's forward" if taught else ""))]
 
 
-def _gradient(trainer: Any, student: nn.Module) -> list[Finding]:
+def _gradient(args: Any, student: nn.Module) -> list[Finding]:
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     unused = [name for name, p in trained.items() if p.grad is None]
     norms = [p.grad.detach().float().norm() for p in trained.values() if p.grad is not None]
@@ -152,13 +156,13 @@ def _gradient(trainer: Any, student: nn.Module) -> list[Finding]:
     if norm == 0:
         found = "no trained parameter gets any"
         return [error("gradient", found, "Check which parameters are trained, and that some position has a label.")]
-    limit = trainer.args.max_grad_norm
+    limit = args.max_grad_norm
     clipped = f"; max_grad_norm {limit:g} scales it down" if limit and norm > limit else ""
     rows = [ok("gradient", f"norm {norm:.3g}{clipped}")]
     if unused:
         found = f"{len(unused)} trained parameters get none ({', '.join(unused[:3])})"
         mend = "Freeze them, or set ddp_find_unused_parameters to true."
-        waits = trainer.args.world_size > 1 and not trainer.args.ddp_find_unused_parameters
+        waits = args.world_size > 1 and not args.ddp_find_unused_parameters
         rows.append(warning("gradient", f"{found}: DDP waits for them", mend) if waits else ok("gradient", found))
     return rows
 
@@ -168,14 +172,14 @@ def _memory(trial: Trial, findings: Findings) -> list[Finding]:
     trainer, fit, args = trial.trainer, trial.fit, trial.trainer.args
     if trial.setup.live is None or not trial.whole:
         return []
-    own, on_gpu = isinstance(trainer.teacher, AdapterOffTeacher), args.device.type == "cuda"
+    on_gpu = args.device.type == "cuda"
     peak = findings.memory_peak or 0
     what = f"{_amount(peak)}{'' if on_gpu else ' more resident'} at the peak of a forward and backward"
     measured = f"; measured: {what}, without optimizer" if peak else ""
     try:
         memory = estimate_memory(
             fit.student,
-            ADAPTER_OFF if own else trainer.teacher.model,
+            trial.setup.live.model,
             backend="single" if args.world_size == 1 else "ddp",
             processes=args.world_size,
             batch={name: value for name, value in trial.batch.items() if isinstance(value, Tensor)},
@@ -241,12 +245,13 @@ def _halves(trial: Trial, findings: Findings) -> list[Finding]:
 def _more_padding(trial: Trial, findings: Findings) -> list[Finding]:
     """The batch as it is and with more padding on either side, each divided by its own counts."""
     head, student = trial.fit.head, trial.fit.student
-    taught = trial.trainer._teacher_module()
-    if taught is None and trial.trainer.teacher is not None:
+    teacher = trial.trainer.teacher
+    if teacher is not None and teacher.model is None:
         return []  # what a cache holds is joined to the batch as it is
     ids = trial.batch.get("input_ids")
     width = ids.shape[-1] if isinstance(ids, Tensor) else 0
-    limits = [positions_of(model)[0] for model in (student, taught) if model is not None]
+    models = [student] if teacher is None else [student, teacher.model]
+    limits = [positions_of(model)[0] for model in models]
     more = min([_MORE, *(limit - width for limit in limits if limit is not None)])
     tokenizer = trial.trainer.processing_class
     pad_id = pad_id_of(tokenizer, student) or 0
@@ -259,8 +264,8 @@ def _more_padding(trial: Trial, findings: Findings) -> list[Finding]:
         with _as_in_training_without_dropout(student):
             plain, wider = (_losses(trial, [batch], batch) for batch in (trial.batch, cast(dict, changed)))
         found = f"as it is {plain:.6f}, with {more} more positions on the {side} {wider:.6f}"
-        if head.name == "question_answering":
-            note = "the hard loss of question answering runs over the padding, as upstream's"
+        if head.over_positions:
+            note = f"the hard loss of {head.name.replace('_', ' ')} runs over the padding, as upstream's"
             rows.append(ok("padding", f"{found}; {note}"))
             continue
         causes = (
@@ -275,7 +280,7 @@ def _more_padding(trial: Trial, findings: Findings) -> list[Finding]:
 
 
 def _losses(trial: Trial, batches: list[dict[str, Any]], whole: Mapping[str, Any]) -> float:
-    objective, _ = trial.trainer._objective(training=False)
+    objective, _ = trial.inspection.objective(training=False)
     counts = objective.count(trial.fit.head, whole)
     with torch.no_grad():
         return sum(float(trial.loss(batch, counts)) for batch in batches)
@@ -316,8 +321,8 @@ def _batch_norms(student: nn.Module) -> dict[str, nn.Module]:
 
 def _shares(trial: Trial, findings: Findings) -> list[Finding]:
     """Which share of the gradient at the student's logits the soft and the hard loss have."""
-    trainer, fit, batch = trial.trainer, trial.fit, trial.batch
-    objective, soft_loss = trainer._objective(training=True)
+    fit, batch = trial.fit, trial.batch
+    objective, soft_loss = trial.inspection.objective(training=True)
     if trial.setup.live is None or not 0 < objective.alpha < 1:
         return []
     counts = objective.count(fit.head, batch)
@@ -365,7 +370,7 @@ def _teacher_beside_student(trial: Trial, findings: Findings) -> list[Finding]:
     with findings.attempt("teacher's quality"):
         fit.student.eval()
         loader = trainer.get_eval_dataloader(next(iter(dataset)) if isinstance(dataset, dict) else None)
-        pieces = (_for_logits(trial, trial.setup.prepared(given)) for given in batches(trainer, loader, _EVALUATED))
+        pieces = (_for_logits(trial, trial.setup.prepared(given)) for given in batches(loader, _EVALUATED))
         sums = sum((_measured(trial, piece) for piece in itertools.chain(*pieces)), torch.zeros(6))
     if not findings.everywhere(sums is not None):
         return []
@@ -380,7 +385,7 @@ def _teacher_beside_student(trial: Trial, findings: Findings) -> list[Finding]:
         found += f"; right {answers[0]:.1%} and {answers[1]:.1%}, the same {answers[2]:.1%}"
     found += f" ({labelled:.0f} labels of the evaluation data)"
     better = losses[0] < losses[1] or (fit.head.softmax and answers[0] > answers[1])
-    if better or isinstance(trainer.teacher, AdapterOffTeacher):  # the student may well start as its own base
+    if better or not trainer.teacher.has_own_weights:  # the student may well start as its own base
         return [ok("teacher's quality", found)]
     mend = "It is no better than where the student starts: check its weights, the order of the classes and the inputs."
     return [warning("teacher's quality", found, mend)]
@@ -405,7 +410,7 @@ def _measured(trial: Trial, batch: dict[str, Any]) -> Tensor:
     return sums
 
 
-def batches(trainer: Any, loader: Any, count: int) -> list[Any]:
+def batches(loader: Any, count: int) -> list[Any]:
     """The first batches of a loader, which is left as if it had come to its end."""
     try:
         return list(itertools.islice(loader, count))

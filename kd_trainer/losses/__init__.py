@@ -24,7 +24,7 @@ from .divergences import (
     total_variation,
 )
 from .fused_arguments import chunk_rows, group_rows
-from .fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain
+from .fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain, release_memory
 from .modules import DistillationLoss, SoftTargetLoss
 from .projection import Side, cap_and_scale, cast_as_autocast
 from .reductions import IGNORE_INDEX, bad_rows, divide, is_bad, select_positions, wrong_labels
@@ -64,6 +64,7 @@ __all__ = [
     "kl_gaussian",
     "kl_to_standard_normal",
     "monte_carlo_kl",
+    "release_memory",
     "reverse_kl",
     "sampled_forward_kl",
     "select_positions",

@@ -54,7 +54,7 @@ from .resolve import (
     head_from_logits,
     wanted_logits,
 )
-from .restore import as_in_training, same_random_numbers, unchanged_buffers, unchanged_modes
+from .restore import as_in_training, same_random_numbers, unchanged_attributes, unchanged_buffers, unchanged_modes
 
 __all__ = [
     "HEADS",
@@ -110,6 +110,7 @@ __all__ = [
     "text_config",
     "times",
     "token_mask",
+    "unchanged_attributes",
     "unchanged_buffers",
     "unchanged_modes",
     "vocabulary_rows",

@@ -1,4 +1,4 @@
-"""Context managers after which random numbers, modes and buffers are what they were.
+"""Context managers after which random numbers, modes, buffers and attributes are what they were.
 
 For: whatever runs a model outside of training's own steps.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,17 @@ def as_in_training(student: nn.Module) -> Iterator[None]:
     with unchanged_modes(student), unchanged_buffers(student):
         student.train()
         yield
+
+
+@contextmanager
+def unchanged_attributes(owner: Any, *names: str) -> Iterator[None]:
+    """Afterwards these attributes of `owner` have the values that they had."""
+    values = {name: getattr(owner, name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in values.items():
+            setattr(owner, name, value)
 
 
 @contextmanager

@@ -41,6 +41,9 @@ class AdapterOffTeacher(LiveTeacher):
     def prepare(self, device: torch.device, accelerator: Any = None) -> None:
         """Nothing to place: the student is where it belongs."""
 
+    def compare_classes(self, *_: Any, **__: Any) -> None:
+        """The classes are the student's."""
+
     def _ask(self, inputs: dict[str, Any], student: nn.Module | None) -> Any:
         # The wrapped one: FSDP and DeepSpeed gather the weights in its forward.
         with adapters_off(self.model):

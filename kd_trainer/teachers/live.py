@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from ..tasks import (
     ROW_ID,
     TEACHER_PREFIX,
+    Head,
     accepted_inputs,
     behind_front,
+    classes_have_names,
     count_parameters,
     describe,
     logits_of,
@@ -27,6 +29,7 @@ from ..tasks import (
 )
 from ..validation import warn
 from .batch import TeacherBatch, floating_dtypes
+from .compatibility import Classes, class_names, match_classes
 from .errors import check_ids, check_widths, explain, widest_input
 from .outputs import TeacherOutput
 from .sharding import prepare_teacher
@@ -127,6 +130,15 @@ class LiveTeacher:
         # A forward that failed may not be tried again where other processes take part in it.
         self._given.dtypes = [*floating_dtypes(self.model)[: 1 if self.sharded else None]] or [None]
         self._modules = list(self.model.modules())
+
+    def compare_classes(
+        self, student: nn.Module, head: Head | None, *, remap: bool
+    ) -> tuple[Mapping[int, str] | None, Classes] | None:
+        """Its class names and `match_classes` with the student's; None where the classes of the task have no names."""
+        if not classes_have_names(student, head):
+            return None
+        names = class_names(self.model)
+        return names, match_classes(class_names(student), names, remap=remap)
 
     @property
     def sharded(self) -> bool:

@@ -7,12 +7,12 @@ from .arguments import (
     parse_args,
 )
 from .checkpoints import newest_resumable
-from .finite_watch import FiniteWatch
 from .interrupt import ResumableInterrupt
 from .logs import Window, named
 from .objective import Counts, Objective
+from .settings import Settings
 from .setup import Fit, plan
-from .setup_checks import WITH_MODELS, WITHOUT_MODELS, Setup, classes_of_cache, classes_of_logits, is_sharded, tokens
+from .setup_checks import WITH_MODELS, WITHOUT_MODELS, Setup, classes_of_logits, is_sharded, tokens
 
 __all__ = [
     "WITHOUT_MODELS",
@@ -20,14 +20,13 @@ __all__ = [
     "Counts",
     "DistillationArguments",
     "DistillationTrainingArguments",
-    "FiniteWatch",
     "Fit",
     "Objective",
     "ResumableInterrupt",
     "Seq2SeqDistillationTrainingArguments",
+    "Settings",
     "Setup",
     "Window",
-    "classes_of_cache",
     "classes_of_logits",
     "is_sharded",
     "named",

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from ..losses import SoftTargetLoss
+from ..validation import fail
 from .arguments import DistillationArguments
 from .objective import Objective, scheduled
 
@@ -65,6 +66,17 @@ class Settings:
     def finite_mode(self, device_type: str) -> str:
         """How `FiniteWatch` watches: `kd_check_finite`, or by default at every step on the CPU, else at logs."""
         return self.kd.kd_check_finite or ("step" if device_type == "cpu" else "log")
+
+    def objective(self, state: Any, *, training: bool, steps_ago: int = 0) -> tuple[Objective, SoftTargetLoss]:
+        """The mixture at this step of upstream's `state`; evaluation uses the end of a schedule, so that its losses can
+        be compared."""
+        done = (state.global_step - steps_ago) / max(state.max_steps - 1, 1) if training else 1.0
+        return self.objective_at(min(done, 1.0))
+
+    def require_teacher(self, given: Any) -> None:
+        if given is None and not self.always_hard:
+            fix = "Pass teacher_model= to the trainer, set teacher_model_name_or_path, or set kd_alpha to 0."
+            fail("teacher_model", None, f"a teacher, with kd_alpha {self.kd.kd_alpha:g}", fix)
 
     def objective_at(self, progress: float) -> tuple[Objective, SoftTargetLoss]:
         """The mixture and its soft loss at `progress` in [0, 1] of the schedule."""

@@ -24,7 +24,6 @@ from ..tasks import (
     classes_have_names,
     decoder_input_ids,
     head_for,
-    is_packed,
     required_inputs,
 )
 from ..teachers import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, check_separate, class_order, load_teacher
@@ -140,9 +139,7 @@ class FirstLook(_InFrontOf):
             self._refused.append(refusal)
 
     def _require_teacher(self, given: Any) -> None:
-        if given is None and not self._always_hard:
-            mend = "Pass teacher_model= to the trainer, set teacher_model_name_or_path, or set kd_alpha to 0."
-            fail("teacher_model", None, f"a teacher, with kd_alpha {self.kd_args.kd_alpha:g}", mend)
+        self._run_settings.require_teacher(given)
 
     def _load_teacher(self, given: Any) -> LiveTeacher | CachedTeacher | None:
         kd, named = self.kd_args, self.kd_args.teacher_model_name_or_path
@@ -233,5 +230,4 @@ class FirstLook(_InFrontOf):
 
     def _refuse_packed(self, head: Head, batch: Mapping[str, Any], *, now: bool = False) -> None:
         """Raises where "batchmean" would divide by rows of several sequences: see `PackingWatch`."""
-        if head.token_level and self.kd_args.kd_reduction == "batchmean":
-            self._packing.see(is_packed(batch, head.sequences(batch).shape), now=now)
+        self._packing.look(head, batch, self.kd_args.kd_reduction, now=now)

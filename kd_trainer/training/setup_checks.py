@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cache import CachedTeacher, head_of, tokenizer_identity
 from ..losses import bad_rows
@@ -52,13 +52,10 @@ from ..tasks import (
 )
 from ..teachers import (
     AdapterOffTeacher,
-    Classes,
     LiveTeacher,
     check_ids,
     check_padding,
     check_separate,
-    class_names,
-    match_classes,
     reshard,
     watch_shared_buffers,
 )
@@ -209,19 +206,8 @@ def cache(setup: Setup) -> None:
         setup.known_by = "tokenizers"
     setup.head = kept.with_label_names(setup.trainer.label_names, setup.batch)
     setup.teacher_classes = manifest["vocabulary"]
-    compared = classes_of_cache(setup.student, teacher, remap=kd.kd_remap_labels, compare=compatibility.warned)
-    setup.class_order = compared.order
-
-
-def classes_of_cache(
-    student: nn.Module, teacher: CachedTeacher, *, remap: bool, compare: Callable[..., Classes] = match_classes
-) -> Classes:
-    """Its class names beside the student's; it has none for tasks whose classes are tokens or numbers."""
-    kept = teacher.manifest["labels"]
-    if not kept:
-        return Classes(None, None)
-    names = {int(i): str(name) for i, name in kept.items()}
-    return compare(class_names(student), names, remap=remap, argument="teacher_cache", what="one")
+    compared = teacher.compare_classes(setup.student, remap=kd.kd_remap_labels, compare=compatibility.warned)
+    setup.class_order = None if compared is None else compared[1].order
 
 
 def settings(setup: Setup) -> str | None:

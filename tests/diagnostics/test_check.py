@@ -919,7 +919,7 @@ def test_adapters_are_no_newly_initialised_head(tmp_path):
 def test_several_processes_wait_for_unused_parameters(tmp_path):
     trainer = parameters_that_are_not_used(tmp_path)
     trainer.compute_loss(trainer.model, tiny.pad(tiny.rows("plain")[:8])).backward()
-    several = SimpleNamespace(args=SimpleNamespace(max_grad_norm=0.0, world_size=2, ddp_find_unused_parameters=None))
+    several = SimpleNamespace(max_grad_norm=0.0, world_size=2, ddp_find_unused_parameters=None)
     row = row_of(trial._gradient(several, trainer.model), "gradient", "warning")
     assert row.found == "2 trained parameters get none (spare.weight, spare.bias): DDP waits for them"
     assert "ddp_find_unused_parameters" in row.mend

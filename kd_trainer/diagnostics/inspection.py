@@ -1,0 +1,42 @@
+"""`Inspection`: what `trainer.check()` reads of a trainer.
+
+For: `trainer.py`, which makes it, and `check.py`. Of `trainer` itself the diagnostics use public names alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..losses import SoftTargetLoss
+from ..training import Fit, Objective, Settings, Window
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A trainer with what is not public in it; the trainer restores itself afterwards.
+
+    Args:
+        trainer: a `DistillationMixin`.
+        settings: its distillation arguments.
+        refusals: exceptions of the constructor, which kd_run "check" keeps for the table.
+        loss_shifts_labels: whether upstream compares position i with the label at i + 1, as with a decoder.
+        withheld_columns: columns that stay for the teacher and that the student's `**kwargs` do not get.
+        kept_columns: columns that `remove_unused_columns` keeps.
+        plan, use_plan: reads and sets the plan by which `trainer.compute_loss` computes.
+        use_window: sets the buffer that receives the parts of the loss of a training step.
+    """
+
+    trainer: Any
+    settings: Settings
+    refusals: Sequence[Exception]
+    loss_shifts_labels: bool
+    withheld_columns: Callable[[], set[str]]
+    kept_columns: Callable[[], Sequence[str] | None]
+    plan: Callable[[], Fit | None]
+    use_plan: Callable[[Fit], None]
+    use_window: Callable[[Window], None]
+
+    def objective(self, *, training: bool) -> tuple[Objective, SoftTargetLoss]:
+        return self.settings.objective(self.trainer.state, training=training)
