@@ -10,7 +10,7 @@
 Without a text it takes the docstrings of Python's standard library, of which the students see 300 blocks alone. Without
 a teacher one is trained first, on all of the text. Without a student it is made of every second layer of the teacher.
 Distilled student and baseline take equally many steps on the same blocks from the same start. Every option of the JSON
-can be given on the command line too. After Ctrl-C, `--resume_from_checkpoint true` goes on.
+can be given on the command line too. After Ctrl-C, `--resume_from_checkpoint true` continues.
 """
 
 import copy

@@ -6,7 +6,7 @@
     python examples/distill_mlp.py configs/distill_mlp_digits.json --train_file digits.parquet
     accelerate launch examples/distill_mlp.py configs/distill_mlp.json    # one process for each GPU
 
-Every option of the JSON can be given on the command line too. After Ctrl-C, `--resume_from_checkpoint true` goes on.
+Every option of the JSON can be given on the command line too. After Ctrl-C, `--resume_from_checkpoint true` continues.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A small BART distilled into a smaller one: it mends docstrings whose letters were damaged.
+"""A small BART distilled into a smaller one: it repairs docstrings with damaged letters.
 
     python examples/distill_seq2seq.py configs/distill_seq2seq.json              # a pair that it makes itself
     python examples/distill_seq2seq.py configs/distill_seq2seq.json --seeds 3    # mean and spread
@@ -9,7 +9,7 @@ Without a file the task is made of the docstrings of Python's standard library: 
 goes in, the line comes out; the students see 500 such pairs alone. Without a teacher one is trained first, on all
 pairs. Without a student it is made of every second layer of the teacher, in encoder and decoder. Distilled student and
 baseline take equally many steps on the same pairs from the same start. Every option of the JSON can be given on the
-command line too. After Ctrl-C, `--resume_from_checkpoint true` goes on.
+command line too. After Ctrl-C, `--resume_from_checkpoint true` continues.
 """
 
 import dataclasses

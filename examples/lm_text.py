@@ -88,7 +88,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, append_end: bool =
 def train(trainer: Trainer) -> dict[str, float]:
     """Trains and saves the model; upstream's metrics of it, or none where they are not those of the whole training.
 
-    With `--resume_from_checkpoint true` a training that was stopped goes on, and one that was finished is read back.
+    With `--resume_from_checkpoint true` a stopped training continues, and a finished one is read back.
     """
     folder, resume = Path(trainer.args.output_dir), bool(trainer.args.resume_from_checkpoint)
     if resume and (folder / "train_results.json").exists():

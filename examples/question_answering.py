@@ -1,4 +1,4 @@
-"""Question answering: a student with 200 answered questions learns where a teacher sees the answers to 3,400 others.
+"""Question answering: a student with 200 answers also learns from a teacher's predictions on 3,400 questions.
 
     python examples/question_answering.py     # about 40 seconds on one CPU core
 

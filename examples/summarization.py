@@ -1,4 +1,4 @@
-"""Summarization: a teacher writes summaries of texts that nobody summarised, and a student learns from them.
+"""Summarization: a teacher writes summaries of texts that have none, and a student learns from them.
 
     python examples/summarization.py     # about 55 seconds on one CPU core
 

@@ -2,7 +2,7 @@
 
     python examples/token_classification.py     # about 65 seconds on one CPU core
 
-Which kind of name is each word of a function of the standard library? A word's label stands at its first token; its
+Which kind of name is each word of a function of the standard library? A word's label is at its first token; its
 other tokens have -100, no label, and so have all tokens of a row without labels. The teacher had all labels, the
 student those of 50 functions. Lines marked `# new:` are what distillation adds. Expected share of held-out names whose
 kind is right: teacher 69.7%, before (plain student) 40.1%, after (distilled student) 66.2%; over the seeds 42, 1 and 2:

@@ -104,3 +104,12 @@ def test_the_files_that_the_contributing_section_names_exist():
     assert len(named) > 10
     for name in named:
         assert (ROOT / name).is_file() or (ROOT / "kd_trainer" / name).is_file(), name
+
+
+def test_the_pictures_are_small_and_shown():
+    pictures = sorted((ROOT / "examples" / "images").glob("*"))
+    assert pictures
+    for picture in pictures:
+        assert picture.suffix == ".png"
+        assert picture.stat().st_size <= 60_000
+        assert f"](examples/images/{picture.name})" in (ROOT / "README.md").read_text()

@@ -1,9 +1,7 @@
 """A multilayer perceptron as a `PreTrainedModel`: the teacher and the student of the 784-feature examples.
 
-For: examples, tests and benchmarks that need a real `transformers` model (config, save, load, Auto classes) at the cost
-of an `nn.Sequential`. Importing this file registers the pair with AutoConfig and AutoModelForImageClassification.
-Leaves to others: every loss but the plain hard loss on given labels (`losses/modules.py`, `training/objective.py`),
-data (`tensor_rows.py`). Shapes: B rows, F features, C classes.
+A real `transformers` model (config, save, load, Auto classes) at the cost of an `nn.Sequential`. Importing this file
+registers it with AutoConfig and AutoModelForImageClassification. Shapes: B rows, F features, C classes.
 """
 
 from __future__ import annotations
@@ -17,15 +15,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
-from ..validation import check_choice, check_number, fail, quoted
+from ..validation import check_choice, check_number, fail
+from .tensor_rows import check_count
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
-
-
-def _check_width(argument: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        fail(argument, quoted(value), "a whole number >= 1", f"Give `{argument}` as an int.", error=TypeError)
-    check_number(argument, value, low=1)
 
 
 class MLPConfig(PreTrainedConfig):
@@ -38,7 +31,7 @@ class MLPConfig(PreTrainedConfig):
         dropout: probability after every hidden activation, in [0, 1); default 0.
         num_labels: classes, C >= 2; default 10.
         id2label: names of the classes; default the digits "0", "1", ..., so that teacher and student can be compared
-            by name (transformers' own default `LABEL_i` says nothing).
+            by name (not possible with transformers' default `LABEL_i`).
         kwargs: whatever `PreTrainedConfig` takes.
 
     Raises:
@@ -60,25 +53,20 @@ class MLPConfig(PreTrainedConfig):
         if self.id2label is None:
             num_labels = kwargs.pop("num_labels", None)
             num_labels = 10 if num_labels is None else num_labels
-            _check_width("num_labels", num_labels)
+            check_count("num_labels", num_labels)
             self.id2label = {index: str(index) for index in range(num_labels)}
         if self.label2id is None:
             self.label2id = {name: int(index) for index, name in self.id2label.items()}
         if len(self.id2label) < 2:
-            fail(
-                "num_labels",
-                len(self.id2label),
-                "a whole number >= 2",
-                "Count the class that says no as well.",
-                because="one class has probability 1 whatever the model says",
-            )
-        _check_width("num_features", self.num_features)
+            because = "a single class always has probability 1"
+            fix = "Count the negative class as well."
+            fail("num_labels", len(self.id2label), "a whole number >= 2", fix, because=because)
+        check_count("num_features", self.num_features)
         if not isinstance(self.hidden_sizes, (list, tuple)):
-            fail(
-                "hidden_sizes", repr(self.hidden_sizes), "a list of widths", "Write one width as [64].", error=TypeError
-            )
+            fix = "Write one width as [64]."
+            fail("hidden_sizes", repr(self.hidden_sizes), "a list of widths", fix, error=TypeError)
         for index, width in enumerate(self.hidden_sizes):
-            _check_width(f"hidden_sizes[{index}]", width)
+            check_count(f"hidden_sizes[{index}]", width)
         self.hidden_sizes = list(self.hidden_sizes)  # JSON has no tuples: saved and loaded configs compare equal
         check_choice("activation", self.activation, ACTIVATIONS)
         check_number("dropout", self.dropout, low=0, high=1, open_high=True)
@@ -149,20 +137,12 @@ class MLPForImageClassification(PreTrainedModel):
         if features.dim() != 2:
             features = features.flatten(1)
         if features.shape[1] != self.config.num_features:
-            fail(
-                "features",
-                f"{features.shape[1]} numbers per row",
-                f"{self.config.num_features} (`num_features` of the config)",
-                "Flatten or crop the rows to that size, or build the model with `MLPConfig(num_features=...)`.",
-            )
+            expected = f"{self.config.num_features} (`num_features` of the config)"
+            fix = "Flatten or crop the rows to that size, or build the model with `MLPConfig(num_features=...)`."
+            fail("features", f"{features.shape[1]} numbers per row", expected, fix)
         if not features.is_floating_point():
-            fail(
-                "features",
-                f"of dtype {features.dtype}",
-                "floating point numbers",
-                "Scale integer pixels first: `features.float() / 255`.",
-                error=TypeError,
-            )
+            fix = "Scale integer pixels first: `features.float() / 255`."
+            fail("features", f"of dtype {features.dtype}", "floating point numbers", fix, error=TypeError)
         logits = self.layers(features)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits)

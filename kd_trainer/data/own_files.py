@@ -1,7 +1,6 @@
 """A user's own rows of numbers (csv, parquet, json, or a dataset by name) in the form of `tensor_rows.py`, checked.
 
-Leaves other kinds of data (text, images of several sizes) to the user's own script.
-Shapes: N rows, F features, C classes.
+Not for text or images of several sizes. Shapes: N rows, F features, C classes.
 """
 
 from __future__ import annotations
@@ -32,37 +31,28 @@ def _read(argument: str, value: str) -> datasets.Dataset:
     path = Path(value)
     kind = FILE_TYPES.get(path.suffix.lower())
     if kind is None:
-        mend = "Convert it, or load it yourself and pass the Dataset to Trainer."
-        fail(argument, repr(str(value)), "a file ending in " + ", ".join(FILE_TYPES), mend)
+        fix = "Convert it, or load it yourself and pass the Dataset to Trainer."
+        fail(argument, repr(str(value)), "a file ending in " + ", ".join(FILE_TYPES), fix)
     if not path.is_file():
-        mend = "Check the path; a relative one starts at the current directory."
-        fail(argument, repr(str(value)), "an existing file", mend, error=FileNotFoundError)
+        fix = "Check the path; a relative one starts at the current directory."
+        fail(argument, repr(str(value)), "an existing file", fix, error=FileNotFoundError)
     # One chunk for the whole csv: the type of a column that is 0 in the first 10,000 rows is known only at the end.
     options = {"chunksize": 2**31} if kind == "csv" else {}
     try:
         return datasets.load_dataset(kind, data_files=str(path), split="train", **options)
     except Exception as error:
-        cause = _first_line(error.__cause__ or error)
-        fail(
-            argument,
-            repr(str(value)),
-            f"a readable {kind} file with at least one row",
-            "Repair or rewrite the file.",
-            because=f"reading says: {cause}",
-        )
+        because = f"reading it failed: {_first_line(error.__cause__ or error)}"
+        expected = f"a readable {kind} file with at least one row"
+        fail(argument, repr(str(value)), expected, "Repair or rewrite the file.", because=because)
 
 
 def _read_named(name: str, config_name: str | None) -> datasets.DatasetDict:
     try:
         return datasets.load_dataset(name, config_name)
     except Exception as error:
-        fail(
-            "dataset_name",
-            repr(name),
-            "a dataset of the hub or a local folder",
-            "Check the name and the connection, or give files.",
-            because=f"`datasets` says: {_first_line(error)}",
-        )
+        fix = "Check the name and the connection, or give files."
+        because = f"`datasets` reports: {_first_line(error)}"
+        fail("dataset_name", repr(name), "a dataset of the hub or a local folder", fix, because=because)
 
 
 def _raw_features(split: datasets.Dataset, label: str | None, source: Source) -> np.ndarray:
@@ -85,8 +75,8 @@ def _class_ids(values: np.ndarray, feature: Any, num_classes: int, source: Sourc
     fraction = ~np.isfinite(values) | (values % 1 != 0)
     if fraction.any():
         row = int(fraction.argmax())
-        mend = "Write class ids as integers, and -100 where there is none."
-        source.refuse(f"the label {values[row]} in row {row}", "whole numbers", mend)
+        fix = "Write class ids as integers, and -100 where there is none."
+        source.refuse(f"the label {values[row]} in row {row}", "whole numbers", fix)
     labels = values.astype(np.int64)
     if isinstance(feature, datasets.ClassLabel):
         labels[labels == -1] = IGNORE_INDEX  # how `datasets` marks a label that is not known
@@ -107,8 +97,8 @@ def _checked(
         label = label_name(split.column_names, source)
     features = _raw_features(split, label, source)
     if features.shape[1] != num_features:
-        mend = "Set `num_features`, or keep only the features beside the label column."
-        source.refuse(f"{features.shape[1]} features per row", f"{num_features} (`num_features`)", mend)
+        fix = "Set `num_features`, or keep only the features beside the label column."
+        source.refuse(f"{features.shape[1]} features per row", f"{num_features} (`num_features`)", fix)
     bad = ~np.isfinite(features)
     if bad.any():
         row, column = (int(at[0]) for at in np.nonzero(bad))
@@ -127,8 +117,8 @@ def _scaled(splits: Mapping[str, dict[str, np.ndarray]], sources: Mapping[str, S
     whole = {name: not np.issubdtype(split["features"].dtype, np.floating) for name, split in splits.items()}
     if len(set(whole.values())) > 1:
         name = next(name for name, is_whole in whole.items() if is_whole)
-        mend = "Store the features of all splits as floats on one scale."
-        sources[name].refuse("integer features beside a split of floats", "one type for all splits", mend)
+        fix = "Store the features of all splits as floats on one scale."
+        sources[name].refuse("integer features beside a split of floats", "one type for all splits", fix)
     low = min(split["features"].min() for split in splits.values())
     high = max(split["features"].max() for split in splits.values())
     is_pixels = all(whole.values()) and low >= 0 and 1 < high <= 255
@@ -161,8 +151,8 @@ def load_classification(
 
     A file has a column `labels` or `label` and the features in one of three forms: a column `features` of lists, an
     image column (flattened, row by row), or one column per feature in file order. Other columns are left out where
-    `features` or an image column exists. Features of an integer type with values 0..255 are divided by 255, which a
-    log line says; floats are kept as they are. No code from a dataset repository is run.
+    `features` or an image column exists. Features of an integer type with values 0..255 are divided by 255, with a
+    log line; floats are kept as they are. No code from a dataset repository is run.
 
     Args:
         train_file, validation_file, test_file: csv, parquet or json (lines); each becomes the split of that name.
@@ -178,7 +168,7 @@ def load_classification(
     Raises:
         FileNotFoundError: a file that does not exist.
         ValueError, TypeError: an unknown ending or unreadable file; a missing label column; another number of features;
-            NaN, infinities or nulls; labels out of range or not whole. Each names the file, the row and the mend.
+            NaN, infinities or nulls; labels out of range or not whole. Each names the file, the row and the fix.
 
     Example:
         >>> load_classification(train_file="digits.csv", validation_file="more.csv")  # doctest: +SKIP

@@ -25,7 +25,7 @@ def synthetic_classification(
 ) -> datasets.DatasetDict:
     """x = signal * mean[label] + noise, with mean and noise drawn from N(0, 1) per feature.
 
-    The class means are drawn once and shared by all splits, so that what is learned on one holds on the others. Every
+    The class means are drawn once and shared by all splits. Every
     split has its own random stream, row after row: a split with more rows begins with the rows of the smaller one, and
     the size of one split changes no other.
 
@@ -85,8 +85,8 @@ def soft_target_data(
 ) -> datasets.Dataset:
     """Rows with a target distribution each: features from U(0, 1), soft_targets = softmax of U(0, 1) scores.
 
-    There is no relation between the two, so a linear student has an optimum above 0, and a training run can be held
-    against it: with the defaults the mean KL of the best linear model is 0.03233 nats.
+    There is no relation between the two, so a linear student has an optimum above 0, to compare
+    a training run with: with the defaults the mean KL of the best linear model is 0.03233 nats.
 
     Args:
         num_examples: N, >= 1; default 100.

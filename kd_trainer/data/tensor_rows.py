@@ -1,11 +1,7 @@
-"""Rows of numbers with class labels: the synthetic 784-feature data, and any such rows as tensors.
+"""Rows of numbers with class labels as tensors: from numpy to Arrow to torch, never through Python lists.
 
-For: examples, benchmarks and everyone whose rows are feature vectors of one length. Whatever the source, a dataset has
-the columns `features` (float32, fixed length) and `labels` (int64, -100 = unlabelled), in torch format.
-Leaves to others: a user's own files (`own_files.py`), text and tokenizers (the user's own script), models (`mlp.py`).
-Shapes: N rows, F features, C classes.
-
-Values go from numpy to Arrow to torch and never through Python lists.
+A dataset of this folder has the columns `features` (float32, fixed length) and `labels` (int64, -100 = unlabelled), in
+torch format. Shapes: N rows, F features, C classes.
 """
 
 from __future__ import annotations
@@ -43,18 +39,12 @@ def as_dataset(columns: Mapping[str, np.ndarray]) -> datasets.Dataset:
     return datasets.Dataset(InMemoryTable(pa.table(arrays, names=list(columns)))).with_format("torch")
 
 
-# Synthetic data
-
-
-# Rows as tensors
-
-
 def _flat_values(column: pa.ChunkedArray, name: str) -> tuple[pa.Array, list[int]]:
     """The numbers of an Arrow column in row order, and the shape [N, ...] they stand for."""
     array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     shape = [len(array)]
     while True:
-        if isinstance(array, pa.ExtensionArray):  # datasets' Array2D and its kin
+        if isinstance(array, pa.ExtensionArray):  # datasets' Array2D to Array5D
             array = array.storage
         if array.null_count:
             row = pc.index(pc.is_null(array), True).as_py() // int(np.prod(shape[1:]))
@@ -67,24 +57,14 @@ def _flat_values(column: pa.ChunkedArray, name: str) -> tuple[pa.Array, list[int
             if (lengths != width).any():
                 at = int((lengths != width).argmax())
                 row = at // int(np.prod(shape[1:]))
-                fail(
-                    f"column {name}",
-                    f"{lengths[at]} numbers in row {row}",
-                    f"{width} in every row, as in row 0",
-                    "Pad or crop the rows to one length, or leave the column out.",
-                )
+                fix = "Pad or crop the rows to one length, or leave the column out."
+                fail(f"column {name}", f"{lengths[at]} numbers in row {row}", f"{width} in every row, as in row 0", fix)
         else:
             break
         array = array.flatten()
         shape.append(width)
     if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_boolean(array.type)):
-        fail(
-            f"column {name}",
-            f"of type {array.type}",
-            "numbers",
-            "Leave the column out.",
-            error=TypeError,
-        )
+        fail(f"column {name}", f"of type {array.type}", "numbers", "Leave the column out.", error=TypeError)
     return array, shape
 
 
@@ -98,7 +78,7 @@ def column_of(dataset: datasets.Dataset, name: str) -> np.ndarray:
 class TensorRows(torch.utils.data.Dataset):
     """Rows as one tensor per column; a batch is one indexing operation per column.
 
-    The DataLoader asks `__getitems__` for a whole batch and gets one dict of tensors, which `collate_tensors` hands on.
+    The DataLoader gets a whole batch from `__getitems__`: one dict of tensors, which `collate_tensors` returns.
     At 784 features and 32 rows a batch that is 30 times the rows per second of a Dataset in torch format, and 190 times
     those of Python lists. With `Trainer` set `data_collator=collate_tensors` and `remove_unused_columns=False`.
 
@@ -161,8 +141,8 @@ def as_tensors(dataset: datasets.Dataset) -> TensorRows:
         (torch.Size([784]), torch.int64)
     """
     if not isinstance(dataset, datasets.Dataset):
-        mend = "Pick one split of a DatasetDict; an IterableDataset has to be read into a Dataset first."
-        fail("dataset", f"a {type(dataset).__name__}", "a datasets.Dataset", mend, error=TypeError)
+        fix = "Pick one split of a DatasetDict; an IterableDataset has to be read into a Dataset first."
+        fail("dataset", f"a {type(dataset).__name__}", "a datasets.Dataset", fix, error=TypeError)
     table = dataset.with_format("arrow")[:]
     columns = {}
     for name in dataset.column_names:
@@ -176,7 +156,7 @@ def as_tensors(dataset: datasets.Dataset) -> TensorRows:
 
 
 def collate_tensors(rows: Any) -> dict[str, Any]:
-    """The `data_collator` for `TensorRows`: a batch that is a dict of tensors already is handed on as it is.
+    """The `data_collator` for `TensorRows`: a batch that is a dict of tensors already is returned as it is.
 
     Args:
         rows: what `TensorRows.__getitems__` returns; or a list of single rows, as from any other dataset, which goes to
@@ -195,19 +175,12 @@ def collate_tensors(rows: Any) -> dict[str, Any]:
     if isinstance(rows, Mapping):
         return dict(rows)
     if rows and isinstance(rows[0], str):
-        fail(
-            "remove_unused_columns",
-            True,
-            "False with TensorRows",
-            "Set `remove_unused_columns=False` in the training arguments.",
-            because="Trainer would look for columns in every row, and a batch of TensorRows has none",
-        )
+        because = "Trainer would look for columns in every row, and a batch of TensorRows has none"
+        fix = "Set `remove_unused_columns=False` in the training arguments."
+        fail("remove_unused_columns", True, "False with TensorRows", fix, because=because)
     from transformers import default_data_collator  # a slow import that whole-batch rows never need
 
     return default_data_collator(rows)
-
-
-# Labels
 
 
 class Source(NamedTuple):
@@ -216,8 +189,8 @@ class Source(NamedTuple):
     argument: str
     shown: str
 
-    def refuse(self, found: str, expected: str, mend: str) -> NoReturn:
-        fail(self.argument, f"{self.shown} with {found}", expected, mend)
+    def refuse(self, found: str, expected: str, fix: str) -> NoReturn:
+        fail(self.argument, f"{self.shown} with {found}", expected, fix)
 
 
 def label_name(columns: Sequence[str], source: Source) -> str:
@@ -225,8 +198,8 @@ def label_name(columns: Sequence[str], source: Source) -> str:
     found = [name for name in LABEL_NAMES if name in columns]
     if len(found) != 1:
         names = ", ".join(columns[:8]) + (f", ... ({len(columns)} in all)" if len(columns) > 8 else "")
-        mend = "Rename the column of class ids; an unlabelled row has the label -100."
-        source.refuse(f"the columns {names}", "one column `labels` or `label`", mend)
+        fix = "Rename the column of class ids; an unlabelled row has the label -100."
+        source.refuse(f"the columns {names}", "one column `labels` or `label`", fix)
     return found[0]
 
 
@@ -258,12 +231,8 @@ def split_labelled(dataset: datasets.Dataset, num_labelled: int, *, seed: int = 
     classes, counts = np.unique(labels[labels != IGNORE_INDEX], return_counts=True)
     check_count("num_labelled", num_labelled)
     if num_labelled > counts.sum():
-        fail(
-            "num_labelled",
-            num_labelled,
-            f"at most {counts.sum()}, the labelled rows of `dataset`",
-            "Ask for fewer.",
-        )
+        expected = f"at most {counts.sum()}, the labelled rows of `dataset`"
+        fail("num_labelled", num_labelled, expected, "Give a smaller number.")
     check_count("seed", seed, low=0)
     exact = counts * (num_labelled / counts.sum())
     share = np.floor(exact).astype(np.int64)
@@ -275,11 +244,10 @@ def split_labelled(dataset: datasets.Dataset, num_labelled: int, *, seed: int = 
     ]
     chosen = np.zeros(len(labels), dtype=bool)
     chosen[np.concatenate(picked)] = True
+    kept, rest = (dataset.select(np.flatnonzero(which)) for which in (chosen, ~chosen))
     return datasets.DatasetDict(
-        labelled=_with_labels(dataset.select(np.flatnonzero(chosen)), name, labels[chosen]),
-        unlabelled=_with_labels(
-            dataset.select(np.flatnonzero(~chosen)), name, np.full(int((~chosen).sum()), IGNORE_INDEX)
-        ),
+        labelled=_with_labels(kept, name, labels[chosen]),
+        unlabelled=_with_labels(rest, name, np.full(len(rest), IGNORE_INDEX)),
     )
 
 

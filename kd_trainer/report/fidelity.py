@@ -41,7 +41,7 @@ def _tensor(argument: str, values: Array) -> torch.Tensor:
 
 
 def _logits(argument: str, logits: Array) -> torch.Tensor:
-    """[..., C] as float64 [N, C]: a metric is read to more digits than bf16 holds, and costs nothing."""
+    """[..., C] as float64 [N, C]: a metric needs more digits than bf16 has."""
     logits = _tensor(argument, logits).detach()
     if logits.dim() < 2:
         fail(argument, f"of shape {list(logits.shape)}", "[N, C]", "Give one row of logits per example.")

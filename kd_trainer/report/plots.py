@@ -137,11 +137,8 @@ def _learning_curves(rows: Sequence[Row], colors: dict[str, str]) -> Any:
     """Training loss and evaluation accuracy over the optimizer steps."""
     panels = []
     for key, label, scale, marker in (("loss", "training loss", 1, None), ("eval_accuracy", "accuracy (%)", 100, "o")):
-        curves = {}
-        for model in rows:
-            seeds = [seed for seed in (_values(run.log_history, key) for run in model.runs) if seed]
-            if seeds:
-                curves[model.name] = seeds
+        logged = {row.name: [_values(run.log_history, key) for run in row.runs] for row in rows}
+        curves = {name: [*filter(None, seeds)] for name, seeds in logged.items() if any(seeds)}
         if curves:
             panels.append((label, scale, marker, curves))
     if not panels:
@@ -279,8 +276,8 @@ def _agreement_by_class(figure: Any, axes: Any, shown: Sequence[Row]) -> None:
         total = torch.bincount(labels[counted], minlength=student.shape[-1])
         table = torch.bincount(labels[counted], weights=same[counted], minlength=student.shape[-1]) / total
         tables.append(100 * table.numpy())
-    width = max(map(len, tables))
-    values = np.array([np.pad(table, (0, width - len(table)), constant_values=np.nan) for table in tables])
+    values = np.array(tables)
+    width = values.shape[1]
     image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=min(50.0, float(np.nanmin(values))), vmax=100)
     figure.colorbar(image, ax=axes, label="agreement (%)", pad=0.02)
     axes.set_yticks([])

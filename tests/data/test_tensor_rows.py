@@ -494,5 +494,5 @@ def test_bad_files_and_names(values, tmp_path) -> None:
         load_classification()
     with pytest.raises(ValueError, match="`dataset_name` is 'mnist' beside train_file"):
         load_classification(dataset_name="mnist", train_file="a.csv")
-    with pytest.raises(ValueError, match="expected a dataset of the hub or a local folder, because `datasets` says"):
+    with pytest.raises(ValueError, match="expected a dataset of the hub or a local folder, because `datasets` reports"):
         load_classification(dataset_name=str(tmp_path / "nowhere"))
