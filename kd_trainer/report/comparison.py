@@ -69,6 +69,10 @@ class Report:
     notes: list[str]
     files: list[Path]
 
+    @property
+    def pictures(self) -> list[str]:
+        return [path.name for path in self.files if path.suffix == ".png"]
+
 
 def _findings(rows: Sequence[Row]) -> list[str]:
     """Sentences that follow from the numbers alone, also where they disappoint."""
@@ -190,8 +194,6 @@ def build_report(
     if not runs:
         fail("runs", list(runs), "at least one run", "Give the output folders of Trainer runs.")
     rows = compare(runs)
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     all_notes = [*notes, *_missing(rows)]
     pictures: dict[str, bytes] = {}
     if plots:
@@ -200,11 +202,10 @@ def build_report(
         except ImportError as error:
             all_notes.append(str(error))
     names = ["report.md", "report.json", *pictures]
-    report = Report(title, rows, _findings(rows), all_notes, [folder / name for name in names])
-    for name, image in pictures.items():
-        write_atomically(folder / name, image)
-    write_atomically(folder / "report.json", _json(report).encode())
-    write_atomically(folder / "report.md", _markdown(report).encode())
+    report = Report(title, rows, _findings(rows), all_notes, [Path(output_dir, name) for name in names])
+    contents: list[str | bytes] = [_markdown(report), _json(report), *pictures.values()]
+    for path, content in zip(report.files, contents, strict=True):
+        write_atomically(path, content)
     return report
 
 
@@ -253,9 +254,8 @@ def _markdown(report: Report) -> str:
     formulas = [f"- {row.name}: `{formula}`" for row in report.rows for formula in row.formulas()]
     if formulas:
         parts += ["## Loss", "\n".join(formulas)]
-    pictures = [path.name for path in report.files if path.suffix == ".png"]
-    if pictures:
-        parts += ["## Pictures", *(f"![{_CAPTIONS[name]}]({name})\n\n*{_CAPTIONS[name]}*" for name in pictures)]
+    if report.pictures:
+        parts += ["## Pictures", *(f"![{_CAPTIONS[name]}]({name})\n\n*{_CAPTIONS[name]}*" for name in report.pictures)]
     if report.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in report.notes)]
     return "\n\n".join(parts) + "\n"
@@ -278,9 +278,9 @@ def _json(report: Report) -> str:
         }
         for row in report.rows
     ]
-    pictures = [path.name for path in report.files if path.suffix == ".png"]
     content = {"title": report.title, "rows": rows, "findings": report.findings, "notes": report.notes}
-    return json.dumps({**content, "pictures": pictures}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    content["pictures"] = report.pictures
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def print_table(report: Report, console: Console | None = None) -> None:

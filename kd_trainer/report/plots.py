@@ -99,6 +99,18 @@ def _numbers(rows: Sequence[Row], number: str) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
+def _patch(color: str, alpha: float = 1.0) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(color=color, alpha=alpha)
+
+
+def _line(**style: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color="black", **style)
+
+
 def _legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], columns: int) -> None:
     """A legend under the panels, where it covers no data."""
     short = [_wrapped(label, 110 // columns) for label in labels]
@@ -190,7 +202,9 @@ def _reliability(rows: Sequence[Row], colors: dict[str, str], bins: int = 15) ->
         axes.set_xlabel("confidence (largest probability)" if index + columns >= len(shown) else "")
         axes.set_ylabel("accuracy" if index % columns == 0 else "")
     figure.suptitle("Reliability on the test data: accuracy by confidence", fontsize=11)
-    _reliability_legend(figure)
+    handles = [_patch("#888888", 0.7), _patch("#888888", 0.25), _line(lw=1.3), _line(ls="--", lw=1)]
+    labels = ["accuracy in the bin", f"same, fewer than {_FEW_ROWS} rows", "share of the rows", "perfectly calibrated"]
+    _legend_below(figure, handles, labels, 2)
     return figure
 
 
@@ -203,20 +217,6 @@ def _draw_bins(axes: Any, logits: torch.Tensor, labels: torch.Tensor, bins: int,
         bar.set_alpha(0.5 if count >= _FEW_ROWS else 0.15)
     axes.stairs(found.fraction.numpy(), edges, color="black", lw=1.3)
     axes.plot([0, 1], [0, 1], color="black", ls=(0, (4, 3)), lw=1)
-
-
-def _reliability_legend(figure: Any) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles = [
-        Patch(color="#888888", alpha=0.7),
-        Patch(color="#888888", alpha=0.25),
-        Line2D([], [], color="black", lw=1.3),
-        Line2D([], [], color="black", ls="--", lw=1),
-    ]
-    labels = ["accuracy in the bin", f"same, fewer than {_FEW_ROWS} rows", "share of the rows", "perfectly calibrated"]
-    _legend_below(figure, handles, labels, 2)
 
 
 def _agreement(rows: Sequence[Row], colors: dict[str, str]) -> Any:
@@ -235,28 +235,19 @@ def _agreement(rows: Sequence[Row], colors: dict[str, str]) -> Any:
     known = np.isfinite(accuracies)
     left.scatter(accuracies[known], places[known] - 0.18, marker="D", s=34, color="white", edgecolors="black", zorder=3)
     teacher = next((row.mean("test_accuracy_percent") for row in rows if row.role == "teacher"), None)
+    entries = [(_patch("#888888"), "agreement with the teacher")]
+    if known.any():
+        entries.append((_line(marker="D", ls="", markerfacecolor="white"), "test accuracy"))
     if teacher is not None:
         left.axvline(teacher, color=_TEACHER, ls="--", lw=1, zorder=0)
+        entries.append((_line(ls="--", lw=1), "teacher's test accuracy"))
     left.set_yticks(places, [_wrapped(model.name, 20) for model in shown])
     left.set_ylim(len(shown) - 0.5, -0.5)  # as the map beside it
     left.set(xlim=(0, 100), xlabel="test rows (%)", title="Same class as the teacher")
-    _agreement_legend(figure, bool(known.any()), teacher is not None)
-    _agreement_by_class(figure, right, shown)
-    return figure
-
-
-def _agreement_legend(figure: Any, accuracy: bool, teacher: bool) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    entries: list[tuple[Any, str]] = [(Patch(color="#888888"), "agreement with the teacher")]
-    if accuracy:
-        diamond = Line2D([], [], marker="D", ls="", markerfacecolor="white", markeredgecolor="black")
-        entries.append((diamond, "test accuracy"))
-    if teacher:
-        entries.append((Line2D([], [], color=_TEACHER, ls="--", lw=1), "teacher's test accuracy"))
     handles, labels = zip(*entries, strict=True)
     _legend_below(figure, handles, labels, len(entries))
+    _agreement_by_class(figure, right, shown)
+    return figure
 
 
 def _agreement_by_class(figure: Any, axes: Any, shown: Sequence[Row]) -> None:
@@ -328,8 +319,6 @@ def _temperature(rows: Sequence[Row], colors: dict[str, str]) -> Any:
 
 def _divergences(rows: Sequence[Row], colors: dict[str, str]) -> Any:
     """The three divergences between teacher P and student Q, side by side."""
-    from matplotlib.patches import Patch
-
     shown = [row for row in rows if row.role != "teacher" and row.mean("kl_to_teacher_nats") is not None]
     if not shown:
         return None
@@ -359,5 +348,5 @@ def _divergences(rows: Sequence[Row], colors: dict[str, str]) -> Any:
     axes.set_xticks(range(len(shown)), [_wrapped(model.name, 20) for model in shown])
     axes.set_ylabel("nats per test row, T = 1" + (" (log scale)" if logarithmic else ""))
     axes.set_title("How far each student Q is from the teacher P, by direction")
-    _legend_below(figure, [Patch(color=color) for color, *_ in drawn], list(DIVERGENCE_LABELS.values()), 3)
+    _legend_below(figure, [_patch(color) for color, *_ in drawn], list(DIVERGENCE_LABELS.values()), 3)
     return figure

@@ -138,9 +138,7 @@ def save_predictions(output_dir: str | os.PathLike[str], predictions: Any, label
         labels = torch.full(logits.shape[:1], fidelity.IGNORE_INDEX)
     written = Predictions(logits, torch.as_tensor(labels).detach().cpu().long().contiguous())
     _check_predictions("predictions", written)
-    path = Path(output_dir) / PREDICTIONS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_atomically(path, save(written._asdict()))
+    return write_atomically(Path(output_dir) / PREDICTIONS_FILE, save(written._asdict()))
 
 
 def load_run(path: str | os.PathLike[str], name: str | None = None) -> Run:

@@ -527,7 +527,7 @@ def one_class(tmp_path):
     soft_target_data(num_classes=1)
 
 
-@case("num_labelled", "Ask for fewer", "at most 20")
+@case("num_labelled", "Give a smaller number", "at most 20")
 def more_labelled_rows_than_there_are(tmp_path):
     split_labelled(synthetic_classification(num_train=20, num_features=3)["train"], 21)
 
