@@ -11,13 +11,14 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 import torch
 
 from .fidelity import reliability_bins
-from .runs import Row
+from .runs import Row, finite
 
 TEMPERATURES = (1, 2, 3, 5, 10)
 DIVERGENCE_LABELS = {
@@ -76,15 +77,8 @@ def _figure(width: float, height: float) -> Any:
 
 def _colors(rows: Sequence[Row]) -> dict[str, str]:
     """One colour per model name, the same in every picture."""
-    colors, seen = {}, {"baseline": 0, "student": 0}
-    for model in rows:
-        if model.role == "teacher":
-            colors[model.name] = _TEACHER
-            continue
-        kind, palette = ("baseline", _BASELINES) if model.role == "baseline" else ("student", _STUDENTS)
-        colors[model.name] = palette[seen[kind] % len(palette)]
-        seen[kind] += 1
-    return colors
+    palettes = {"teacher": cycle([_TEACHER]), "baseline": cycle(_BASELINES), "student": cycle(_STUDENTS)}
+    return {row.name: next(palettes[row.role]) for row in rows}
 
 
 def _wrapped(name: str, width: int) -> str:
@@ -119,12 +113,8 @@ def _legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], co
 
 def _values(history: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
     """{optimizer step: value} of one logged key, where the value is a finite number."""
-    found = {}
-    for entry in history:
-        value = entry.get(key)
-        if "step" in entry and isinstance(value, (int, float)) and math.isfinite(value):
-            found[int(entry["step"])] = float(value)
-    return found
+    logged = [entry for entry in history if "step" in entry and finite(entry.get(key)) is not None]
+    return {int(entry["step"]): float(entry[key]) for entry in logged}
 
 
 def _draw_curve(axes: Any, seeds: list[dict[int, float]], color: str, scale: float, marker: str | None) -> Any:
@@ -132,9 +122,8 @@ def _draw_curve(axes: Any, seeds: list[dict[int, float]], color: str, scale: flo
     steps = sorted(set.intersection(*map(set, seeds)))
     if len(steps) < max(map(len, seeds)) / 2:
         for seed in seeds:
-            (line,) = axes.plot(
-                list(seed), scale * np.array(list(seed.values())), color=color, lw=1, marker=marker, ms=3
-            )
+            values = scale * np.array(list(seed.values()))
+            (line,) = axes.plot(list(seed), values, color=color, lw=1, marker=marker, ms=3)
         return line
     values = scale * np.array([[seed[step] for step in steps] for seed in seeds])
     mean = values.mean(0)
@@ -157,9 +146,8 @@ def _learning_curves(rows: Sequence[Row], colors: dict[str, str]) -> Any:
         return None
     figure = _figure(4.8 * len(panels) + (1.2 if len(panels) == 1 else 0), 4.2)
     handles: dict[str, Any] = {}
-    for axes, (label, scale, marker, curves) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, scale, marker, curves) in zip(all_axes, panels, strict=True):
         for name, seeds in curves.items():
             handles[name] = _draw_curve(axes, seeds, colors[name], scale, marker)
         losses = label == "training loss"
@@ -324,29 +312,28 @@ def _divergences(rows: Sequence[Row], colors: dict[str, str]) -> Any:
         return None
     figure = _figure(max(6.4, 2.1 * len(shown) + 1.5), 4.4)
     axes = figure.subplots()
-    drawn = []
-    for index, (key, color) in enumerate(zip(DIVERGENCE_LABELS, ("#0072B2", "#E69F00", "#009E73"), strict=True)):
+    colors = dict(zip(DIVERGENCE_LABELS, ("#0072B2", "#E69F00", "#009E73"), strict=True))
+    positive = []
+    for index, (key, color) in enumerate(colors.items()):
         mean, spread = _numbers(shown, key)
         places = np.arange(len(shown)) + (index - 1) * 0.27
-        finite = np.isfinite(mean)
-        axes.bar(places[finite], mean[finite], 0.25, yerr=spread[finite], color=color, capsize=2, error_kw={"lw": 1})
-        drawn.append((color, mean[finite], places, mean, spread))
-    positive = np.concatenate([mean[mean > 0] for _, mean, _, _, _ in drawn])
-    # One far-off student would flatten the bars of the others.
-    logarithmic = len(positive) > 0 and positive.max() > 30 * positive.min()
-    if logarithmic:
-        axes.set_yscale("log")
-        axes.set_ylim(positive.min() / 3, positive.max() * 3)
-    for _, _, places, mean, spread in drawn:
-        for place, value, whisker in zip(places, mean, spread, strict=True):
+        known = np.isfinite(mean)
+        axes.bar(places[known], mean[known], 0.25, yerr=spread[known], color=color, capsize=2, error_kw={"lw": 1})
+        positive += mean[known & (mean > 0)].tolist()
+        for place, value, whisker in zip(places, mean, np.nan_to_num(spread), strict=True):
             if math.isfinite(value):
-                above = (place, value + np.nan_to_num(whisker))
+                above = (place, value + whisker)
                 axes.annotate(f"{value:.3g}", above, (0, 3), textcoords="offset points", ha="center", fontsize=8)
             else:
                 axes.annotate("inf", (place, 0.95), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
+    # One far-off student would flatten the bars of the others.
+    logarithmic = bool(positive) and max(positive) > 30 * min(positive)
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.set_ylim(min(positive) / 3, max(positive) * 3)
     axes.margins(y=0.12)
     axes.set_xticks(range(len(shown)), [_wrapped(model.name, 20) for model in shown])
     axes.set_ylabel("nats per test row, T = 1" + (" (log scale)" if logarithmic else ""))
     axes.set_title("How far each student Q is from the teacher P, by direction")
-    _legend_below(figure, [_patch(color) for color, *_ in drawn], list(DIVERGENCE_LABELS.values()), 3)
+    _legend_below(figure, [*map(_patch, colors.values())], list(DIVERGENCE_LABELS.values()), 3)
     return figure
