@@ -12,45 +12,13 @@ from typing import Any
 
 HIDDEN = "<hidden>"
 
-_WORDS = frozenset(
-    [
-        "password",
-        "passwd",
-        "passphrase",
-        "pwd",
-        "secret",
-        "secrets",
-        "credential",
-        "credentials",
-        "authorization",
-        "cookie",
-    ]
-)
-_KEYS_OF = frozenset(
-    ["api", "access", "private", "secret", "auth", "account", "encryption", "ssh", "signing", "subscription"]
-)
+_WORDS = frozenset({"password", "passwd", "passphrase", "pwd", "secret", "secrets"})
+_WORDS |= {"credential", "credentials", "authorization", "cookie"}
+_KEYS_OF = frozenset({"api", "access", "private", "secret", "auth", "account", "encryption", "ssh", "signing"})
+_KEYS_OF |= {"subscription"}
 # A tokenizer's own tokens, which are no secrets.
-_OF_TEXT = frozenset(
-    [
-        "bos",
-        "eos",
-        "pad",
-        "unk",
-        "sep",
-        "cls",
-        "mask",
-        "image",
-        "audio",
-        "video",
-        "start",
-        "end",
-        "prefix",
-        "suffix",
-        "special",
-        "boi",
-        "eoi",
-    ]
-)
+_OF_TEXT = frozenset({"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "audio", "video", "start", "end"})
+_OF_TEXT |= {"prefix", "suffix", "special", "boi", "eoi"}
 
 _VALUES = re.compile(
     r"(?<![\w/\\.-])(?:(?:hf|api_org)_[A-Za-z0-9_-]{6,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
@@ -112,7 +80,7 @@ def hidden(value: Any, name: Any = None) -> Any:
         return HIDDEN
     if isinstance(value, str):
         cleaned = scrub(value)
-        return value if cleaned == value else cleaned
+        return value if cleaned == value else cleaned  # a subclass of str stays one
     if isinstance(value, bytes):
         text = value.decode("latin-1")
         return value if scrub(text) == text else HIDDEN

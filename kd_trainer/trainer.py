@@ -165,7 +165,7 @@ class DistillationMixin(OfflineTeacher):
             batch: looked at instead of the first one of the training data.
 
         Returns:
-            The rows: `status` ("ok", "warning" or "error"), `what` was looked at, what was `found`, how to `mend` it.
+            The rows: `status` ("ok", "warning" or "error"), `what` was looked at, what was `found`, how to `fix` it.
         """
         with self._inspected() as inspection:
             return examine(inspection, evaluate=evaluate, batch=batch)

@@ -2,7 +2,7 @@
 
 For: every place where a bad value can be known before it trains wrongly. Leaves what is right or wrong to the caller.
 
-Every message reads: `argument` is VALUE; expected WHAT[, because CONSEQUENCE]. HOW TO MEND IT.
+Every message reads: `argument` is VALUE; expected WHAT[, because CONSEQUENCE]. HOW TO FIX IT.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .redaction import hidden, scrub
 
 
 class Message(str):
-    """A message in the house form that remembers its last part."""
+    """A message in the form above, with its last part."""
 
-    mend: str = ""  # how to mend it
+    fix: str = ""
 
 
 def message(argument: str, shown: Any, expected: str, fix: str, *, because: str | None = None) -> Message:
-    """The house form of an error message, without secrets.
+    """An error message without secrets.
 
     Args:
         shown: of the value. Text is printed as it stands: a shape, a class name, `quoted(value)`; all else by its repr.
@@ -34,7 +34,7 @@ def message(argument: str, shown: Any, expected: str, fix: str, *, because: str 
     shown = shown if isinstance(shown, str) else repr(shown)
     reason = f", because {because}" if because else ""
     made = Message(scrub(f"`{argument}` is {shown}; expected {expected}{reason}. ") + fix)
-    made.mend = fix
+    made.fix = fix
     return made
 
 
@@ -52,7 +52,7 @@ def fail(
     because: str | None = None,
     error: type[Exception] = ValueError,
 ) -> NoReturn:
-    """Raises `error` (ValueError for a value, TypeError for a type, RuntimeError for a state) in the house form."""
+    """Raises `error` (ValueError for a value, TypeError for a type, RuntimeError for a state) with that message."""
     raise error(message(argument, shown, expected, fix, because=because))
 
 
@@ -67,12 +67,8 @@ def check_choice(argument: str, value: Any, choices: Iterable[str]) -> None:
     choices = choices if isinstance(choices, (dict, tuple)) else list(choices)
     if not isinstance(value, str) or value not in choices:
         near = nearest(value, choices) if isinstance(value, str) else ""
-        fail(
-            argument,
-            quoted(value),
-            "one of " + ", ".join(map(repr, choices)),
-            near or f"Set `{argument}` to one of these.",
-        )
+        expected = "one of " + ", ".join(map(repr, choices))
+        fail(argument, quoted(value), expected, near or f"Set `{argument}` to one of these.")
 
 
 def check_number(
@@ -93,14 +89,12 @@ def check_number(
         below = high is None or (value < high if open_high else value <= high)
         if above and below:  # first, since a loss checks its temperature at every step
             return
-    if low is None and high is None:
-        expected = "a finite number"
-    elif high is None:
-        expected = f"a finite number {'>' if open_low else '>='} {low:g}"
-    elif low is None:
-        expected = f"a finite number {'<' if open_high else '<='} {high:g}"
-    else:
+    if low is not None and high is not None:
         expected = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+    else:
+        limit = "" if low is None else f" {'>' if open_low else '>='} {low:g}"
+        limit = limit if high is None else f" {'<' if open_high else '<='} {high:g}"
+        expected = f"a finite number{limit}"
     if isinstance(value, int) and not _is_finite(value):
         value = f"a whole number of {value.bit_length()} bits"
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -134,7 +128,7 @@ def check_temperature(argument: str, value: Any) -> None:
     fail(argument, f"{value:g}", "a number from 1e-18 to 1e+18", "Usual are 1 to 10.", because=because)
 
 
-# In which launchers tell a process its number.
+# Environment variables in which launchers write the number of a process.
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 

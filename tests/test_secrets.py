@@ -117,7 +117,7 @@ def test_no_message_shows_a_secret():
     told = [message("teacher_model_init_kwargs", KWARGS, "nothing", "Leave it out."), message("token", ODD, "no", "x")]
     told.append(message("x", SECRET, f"y ({SECRET})", f"Use token={ODD}.", because=f"{SECRET} is wrong"))
     assert not shows_a_secret("".join(told))
-    assert told[0].mend == "Leave it out."
+    assert told[0].fix == "Leave it out."
     with pytest.raises(ValueError, match="<hidden>") as error:
         fail("argv", ["--hub_token", ODD], "options", "Give them.")
     assert not shows_a_secret(str(error.value))

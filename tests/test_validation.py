@@ -25,8 +25,8 @@ def test_message_has_the_house_form():
 
 def test_message_remembers_the_mend():
     made = message("a", 3, "a number. Or two", "Mend. It.")
-    assert made.mend == "Mend. It."
-    assert pickle.loads(pickle.dumps(ValueError(made))).args[0].mend == "Mend. It."
+    assert made.fix == "Mend. It."
+    assert pickle.loads(pickle.dumps(ValueError(made))).args[0].fix == "Mend. It."
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError, FileNotFoundError])

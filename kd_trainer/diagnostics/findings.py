@@ -6,6 +6,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,45 +32,41 @@ class Finding(NamedTuple):
         status: "ok", "warning" (suspicious) or "error" (training would stop, or learn something else than meant).
         what: what was looked at.
         found: what was found.
-        mend: how to mend it, or what would be better; "" where there is nothing to do.
+        fix: how to fix it, or what would be better; "" where there is nothing to do.
     """
 
     status: str
     what: str
     found: str
-    mend: str = ""
+    fix: str = ""
+
+    @property
+    def mend(self) -> str:
+        """The former name of `fix`."""
+        return self.fix
 
 
-def ok(what: str, found: str, mend: str = "") -> Finding:
-    return Finding("ok", what, found, mend)
-
-
-def warning(what: str, found: str, mend: str) -> Finding:
-    return Finding("warning", what, found, mend)
-
-
-def error(what: str, found: str, mend: str) -> Finding:
-    return Finding("error", what, found, mend)
+ok, warning, error = partial(Finding, "ok"), partial(Finding, "warning"), partial(Finding, "error")
 
 
 def refused(what: str, exception: BaseException) -> Finding:
-    """The row of an exception: a refusal of this package with its own mend, or whatever else went wrong."""
-    said = exception.args[0] if exception.args else ""
-    if isinstance(said, Message):
-        return error(what, said.removesuffix(f" {said.mend}"), said.mend)
+    """The row of an exception: one of this package with its own fix, or any other."""
+    text = exception.args[0] if exception.args else ""
+    if isinstance(text, Message):
+        return error(what, text.removesuffix(f" {text.fix}"), text.fix)
     clean = scrub(str(exception)) == str(exception)  # a traceback shows the text as it is
     warn(logger, "[kd_trainer] while checking %s:", what, exc_info=exception if clean else None)
     frames = traceback.extract_tb(exception.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     text = ": ".join([type(exception).__name__, *scrub(str(exception)).splitlines()[:1]])
-    mend = "Training would stop with it too; the traceback is in the log."
+    fix = "Training would stop with it too; the traceback is in the log."
     if isinstance(exception, torch.OutOfMemoryError):
-        mend = "Halve per_device_train_batch_size and double gradient_accumulation_steps: the loss stays the same."
-    return error(what, text + place, mend)
+        fix = "Halve per_device_train_batch_size and double gradient_accumulation_steps: the loss stays the same."
+    return error(what, text + place, fix)
 
 
 def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
-    """Prints the table, the mend of a row below what was found, and how many errors and warnings there are."""
+    """Prints the table, each fix below what was found, and the number of errors and warnings."""
     leave_progress_bar()
     if console is None:
         console = Console(highlight=False)
@@ -80,13 +77,13 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
         table.add_column(name, overflow="fold")
     for finding in findings:
         text = Text(finding.found)
-        if finding.mend:
-            text.append(f"\n-> {finding.mend}", style="italic")
+        if finding.fix:
+            text.append(f"\n-> {finding.fix}", style="italic")
         table.add_row(finding.what, Text(finding.status, style=_STYLES[finding.status]), text)
     console.print(table)
     counts = {status: sum(finding.status == status for finding in findings) for status in ("error", "warning")}
-    said = ", ".join(f"{count} {status}{'' if count == 1 else 's'}" for status, count in counts.items())
-    console.print(Text(f"[kd_trainer] {said}"))
+    summary = ", ".join(f"{count} {status}{'' if count == 1 else 's'}" for status, count in counts.items())
+    console.print(Text(f"[kd_trainer] {summary}"))
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
@@ -112,7 +109,7 @@ class Findings:
                 self.rows.append(row)
 
     def passes(self, what: str, check: Callable[[], str | None]) -> bool:
-        """Whether a check of the list raises nothing; a row tells what it has found."""
+        """Whether a check raises nothing; a row holds the line that it returns."""
         passed = False
         with self.attempt(what):
             line = check()
@@ -120,15 +117,15 @@ class Findings:
             passed = True
         return passed
 
-    def everywhere(self, mine: bool) -> bool:
-        """Whether it is so on every process; a process that went on alone would wait for the others for ever."""
+    def everywhere(self, here: bool) -> bool:
+        """Whether it is so on every process; one that went on alone would wait for the others for ever."""
         if self._accelerator.num_processes == 1:
-            return mine
-        agreed = self._accelerator.reduce(torch.tensor(float(mine), device=self._device), reduction="sum")
+            return here
+        agreed = self._accelerator.reduce(torch.tensor(float(here), device=self._device), reduction="sum")
         return int(agreed) == self._accelerator.num_processes
 
     def of_all_processes(self) -> list[Finding]:
-        """The first process's rows, with what was wrong on others alone."""
+        """The first process's rows, and warnings and errors that only other processes have."""
         if self._accelerator.num_processes == 1:
             return self.rows
         from accelerate.utils import gather_object
@@ -136,6 +133,6 @@ class Findings:
         first, *others = gather_object([self.rows])
         for process, rows in enumerate(others, 1):
             known = {(row.status, row.what) for row in first}
-            found = (row for row in rows if row.status != "ok" and (row[:2]) not in known)
+            found = (row for row in rows if row.status != "ok" and row[:2] not in known)
             first = [*first, *(row._replace(found=f"process {process}: {row.found}") for row in found)]
         return first

@@ -372,5 +372,5 @@ def _columns(model: Any, head: Head, rows: int, length: int) -> dict[str, Tensor
     if name == "pixel_values" and size is not None:
         sides = (size, size) if isinstance(size, int) else tuple(size)
         return {name: torch.empty(rows, getattr(config, "num_channels", 3), *sides, device="meta")}
-    mend = "Give one of the collator; the meta device will do."
-    fail("batch", None, f"a batch, since {type(model).__name__} reads {name}", mend)
+    fix = "Give one of the collator; the meta device will do."
+    fail("batch", None, f"a batch, since {type(model).__name__} reads {name}", fix)

@@ -1,4 +1,4 @@
-"""What `check()` runs: one step on the batch, the same loss differently cut, soft beside hard, teacher beside student.
+"""What `check()` runs: a step, the loss of the batch split and padded, soft and hard gradient, teacher and student.
 
 For: `check.py`, which restores afterwards what is changed here.
 """
@@ -19,29 +19,29 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import IGNORE_INDEX, divide
-from ..tasks import behind_front, main_input, model_inputs, vocabulary_rows
-from ..teachers import positions_of
+from ..tasks import behind_front, main_input, model_inputs, unchanged_attributes, vocabulary_rows
+from ..teachers import LiveTeacher, positions_of
 from ..training import Counts, Fit, Setup, Window, named
 from .advice import about_path, pad_id_of
 from .batch_changes import padded, pieces_of, starts_padded
 from .findings import Finding, Findings, error, has_errors, ok, warning
 from .inspection import Inspection
-from .memory import estimate_memory
+from .memory import COLUMNS, estimate_memory
 
 _EVALUATED = 50  # batches of the evaluation data
 _WARM = 10.0  # seconds: a step that took longer is not run a second time for a better measure
 _MORE = 8  # positions of padding
 _AT_ONCE = 2**27  # logits of a language model
-_LOPSIDED = 0.95
+_LARGEST_SHARE = 0.95  # of the gradient, without a warning
 
 
 class Trial(NamedTuple):
-    """What the passes through the models need."""
+    """Arguments of the passes through the models."""
 
     inspection: Inspection
     setup: Setup
     fit: Fit
-    model: nn.Module  # the student as it is called
+    model: nn.Module  # the student as the accelerator wrapped it
     batch: dict[str, Any]  # prepared, with the inputs of a decoder
 
     @property
@@ -49,8 +49,12 @@ class Trial(NamedTuple):
         return self.inspection.trainer
 
     @property
+    def kd(self) -> Any:
+        return self.inspection.settings.kd
+
+    @property
     def whole(self) -> bool:
-        """Whether every process has a whole student and may call it as often as it likes."""
+        """Whether every process has the whole student and may call it any number of times."""
         return not self.setup.sharded
 
     @property
@@ -60,42 +64,42 @@ class Trial(NamedTuple):
         return accelerator.autocast() if self.whole and accelerator.mixed_precision != "no" else nullcontext()
 
     def loss(self, batch: Mapping[str, Any], counts: Counts | None = None) -> Tensor:
-        """The trainer's own."""
         with self.precision:
             return self.trainer.compute_loss(self.model, dict(batch), num_items_in_batch=counts)
 
-    def logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Of student and teacher; without gradient."""
-        head, live, taught = self.fit.head, self.setup.live, None
-        if live is not None:
-            taught = live(batch, self.trainer.accelerator, self.model, read=head.logits)
+    def logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Of student and live teacher; without gradient."""
+        head, live = self.fit.head, cast(LiveTeacher, self.setup.live)
+        teacher_logits = live(batch, self.trainer.accelerator, self.model, read=head.logits)
         with torch.no_grad(), self.precision:
             logits = head.logits(self.model(**model_inputs(batch, self.fit.accepted)), "model")
             logits = behind_front(logits, self.fit.student, batch)
-        return logits, None if taught is None else taught.to(logits.device)
+        return logits, teacher_logits.to(logits.device)
 
 
 def run(trial: Trial, findings: Findings, evaluate: bool) -> None:
-    """Adds the rows of all passes; where the step fails its row alone."""
+    """Adds the rows of all passes, or that of the step alone where it fails."""
     before = len(findings.rows)
     with findings.attempt("loss"):
         findings.rows += _step(trial, findings)
     if not findings.everywhere(not has_errors(findings.rows[before:])):
         return
     plan = cast(Fit, trial.inspection.plan())  # with full logits where the step has fallen back to them
-    findings.rows += about_path(plan, trial.fit.student, trial.inspection.settings.kd.kd_loss_implementation)
-    parts: dict[str, Callable[[Trial, Findings], list[Finding]]]
-    parts = {"memory": _memory, "split": _halves, "padding": _more_padding, "soft and hard": _shares}
-    for what, part in {**parts, **({"teacher's quality": _teacher_beside_student} if evaluate else {})}.items():
+    findings.rows += about_path(plan, trial.fit.student, trial.kd.kd_loss_implementation)
+    passes: dict[str, Callable[[Trial, Findings], list[Finding]]] = {
+        "memory": _memory, "split": _split, "padding": _padding, "soft and hard": _shares,
+        "teacher's quality": _teacher_quality if evaluate else lambda *_: [],
+    }  # fmt: skip
+    for what, one in passes.items():
         with findings.attempt(what):
-            findings.rows += part(trial, findings)
+            findings.rows += one(trial, findings)
 
 
 def _step(trial: Trial, findings: Findings) -> list[Finding]:
     """The loss of a training step and its gradient."""
     trainer, fit = trial.trainer, trial.fit
     fit.student.train()
-    # Where the student is sharded, or saves memory in a way that begins with training, no gradient is asked for.
+    # No gradient of a sharded student, or where upstream sets up activation checkpointing in `train`.
     backward = trial.whole and not _checkpoints_activations(trainer.args)
     seconds = math.inf
     counts = trial.inspection.objective(training=True)[0].count(fit.head, trial.batch)
@@ -104,22 +108,22 @@ def _step(trial: Trial, findings: Findings) -> list[Finding]:
         window = Window(trainer.args.device)
         trial.inspection.use_window(window)
         fit.student.zero_grad(set_to_none=True)
-        begun = _now(trainer)
+        start = _now(trainer)
         with torch.set_grad_enabled(backward), _in_training(trainer):
             loss = trial.loss(trial.batch, counts)
         if backward:
             loss.backward()
-        seconds = min(seconds, _now(trainer) - begun)
+        seconds = min(seconds, _now(trainer) - start)
         if seconds > _WARM or not trial.whole:
             break
     findings.memory_peak = memory_peak() if backward else None
-    sums = window.sums()  # None where a class in front has a compute_loss that does not call ours
+    sums = window.sums()  # None where a subclass has a compute_loss that does not call this one
     parts = {} if sums is None else named(sums.tolist(), "")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
     found = f"{loss.item():.4f} of one batch: {shown}"
     if not math.isfinite(loss.item()):
-        mend = 'Set kd_check_finite to "step" to see which rows and whose logits are not finite.'
-        return [error("loss", found, mend)]
+        fix = 'Set kd_check_finite to "step" to see which rows and whose logits are not finite.'
+        return [error("loss", found, fix)]
     rows = [ok("loss", found)]
     if trial.whole:
         rows += _seconds(trial, seconds, backward)
@@ -132,27 +136,27 @@ def _checkpoints_activations(args: Any) -> bool:
 
 def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
     trainer, count = trial.trainer, main_input(trial.batch).shape[0]
-    taught = 0.0
+    teacher = 0.0
     if trial.setup.live is not None and not trial.inspection.settings.always_hard:
         times = [_now(trainer)]
         for _ in range(1 if whole > _WARM else 2):
-            trainer.teacher.outputs(trial.batch, trainer.accelerator, trial.model)
+            trial.setup.live.outputs(trial.batch, trainer.accelerator, trial.model)
             times.append(_now(trainer))
-        taught = min(after - before for before, after in itertools.pairwise(times))
+        teacher = min(after - before for before, after in itertools.pairwise(times))
     passes = "forward and backward" if backward else "forward"
-    own = f"{max(whole - taught, 0.0):.3g} s for the student's {passes} and the loss"
-    found = f"a batch of {count} row{'' if count == 1 else 's'} takes {own}"
-    return [ok("time", found + (f", {taught:.3g} s for the teacher's forward" if taught else ""))]
+    student = f"{max(whole - teacher, 0.0):.3g} s for the student's {passes} and the loss"
+    found = f"a batch of {count} row{'' if count == 1 else 's'} takes {student}"
+    return [ok("time", found + (f", {teacher:.3g} s for the teacher's forward" if teacher else ""))]
 
 
 def _gradient(args: Any, student: nn.Module) -> list[Finding]:
-    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    unused = [name for name, p in trained.items() if p.grad is None]
-    norms = [p.grad.detach().float().norm() for p in trained.values() if p.grad is not None]
+    trained = [(name, p.grad) for name, p in student.named_parameters() if p.requires_grad]
+    unused = [name for name, gradient in trained if gradient is None]
+    norms = [gradient.detach().float().norm() for _, gradient in trained if gradient is not None]
     norm = float(torch.stack(norms).norm()) if norms else 0.0
     if not math.isfinite(norm):
-        mend = "Use bf16 or float32, or a smaller learning rate, and look for extreme values in the data."
-        return [error("gradient", f"its norm is {norm}", mend)]
+        fix = "Use bf16 or float32, or a smaller learning rate, and look for extreme values in the data."
+        return [error("gradient", f"its norm is {norm}", fix)]
     if norm == 0:
         found = "no trained parameter gets any"
         return [error("gradient", found, "Check which parameters are trained, and that some position has a label.")]
@@ -161,21 +165,22 @@ def _gradient(args: Any, student: nn.Module) -> list[Finding]:
     rows = [ok("gradient", f"norm {norm:.3g}{clipped}")]
     if unused:
         found = f"{len(unused)} trained parameters get none ({', '.join(unused[:3])})"
-        mend = "Freeze them, or set ddp_find_unused_parameters to true."
+        fix = "Freeze them, or set ddp_find_unused_parameters to true."
         waits = args.world_size > 1 and not args.ddp_find_unused_parameters
-        rows.append(warning("gradient", f"{found}: DDP waits for them", mend) if waits else ok("gradient", found))
+        rows.append(warning("gradient", f"{found}: DDP waits for them", fix) if waits else ok("gradient", found))
     return rows
 
 
 def _memory(trial: Trial, findings: Findings) -> list[Finding]:
-    """What a training step will take, beside what there is."""
+    """The estimated and measured memory of a training step, and what the device has."""
     trainer, fit, args = trial.trainer, trial.fit, trial.trainer.args
     if trial.setup.live is None or not trial.whole:
         return []
     on_gpu = args.device.type == "cuda"
     peak = findings.memory_peak or 0
-    what = f"{_amount(peak)}{'' if on_gpu else ' more resident'} at the peak of a forward and backward"
-    measured = f"; measured: {what}, without optimizer" if peak else ""
+    resident = "" if on_gpu else " more resident"
+    measured = f"; measured: {_amount(peak)}{resident} at the peak of a forward and backward, without optimizer"
+    measured = measured if peak else ""
     try:
         memory = estimate_memory(
             fit.student,
@@ -193,22 +198,21 @@ def _memory(trial: Trial, findings: Findings) -> list[Finding]:
     except Exception as reason:  # of an unusual model; a check must not fail for that
         return [ok("memory", f"not estimated: {(str(reason).splitlines() or [type(reason).__name__])[0]}{measured}")]
     room = torch.cuda.mem_get_info(args.device)[1] if on_gpu else psutil.virtual_memory().total
-    parts = ("student", "gradients", "optimizer", "teacher", "activations", "loss")
-    sizes = {part: getattr(memory, part) for part in parts}
-    each = ", ".join(f"{part} {'not known' if size is None else _amount(size)}" for part, size in sizes.items())
+    parts = ((part, getattr(memory, part)) for part in COLUMNS.values() if part not in ("backend", "total"))
+    each = ", ".join(f"{part} {'not known' if size is None else _amount(size)}" for part, size in parts)
     found = f"about {_amount(memory.total)} a process at the peak of a step, of {_amount(room)}: {each}{measured}"
     shared = 1 if on_gpu else args.world_size
     if max(memory.total, peak + memory.optimizer if on_gpu else 0) * shared < 0.9 * room:
         return [ok("memory", found)]
-    mend = (
+    fix = (
         "Lower the batch size with gradient_accumulation_steps, set gradient_checkpointing, or load the teacher in "
         "bfloat16 or 8 bits; configs/README.md: From one GPU to many."
     )
-    return [warning("memory", found, mend)]
+    return [warning("memory", found, fix)]
 
 
 def _watch_memory(device: torch.device) -> Callable[[], int | None]:
-    """Afterwards the peak of all tensors on a GPU, or how much this process's resident memory grew; None: unknown."""
+    """Returns a function that gives the peak of all tensors on a GPU, or the growth of resident memory on a CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return lambda: torch.cuda.max_memory_allocated(device)
@@ -229,7 +233,7 @@ def _amount(count: float) -> str:
     return f"{count / max(size, 2**10):.3g} {unit}"
 
 
-def _halves(trial: Trial, findings: Findings) -> list[Finding]:
+def _split(trial: Trial, findings: Findings) -> list[Finding]:
     """The batch at once and as two micro-batches of one optimizer step."""
     rows = len(main_input(trial.batch))
     least = 4 if _batch_norms(trial.fit.student) else 2  # batch norm refuses a single row
@@ -242,7 +246,7 @@ def _halves(trial: Trial, findings: Findings) -> list[Finding]:
     return _compared(trial, "split", found, whole, halves, _causes(trial))
 
 
-def _more_padding(trial: Trial, findings: Findings) -> list[Finding]:
+def _padding(trial: Trial, findings: Findings) -> list[Finding]:
     """The batch as it is and with more padding on either side, each divided by its own counts."""
     head, student = trial.fit.head, trial.fit.student
     teacher = trial.trainer.teacher
@@ -268,11 +272,8 @@ def _more_padding(trial: Trial, findings: Findings) -> list[Finding]:
             note = f"the hard loss of {head.name.replace('_', ' ')} runs over the padding, as upstream's"
             rows.append(ok("padding", f"{found}; {note}"))
             continue
-        causes = (
-            "A model sees the padding: check the attention_mask, its padding side and convolutions or pooling over "
-            "rows."
-        )
-        row = _compared(trial, "padding", found, plain, wider, causes)[0]
+        causes = "A model sees the padding: check the attention_mask, its padding side and convolutions or pooling"
+        row = _compared(trial, "padding", found, plain, wider, f"{causes} over rows.")[0]
         if side != usual and row.status == "warning":
             row = ok("padding", f"{row.found} (no row of this batch is padded there)")
         rows.append(row)
@@ -295,11 +296,9 @@ def _compared(trial: Trial, what: str, found: str, one: float, other: float, cau
 
 
 def _causes(trial: Trial) -> str:
-    norms = _batch_norms(trial.fit.student)
+    norms = ", ".join([*_batch_norms(trial.fit.student)][:3])
     if norms:
-        return (
-            f"Batch norm ({', '.join(list(norms)[:3])}) looks at the other rows: small micro-batches train otherwise."
-        )
+        return f"Batch norm ({norms}) looks at the other rows: small micro-batches train otherwise."
     if getattr(getattr(trial.fit.student, "config", None), "output_router_logits", False):
         return "The load-balancing loss of the experts is a mean over micro-batches: small ones train otherwise."
     return "A model looks at the other rows of its batch (experts of limited capacity?): small ones train otherwise."
@@ -307,7 +306,7 @@ def _causes(trial: Trial) -> str:
 
 @contextmanager
 def _as_in_training_without_dropout(student: nn.Module) -> Iterator[None]:
-    """Everything in eval mode but batch norm, which looks at the batch in training."""
+    """All modules in eval mode except batch norm, which uses the statistics of the batch in training."""
     student.eval()
     for module in _batch_norms(student).values():
         module.train()
@@ -320,7 +319,7 @@ def _batch_norms(student: nn.Module) -> dict[str, nn.Module]:
 
 
 def _shares(trial: Trial, findings: Findings) -> list[Finding]:
-    """Which share of the gradient at the student's logits the soft and the hard loss have."""
+    """The shares of soft and hard loss in the gradient at the student's logits."""
     fit, batch = trial.fit, trial.batch
     objective, soft_loss = trial.inspection.objective(training=True)
     if trial.setup.live is None or not 0 < objective.alpha < 1:
@@ -329,12 +328,12 @@ def _shares(trial: Trial, findings: Findings) -> list[Finding]:
     squares = [0.0, 0.0]
     with _as_in_training_without_dropout(fit.student):
         for piece in _for_logits(trial, batch):
-            logits, taught = trial.logits(piece)
+            logits, teacher_logits = trial.logits(piece)
             for i, alpha in enumerate((1.0, 0.0)):  # of one term alone, before its weight
                 alone = dataclasses.replace(objective, alpha=alpha)
                 leaf = logits.detach().float().requires_grad_()
-                teacher_logits = taught if alpha else None
-                parts = alone(fit.head, soft_loss, leaf, teacher_logits, piece, counts, common_ids=fit.common_ids)
+                teacher = teacher_logits if alpha else None
+                parts = alone(fit.head, soft_loss, leaf, teacher, piece, counts, common_ids=fit.common_ids)
                 (gradient,) = torch.autograd.grad(parts.total, leaf)
                 squares[i] += gradient.square().sum().item()
     soft, hard = map(math.sqrt, squares)
@@ -343,14 +342,14 @@ def _shares(trial: Trial, findings: Findings) -> list[Finding]:
         return []
     share = weighted[0] / sum(weighted)
     found = f"at the logits the soft loss has {share:.0%} of the gradient's norm, the hard loss {1 - share:.0%}"
-    if max(share, 1 - share) <= _LOPSIDED or soft == 0:
+    if max(share, 1 - share) <= _LARGEST_SHARE or soft == 0:
         return [ok("soft and hard", found)]
-    mend = f"kd_alpha {hard / (soft + hard):.2g} would give them equal shares."
-    return [warning("soft and hard", found, mend)]
+    fix = f"kd_alpha {hard / (soft + hard):.2g} would give them equal shares."
+    return [warning("soft and hard", found, fix)]
 
 
 def _for_logits(trial: Trial, batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """The batch in pieces whose logits take little memory; whole where the processes have to call as often."""
+    """The batch in pieces whose logits take little memory; whole where all processes have to call together."""
     classes = vocabulary_rows(trial.fit.student, written=True) if trial.fit.head.over_tokens else None
     if classes is None or not trial.whole:
         return [batch]
@@ -358,8 +357,8 @@ def _for_logits(trial: Trial, batch: dict[str, Any]) -> list[dict[str, Any]]:
     return pieces_of(batch, _AT_ONCE // max(positions * classes, 1)) or [batch]
 
 
-def _teacher_beside_student(trial: Trial, findings: Findings) -> list[Finding]:
-    """The hard loss of the teacher and of the student as it starts, on some batches of the evaluation data."""
+def _teacher_quality(trial: Trial, findings: Findings) -> list[Finding]:
+    """Hard loss and accuracy of the teacher and of the student as it starts, on batches of the evaluation data."""
     trainer, fit = trial.trainer, trial.fit
     if trial.setup.live is None:
         return []
@@ -375,62 +374,59 @@ def _teacher_beside_student(trial: Trial, findings: Findings) -> list[Finding]:
     if not findings.everywhere(sums is not None):
         return []
     sums = cast(Tensor, sums).to(trainer.args.device)
-    labelled, ours, theirs, right, taught, agreed = trainer.accelerator.reduce(sums, reduction="sum").tolist()
+    labelled, *sums = trainer.accelerator.reduce(sums, reduction="sum").tolist()
     if not labelled:
         return [ok("teacher's quality", "not measured: the evaluation data has no labels")]
-    losses = [divide(total, labelled) for total in (theirs, ours)]
-    found = f"hard loss {losses[0]:.4f}, of the student as it starts {losses[1]:.4f}"
-    answers = [divide(count, labelled) for count in (taught, right, agreed)]
+    student_loss, teacher_loss, student_right, teacher_right, same = (divide(total, labelled) for total in sums)
+    found = f"hard loss {teacher_loss:.4f}, of the student as it starts {student_loss:.4f}"
     if fit.head.softmax:
-        found += f"; right {answers[0]:.1%} and {answers[1]:.1%}, the same {answers[2]:.1%}"
+        found += f"; right {teacher_right:.1%} and {student_right:.1%}, the same {same:.1%}"
     found += f" ({labelled:.0f} labels of the evaluation data)"
-    better = losses[0] < losses[1] or (fit.head.softmax and answers[0] > answers[1])
-    if better or not trainer.teacher.has_own_weights:  # the student may well start as its own base
+    better = teacher_loss < student_loss or (fit.head.softmax and teacher_right > student_right)
+    if better or not trainer.teacher.has_own_weights:  # a student may start as its own base
         return [ok("teacher's quality", found)]
-    mend = "It is no better than where the student starts: check its weights, the order of the classes and the inputs."
-    return [warning("teacher's quality", found, mend)]
+    fix = "It is no better than where the student starts: check its weights, the order of the classes and the inputs."
+    return [warning("teacher's quality", found, fix)]
 
 
 def _measured(trial: Trial, batch: dict[str, Any]) -> Tensor:
-    """Number of labels, hard loss of student and teacher, right answers of both, answers that agree: sums."""
+    """Sums: labels, hard loss of student and teacher, correct predictions of both, equal predictions."""
     head, sums = trial.fit.head, torch.zeros(6)
     targets = head.targets(batch)
-    logits, taught = trial.logits(batch)
-    if targets is None or taught is None:
+    student, teacher = trial.logits(batch)
+    if targets is None:
         return sums
-    taught = taught[..., 0] if taught.dim() > logits.dim() else taught  # the mean of a regression with variance
+    teacher = teacher[..., 0] if teacher.dim() > student.dim() else teacher  # the mean of a regression with variance
     sums[0] = float(head.labelled(targets))
-    for i, one in enumerate((logits, taught)):
+    for i, one in enumerate((student, teacher)):
         known = targets.masked_fill(targets >= one.shape[-1], IGNORE_INDEX) if head.softmax else targets
         sums[1 + i] = float(head.hard_loss_sum(one, known))
         if head.softmax:
             sums[3 + i] = float((one.argmax(-1) == targets).sum())
     if head.softmax:
-        sums[5] = float(((logits.argmax(-1) == taught.argmax(-1)) & (targets != IGNORE_INDEX)).sum())
+        sums[5] = float(((student.argmax(-1) == teacher.argmax(-1)) & (targets != IGNORE_INDEX)).sum())
     return sums
 
 
 def batches(loader: Any, count: int) -> list[Any]:
-    """The first batches of a loader, which is left as if it had come to its end."""
+    """The first batches of a loader."""
     try:
         return list(itertools.islice(loader, count))
     finally:
-        if hasattr(loader, "end"):  # accelerate's, which counts as running until then
+        if hasattr(loader, "end"):  # accelerate keeps a loader as the active one until its end
             loader.end()
 
 
 @contextmanager
 def _in_training(trainer: Any) -> Iterator[None]:
-    """A loss inside is that of a training step, also of a student that stays in eval mode."""
-    before, trainer.is_in_train = trainer.is_in_train, True
-    try:
+    """A loss inside is that of a training step, also of a student in eval mode; upstream's flag, restored."""
+    with unchanged_attributes(trainer, "is_in_train"):
+        trainer.is_in_train = True
         yield
-    finally:
-        trainer.is_in_train = before
 
 
 def _now(trainer: Any) -> float:
-    """Seconds, when the device has done its work."""
+    """Seconds, after the device has finished."""
     if trainer.args.device.type == "cuda":
         torch.cuda.synchronize(trainer.args.device)
     return time.perf_counter()

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Classes(NamedTuple):
-    """What the class names of two models tell."""
+    """Result of comparing the class names of two models."""
 
     order: Tensor | None  # the teacher's class of each of the student's; None where they stand in the same places
     known: bool | None  # whether class i is known to mean the same; None where a model has no names
@@ -35,23 +35,26 @@ def class_order(student: nn.Module, teacher: nn.Module, *, remap: bool) -> Tenso
     return warned(class_names(student), class_names(teacher), remap=remap).order
 
 
-def warned(ours: Mapping[int, str] | None, theirs: Mapping[int, str] | None, **options: Any) -> Classes:
+def warned(student_names: Mapping[int, str] | None, teacher_names: Mapping[int, str] | None, **options: Any) -> Classes:
     """`match_classes`, with a warning where one side has names and they cannot be compared with the other's."""
-    found = match_classes(ours, theirs, **options)
-    if found.known is False and ours is not None and theirs is not None and not without_names(ours, theirs):
-        warn(
-            logger,
+    found = match_classes(student_names, teacher_names, **options)
+    if (
+        found.known is False
+        and student_names is not None
+        and teacher_names is not None
+        and not without_names(student_names, teacher_names)
+    ):
+        text = (
             "The classes of teacher (%s) and student (%s) cannot be compared by name: training goes on as if class i "
-            "meant the same in both. Set the same id2label in both configs to have it checked.",
-            listed(theirs),
-            listed(ours),
+            "meant the same in both. Set the same id2label in both configs to have it checked."
         )
+        warn(logger, text, listed(teacher_names), listed(student_names))
     return found
 
 
 def match_classes(
-    ours: Mapping[int, str] | None,
-    theirs: Mapping[int, str] | None,
+    student_names: Mapping[int, str] | None,
+    teacher_names: Mapping[int, str] | None,
     *,
     remap: bool,
     argument: str = "teacher_model",
@@ -60,7 +63,7 @@ def match_classes(
     """Compares the class names of student and teacher, up to case and separators (`normalised`).
 
     Args:
-        ours, theirs: id -> name of student and teacher; None: a model without names.
+        student_names, teacher_names: id -> name; None: a model without names.
         remap: `kd_remap_labels`.
         argument, what: the teacher, as an error names it.
 
@@ -68,19 +71,16 @@ def match_classes(
         ValueError: the numbers of classes differ; a name that both know stands at different ids, and `remap` is False
             or the names are no permutation of each other; or `remap` is True and the names do not tell the order.
     """
-    if ours is None or theirs is None:
+    if student_names is None or teacher_names is None:
         if remap:
-            side = "student" if ours is None else "teacher"
+            side = "student" if student_names is None else "teacher"
             _fail_remap(f"names of the classes in both models (the {side} is a model without id2label)")
         return Classes(None, None)
-    if len(ours) != len(theirs):
-        fail(
-            argument,
-            f"{what} with {len(theirs)} classes ({listed(theirs)})",
-            f"{len(ours)} classes as the student has ({listed(ours)})",
-            "Give both models the same num_labels and id2label.",
-        )
-    a, b = _alike(ours, theirs)
+    if len(student_names) != len(teacher_names):
+        shown = f"{what} with {len(teacher_names)} classes ({listed(teacher_names)})"
+        expected = f"{len(student_names)} classes as the student has ({listed(student_names)})"
+        fail(argument, shown, expected, "Give both models the same num_labels and id2label.")
+    a, b = _alike(student_names, teacher_names)
     telling = not _unnamed(a) and not _unnamed(b) and sorted(a) == sorted(b) == list(range(len(a)))
     if telling and a == b:
         return Classes(None, True)
@@ -89,23 +89,22 @@ def match_classes(
     if moved and permuted and remap:
         return Classes(torch.tensor([_id(b, a[i]) for i in range(len(a))]), True)
     if moved:
-        place = _id(b, a[moved[0]])
-        mend = "Set kd_remap_labels to true to reorder the teacher's classes by name."
-        fail(
-            argument,
-            f"{what} in which class {theirs[place]!r} has id {place}",
-            f"id {moved[0]} as in the student ({listed(ours)}; the teacher has {listed(theirs)})",
-            mend if permuted else "Give both configs the same id2label.",
-            because="the student would learn one class as another",
-        )
+        place, because = _id(b, a[moved[0]]), "the student would learn one class as another"
+        fix = "Set kd_remap_labels to true to reorder the teacher's classes by name."
+        fix = fix if permuted else "Give both configs the same id2label."
+        shown = f"{what} in which class {teacher_names[place]!r} has id {place}"
+        expected = f"id {moved[0]} as in the student ({listed(student_names)}; the teacher has {listed(teacher_names)})"
+        fail(argument, shown, expected, fix, because=because)
     if remap:
-        _fail_remap(f"the same names in both (the student has {listed(ours)}; the teacher has {listed(theirs)})")
+        _fail_remap(
+            f"the same names in both (the student has {listed(student_names)}; the teacher has {listed(teacher_names)})"
+        )
     return Classes(None, False)
 
 
 def _fail_remap(expected: str) -> NoReturn:
-    mend = "Give both configs the same id2label, or set kd_remap_labels to false."
-    fail("kd_remap_labels", True, expected, mend, because="the teacher's classes are reordered by name")
+    fix = "Give both configs the same id2label, or set kd_remap_labels to false."
+    fail("kd_remap_labels", True, expected, fix, because="the teacher's classes are reordered by name")
 
 
 _SEPARATORS = re.compile(r"[\s_/.:\u00ad\u058a\u05be\u2010-\u2015\u2043\u2212-]+")
@@ -113,10 +112,9 @@ _NUMBER = re.compile(r"[-+\u2212]?\d+([.,]\d+)?")
 
 
 def normalised(name: str) -> str:
-    """A class name without what people vary: case, form of the same Unicode letters, separators.
+    """A class name without case, separators and forms of the same Unicode letter.
 
-    A separator between two digits stays as a space, and a name that is a number keeps its sign: 2-3 is not 23, -1 is
-    not 1.
+    A separator between two digits stays as a space, and a number keeps its sign: 2-3 is not 23, -1 is not 1.
     """
     folded = _folded(name)
     if _NUMBER.fullmatch(folded):
@@ -133,17 +131,17 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
 
 
-def _alike(ours: Mapping[int, str], theirs: Mapping[int, str]) -> tuple[dict[int, str], dict[int, str]]:
+def _alike(student_names: Mapping[int, str], teacher_names: Mapping[int, str]) -> tuple[dict[int, str], dict[int, str]]:
     """Both with their names normalised as far as all names of a model stay different."""
     for change in (normalised, _folded, str):
-        a, b = ({i: change(name) for i, name in names.items()} for names in (ours, theirs))
+        a, b = ({i: change(name) for i, name in names.items()} for names in (student_names, teacher_names))
         if all(len(set(names.values())) == len(names) for names in (a, b)):
             break
     return a, b
 
 
 def class_names(model: Any) -> dict[int, str] | None:
-    """id -> name, for a model whose config counts classes; language models' default id2label says nothing."""
+    """id -> name by the config's id2label, which means nothing in a language model."""
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not names:
         return None
@@ -154,9 +152,9 @@ def class_names(model: Any) -> dict[int, str] | None:
         fail("id2label", quoted(names), "whole numbers as its keys", "Write it as {0: name, 1: name, ...}.")
 
 
-def without_names(ours: Mapping[int, str], theirs: Mapping[int, str]) -> bool:
+def without_names(student_names: Mapping[int, str], teacher_names: Mapping[int, str]) -> bool:
     """Whether neither side names its classes: upstream's defaults on both, as integer labels leave them."""
-    return _unnamed(ours) and _unnamed(theirs)
+    return _unnamed(student_names) and _unnamed(teacher_names)
 
 
 def _unnamed(names: Mapping[int, str]) -> bool:
@@ -201,11 +199,11 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
     Raises:
         ValueError: a token has different ids, a special id differs, or the teacher has fewer ids than the student.
     """
-    ours = tokenizer_of(processing_class)
-    theirs = _tokenizer_beside(teacher, init_kwargs) if ours is not None else None
-    if ours is not None and theirs is not None:
+    student_tokenizer = tokenizer_of(processing_class)
+    teacher_tokenizer = _tokenizer_beside(teacher, init_kwargs) if student_tokenizer is not None else None
+    if student_tokenizer is not None and teacher_tokenizer is not None:
         a, b = (vocabulary_rows(model, measured=True) for model in (student, teacher))
-        _check_tokenizers(ours.get_vocab(), theirs.get_vocab(), a, b)
+        _check_tokenizers(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab(), a, b)
         return "tokenizers"
     compared = False
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id"):
@@ -219,47 +217,46 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, processing_class: 
             fail("teacher_model", shown, f"{a} as in the student", _COMPARE, because=because)
     a, b = (vocabulary_rows(model, measured=True) for model in (student, teacher))
     if a is not None and b is not None and b < a:
-        _fail_smaller(b, f"at least {a}, the student's", _COMPARE)
+        _refuse_smaller(b, f"at least {a}, the student's", _COMPARE)
     return "special ids" if compared else None
 
 
-def _check_tokenizers(ours: Mapping[str, int], theirs: Mapping[str, int], a: int | None, b: int | None) -> None:
+def _check_tokenizers(
+    student_ids: Mapping[str, int], teacher_ids: Mapping[str, int], a: int | None, b: int | None
+) -> None:
     """Compares token -> id for all ids that both embeddings (of `a` and `b` rows) have.
 
     A token whose ids are all beyond the smaller embedding may differ: the student cannot read or write it, or the
     teacher's probability of it is left out of the soft loss. What the student can read and the teacher cannot may not.
     """
     common = min(a or sys.maxsize, b or sys.maxsize)
-    moved = [t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t)]
-    moved = [t for t in moved if min(ours.get(t, common), theirs.get(t, common)) < common]
+    moved = [t for t in {*student_ids, *teacher_ids} if student_ids.get(t) != teacher_ids.get(t)]
+    moved = [t for t in moved if min(student_ids.get(t, common), teacher_ids.get(t, common)) < common]
     if moved:
-        wrong = min(moved, key=lambda t: ours.get(t, theirs.get(t, 0)))
-        fail(
-            "teacher_model",
-            f"a model whose tokenizer has {len(theirs)} tokens, {wrong!r} with id {theirs.get(wrong)}",
-            f"the tokens of processing_class ({len(ours)}, {wrong!r} with id {ours.get(wrong)})",
-            _SAME_TOKENS,
-            because="the teacher would read the student's input_ids as other words",
-        )
+        wrong = min(moved, key=lambda t: student_ids.get(t, teacher_ids.get(t, 0)))
+        shown = f"a model whose tokenizer has {len(teacher_ids)} tokens, {wrong!r} with id {teacher_ids.get(wrong)}"
+        expected = f"the tokens of processing_class ({len(student_ids)}, {wrong!r} with id {student_ids.get(wrong)})"
+        because = "the teacher would read the student's input_ids as other words"
+        fail("teacher_model", shown, expected, _SAME_TOKENS, because=because)
     if a is None or b is None:
         return
-    unread = max((t for t, i in ours.items() if b <= i < a), key=lambda t: ours[t], default=None)
+    unread = max((t for t, i in student_ids.items() if b <= i < a), key=lambda t: student_ids[t], default=None)
     if unread is not None:
-        _fail_smaller(b, f"at least {ours[unread] + 1}, for {unread!r} of processing_class", _SAME_TOKENS)
+        _refuse_smaller(b, f"at least {student_ids[unread] + 1}, for {unread!r} of processing_class", _SAME_TOKENS)
 
 
-def _fail_smaller(rows: int, expected: str, mend: str) -> NoReturn:
+def _refuse_smaller(rows: int, expected: str, fix: str) -> NoReturn:
     because = "some of the student's input_ids would be outside its embedding"
-    fail("teacher_model", f"a model with vocab_size {rows}", expected, mend, because=because)
+    fail("teacher_model", f"a model with vocab_size {rows}", expected, fix, because=because)
 
 
-def common_ids(ours: int, theirs: int, known_by: str | None) -> int | None:
+def common_ids(student: int, teacher: int, known_by: str | None) -> int | None:
     """How many ids, from 0 on, two language models share whose vocabularies differ in size; None where they do not.
 
     Embeddings are padded to round numbers (Qwen2.5: 151,936 rows at 1.5B, 152,064 at 7B, for the same 151,665 tokens).
 
     Args:
-        ours, theirs: classes of the student's and of the teacher's logits.
+        student, teacher: classes of their logits.
         known_by: what `check_same_tokens` returned.
 
     Raises:
@@ -267,21 +264,22 @@ def common_ids(ours: int, theirs: int, known_by: str | None) -> int | None:
             no multiple of 8, so that it holds tokens of its own rather than padding (Whisper v3: 51,866 with a new
             token in the middle, v2: 51,865).
     """
-    if ours == theirs:
+    if student == teacher:
         return None
-    if known_by == "tokenizers" or (known_by is not None and max(ours, theirs) % 8 == 0):
-        return min(ours, theirs)
+    if known_by == "tokenizers" or (known_by is not None and max(student, teacher) % 8 == 0):
+        return min(student, teacher)
     because = "nothing tells that class i of one means class i of the other"
-    fail("teacher_model", f"a model of {theirs} token ids", f"{ours} as the student", _COMPARE, because=because)
+    fail("teacher_model", f"a model of {teacher} token ids", f"{student} as the student", _COMPARE, because=because)
 
 
-def vocabulary_line(ours: int, theirs: int, known_by: str | None) -> str:
-    """For the reader: which ids of differing vocabularies have no soft loss, and how the others are known to agree."""
-    side, extra = ("student", ours - theirs) if ours > theirs else ("teacher", theirs - ours)
+def vocabulary_line(student: int, teacher: int, known_by: str | None) -> str:
+    """Which ids of differing vocabularies have no soft loss, and by what the others were compared."""
+    side, extra = ("student" if student > teacher else "teacher"), abs(student - teacher)
     alone = " and learn from the hard loss alone" if side == "student" else ""
     return (
-        f"vocabularies of {ours:,} (student) and {theirs:,} (teacher) ids, compared by their {known_by}: soft loss and "
-        f"agreement are over the {min(ours, theirs):,} common ids; the {side}'s other {extra:,} are left out{alone}"
+        f"vocabularies of {student:,} (student) and {teacher:,} (teacher) ids, compared by their {known_by}: "
+        f"soft loss and agreement are over the {min(student, teacher):,} common ids; "
+        f"the {side}'s other {extra:,} are left out{alone}"
     )
 
 
@@ -292,20 +290,16 @@ def _special_ids(model: nn.Module, name: str) -> Any:
 
 
 def _ids(value: int | list[int]) -> set[int]:
-    """A special id of a config as a set: chat models name several ends of a text."""
+    """A special id of a config as a set: chat models have several eos tokens."""
     return set(value) if isinstance(value, (list, tuple)) else {value}
 
 
 def check_teacher_columns(batch: Mapping[str, Any]) -> None:
     """Raises ValueError where the teacher has tokens of its own and no mask of its own: it would attend to padding."""
     if "teacher_input_ids" in batch and "attention_mask" in batch and "teacher_attention_mask" not in batch:
-        fail(
-            "teacher_attention_mask",
-            None,
-            "a column beside teacher_input_ids",
-            "Keep the attention_mask of the teacher's tokenizer as teacher_attention_mask.",
-            because="the student's mask does not fit the teacher's tokens",
-        )
+        fix = "Keep the attention_mask of the teacher's tokenizer as teacher_attention_mask."
+        because = "the student's mask does not fit the teacher's tokens"
+        fail("teacher_attention_mask", None, "a column beside teacher_input_ids", fix, because=because)
 
 
 def _tokenizer_beside(teacher: nn.Module, init_kwargs: dict) -> Any:
@@ -315,7 +309,7 @@ def _tokenizer_beside(teacher: nn.Module, init_kwargs: dict) -> Any:
     path = getattr(getattr(teacher, "config", None), "_name_or_path", "")
     if not path:
         return None
-    folder = Path(path)  # where a folder has no tokenizer, upstream makes one up from its special tokens
+    folder = Path(path)  # where a folder has no tokenizer, transformers builds one of its special tokens
     files = ("tokenizer*", "vocab*", "*.model", "*.vocab")
     if folder.is_dir() and not any(match for pattern in files for match in folder.rglob(pattern)):
         return None

@@ -60,13 +60,9 @@ def check_widths(inputs: Mapping[str, Any], limit: int) -> None:
     for name in ("input_ids", "decoder_input_ids"):
         ids = inputs.get(name)
         if isinstance(ids, Tensor) and ids.dim() >= 2 and ids.shape[-1] > limit:
-            fail(
-                name,
-                f"of {ids.shape[-1]} positions",
-                f"at most {limit}, the positions of the teacher (max_position_embeddings)",
-                f"Cut the texts: max_length={limit}, truncation=True in the tokenizer's call. Or take a teacher with "
-                "more positions.",
-            )
+            expected = f"at most {limit}, the positions of the teacher (max_position_embeddings)"
+            fix = f"Cut the texts: max_length={limit}, truncation=True in the tokenizer's call."
+            fail(name, f"of {ids.shape[-1]} positions", expected, f"{fix} Or take a teacher with more positions.")
 
 
 def check_padding(teacher: nn.Module, inputs: Mapping[str, Any], student_pad: int | None) -> None:
@@ -101,20 +97,13 @@ def check_padding(teacher: nn.Module, inputs: Mapping[str, Any], student_pad: in
 
 
 def check_ids(inputs: Mapping[str, Any], rows: int) -> None:
-    """Raises ValueError where an id of a token has no row in an embedding of `rows` rows."""
+    """Raises ValueError where a token id has no row in the teacher's embedding of `rows` rows."""
     for name in ("input_ids", "decoder_input_ids"):
         ids = inputs.get(name)
-        if not isinstance(ids, Tensor) or not ids.numel():
-            continue
-        wrong = ids[(ids < 0) | (ids >= rows)]
+        wrong = ids[(ids < 0) | (ids >= rows)] if isinstance(ids, Tensor) else torch.empty(0)
         if wrong.numel():
-            mend = "Take a teacher whose tokenizer has that token, or leave the token (a pad token?) out of the data."
-            fail(
-                name,
-                f"{int(wrong[0])} in a batch",
-                f"0 to {rows - 1}, the rows of the teacher's embedding",
-                mend,
-            )
+            fix = "Take a teacher whose tokenizer has that token, or leave the token (a pad token?) out of the data."
+            fail(name, f"{int(wrong[0])} in a batch", f"0 to {rows - 1}, the rows of the teacher's embedding", fix)
 
 
 def explain(teacher: nn.Module, inputs: Mapping[str, Any], error: Exception) -> Exception | None:
@@ -137,24 +126,22 @@ def explain(teacher: nn.Module, inputs: Mapping[str, Any], error: Exception) -> 
         return reason
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return _out_of_memory(inputs, error)
-    kinds = {TypeError: TypeError, ValueError: ValueError, LookupError: ValueError}
-    kind: type[Exception] = next((new for old, new in kinds.items() if isinstance(error, old)), RuntimeError)
+    kind: type[Exception] = TypeError if isinstance(error, TypeError) else RuntimeError
+    kind = ValueError if isinstance(error, (ValueError, LookupError)) else kind
     cause = (str(error).splitlines() or [""])[0]
     text = f"{type(error).__name__}: {cause}"
     columns = ", ".join(f"{name} {_shape(value)}" for name, value in inputs.items() if isinstance(value, Tensor))
     name = type(teacher).__name__
     missing = re.search(r"missing \d+ required [\w-]+ arguments?: (.*)", cause) if kind is TypeError else None
     surplus = re.search(r"unexpected keyword argument '(\w+)'", cause) if kind is TypeError else None
+    shown, fix = f"a {name}, whose forward failed on {columns or 'the batch'} ({text})", _OWN_COLUMNS
+    expected = "a model that reads the batch"
     if missing:
         shown = f"a {name}, whose forward needs {missing[1]}; the batch has {columns}"
-        expected, fix = "a model that reads the batch", f"Add it to the batch as a teacher_* column. ({text})"
+        fix = f"Add it to the batch as a teacher_* column. ({text})"
     elif surplus:
-        shown = f"a {name}, part of which does not take {surplus[1]}"
-        expected = f"a model that reads the batch ({columns})"
+        shown, expected = f"a {name}, part of which does not take {surplus[1]}", f"{expected} ({columns})"
         fix = f"Remove the column, or wrap the teacher in a module that leaves {surplus[1]} out. ({text})"
-    else:
-        shown = f"a {name}, whose forward failed on {columns or 'the batch'} ({text})"
-        expected, fix = "a model that reads the batch", _OWN_COLUMNS
     return kind(message("teacher_model", shown, expected, fix))
 
 
@@ -163,24 +150,24 @@ def _shape(value: Tensor) -> str:
 
 
 def _check_image_size(teacher: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Raises ValueError where a teacher, which failed, has images of another size in its config."""
+    """Raises ValueError where the config of a teacher that failed has another image size."""
     size = getattr(getattr(teacher, "config", None), "image_size", None)
     pixels = inputs.get("pixel_values")
     wanted = [size, size] if isinstance(size, int) else list(size or ())
     if not isinstance(pixels, Tensor) or len(wanted) != 2 or list(pixels.shape[-2:]) == wanted:
         return
-    mend = "Give the teacher images of its own size, from its image processor, in the column teacher_pixel_values."
+    fix = "Give the teacher images of its own size, from its image processor, in the column teacher_pixel_values."
     shown = f"images of {pixels.shape[-2]} x {pixels.shape[-1]}"
-    fail("pixel_values", shown, f"{wanted[0]} x {wanted[1]} for the teacher", mend)
+    fail("pixel_values", shown, f"{wanted[0]} x {wanted[1]} for the teacher", fix)
 
 
 def _out_of_memory(inputs: Mapping[str, Any], error: Exception) -> Exception:
-    """Of the same class and with the same words in it: `auto_find_batch_size` goes by them."""
+    """Keeps class and text of the error: `auto_find_batch_size` reads them."""
     shape = next((list(value.shape) for value in inputs.values() if isinstance(value, Tensor)), None)
-    mend = (
+    fix = (
         "Lower the batch size (gradient_accumulation_steps makes up for it), or load the teacher smaller: "
         'teacher_model_init_kwargs {"dtype": "bfloat16"}, or in 8 or 4 bits.'
     )
     shown = f"out of memory in its forward on a batch of {shape}"
-    text = message("teacher_model", shown, "room for it beside the student", mend)
+    text = message("teacher_model", shown, "room for it beside the student", fix)
     return type(error)(f"{text} ({error})")
