@@ -5,7 +5,7 @@ For: `trainer.py`. Nothing is trained; afterwards everything is as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -66,12 +66,9 @@ def _look_at_models(inspection: Inspection, findings: Findings) -> None:
         settings.read(args)
         if not inspection.refusals:  # else the teacher is missing for a reason that already has a row
             settings.require_teacher(teacher)
-    with findings.attempt("student"):
-        findings.rows += advice.about_student(student, fp16=args.fp16)
-    with findings.attempt("teacher"):
-        mixed = trainer.accelerator.mixed_precision != "no"
-        called = not settings.always_hard
-        findings.rows += advice.about_teacher(teacher, student, args.device, called=called, mixed=mixed)
+    findings.add("student", advice.about_student, student, fp16=args.fp16)
+    use = {"called": not settings.always_hard, "mixed": trainer.accelerator.mixed_precision != "no"}
+    findings.add("teacher", advice.about_teacher, teacher, student, args.device, **use)
     head = head_for(student, settings.kd.kd_task, inspection.loss_shifts_labels)
     with findings.attempt("classes"):
         compared = teacher and teacher.compare_classes(student, head, remap=settings.kd.kd_remap_labels)
@@ -131,16 +128,11 @@ def _look_closer(inspection: Inspection, setup: Setup, findings: Findings) -> No
         kept = inspection.kept_columns() if trainer.args.remove_unused_columns else None
         return advice.about_columns(trainer.train_dataset, kept, batch, read, pad_id)
 
-    looks: dict[str, Callable[[], list[Finding]]] = {
-        "task": lambda: advice.about_settings(trainer.args, head, objective),
-        "labels": labels,
-        "lengths": lambda: advice.about_lengths(student, teacher_model, head, tokenizer, batch),
-        "images": lambda: advice.about_images(student, teacher_model, batch),
-        "columns": columns,
-    }
-    for what, look in looks.items():
-        with findings.attempt(what):
-            findings.rows += look()
+    findings.add("task", advice.about_settings, trainer.args, head, objective)
+    findings.add("labels", labels)
+    findings.add("lengths", advice.about_lengths, student, teacher_model, head, tokenizer, batch)
+    findings.add("images", advice.about_images, student, teacher_model, batch)
+    findings.add("columns", columns)
 
 
 def _first_batch(trainer: Any) -> dict[str, Any]:
@@ -159,13 +151,9 @@ def _as_it_was(trainer: Any) -> Iterator[None]:
     loaders = list(trainer.accelerator._dataloaders)
     config = getattr(student, "config", None)
     names = ["problem_type"] if hasattr(config, "problem_type") else []
+    random_numbers = same_random_numbers(trainer.args.device)
     try:
-        with (
-            same_random_numbers(trainer.args.device),
-            unchanged_modes(student),
-            unchanged_buffers(student),
-            unchanged_attributes(config, *names),
-        ):
+        with random_numbers, unchanged_modes(student), unchanged_buffers(student), unchanged_attributes(config, *names):
             yield
     finally:
         for parameter, gradient in gradients:

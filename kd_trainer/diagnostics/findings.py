@@ -108,6 +108,11 @@ class Findings:
             if row.found not in {known.found for known in self.rows}:
                 self.rows.append(row)
 
+    def add(self, what: str, look: Callable[..., list[Finding]], *args: Any, **options: Any) -> None:
+        """The rows that `look` returns, or the row of its exception."""
+        with self.attempt(what):
+            self.rows += look(*args, **options)
+
     def passes(self, what: str, check: Callable[[], str | None]) -> bool:
         """Whether a check raises nothing; a row holds the line that it returns."""
         passed = False

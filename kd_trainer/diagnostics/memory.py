@@ -113,24 +113,24 @@ def estimate_memory(
     if backend == "single" and processes != 1:
         fail("processes", repr(processes), "1 with the backend 'single'", "Name another backend, such as 'ddp'.")
     model = _model("student", student, kd_task)
-    tutor = model if isinstance(teacher, str) and teacher == ADAPTER_OFF else _model("teacher", teacher, kd_task)
+    off = isinstance(teacher, str) and teacher == ADAPTER_OFF
+    teacher_model = model if off else _model("teacher", teacher, kd_task)
     head = _head(model, kd_task)
     columns = _columns(model, head, batch_size, sequence_length) if batch is None else batch
-    heads = [plain_heads(side, None, head.over_tokens, kd_loss_implementation)[0] for side in (model, tutor)]
-    # Bytes of a number: the student's trained and frozen weights and the teacher's; in the forwards, both models'.
-    dtypes = _dtypes(backend, PRECISIONS[mixed_precision], model, tutor, student_dtype, teacher_dtype)
-    kept, frozen, taught, used, taught_used = (dtype.itemsize for dtype in dtypes)
+    heads = [plain_heads(side, None, head.over_tokens, kd_loss_implementation)[0] for side in (model, teacher_model)]
+    dtypes = _dtypes(backend, PRECISIONS[mixed_precision], model, teacher_model, student_dtype, teacher_dtype)
+    kept, frozen, teacher_kept, used, teacher_used = (dtype.itemsize for dtype in dtypes)  # bytes of a number
     deepspeed = backend in ("zero2", "zero3")  # casts the weights; elsewhere the forward casts
-    item, teacher_item = (2, 2) if mixed_precision != "no" and not deepspeed else (used, taught_used)
+    item, teacher_item = (2, 2) if mixed_precision != "no" and not deepspeed else (used, teacher_used)
     share = 1 / processes if backend in ("fsdp2", "zero3") else 1.0
     state_share = 1 / processes if backend == "zero2" else share
 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     student_bytes = (trained * kept + (_size(model) - trained) * frozen) * share
-    quantised = sum(weight.numel() for weight in _linear_weights(tutor)) if teacher_bits else 0
-    teacher_bytes = (_size(tutor) - quantised) * taught + quantised * (teacher_bits or 0) / 8
+    quantised = sum(weight.numel() for weight in _linear_weights(teacher_model)) if teacher_bits else 0
+    teacher_bytes = (_size(teacher_model) - quantised) * teacher_kept + quantised * (teacher_bits or 0) / 8
     # The trainer leaves a quantised teacher where it is.
-    teacher_bytes *= 0.0 if tutor is model else 1.0 if teacher_bits else share
+    teacher_bytes *= 0.0 if teacher_model is model else 1.0 if teacher_bits else share
     gradients = trained * kept * state_share
     copies = trained * 4 * state_share if deepspeed else 0.0  # it steps on weights and gradients of its own, in float32
     states = 2 * (4 if deepspeed else kept) if optimizer_bytes is None else optimizer_bytes
@@ -144,11 +144,12 @@ def estimate_memory(
         last = _size(_end(model, "output"))
         reused = stage3_max_reuse_distance // 2 if backend == "zero3" else 0
         around += (last + min(_size(model) - last, reused)) * used
-        parts = (0, 0) if teacher_bits or tutor is model else _largest(tutor)
-        around += max(_largest(model)[0] * used, max(parts) * taught_used)
+        parts = (0, 0) if teacher_bits or teacher_model is model else _largest(teacher_model)
+        around += max(_largest(model)[0] * used, max(parts) * teacher_used)
 
     layers = _layers(model, columns, item, used)
-    forward = max((whole for whole, _ in _layers(tutor, columns, teacher_item, taught_used) or ()), default=0)
+    teacher_layers = _layers(teacher_model, columns, teacher_item, teacher_used) or ()
+    forward = max((whole for whole, _ in teacher_layers), default=0)
     activations = None
     if layers is not None:
         activations = sum(whole for whole, _ in layers)
@@ -247,25 +248,25 @@ def _rows_and_length(column: Tensor | None, config: Any) -> tuple[int, int | Non
 
 
 def _linear_weights(model: nn.Module, head: bool = False) -> list[Tensor]:
-    """With or without that of the output head."""
+    """Weights of the linear layers, with or without the output head."""
     last = _end(model, "output")
     return [m.weight for m in model.modules() if isinstance(m, nn.Linear) and (head or m is not last)]
 
 
 def _positions(head: Head, batch: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Those with logits, and those of them that the loss compares."""
+    """Positions with logits, and those that the loss compares."""
     rows, length = _rows_and_length(batch.get("decoder_input_ids", main_input(batch)), None)
     each = length or 1 if head.token_level else 1
     return rows * each, rows * (each - head.shifted)
 
 
-def _full_loss(model: Any, head: Head, batch: Mapping[str, Tensor], own: int, taught: int) -> int:
+def _full_loss(model: Any, head: Head, batch: Mapping[str, Tensor], item: int, teacher_item: int) -> int:
     """Both logits, a copy of each where labels are shifted, and in float32 the student's log-softmax and gradient."""
     positions, counted = _positions(head, batch)
     classes = (head.over_tokens and vocabulary_rows(model, written=True)) or 0
     classes = classes or getattr(getattr(model, "config", None), "num_labels", 1)
-    wide = positions * 4 if own < 4 else 0  # Accelerate makes the student's logits float32, and so does the loss
-    return classes * ((positions + head.shifted * counted) * (own + taught) + wide + 2 * 4 * counted)
+    wide = positions * 4 if item < 4 else 0  # Accelerate makes the student's logits float32, and so does the loss
+    return classes * ((positions + head.shifted * counted) * (item + teacher_item) + wide + 2 * 4 * counted)
 
 
 def _fused_loss(
@@ -319,19 +320,19 @@ def _model(argument: str, given: Any, kd_task: str | None) -> nn.Module:
             raise ValueError(text) from error
     task = "classification" if kd_task in PROBLEM_TYPES.values() else kd_task
     named = (getattr(config, "architectures", None) or [None])[0]
-    for head in HEADS.values():
+    for name, head in HEADS.items():
         for auto_class in auto_classes(head):
             known = auto_class._model_mapping.get(type(config), ())
             for model_class in known if isinstance(known, (tuple, list)) else (known,):
-                if head.name == task or (task is None and model_class.__name__ == named):
+                if name == task or (task is None and model_class.__name__ == named):
                     with torch.device("meta"):
                         model = model_class(config)
                     return model.to(config.dtype) if isinstance(config.dtype, torch.dtype) else model
-    shown = f"a {type(config).__name__} with the architecture {named}"
-    if task is not None:
-        fail(argument, shown, f"a config of a model for the task {task!r}", "Give such a config, or another kd_task.")
-    tasks = ", ".join(HEADS)
-    fail(argument, shown, "a config that names the architecture of one of the tasks", f"Name it, kd_task: {tasks}.")
+    expected, fix = f"a config of a model for the task {task!r}", "Give such a config, or another kd_task."
+    if task is None:
+        expected = "a config that names the architecture of one of the tasks"
+        fix = f"Name it, kd_task: {', '.join(HEADS)}."
+    fail(argument, f"a {type(config).__name__} with the architecture {named}", expected, fix)
 
 
 def _head(model: nn.Module, kd_task: str | None) -> Head:
@@ -342,17 +343,21 @@ def _head(model: nn.Module, kd_task: str | None) -> Head:
     return known[0] if known is not None else HEADS[str(kd_task)]
 
 
-def _dtypes(backend: str, half: Any, student: nn.Module, teacher: nn.Module, own: Any, taught: Any) -> tuple[Any, ...]:
-    own, taught = _dtype("student_dtype", own), _dtype("teacher_dtype", taught)
+def _dtypes(
+    backend: str, half: Any, student: nn.Module, teacher: nn.Module, given: Any, teacher_given: Any
+) -> tuple[Any, ...]:
+    """Of the weights of the student, trained and frozen, and of the teacher; in the forwards, of both models."""
+    own, teacher_own = _dtype("student_dtype", given), _dtype("teacher_dtype", teacher_given)
     trained = own or next((p.dtype for p in student.parameters() if p.requires_grad), torch.float32)
-    frozen, taught = own or next(student.parameters()).dtype, taught or next(teacher.parameters()).dtype
+    frozen, teacher_dtype = own or next(student.parameters()).dtype, teacher_own or next(teacher.parameters()).dtype
     if backend == "fsdp2" and half:  # Accelerate trains in float32, and gathers in half
-        return torch.float32, frozen, taught, half, half
+        return torch.float32, frozen, teacher_dtype, half, half
     if backend in ("zero2", "zero3"):  # casts what it is given; under ZeRO-2 the trainer casts the teacher
         own = half or torch.float32
-        taught = half or (torch.float32 if backend == "zero3" and taught not in HALVES else taught)
-        return own, own, taught, own, taught
-    return trained, frozen, taught, frozen, taught
+        wide = backend == "zero3" and teacher_dtype not in HALVES
+        teacher_dtype = half or (torch.float32 if wide else teacher_dtype)
+        return own, own, teacher_dtype, own, teacher_dtype
+    return trained, frozen, teacher_dtype, frozen, teacher_dtype
 
 
 def _dtype(argument: str, given: torch.dtype | str | None) -> torch.dtype | None:

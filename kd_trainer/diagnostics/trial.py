@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -80,19 +81,17 @@ class Trial(NamedTuple):
 def run(trial: Trial, findings: Findings, evaluate: bool) -> None:
     """Adds the rows of all passes, or that of the step alone where it fails."""
     before = len(findings.rows)
-    with findings.attempt("loss"):
-        findings.rows += _step(trial, findings)
+    findings.add("loss", _step, trial, findings)
     if not findings.everywhere(not has_errors(findings.rows[before:])):
         return
     plan = cast(Fit, trial.inspection.plan())  # with full logits where the step has fallen back to them
     findings.rows += about_path(plan, trial.fit.student, trial.kd.kd_loss_implementation)
-    passes: dict[str, Callable[[Trial, Findings], list[Finding]]] = {
-        "memory": _memory, "split": _split, "padding": _padding, "soft and hard": _shares,
-        "teacher's quality": _teacher_quality if evaluate else lambda *_: [],
-    }  # fmt: skip
-    for what, one in passes.items():
-        with findings.attempt(what):
-            findings.rows += one(trial, findings)
+    findings.add("memory", _memory, trial, findings.memory_peak)
+    findings.add("split", _split, trial, findings)
+    findings.add("padding", _padding, trial, findings)
+    findings.add("soft and hard", _shares, trial)
+    if evaluate:
+        findings.add("teacher's quality", _teacher_quality, trial, findings)
 
 
 def _step(trial: Trial, findings: Findings) -> list[Finding]:
@@ -101,23 +100,23 @@ def _step(trial: Trial, findings: Findings) -> list[Finding]:
     fit.student.train()
     # No gradient of a sharded student, or where upstream sets up activation checkpointing in `train`.
     backward = trial.whole and not _checkpoints_activations(trainer.args)
-    seconds = math.inf
     counts = trial.inspection.objective(training=True)[0].count(fit.head, trial.batch)
     memory_peak = _watch_memory(trainer.args.device)
-    for _ in range(2):
+
+    def step() -> tuple[Tensor, Tensor | None]:
         window = Window(trainer.args.device)
         trial.inspection.use_window(window)
         fit.student.zero_grad(set_to_none=True)
-        start = _now(trainer)
-        with torch.set_grad_enabled(backward), _in_training(trainer):
+        with torch.set_grad_enabled(backward), unchanged_attributes(trainer, "is_in_train"):
+            trainer.is_in_train = True  # a loss in eval mode is one of training too
             loss = trial.loss(trial.batch, counts)
         if backward:
             loss.backward()
-        seconds = min(seconds, _now(trainer) - start)
-        if seconds > _WARM or not trial.whole:
-            break
+        return loss, window.sums()
+
+    seconds, (loss, sums) = _timed(trainer.args.device, step, once=not trial.whole)
     findings.memory_peak = memory_peak() if backward else None
-    sums = window.sums()  # None where a subclass has a compute_loss that does not call this one
+    # Without parts where a subclass has a compute_loss that does not call this one.
     parts = {} if sums is None else named(sums.tolist(), "")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
     found = f"{loss.item():.4f} of one batch: {shown}"
@@ -136,13 +135,10 @@ def _checkpoints_activations(args: Any) -> bool:
 
 def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
     trainer, count = trial.trainer, main_input(trial.batch).shape[0]
-    teacher = 0.0
-    if trial.setup.live is not None and not trial.inspection.settings.always_hard:
-        times = [_now(trainer)]
-        for _ in range(1 if whole > _WARM else 2):
-            trial.setup.live.outputs(trial.batch, trainer.accelerator, trial.model)
-            times.append(_now(trainer))
-        teacher = min(after - before for before, after in itertools.pairwise(times))
+    live, teacher = trial.setup.live, 0.0
+    if live is not None and not trial.inspection.settings.always_hard:
+        forward = partial(live.outputs, trial.batch, trainer.accelerator, trial.model)
+        teacher, _ = _timed(trainer.args.device, forward, once=whole > _WARM)
     passes = "forward and backward" if backward else "forward"
     student = f"{max(whole - teacher, 0.0):.3g} s for the student's {passes} and the loss"
     found = f"a batch of {count} row{'' if count == 1 else 's'} takes {student}"
@@ -171,13 +167,13 @@ def _gradient(args: Any, student: nn.Module) -> list[Finding]:
     return rows
 
 
-def _memory(trial: Trial, findings: Findings) -> list[Finding]:
+def _memory(trial: Trial, measured_peak: int | None) -> list[Finding]:
     """The estimated and measured memory of a training step, and what the device has."""
     trainer, fit, args = trial.trainer, trial.fit, trial.trainer.args
     if trial.setup.live is None or not trial.whole:
         return []
     on_gpu = args.device.type == "cuda"
-    peak = findings.memory_peak or 0
+    peak = measured_peak or 0
     resident = "" if on_gpu else " more resident"
     measured = f"; measured: {_amount(peak)}{resident} at the peak of a forward and backward, without optimizer"
     measured = measured if peak else ""
@@ -318,7 +314,7 @@ def _batch_norms(student: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in student.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
 
 
-def _shares(trial: Trial, findings: Findings) -> list[Finding]:
+def _shares(trial: Trial) -> list[Finding]:
     """The shares of soft and hard loss in the gradient at the student's logits."""
     fit, batch = trial.fit, trial.batch
     objective, soft_loss = trial.inspection.objective(training=True)
@@ -417,16 +413,20 @@ def batches(loader: Any, count: int) -> list[Any]:
             loader.end()
 
 
-@contextmanager
-def _in_training(trainer: Any) -> Iterator[None]:
-    """A loss inside is that of a training step, also of a student in eval mode; upstream's flag, restored."""
-    with unchanged_attributes(trainer, "is_in_train"):
-        trainer.is_in_train = True
-        yield
+def _timed(device: torch.device, call: Callable[[], Any], *, once: bool) -> tuple[float, Any]:
+    """Seconds of the faster of two calls, and what the last one returned; a slow call is not repeated."""
+    seconds, result = math.inf, None
+    for _ in range(2):
+        start = _now(device)
+        result = call()
+        seconds = min(seconds, _now(device) - start)
+        if once or seconds > _WARM:
+            break
+    return seconds, result
 
 
-def _now(trainer: Any) -> float:
+def _now(device: torch.device) -> float:
     """Seconds, after the device has finished."""
-    if trainer.args.device.type == "cuda":
-        torch.cuda.synchronize(trainer.args.device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
