@@ -1,6 +1,6 @@
 """Secrets (tokens, keys, passwords) kept out of files, logs, cards and messages.
 
-For: every place that writes or prints what a user gave. Leaves what a secret is used for to the libraries that get it.
+For: all files that write or print values given by a user.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Argument checks with one clear message each.
+"""Argument checks and the form of error messages.
 
-For: every place where a bad value can be known before it trains wrongly. Leaves what is right or wrong to the caller.
+For: all files that check a value before training uses it.
 
 Every message reads: `argument` is VALUE; expected WHAT[, because CONSEQUENCE]. HOW TO FIX IT.
 """

@@ -177,19 +177,13 @@ class CachedTeacher:
         """It holds nothing on the device but an output head."""
 
     def compare_classes(
-        self,
-        student: nn.Module,
-        head: Head | None = None,
-        *,
-        remap: bool,
-        compare: Callable[..., Classes] = match_classes,
-    ) -> tuple[Mapping[int, str], Classes] | None:
-        """Its class names and how they match the student's; None for tasks whose classes are tokens or numbers."""
+        self, student: nn.Module, head: Head | None = None, *, remap: bool, compare: Any = match_classes
+    ) -> Classes | None:
+        """`match_classes` with the student; None for tasks whose classes are tokens or numbers."""
         if not self.manifest["labels"]:
             return None
         names = {int(i): str(name) for i, name in self.manifest["labels"].items()}
-        matched = compare(class_names(student), names, remap=remap, argument="teacher_cache", what="one")
-        return names, matched
+        return compare(class_names(student), names, remap=remap, argument="teacher_cache", what="one")
 
     def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:
         """See the function of this name."""

@@ -1,6 +1,6 @@
-"""The rows of `trainer.check()` that refuse nothing: what is suspicious and not always wrong.
+"""The rows of `trainer.check()` on what is suspicious and not always wrong.
 
-For: `check.py`. What training would refuse stands in `training/setup_checks.py`.
+For: `check.py`. Checks that raise in training are in `training/setup_checks.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..tasks import (
     times,
     vocabulary_rows,
 )
-from ..teachers import Classes, LiveTeacher, listed, positions_of, without_names
+from ..teachers import Classes, LiveTeacher, listed, positions_of
 from ..training import Fit, Objective
 from ..validation import fail
 from .findings import Finding, error, ok, warning
@@ -99,15 +99,14 @@ def newly_initialised(model: nn.Module) -> list[str]:
     return fresh if len(fresh) < len(names) else []
 
 
-def about_classes(
-    student: Mapping[int, str] | None, teacher: Mapping[int, str] | None, found: Classes
-) -> list[Finding]:
+def about_classes(found: Classes) -> list[Finding]:
     """Whether class i is known to mean the same in both, by their names: see `compatibility.match_classes`."""
+    student, teacher = found.student, found.teacher
     if found.order is not None:
         return [ok("classes", "the teacher's are reordered by name (kd_remap_labels)")]
     if student is None or teacher is None:
         return [ok("classes", "a model without id2label: class i has to mean the same in both")]
-    if without_names(student, teacher):
+    if found.unnamed:
         return [ok("classes", f"no names ({listed(student)}) in both: class i has to mean the same in both")]
     if not found.known:
         fix = "Set the same id2label in both configs to have them compared."

@@ -1,4 +1,4 @@
-"""A batch cut into pieces, or padded further: what should not change a loss.
+"""A batch split or padded: changes that should not change a loss.
 
 For: `trial.py`.
 """
@@ -15,11 +15,11 @@ from ..tasks import TEACHER_PREFIX, Head, main_input, token_mask
 
 
 def pieces_of(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]] | None:
-    """The batch in pieces of at most `rows` rows; None where a column does not have one entry a row."""
+    """Pieces of at most `rows` rows of the batch; None where a column does not have one entry for each row."""
     count = len(main_input(batch))
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.dim()}
-    places = tensors.get("position_ids")
-    if places is not None and len(places) == 1 < count:  # the same for every row
+    positions = tensors.get("position_ids")
+    if positions is not None and len(positions) == 1 < count:  # the same for every row
         del tensors["position_ids"]
     if any(len(value) != count for value in tensors.values()):
         return None
@@ -29,7 +29,7 @@ def pieces_of(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]] | Non
 
 
 def padded(batch: Mapping[str, Any], head: Head, more: int, pad_id: int, *, left: bool) -> dict[str, Any] | None:
-    """The batch with `more` positions of padding a row; None where it has no mask to say so, or places of its own."""
+    """The batch with `more` positions of padding in each row; None without a mask, or with position ids of its own."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     plain = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == 2 and mask.shape == ids.shape
     if not plain or {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"} & set(batch):
@@ -48,7 +48,7 @@ def padded(batch: Mapping[str, Any], head: Head, more: int, pad_id: int, *, left
         before = left and not (decoded and head.encoder_decoder)
         made[name] = nn.functional.pad(value, (more, 0) if before else (0, more), value=fills.get(name, 0))
     if left and head.shifted and "labels" in made:
-        made["labels"][:, more] = IGNORE_INDEX  # the first label of a row is predicted nowhere
+        made["labels"][:, more] = IGNORE_INDEX  # no position predicts the first label of a row
     return made
 
 

@@ -1,6 +1,6 @@
-"""`trainer.check()`: every check of a setup, advice on it, and one batch through both models, as a table.
+"""`trainer.check()`: all checks of a setup, advice, and one batch through both models, as a table.
 
-For: `trainer.py`. Nothing is trained; afterwards everything is as it was.
+For: `trainer.py`. Nothing is trained, and all state is restored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from ..tasks import (
     unchanged_buffers,
     unchanged_modes,
 )
-from ..teachers import class_names
 from ..training import WITH_MODELS, WITHOUT_MODELS, Setup, classes_of_logits, is_sharded, plan, tokens
 from ..validation import fail
 from . import advice as advice
@@ -73,11 +72,11 @@ def _look_at_models(inspection: Inspection, findings: Findings) -> None:
     with findings.attempt("classes"):
         compared = teacher and teacher.compare_classes(student, head, remap=settings.kd.kd_remap_labels)
         if compared:
-            findings.rows += advice.about_classes(class_names(student), *compared)
+            findings.rows += advice.about_classes(compared)
 
 
 def _look_at_batch(inspection: Inspection, findings: Findings, batch: Mapping[str, Any]) -> Trial | None:
-    """The list of checks, and what else the batch tells; None where the models could not be run on it."""
+    """The list of checks, and advice on the batch; None where the models could not be run on it."""
     trainer, setup, before = inspection.trainer, Setup(inspection.trainer, batch), len(findings.rows)
     passed = {check: findings.passes(what, partial(check, setup)) for what, check in WITHOUT_MODELS}
     if passed[tokens] and trainer.teacher is not None and trainer.teacher.has_own_weights:
@@ -106,7 +105,7 @@ def _look_at_batch(inspection: Inspection, findings: Findings, batch: Mapping[st
 
 
 def _look_closer(inspection: Inspection, setup: Setup, findings: Findings) -> None:
-    """What is suspicious in a batch of a known task, and not always wrong."""
+    """Advice on a batch of a known task."""
     trainer, head, batch, student = inspection.trainer, setup.head, setup.batch, setup.student
     if head is None:
         return

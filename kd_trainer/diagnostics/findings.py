@@ -32,7 +32,7 @@ class Finding(NamedTuple):
         status: "ok", "warning" (suspicious) or "error" (training would stop, or learn something else than meant).
         what: what was looked at.
         found: what was found.
-        fix: how to fix it, or what would be better; "" where there is nothing to do.
+        fix: how to fix or improve it; "" where there is nothing to do.
     """
 
     status: str

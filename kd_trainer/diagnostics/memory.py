@@ -1,4 +1,4 @@
-"""How much memory a training step takes in each process: bytes by arithmetic, from two configs, without a device.
+"""Memory of a training step in each process: bytes computed from two configs, without a device.
 
 For: choosing a backend and a batch size before a run; `kd-trainer memory` prints it for every backend. Weights,
 gradients, optimizer and buckets are sums. Activations are APPROXIMATE: the formula of Korthikanti et al. 2022,
@@ -27,8 +27,7 @@ _INNER = ("intermediate_size", "d_ff", "encoder_ffn_dim", "ffn_dim", "hidden_dim
 
 
 class Memory(NamedTuple):
-    """Bytes in one process, each part at its largest; `total` is less than their sum, as gradients come when
-    activations go."""
+    """Bytes in one process, each part at its maximum; `total` is less than their sum: gradients replace activations."""
 
     student: int  # weights
     gradients: int  # with DDP's buckets of them
@@ -67,8 +66,7 @@ def estimate_memory(
 
     Activations are the published formula where the config has hidden size, layers and heads and the rows are tokens or
     patches; the outputs of the linear layers in a model without them, such as an MLP; not known with convolutions.
-    Not counted: the CUDA context (about half a GiB), workspaces of libraries, fragments of the allocator, ZeRO-3's
-    prefetch, batches that wait, evaluation.
+    Not counted: the CUDA context (about half a GiB), workspaces, fragmentation, prefetch, queued batches, evaluation.
 
     Args:
         student: a config, the folder, file or hub name of one, or a model (on the meta device it takes no memory).
@@ -132,11 +130,11 @@ def estimate_memory(
     # The trainer leaves a quantised teacher where it is.
     teacher_bytes *= 0.0 if teacher_model is model else 1.0 if teacher_bits else share
     gradients = trained * kept * state_share
-    copies = trained * 4 * state_share if deepspeed else 0.0  # it steps on weights and gradients of its own, in float32
+    copies = trained * 4 * state_share if deepspeed else 0.0  # weights and gradients in float32
     states = 2 * (4 if deepspeed else kept) if optimizer_bytes is None else optimizer_bytes
     optimizer = trained * states * state_share + copies
-    # Gradients that lie there through both forwards: accumulated ones, and the memory that ZeRO-3 keeps for them.
-    early = gradients if gradient_accumulation_steps > 1 or backend == "zero3" else 0.0
+    # Gradients in memory during both forwards: accumulated ones, and the buffers of ZeRO-3.
+    accumulated = gradients if gradient_accumulation_steps > 1 or backend == "zero3" else 0.0
     mirrored = gradients if backend == "ddp" else 0.0
     # ZeRO-2 has two buckets, with overlap_comm; ZeRO-3 one.
     around = {"zero2": 2, "zero3": 1}.get(backend, 0) * reduce_bucket_size * kept
@@ -162,8 +160,8 @@ def estimate_memory(
         loss = _fused_loss(weights, head, columns, item, item < used, device == "cpu")
     else:
         loss = _full_loss(model, head, columns, item, teacher_item)
-    fixed = student_bytes + teacher_bytes + optimizer + early + mirrored + around
-    peak = fixed + max(forward, (activations or 0) + loss, gradients - early + copies)
+    fixed = student_bytes + teacher_bytes + optimizer + accumulated + mirrored + around
+    peak = fixed + max(forward, (activations or 0) + loss, gradients - accumulated + copies)
     student_bytes, teacher_bytes, optimizer, peak = map(round, (student_bytes, teacher_bytes, optimizer, peak))
     gradients = round(gradients + mirrored)
     return Memory(student_bytes, gradients, optimizer, teacher_bytes, forward, activations, loss, around, peak)

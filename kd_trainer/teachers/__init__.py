@@ -2,7 +2,7 @@
 
 from .adapter_off import AdapterOffTeacher, adapter_modules, adapter_parameters
 from .columns import TeacherCollator, add_teacher_inputs
-from .compatibility import Classes, class_names, class_order, listed, match_classes, tokenizer_of, without_names
+from .compatibility import Classes, class_names, class_order, listed, match_classes, tokenizer_of
 from .errors import check_ids, check_padding, positions_of
 from .live import ADAPTER_OFF, LiveTeacher
 from .load import load_teacher
@@ -39,5 +39,4 @@ __all__ = [
     "student_from_teacher",
     "tokenizer_of",
     "watch_shared_buffers",
-    "without_names",
 ]

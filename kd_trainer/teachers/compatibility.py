@@ -24,26 +24,35 @@ logger = logging.getLogger(__name__)
 
 
 class Classes(NamedTuple):
-    """Result of comparing the class names of two models."""
+    """The class names of student and teacher, and the result of comparing them."""
 
-    order: Tensor | None  # the teacher's class of each of the student's; None where they stand in the same places
-    known: bool | None  # whether class i is known to mean the same; None where a model has no names
+    student: Mapping[int, str] | None
+    teacher: Mapping[int, str] | None
+    known: bool = False  # whether class i is known to mean the same in both
+    order: Tensor | None = (
+        None  # the teacher's class of each of the student's; None where they stand in the same places
+    )
+
+    @property
+    def unnamed(self) -> bool:
+        """Whether both models have the default names of transformers."""
+        return all(names is not None and _unnamed(names) for names in (self.student, self.teacher))
+
+    @property
+    def comparable(self) -> bool:
+        """False where a model has names, and they cannot be compared with those of the other."""
+        return self.known or self.unnamed or self.student is None or self.teacher is None
 
 
 def class_order(student: nn.Module, teacher: nn.Module, *, remap: bool) -> Tensor | None:
-    """`match_classes` of two models; where their names cannot be compared it warns and returns None."""
+    """The order of `match_classes` of two models; warns where their names cannot be compared."""
     return warned(class_names(student), class_names(teacher), remap=remap).order
 
 
 def warned(student_names: Mapping[int, str] | None, teacher_names: Mapping[int, str] | None, **options: Any) -> Classes:
-    """`match_classes`, with a warning where one side has names and they cannot be compared with the other's."""
+    """`match_classes`, with a warning where the names cannot be compared."""
     found = match_classes(student_names, teacher_names, **options)
-    if (
-        found.known is False
-        and student_names is not None
-        and teacher_names is not None
-        and not without_names(student_names, teacher_names)
-    ):
+    if not found.comparable and student_names and teacher_names:
         text = (
             "The classes of teacher (%s) and student (%s) cannot be compared by name: training goes on as if class i "
             "meant the same in both. Set the same id2label in both configs to have it checked."
@@ -75,7 +84,7 @@ def match_classes(
         if remap:
             side = "student" if student_names is None else "teacher"
             _fail_remap(f"names of the classes in both models (the {side} is a model without id2label)")
-        return Classes(None, None)
+        return Classes(student_names, teacher_names)
     if len(student_names) != len(teacher_names):
         shown = f"{what} with {len(teacher_names)} classes ({listed(teacher_names)})"
         expected = f"{len(student_names)} classes as the student has ({listed(student_names)})"
@@ -83,11 +92,12 @@ def match_classes(
     a, b = _alike(student_names, teacher_names)
     telling = not _unnamed(a) and not _unnamed(b) and sorted(a) == sorted(b) == list(range(len(a)))
     if telling and a == b:
-        return Classes(None, True)
+        return Classes(student_names, teacher_names, known=True)
     moved = [i for i in sorted(a) if a[i] in b.values() and b.get(i) != a[i]] if telling else []
     permuted = len(set(a.values())) == len(a) and set(a.values()) == set(b.values())
     if moved and permuted and remap:
-        return Classes(torch.tensor([_id(b, a[i]) for i in range(len(a))]), True)
+        order = torch.tensor([_id(b, a[i]) for i in range(len(a))])
+        return Classes(student_names, teacher_names, known=True, order=order)
     if moved:
         place, because = _id(b, a[moved[0]]), "the student would learn one class as another"
         fix = "Set kd_remap_labels to true to reorder the teacher's classes by name."
@@ -96,10 +106,9 @@ def match_classes(
         expected = f"id {moved[0]} as in the student ({listed(student_names)}; the teacher has {listed(teacher_names)})"
         fail(argument, shown, expected, fix, because=because)
     if remap:
-        _fail_remap(
-            f"the same names in both (the student has {listed(student_names)}; the teacher has {listed(teacher_names)})"
-        )
-    return Classes(None, False)
+        lists = f"the student has {listed(student_names)}; the teacher has {listed(teacher_names)}"
+        _fail_remap(f"the same names in both ({lists})")
+    return Classes(student_names, teacher_names)
 
 
 def _fail_remap(expected: str) -> NoReturn:
@@ -152,13 +161,8 @@ def class_names(model: Any) -> dict[int, str] | None:
         fail("id2label", quoted(names), "whole numbers as its keys", "Write it as {0: name, 1: name, ...}.")
 
 
-def without_names(student_names: Mapping[int, str], teacher_names: Mapping[int, str]) -> bool:
-    """Whether neither side names its classes: upstream's defaults on both, as integer labels leave them."""
-    return _unnamed(student_names) and _unnamed(teacher_names)
-
-
 def _unnamed(names: Mapping[int, str]) -> bool:
-    """Whether they are upstream's default, LABEL_0 and so on."""
+    """Whether they are the default names of transformers, LABEL_0 and so on."""
     return all(re.fullmatch(r"label_?\d+", name.lower()) for name in names.values())
 
 

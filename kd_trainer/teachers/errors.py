@@ -1,7 +1,7 @@
-"""What can be wrong between a batch and a teacher: pad token, positions, image size, memory, missing columns.
+"""Checks of a batch for the teacher, and messages for a forward that failed.
 
-For: `live.py`. A check that costs nothing runs before each forward; the others explain a forward that failed: which
-side, which argument, how to fix it, with the original error as the cause.
+For: `live.py`. Cheap checks run before each forward. The others name side, argument and fix of a failed one: pad
+token, positions, image size, memory, missing columns.
 Shapes: B rows, S positions.
 """
 
@@ -23,13 +23,13 @@ _OWN_COLUMNS = "Give it inputs of its own in teacher_* columns, or wrap it in a 
 
 
 def positions_of(model: nn.Module) -> tuple[int | None, bool]:
-    """How many positions a row may have, None: unknown; and whether a longer one fails (a learned table)."""
+    """The most positions of a row (None: unknown), and whether a longer row fails (a learned table)."""
     limit, learned, _ = _positions(model)
     return limit, learned
 
 
 def widest_input(model: nn.Module) -> int | None:
-    """The most columns of ids that a model can take, padding included; None where that is not limited or unknown.
+    """The most columns of ids that a model can take, padding included; None: no limit, or unknown.
 
     RoBERTa and its kin number the real tokens alone, so padding does not count there.
     """
@@ -54,7 +54,7 @@ def _positions(model: nn.Module) -> tuple[int | None, bool, bool]:
 
 
 def check_widths(inputs: Mapping[str, Any], limit: int) -> None:
-    """Raises ValueError where ids have more columns than the teacher has positions; by shapes alone."""
+    """Raises ValueError where ids have more columns than the teacher has positions; reads shapes only."""
     if "position_ids" in inputs:  # packed rows begin again
         return
     for name in ("input_ids", "decoder_input_ids"):
@@ -107,10 +107,10 @@ def check_ids(inputs: Mapping[str, Any], rows: int) -> None:
 
 
 def explain(teacher: nn.Module, inputs: Mapping[str, Any], error: Exception) -> Exception | None:
-    """The error to raise, from `error`, where the teacher's forward failed on `inputs`; None where it says enough.
+    """The error to raise from `error`, with which the teacher's forward failed; None where its message is enough.
 
-    A TypeError stays one, so do ValueErrors (as which an index and a key that are not there count); any other is a
-    RuntimeError. Out of memory keeps its class: `auto_find_batch_size` goes by it.
+    TypeError and ValueError stay, LookupError becomes ValueError, all others RuntimeError. Out of memory keeps its
+    class, by which `auto_find_batch_size` knows it.
     """
     if error.args and isinstance(error.args[0], Message):
         return None

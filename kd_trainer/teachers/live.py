@@ -131,14 +131,11 @@ class LiveTeacher:
         self._given.dtypes = [*floating_dtypes(self.model)[: 1 if self.sharded else None]] or [None]
         self._modules = list(self.model.modules())
 
-    def compare_classes(
-        self, student: nn.Module, head: Head | None, *, remap: bool
-    ) -> tuple[Mapping[int, str] | None, Classes] | None:
-        """Its class names and `match_classes` with the student's; None where the classes of the task have no names."""
+    def compare_classes(self, student: nn.Module, head: Head | None, *, remap: bool) -> Classes | None:
+        """`match_classes` with the student; None where the classes of the task have no names."""
         if not classes_have_names(student, head):
             return None
-        names = class_names(self.model)
-        return names, match_classes(class_names(student), names, remap=remap)
+        return match_classes(class_names(student), class_names(self.model), remap=remap)
 
     @property
     def sharded(self) -> bool:

@@ -67,10 +67,8 @@ class Teacher(Protocol):
     def for_student(self, student: nn.Module, *, over_tokens: bool) -> Teacher:
         """The teacher of a new student (from `model_init`): another one where it is the student's base, else itself."""
 
-    def compare_classes(
-        self, student: nn.Module, head: Head | None, *, remap: bool
-    ) -> tuple[Mapping[int, str] | None, Classes] | None:
-        """Its class names and `match_classes` with the student's; None where the classes of the task have no names."""
+    def compare_classes(self, student: nn.Module, head: Head | None, *, remap: bool) -> Classes | None:
+        """`match_classes` with the student; None where the classes of the task have no names."""
 
     def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:
         """Raises ValueError where the loss needs what its outputs do not hold."""

@@ -207,7 +207,7 @@ def cache(setup: Setup) -> None:
     setup.head = kept.with_label_names(setup.trainer.label_names, setup.batch)
     setup.teacher_classes = manifest["vocabulary"]
     compared = teacher.compare_classes(setup.student, remap=kd.kd_remap_labels, compare=compatibility.warned)
-    setup.class_order = None if compared is None else compared[1].order
+    setup.class_order = None if compared is None else compared.order
 
 
 def settings(setup: Setup) -> str | None:
