@@ -124,15 +124,11 @@ class Findings:
 
     def everywhere(self, here: bool) -> bool:
         """Whether it is so on every process; one that went on alone would wait for the others for ever."""
-        if self._accelerator.num_processes == 1:
-            return here
         agreed = self._accelerator.reduce(torch.tensor(float(here), device=self._device), reduction="sum")
         return int(agreed) == self._accelerator.num_processes
 
     def of_all_processes(self) -> list[Finding]:
         """The first process's rows, and warnings and errors that only other processes have."""
-        if self._accelerator.num_processes == 1:
-            return self.rows
         from accelerate.utils import gather_object
 
         first, *others = gather_object([self.rows])

@@ -50,10 +50,6 @@ class Trial(NamedTuple):
         return self.inspection.trainer
 
     @property
-    def kd(self) -> Any:
-        return self.inspection.settings.kd
-
-    @property
     def whole(self) -> bool:
         """Whether every process has the whole student and may call it any number of times."""
         return not self.setup.sharded
@@ -85,7 +81,7 @@ def run(trial: Trial, findings: Findings, evaluate: bool) -> None:
     if not findings.everywhere(not has_errors(findings.rows[before:])):
         return
     plan = cast(Fit, trial.inspection.plan())  # with full logits where the step has fallen back to them
-    findings.rows += about_path(plan, trial.fit.student, trial.kd.kd_loss_implementation)
+    findings.rows += about_path(plan, trial.fit.student, trial.setup.kd.kd_loss_implementation)
     findings.add("memory", _memory, trial, findings.memory_peak)
     findings.add("split", _split, trial, findings)
     findings.add("padding", _padding, trial, findings)
@@ -172,11 +168,10 @@ def _memory(trial: Trial, measured_peak: int | None) -> list[Finding]:
     trainer, fit, args = trial.trainer, trial.fit, trial.trainer.args
     if trial.setup.live is None or not trial.whole:
         return []
-    on_gpu = args.device.type == "cuda"
-    peak = measured_peak or 0
-    resident = "" if on_gpu else " more resident"
-    measured = f"; measured: {_amount(peak)}{resident} at the peak of a forward and backward, without optimizer"
-    measured = measured if peak else ""
+    on_gpu, peak, measured = args.device.type == "cuda", measured_peak or 0, ""
+    if peak:
+        what = f"{_amount(peak)}{'' if on_gpu else ' more resident'}"
+        measured = f"; measured: {what} at the peak of a forward and backward, without optimizer"
     try:
         memory = estimate_memory(
             fit.student,
@@ -239,19 +234,17 @@ def _split(trial: Trial, findings: Findings) -> list[Finding]:
     with _as_in_training_without_dropout(trial.fit.student):
         whole, halves = _losses(trial, [trial.batch], trial.batch), _losses(trial, cast(list, parts), trial.batch)
     found = f"1 x {rows} rows {whole:.6f}, 2 x {(rows + 1) // 2} {halves:.6f}"
-    return _compared(trial, "split", found, whole, halves, _causes(trial))
+    return [_compared(trial, "split", found, whole, halves, _causes(trial))]
 
 
 def _padding(trial: Trial, findings: Findings) -> list[Finding]:
     """The batch as it is and with more padding on either side, each divided by its own counts."""
-    head, student = trial.fit.head, trial.fit.student
-    teacher = trial.trainer.teacher
+    head, student, teacher = trial.fit.head, trial.fit.student, trial.trainer.teacher
     if teacher is not None and teacher.model is None:
         return []  # what a cache holds is joined to the batch as it is
     ids = trial.batch.get("input_ids")
     width = ids.shape[-1] if isinstance(ids, Tensor) else 0
-    models = [student] if teacher is None else [student, teacher.model]
-    limits = [positions_of(model)[0] for model in models]
+    limits = [positions_of(model)[0] for model in ([student] if teacher is None else [student, teacher.model])]
     more = min([_MORE, *(limit - width for limit in limits if limit is not None)])
     tokenizer = trial.trainer.processing_class
     pad_id = pad_id_of(tokenizer, student) or 0
@@ -269,7 +262,7 @@ def _padding(trial: Trial, findings: Findings) -> list[Finding]:
             rows.append(ok("padding", f"{found}; {note}"))
             continue
         causes = "A model sees the padding: check the attention_mask, its padding side and convolutions or pooling"
-        row = _compared(trial, "padding", found, plain, wider, f"{causes} over rows.")[0]
+        row = _compared(trial, "padding", found, plain, wider, f"{causes} over rows.")
         if side != usual and row.status == "warning":
             row = ok("padding", f"{row.found} (no row of this batch is padded there)")
         rows.append(row)
@@ -283,12 +276,12 @@ def _losses(trial: Trial, batches: list[dict[str, Any]], whole: Mapping[str, Any
         return sum(float(trial.loss(batch, counts)) for batch in batches)
 
 
-def _compared(trial: Trial, what: str, found: str, one: float, other: float, causes: str) -> list[Finding]:
+def _compared(trial: Trial, what: str, found: str, one: float, other: float, causes: str) -> Finding:
     difference = abs(one - other) / max(abs(one), abs(other), 1e-12)
     halves = {p.dtype for p in trial.fit.student.parameters()} & {torch.float16, torch.bfloat16}
     room = 2e-2 if halves or trial.trainer.accelerator.mixed_precision != "no" else 1e-4
     found = f"{found}: relative difference {difference:.1e}"
-    return [ok(what, found) if difference <= room else warning(what, found, causes)]
+    return ok(what, found) if difference <= room else warning(what, found, causes)
 
 
 def _causes(trial: Trial) -> str:
