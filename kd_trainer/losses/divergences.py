@@ -11,20 +11,22 @@ value is +inf its gradient is finite: what would be infinite in it counts as con
 
 Two ways to the same numbers: the plain formulas (`divergence_terms`, differentiable any number of times) and, for large
 logits of which only the student's need a gradient, `_InBlocks`, which visits blocks of rows that stay in the
-processor's cache and keeps the gradient alone. A new divergence is one entry of `_TERMS`, one function, one entry of
-`DIVERGENCES`; the blocks come by themselves.
+processor's cache and keeps the gradient alone. A new divergence is one function, its formula, and one entry of
+`DIVERGENCES`: arguments, modules, the trainer, the fused loss and the blocks read the entry.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..validation import check_choice, check_number, check_temperature, check_tensor, fail
+from ..validation import check_choice, check_number, check_temperature, fail
+from .checks import check_class_ids, check_logits
 
 # Elements in one block of rows. One thread wants its buffers in the nearest cache; several threads wait for each other
 # at the end of every operation (for long, where other processes use the cores), so they get fewer and larger blocks;
@@ -54,65 +56,130 @@ def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     return _weigh(log_p.exp(), log_p - log_q)
 
 
-def _kl_to_mixture_terms(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """Elementwise KL(a || weight a + (1 - weight) b)."""
+def _kl_to_mixture_terms(log_a: Tensor, log_b: Tensor, beta: float) -> Tensor:
+    """Elementwise KL(a || beta a + (1 - beta) b)."""
     a = log_a.exp()
     # Below the smallest normal number 1/mixture overflows in the gradient; such a class contributes nothing anyway.
-    mixture = (weight * a + (1 - weight) * log_b.exp()).clamp(min=torch.finfo(a.dtype).tiny)
+    mixture = (beta * a + (1 - beta) * log_b.exp()).clamp(min=torch.finfo(a.dtype).tiny)
     return _weigh(a, log_a - mixture.log())
 
 
-_Terms = Callable[[Tensor, Tensor, float], Tensor]  # (log_p of the teacher, log_q of the student, beta) -> [..., V]
+def _jsd(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
+    of_p, of_q = _kl_to_mixture_terms(log_p, log_q, beta), _kl_to_mixture_terms(log_q, log_p, 1 - beta)
+    return beta * of_p + (1 - beta) * of_q
 
-_TERMS: dict[str, _Terms] = {
-    "forward_kl": lambda log_p, log_q, _: kl_terms(log_p, log_q),
-    "reverse_kl": lambda log_p, log_q, _: kl_terms(log_q, log_p),
-    "symmetric_kl": lambda log_p, log_q, _: kl_terms(log_p, log_q) + kl_terms(log_q, log_p),
-    "jsd": lambda log_p, log_q, beta: (
-        beta * _kl_to_mixture_terms(log_p, log_q, beta) + (1 - beta) * _kl_to_mixture_terms(log_q, log_p, 1 - beta)
+
+def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
+    return _kl_to_mixture_terms(log_q, log_p, beta)
+
+
+def _total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return 0.5 * (log_p.exp() - log_q.exp()).abs()
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence: its formula and what has to be known of it. An entry of `DIVERGENCES`, called as `forward_kl` is.
+
+    Args:
+        terms: the formula, (log_p, log_q) -> contributions [..., V] whose sum over V is D(p, q) in nats; log_p and
+            log_q are log-probabilities [..., V] of teacher and student, in float32 or wider. It is differentiated with
+            respect to log_q. Given `beta=` where there is a default, and with `needs_labels` `labels=` [...] int64
+            class ids in range.
+        parameter: what `beta` is in the formula, in words; None: it has no parameter.
+        default: of the parameter.
+        range: the parameter lies strictly between these; an end that is None is open.
+        needs_labels: whether the formula reads the label of a position. A position without one has the forward KL.
+
+    Example:
+        >>> half_squared = Divergence(lambda log_p, log_q: (log_p.exp() - log_q.exp()).square() / 2)
+        >>> half_squared(torch.tensor([0.0, -torch.inf]), torch.tensor([-torch.inf, 0.0])).item()
+        1.0
+    """
+
+    terms: Callable[..., Tensor]
+    parameter: str | None = None
+    default: float | None = None
+    range: tuple[float | None, float | None] = (None, None)
+    needs_labels: bool = False
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        temperature: float = 1.0,
+        beta: float | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """D(p, q) of logits [..., V]: nats [...]. `labels` [...]: class ids, for a divergence that needs them."""
+        beta = self.check(beta)
+        _check_inputs(self, student_logits, teacher_logits, temperature, labels)
+        return _per_position(self, student_logits, teacher_logits, temperature, beta, labels)
+
+    def of_log_probs(self, log_p: Tensor, log_q: Tensor, beta: float, labels: Tensor | None = None) -> Tensor:
+        """The formula alone: contributions [..., V] from log-probabilities, in their dtype.
+
+        `beta` as `check` returns it; `labels` [...]: what is no class in range counts as no label, None as none at all.
+        """
+        given = {} if self.parameter is None else {"beta": beta}
+        if not self.needs_labels:
+            return self.terms(log_p, log_q, **given)
+        if labels is None:
+            return kl_terms(log_p, log_q)
+        labels = labels.long()
+        labelled = (labels >= 0) & (labels < log_q.shape[-1])
+        terms = self.terms(log_p, log_q, labels=torch.where(labelled, labels, 0), **given)
+        return torch.where(labelled.unsqueeze(-1), terms, kl_terms(log_p, log_q))
+
+    def check(self, beta: float | None, argument: str = "beta") -> float:
+        """Returns the beta to use (0 where there is none); raises unless it lies in the range."""
+        if self.parameter is None:
+            if beta is not None:
+                having = ", ".join(f"'{name}'" for name, entry in DIVERGENCES.items() if entry.parameter is not None)
+                own = next((f" '{name}'" for name, entry in DIVERGENCES.items() if entry is self), "")
+                mend = f"Leave `{argument}` out, or choose one of {having}."
+                fail(argument, repr(beta), f"None with divergence{own}", mend, because="this divergence has no beta")
+            return 0.0
+        if beta is None:
+            assert self.default is not None
+            return self.default
+        low, high = self.range
+        check_number(argument, beta, low=low, high=high, open_low=low is not None, open_high=high is not None)
+        return beta
+
+
+_BETWEEN = (0.0, 1.0)
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": Divergence(kl_terms),
+    "reverse_kl": Divergence(lambda log_p, log_q: kl_terms(log_q, log_p)),
+    "symmetric_kl": Divergence(lambda log_p, log_q: kl_terms(log_p, log_q) + kl_terms(log_q, log_p)),
+    "jsd": Divergence(_jsd, "weight of the teacher in the mixture", default=0.5, range=_BETWEEN),
+    "skew_forward_kl": Divergence(
+        _kl_to_mixture_terms, "share of the teacher in the mixture", default=0.1, range=_BETWEEN
     ),
-    "skew_forward_kl": lambda log_p, log_q, beta: _kl_to_mixture_terms(log_p, log_q, beta),
-    "skew_reverse_kl": lambda log_p, log_q, beta: _kl_to_mixture_terms(log_q, log_p, beta),
-    "total_variation": lambda log_p, log_q, _: 0.5 * (log_p.exp() - log_q.exp()).abs(),
+    "skew_reverse_kl": Divergence(_skew_reverse_kl, "share of the student in the mixture", default=0.1, range=_BETWEEN),
+    "total_variation": Divergence(_total_variation),
 }
-_DEFAULT_BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1}
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def check_logits(**named: Tensor) -> None:
-    """Raises unless all are floating tensors of one shape [..., V] with V >= 1; shapes are never broadcast."""
-    for argument, logits in named.items():
-        check_tensor(argument, logits, "a tensor of logits [..., V]")
-        if not logits.is_floating_point():
-            mend = "Pass the scores before the softmax, not class ids."
-            fail(argument, f"of dtype {logits.dtype}", "logits of a floating dtype", mend, error=TypeError)
-    (first, logits), *others = named.items()
-    for argument, other in others:
-        if logits.shape != other.shape:
-            shown = f"of shape {list(logits.shape)} and `{argument}` of shape {list(other.shape)}"
-            mend = "Give both sides the same positions and the same classes, in the same order."
-            because = "a divergence compares them class by class"
-            fail(first, shown, "equal shapes [..., V]", mend, because=because)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        shown = f"of shape {list(logits.shape)}"
-        fail(first, shown, "at least one class in the last dimension", "Pass logits [..., V].")
-
-
 def check_divergence(divergence: str, beta: float | None) -> float:
     """Returns the beta to use (0 where there is none); raises ValueError for an unknown name or a bad beta."""
-    check_choice("divergence", divergence, _TERMS)
-    if divergence not in _DEFAULT_BETA:
-        if beta is not None:
-            mend = "Leave `beta` out, or choose one of " + ", ".join(map(repr, _DEFAULT_BETA)) + "."
-            because = "this divergence has no beta"
-            fail("beta", repr(beta), f"None with divergence '{divergence}'", mend, because=because)
-        return 0.0
-    if beta is None:
-        return _DEFAULT_BETA[divergence]
-    check_number("beta", beta, low=0.0, high=1.0, open_low=True, open_high=True)
-    return beta
+    check_choice("divergence", divergence, DIVERGENCES)
+    return DIVERGENCES[divergence].check(beta)
+
+
+def _check_inputs(
+    entry: Divergence, student_logits: Tensor, teacher_logits: Tensor, temperature: float, labels: Tensor | None
+) -> None:
+    check_temperature("temperature", temperature)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    if entry.needs_labels:
+        check_class_ids(labels, student_logits.shape[:-1])
 
 
 # ---- from logits to nats --------------------------------------------------------------------------------------------
@@ -139,6 +206,7 @@ def divergence_terms(
     *,
     temperature: float = 1.0,
     beta: float | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Elementwise contributions of a divergence: D(p, q) = sum over V of the result.
 
@@ -151,6 +219,7 @@ def divergence_terms(
         teacher_logits: z_t [..., V], the same shape.
         temperature: T > 0, divides both logits.
         beta: the weight of `jsd` and of the skew divergences, strictly between 0 and 1; None is their default.
+        labels: [...] class ids, for a divergence that needs them; -100: none.
 
     Returns:
         Nats [..., V] in float32 or wider. Single contributions of a KL may be negative; their sum is not.
@@ -164,48 +233,51 @@ def divergence_terms(
         >>> terms.tolist()
         [0.25, 0.25]
     """
-    beta = check_divergence(divergence, beta)
-    check_temperature("temperature", temperature)
-    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
-    return _terms(divergence, student_logits, teacher_logits, temperature, beta)
+    beta, entry = check_divergence(divergence, beta), DIVERGENCES[divergence]
+    _check_inputs(entry, student_logits, teacher_logits, temperature, labels)
+    return _terms(entry, student_logits, teacher_logits, temperature, beta, labels)
 
 
-def log_prob_terms(divergence: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """The formula alone: contributions [..., V] from log-probabilities of teacher and student, in their dtype.
-
-    For callers that have normalised already; `beta` as `check_divergence` returns it.
-    """
-    return _TERMS[divergence](log_p, log_q, beta)
-
-
-def _terms(divergence: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, beta: float) -> Tensor:
+def _terms(
+    entry: Divergence,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    beta: float,
+    labels: Tensor | None,
+) -> Tensor:
     dtype = wide(student_logits, teacher_logits)
     log_p = log_probs(teacher_logits, temperature, dtype)
     log_q = log_probs(student_logits, temperature, dtype)
-    return _TERMS[divergence](log_p, log_q, beta)
+    return entry.of_log_probs(log_p, log_q, beta, labels)
 
 
 def _per_position(
-    divergence: str, student_logits: Tensor, teacher_logits: Tensor, temperature: float, beta: float | None
+    entry: Divergence,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    beta: float,
+    labels: Tensor | None,
 ) -> Tensor:
-    """Checks, then the faster of the two ways: nats [...]."""
-    beta = check_divergence(divergence, beta)
-    check_temperature("temperature", temperature)
-    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    """The faster of the two ways: nats [...]."""
     differentiable = torch.is_grad_enabled()
     if student_logits.numel() < _SMALL or (differentiable and teacher_logits.requires_grad):
-        return _terms(divergence, student_logits, teacher_logits, temperature, beta).sum(-1)
-    settings = (divergence, temperature, beta)
+        return _terms(entry, student_logits, teacher_logits, temperature, beta, labels).sum(-1)
+    settings = (entry, temperature, beta, labels)
     if differentiable and student_logits.requires_grad:
         return _InBlocks.apply(student_logits, teacher_logits, settings)
     return _in_blocks(student_logits, teacher_logits, settings, gradient=None)
+
+
+_Settings = tuple[Divergence, float, float, Tensor | None]  # entry, temperature, beta, labels
 
 
 class _InBlocks(torch.autograd.Function):
     """A divergence whose gradient with respect to z_s is computed beside the value, into the one buffer it saves."""
 
     @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, settings: tuple[str, float, float]) -> Tensor:
+    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, settings: _Settings) -> Tensor:
         gradient = torch.empty(
             student_logits.shape, dtype=wide(student_logits, teacher_logits), device=student_logits.device
         )
@@ -242,10 +314,11 @@ class _FirstDerivativeOnly(torch.autograd.Function):
 
 
 def _in_blocks(
-    student_logits: Tensor, teacher_logits: Tensor, settings: tuple[str, float, float], *, gradient: Tensor | None
+    student_logits: Tensor, teacher_logits: Tensor, settings: _Settings, *, gradient: Tensor | None
 ) -> Tensor:
     """Nats [...], block of rows by block of rows; fills `gradient` [..., V] with dD/dz_s where it is given."""
-    divergence, temperature, beta = settings
+    entry, temperature, beta, labels = settings
+    labels = None if labels is None else labels.reshape(-1)
     dtype, device = wide(student_logits, teacher_logits), student_logits.device
     classes = student_logits.shape[-1]
     student_rows, teacher_rows = (z.detach().reshape(-1, classes) for z in (student_logits, teacher_logits))
@@ -256,12 +329,13 @@ def _in_blocks(
     for start in range(0, positions, block):
         rows = slice(start, min(start + block, positions))
         z_s, z_t = student_rows[rows], teacher_rows[rows]
+        of_rows = None if labels is None else labels[rows]
         if gradient_rows is None:
-            values[rows] = _terms(divergence, z_s, z_t, temperature, beta).sum(-1)
+            values[rows] = _terms(entry, z_s, z_t, temperature, beta, of_rows).sum(-1)
         else:
             with torch.enable_grad():
                 z_s = z_s.to(dtype).requires_grad_()
-                block_values = _terms(divergence, z_s, z_t, temperature, beta).sum(-1)
+                block_values = _terms(entry, z_s, z_t, temperature, beta, of_rows).sum(-1)
                 gradient_rows[rows] = torch.autograd.grad(block_values.sum(), z_s)[0]
             values[rows] = block_values.detach()
     return values.view(student_logits.shape[:-1])
@@ -308,7 +382,7 @@ def forward_kl(
 
     Source: Kullback and Leibler 1951; Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
     """
-    return _per_position("forward_kl", student_logits, teacher_logits, temperature, beta)
+    return DIVERGENCES["forward_kl"](student_logits, teacher_logits, temperature=temperature, beta=beta)
 
 
 def reverse_kl(
@@ -328,7 +402,7 @@ def reverse_kl(
 
     Source: Gu et al. 2023 (MiniLLM), arXiv:2306.08543.
     """
-    return _per_position("reverse_kl", student_logits, teacher_logits, temperature, beta)
+    return DIVERGENCES["reverse_kl"](student_logits, teacher_logits, temperature=temperature, beta=beta)
 
 
 def symmetric_kl(
@@ -347,7 +421,7 @@ def symmetric_kl(
 
     Source: Jeffreys 1946; Zhang et al. 2018 (deep mutual learning), arXiv:1706.00384.
     """
-    return _per_position("symmetric_kl", student_logits, teacher_logits, temperature, beta)
+    return DIVERGENCES["symmetric_kl"](student_logits, teacher_logits, temperature=temperature, beta=beta)
 
 
 def jsd(
@@ -368,7 +442,7 @@ def jsd(
 
     Source: Lin 1991; Agarwal et al. 2023 (GKD), arXiv:2306.13649.
     """
-    return _per_position("jsd", student_logits, teacher_logits, temperature, beta)
+    return DIVERGENCES["jsd"](student_logits, teacher_logits, temperature=temperature, beta=beta)
 
 
 def skew_forward_kl(
@@ -388,7 +462,7 @@ def skew_forward_kl(
 
     Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898.
     """
-    return _per_position("skew_forward_kl", student_logits, teacher_logits, temperature, beta)
+    return DIVERGENCES["skew_forward_kl"](student_logits, teacher_logits, temperature=temperature, beta=beta)
 
 
 def skew_reverse_kl(
@@ -408,7 +482,7 @@ def skew_reverse_kl(
 
     Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898.
     """
-    return _per_position("skew_reverse_kl", student_logits, teacher_logits, temperature, beta)
+    return DIVERGENCES["skew_reverse_kl"](student_logits, teacher_logits, temperature=temperature, beta=beta)
 
 
 def total_variation(
@@ -427,18 +501,7 @@ def total_variation(
 
     Source: Wen et al. 2023 (f-distill), arXiv:2307.15190.
     """
-    return _per_position("total_variation", student_logits, teacher_logits, temperature, beta)
-
-
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "symmetric_kl": symmetric_kl,
-    "jsd": jsd,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-}
+    return DIVERGENCES["total_variation"](student_logits, teacher_logits, temperature=temperature, beta=beta)
 
 
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..validation import check_number, check_temperature, check_tensor, fail
-from .divergences import check_divergence
+from .checks import check_class_ids
+from .divergences import DIVERGENCES, check_divergence
 from .projection import Side, cast_as_autocast
 from .reductions import IGNORE_INDEX, divide, select_positions
 from .sparse_targets import Samples, TopK
@@ -53,7 +54,7 @@ class Job:
         capped = capped or (self.sparse is not None and self.sparse.ids.shape[1] > MOST_IDS)
         excluding = [self.student.bias, self.teacher.bias if self.teacher is not None else self.teacher_rows]
         known = [excludes(x) for x in excluding if x is not None]
-        self.plain_rows = capped or any(known)
+        self.plain_rows = capped or any(known) or DIVERGENCES[self.setting.divergence].needs_labels
         if None in known and self.sparse is None:
             self.setting = self.setting._replace(excluding=True)
 
@@ -266,6 +267,8 @@ def _check_shapes(g: dict[str, Any]) -> None:
             fail(name, shown, f"one row for each of the {positions} positions", "Flatten batch and sequence alike.")
     if g["labels"] is not None and g["labels"].is_floating_point():
         fail("labels", f"of dtype {g['labels'].dtype}", "integer ids", "Cast to int64.", error=TypeError)
+    if DIVERGENCES[g["divergence"]].needs_labels:
+        check_class_ids(g["labels"], hidden.shape[:1])
     _check_range("labels", g["labels"], weight.shape[0])
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergences import log_prob_terms
+from .divergences import DIVERGENCES
 from .fused_arguments import CHUNK_ROWS, Job, group_rows, read
 from .projection import Side
 from .reductions import IGNORE_INDEX, wrong_labels
@@ -146,8 +146,9 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
     """(soft without T^2, hard, same) [R] from whole logits, by autograd: the formulas as they are written."""
     setting, n = job.setting, job.common_ids
     hard = z_s.new_zeros(z_s.shape[0])
-    if job.labels is not None:
-        labels = job.labels[rows].long()
+    known = None if job.labels is None else job.labels[rows]
+    if known is not None:
+        labels = known.long()
         wrong = wrong_labels(labels, z_s.shape[-1])  # found on CPU before; elsewhere the row becomes NaN
         hard = F.cross_entropy(
             z_s, labels.masked_fill(wrong, 0), ignore_index=IGNORE_INDEX, reduction="none",
@@ -158,7 +159,7 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
     taught = job.said(rows)
     if taught is not None:
         if isinstance(taught, TopK):
-            soft = bucket_divergence(common, taught, setting.temperature, setting.divergence, setting.beta)
+            soft = bucket_divergence(common, taught, setting.temperature, setting.divergence, setting.beta, known)
             top = taught.ids.gather(1, taught.log_probs.argmax(-1, True))
         else:
             soft = sampled_forward_kl(common, taught, temperature=setting.temperature)
@@ -170,7 +171,7 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
         log_q = torch.log_softmax(common / setting.temperature, -1)
         log_p = torch.log_softmax(dense / setting.temperature, -1)
         same = ((common == common.amax(-1, True)) & (dense == dense.amax(-1, True))).any(-1)
-        soft = log_prob_terms(setting.divergence, log_p, log_q, setting.beta).sum(-1)
+        soft = DIVERGENCES[setting.divergence].of_log_probs(log_p, log_q, setting.beta, known).sum(-1)
     if job.soft is not None:
         counted = job.soft[rows]
         soft, same = torch.where(counted, soft, 0.0), same & counted

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..validation import check_choice, check_number, check_temperature, check_tensor, fail
-from .divergences import DIVERGENCES, check_divergence, check_logits, divergence_terms, wide
-from .reductions import REDUCTIONS, as_mask, masked_sum, reduce_terms, reduce_total, select_positions
+from .checks import check_class_ids, check_logits
+from .divergences import DIVERGENCES, check_divergence, divergence_terms, wide
+from .reductions import IGNORE_INDEX, REDUCTIONS, as_mask, masked_sum, reduce_terms, reduce_total, select_positions
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:
@@ -79,15 +80,29 @@ class SoftTargetLoss(nn.Module):
         self.temperature, self.divergence, self.beta = temperature, divergence, beta
         self.reduction, self.ignore_index = reduction, ignore_index
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the divergence reads the label of a position."""
+        return DIVERGENCES[self.divergence].needs_labels
+
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None, mask: Tensor | None = None
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        class_labels: Tensor | None = None,
     ) -> Tensor:
         """The loss of `student_logits` [B, ..., V] against `teacher_logits` [B, ..., V], see the class.
 
         Args:
             student_logits, teacher_logits: the same shape, at least two dimensions.
-            labels: [B, ...] integers; positions equal to `ignore_index` are not counted. Their values are not used.
+            labels: [B, ...] integers; positions equal to `ignore_index` are not counted. Their values are used by a
+                divergence that needs labels alone.
             mask: [B, ...] bool or 0/1; False or 0 is not counted. With both, a position must be counted by both.
+            class_labels: [B, ...] class ids for a divergence that needs labels; None: `labels`. They exclude no
+                position: where there is no label the forward KL is taken.
         """
         check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
         shape = student_logits.shape
@@ -99,21 +114,30 @@ class SoftTargetLoss(nn.Module):
             _check_labels(labels, student_logits)
             labelled = labels != self.ignore_index
             counted = labelled if counted is None else counted & labelled
+        read: dict[str, Tensor] = {}
+        if self.needs_labels:
+            class_labels = labels if class_labels is None else class_labels
+            check_class_ids(class_labels, shape[:-1])
+            assert class_labels is not None
+            read["labels"] = class_labels.masked_fill(class_labels == self.ignore_index, IGNORE_INDEX)
         if self.reduction == "none":
-            return self._elementwise(student_logits, teacher_logits, counted)
+            return self._elementwise(student_logits, teacher_logits, counted, read)
         if counted is not None:
             student_logits, teacher_logits = (select_positions(z, counted) for z in (student_logits, teacher_logits))
+            read = {name: select_positions(x, counted) for name, x in read.items()}
         divergence = DIVERGENCES[self.divergence]
-        values = divergence(student_logits, teacher_logits, temperature=self.temperature, beta=self.beta)
+        values = divergence(student_logits, teacher_logits, temperature=self.temperature, beta=self.beta, **read)
         total = values.sum() if self.temperature == 1 else values.sum() * self.temperature**2
         return reduce_total(total, self.reduction, shape=shape, positions=values.numel())
 
-    def _elementwise(self, student_logits: Tensor, teacher_logits: Tensor, counted: Tensor | None) -> Tensor:
+    def _elementwise(
+        self, student_logits: Tensor, teacher_logits: Tensor, counted: Tensor | None, read: dict[str, Tensor]
+    ) -> Tensor:
         if counted is not None:  # before the formula too, whose gradient at NaN would be NaN
             hidden = ~counted.unsqueeze(-1)
             student_logits, teacher_logits = (z.masked_fill(hidden, 0.0) for z in (student_logits, teacher_logits))
         terms = divergence_terms(
-            self.divergence, student_logits, teacher_logits, temperature=self.temperature, beta=self.beta
+            self.divergence, student_logits, teacher_logits, temperature=self.temperature, beta=self.beta, **read
         )
         return reduce_terms(terms * self.temperature**2, counted, reduction="none")
 
@@ -200,7 +224,7 @@ class DistillationLoss(nn.Module):
         _check_labels(labels, student_logits)
         counted_by_labels = labels if mask is None and student_logits.dim() > 2 else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha > 0):
-            soft = self.soft_loss(student_logits, teacher_logits, labels=counted_by_labels, mask=mask)
+            soft = self.soft_loss(student_logits, teacher_logits, counted_by_labels, mask, class_labels=labels)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.alpha < 1):
             hard = self._hard(student_logits, labels)
         if self.alpha in (0, 1):

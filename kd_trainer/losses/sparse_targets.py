@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..validation import check_temperature, fail
-from .divergences import BLOCK_ACCELERATOR, check_divergence, check_logits, log_prob_terms, log_probs, wide
+from .checks import check_class_ids, check_logits
+from .divergences import BLOCK_ACCELERATOR, DIVERGENCES, check_divergence, log_probs, wide
 
 _BLOCK = 2**19  # logits that a processor reads at once: the buffers stay in its cache
 
@@ -159,6 +160,7 @@ def top_k_divergence(
     temperature: float = 1.0,
     divergence: str = "forward_kl",
     beta: float | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """D(p, q) over k + 1 buckets: each kept id is one, all the others together are the last.
 
@@ -170,6 +172,7 @@ def top_k_divergence(
         taught: `TopK`, ids of any integer dtype.
         temperature: T > 0 of the student, and of `taught`.
         divergence, beta: as in `DIVERGENCES`.
+        labels: [...] class ids, for a divergence that needs them; one that is not among the kept ids counts as none.
 
     Returns:
         Nats [...], float32 or wider; 0 where the buckets are equal, +inf as the divergence itself.
@@ -188,10 +191,22 @@ def top_k_divergence(
     """
     beta = check_divergence(divergence, beta)
     _check_taught(student_logits, temperature, taught, [taught.ids, taught.log_probs], taught.log_tail)
-    return bucket_divergence(student_logits.to(wide(student_logits)), taught, temperature, divergence, beta)
+    if DIVERGENCES[divergence].needs_labels:
+        check_class_ids(labels, student_logits.shape[:-1])
+    return bucket_divergence(student_logits.to(wide(student_logits)), taught, temperature, divergence, beta, labels)
 
 
-def bucket_divergence(logits: Tensor, taught: TopK, temperature: float, divergence: str, beta: float) -> Tensor:
+def bucket_labels(ids: Tensor, labels: Tensor | None) -> Tensor | None:
+    """The place of each label among the kept ids [..., k]; -1 where it is not one of them."""
+    if labels is None:
+        return None
+    found = ids == labels.unsqueeze(-1)
+    return torch.where(found.any(-1), found.to(torch.int8).argmax(-1), -1)
+
+
+def bucket_divergence(
+    logits: Tensor, taught: TopK, temperature: float, divergence: str, beta: float, labels: Tensor | None = None
+) -> Tensor:
     """`top_k_divergence` without checks, in the logits' dtype; `beta` as `check_divergence` returns it."""
     ids, x = taught.ids.long(), logits / temperature
     least = torch.finfo(x.dtype).min  # not -inf, of which nothing but -inf makes a gradient of NaN
@@ -199,7 +214,9 @@ def bucket_divergence(logits: Tensor, taught: TopK, temperature: float, divergen
     rest = torch.where(rest < least / 2, -torch.inf, rest)
     log_q = torch.cat((x.gather(-1, ids), rest), -1) - x.logsumexp(-1, True)
     log_p = torch.cat((taught.log_probs, taught.log_tail.unsqueeze(-1)), -1).to(log_q.dtype)
-    return log_prob_terms(divergence, log_p, log_q, beta).sum(-1)
+    entry = DIVERGENCES[divergence]
+    labels = bucket_labels(ids, labels) if entry.needs_labels else None
+    return entry.of_log_probs(log_p, log_q, beta, labels).sum(-1)
 
 
 def sampled_forward_kl(student_logits: Tensor, taught: Samples, *, temperature: float = 1.0) -> Tensor:

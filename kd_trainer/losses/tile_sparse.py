@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import can_compile, few_on_cpu, overwrite_on_cpu, sums_on_cpu
-from .divergences import log_prob_terms, wide
-from .sparse_targets import Samples, TopK
+from .divergences import DIVERGENCES, wide
+from .sparse_targets import Samples, TopK, bucket_labels
 from .tile import block_rows, compile_pays, same_compiled, without_wrong
 from .tile_types import Rows, Setting, halves_of, power_of, widened
 
@@ -75,7 +75,7 @@ def visit_sparse(
         log_all = torch.logaddexp(rest, kept)
         all_hard = torch.logaddexp(rest_hard, kept_hard)
         log_q = torch.cat((chosen, rest), 1) - log_all
-        soft, slopes = _bucket_slopes(setting, taught, log_q, gradient)
+        soft, slopes = _bucket_slopes(setting, taught, log_q, labels, gradient)
         same = of_top >= torch.maximum(top, chosen.amax(-1, True))
     else:
         log_all, all_hard, log_q = rest, rest_hard, chosen - rest
@@ -118,12 +118,16 @@ def _visit_in_c(
     return Rows(soft.float(), hard.float(), same != 0)
 
 
-def _bucket_slopes(setting: Setting, taught: TopK, log_q: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _bucket_slopes(
+    setting: Setting, taught: TopK, log_q: Tensor, labels: Tensor | None, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """D [R, 1] over the k + 1 buckets, and dD/dlog q [R, k + 1] where the log q are taken as free."""
     log_p = torch.cat((taught.log_probs, taught.log_tail.unsqueeze(1)), 1).to(log_q.dtype)
+    entry = DIVERGENCES[setting.divergence]
+    labels = bucket_labels(taught.ids, labels) if entry.needs_labels else None
     with torch.set_grad_enabled(gradient):
         log_q.requires_grad_(gradient)
-        soft = log_prob_terms(setting.divergence, log_p, log_q, setting.beta).sum(-1, True)
+        soft = entry.of_log_probs(log_p, log_q, setting.beta, labels).sum(-1, True)
         slopes = torch.autograd.grad(soft.sum(), log_q)[0] if gradient else None
     log_q.requires_grad_(False)
     return soft.detach(), slopes

@@ -1,6 +1,6 @@
 """What a batch and a model's outputs mean for a task: inputs, labels, positions, output head."""
 
-from .head import Fault, Head
+from .head import Fault, Head, class_labels
 from .heads import HEADS
 from .inputs import (
     NOT_INPUTS,
@@ -82,6 +82,7 @@ __all__ = [
     "check_batch",
     "check_required",
     "check_virtual_tokens",
+    "class_labels",
     "classes_have_names",
     "classes_of",
     "count_parameters",

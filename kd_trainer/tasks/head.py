@@ -233,10 +233,18 @@ class Head:
         return 0 if targets is None else self.labelled(targets)
 
     def soft_loss_sum(
-        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
+        self,
+        soft_loss: SoftTargetLoss,
+        student: Tensor,
+        teacher: Tensor,
+        inputs: Mapping[str, Any],
+        targets: Tensor | None = None,
     ) -> Tensor:
-        """Sum of T² D over the rows or positions given; `soft_loss` sums T² D(p, q) over all but the last dimension."""
-        return soft_loss(student, teacher)
+        """Sum of T² D over the rows or positions given; `soft_loss` sums T² D(p, q) over all but the last dimension.
+
+        `targets`: those of these rows or positions, for a divergence that needs labels; None: no labels.
+        """
+        return soft_loss(student, teacher, class_labels=class_labels(soft_loss, student, targets))
 
     def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
         """In how many rows or positions both models say the same; None where nothing of the kind can be counted."""
@@ -360,3 +368,10 @@ def check_label_range(targets: Tensor, num_classes: int, name: str = "labels") -
             f"0 to {num_classes - 1} (the logits have {num_classes} classes), or {IGNORE_INDEX} for no label",
             f"Mend the label column; an unlabelled row is {IGNORE_INDEX}, not -1.",
         )
+
+
+def class_labels(soft_loss: SoftTargetLoss, logits: Tensor, targets: Tensor | None) -> Tensor | None:
+    """The targets where the divergence reads them; without any, no label for each position of the logits."""
+    if not soft_loss.needs_labels:
+        return None
+    return torch.full(logits.shape[:-1], IGNORE_INDEX, device=logits.device) if targets is None else targets

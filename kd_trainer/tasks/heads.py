@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..losses import IGNORE_INDEX, SoftTargetLoss, divide
 from ..validation import fail, message
-from .head import Fault, Head, signed, wide
+from .head import Fault, Head, class_labels, signed, wide
 from .inputs import main_input, real_tokens, token_mask
 from .logits import logits_of
 
@@ -99,11 +99,19 @@ class MultiLabelHead(NumbersHead):
         return f"{divergence} per label"
 
     def soft_loss_sum(
-        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
+        self,
+        soft_loss: SoftTargetLoss,
+        student: Tensor,
+        teacher: Tensor,
+        inputs: Mapping[str, Any],
+        targets: Tensor | None = None,
     ) -> Tensor:
         # softmax([z, 0]) = (sigmoid(z), 1 - sigmoid(z)): each label is a classification into yes and no.
-        pairs = (torch.stack([z, torch.zeros_like(z)], -1) for z in (student, teacher))
-        return divide(soft_loss(*pairs), student.shape[-1])
+        z_s, z_t = (torch.stack([z, torch.zeros_like(z)], -1) for z in (student, teacher))
+        if targets is not None and soft_loss.needs_labels:
+            targets = (targets < 0.5).long().masked_fill(self._unknown(targets), IGNORE_INDEX)
+        labels = class_labels(soft_loss, z_s, targets)
+        return divide(soft_loss(z_s, z_t, class_labels=labels), student.shape[-1])
 
     def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
         return divide(((student > 0) == (teacher > 0)).sum(), student.shape[-1])
@@ -152,7 +160,12 @@ class RegressionHead(NumbersHead):
         return labels.unsqueeze(-1) if labels is not None and labels.dim() == 1 else labels
 
     def soft_loss_sum(
-        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
+        self,
+        soft_loss: SoftTargetLoss,
+        student: Tensor,
+        teacher: Tensor,
+        inputs: Mapping[str, Any],
+        targets: Tensor | None = None,
     ) -> Tensor:
         student = wide(student)
         if teacher.dim() == student.dim():
@@ -238,9 +251,19 @@ class QuestionAnsweringHead(Head):
         return divide(super().labelled(targets), 2)
 
     def soft_loss_sum(
-        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]
+        self,
+        soft_loss: SoftTargetLoss,
+        student: Tensor,
+        teacher: Tensor,
+        inputs: Mapping[str, Any],
+        targets: Tensor | None = None,
     ) -> Tensor:
-        return divide(soft_loss(self._attended(student, inputs), self._attended(teacher, inputs)), 2)
+        return divide(
+            super().soft_loss_sum(
+                soft_loss, self._attended(student, inputs), self._attended(teacher, inputs), inputs, targets
+            ),
+            2,
+        )
 
     def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
         same = super().agreement_sum(self._attended(student, inputs), self._attended(teacher, inputs), inputs)

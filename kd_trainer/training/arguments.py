@@ -87,7 +87,16 @@ class DistillationArguments:
     kd_temperature: float = field(default=3.0, metadata={"help": "Temperature of both distributions, > 0."})
     kd_divergence: str = field(default="forward_kl", metadata={"help": "One of: " + ", ".join(DIVERGENCES) + "."})
     kd_beta: float | None = field(
-        default=None, metadata={"help": "Mixture weight of jsd and the skew divergences; their own default if unset."}
+        default=None,
+        metadata={
+            "help": "Parameter of the divergence, its own default if unset: "
+            + "; ".join(
+                f"{name}: {entry.parameter} ({entry.default:g})"
+                for name, entry in DIVERGENCES.items()
+                if entry.parameter is not None
+            )
+            + "."
+        },
     )
     kd_reduction: str = field(
         default="batchmean",
@@ -179,8 +188,7 @@ class DistillationArguments:
         check_choice("kd_run", self.kd_run, RUNS)
         check_choice("kd_hard_loss", self.kd_hard_loss, HARD_LOSSES)
         self._check_cache()
-        if self.kd_beta is not None:
-            self._check_beta()
+        self._check_beta()
         if self.kd_task is not None:
             check_choice("kd_task", self.kd_task, HEADS)
         if self.kd_check_finite is not None:
@@ -193,14 +201,13 @@ class DistillationArguments:
             super().__post_init__()  # type: ignore[misc]
 
     def _check_beta(self) -> None:
-        check_number("kd_beta", self.kd_beta, low=0, high=1, open_low=True, open_high=True)
-        if not self.kd_divergence.startswith(("jsd", "skew")):
-            fail(
-                "kd_beta",
-                repr(self.kd_beta),
-                f"no value with kd_divergence {self.kd_divergence!r}, which has no beta",
-                "Leave it out, or choose kd_divergence jsd, skew_forward_kl or skew_reverse_kl.",
-            )
+        entry = DIVERGENCES[self.kd_divergence]
+        if self.kd_beta is not None and entry.parameter is None:
+            *others, last = (name for name, other in DIVERGENCES.items() if other.parameter is not None)
+            expected = f"no value with kd_divergence {self.kd_divergence!r}, which has no beta"
+            mend = f"Leave it out, or choose kd_divergence {', '.join(others)} or {last}."
+            fail("kd_beta", repr(self.kd_beta), expected, mend)
+        entry.check(self.kd_beta, "kd_beta")
 
     def _check_cache(self) -> None:
         check_choice("teacher_cache_format", self.teacher_cache_format, ("auto", *FORMATS))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..losses import (
+    DIVERGENCES,
     IGNORE_INDEX,
     FusedLoss,
     Samples,
@@ -30,7 +31,7 @@ from ..losses import (
     select_positions,
     top_k_divergence,
 )
-from ..tasks import Head, main_input
+from ..tasks import Head, class_labels, main_input
 from ..teachers import Sparse, TeacherOutput
 from ..validation import fail
 
@@ -174,22 +175,26 @@ class Objective:
             # At alpha 1 the hard loss is for the log alone.
             hard_sum = head.hard_loss_sum(logits if self.alpha < 1 else logits.detach(), labels, self.label_smoothing)
             hard = divide(hard_sum, hard_count) * counts.scale
+        known = targets if soft_loss.needs_labels else None
+        if known is not None and head.token_level:
+            known = (known if mask is None else select_positions(known, mask)).reshape(chosen.shape[:-1])
         if taught is not None:
-            soft = divide(head.soft_loss_sum(soft_loss, chosen, taught, inputs), soft_count) * counts.scale
+            soft = divide(head.soft_loss_sum(soft_loss, chosen, taught, inputs, known), soft_count) * counts.scale
             same = head.agreement_sum(chosen, taught, inputs)
             agreement = None if same is None else divide(same, counts.soft) * counts.scale
         if sparse is not None:
-            soft_sum, same = self._sparse_sums(chosen, sparse)
+            soft_sum, same = self._sparse_sums(chosen, sparse, class_labels(soft_loss, chosen, known))
             soft = divide(soft_sum, soft_count) * counts.scale
             agreement = divide(same, counts.soft) * counts.scale
         return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
 
-    def _sparse_sums(self, student_logits: Tensor, taught: Sparse) -> tuple[Tensor, Tensor]:
+    def _sparse_sums(self, student_logits: Tensor, taught: Sparse, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """(T^2 * sum of D(p, q), number of equal top classes) where the teacher is given sparsely."""
         if isinstance(taught, TopK):
             nats = top_k_divergence(
-                student_logits, taught, temperature=self.temperature, divergence=self.divergence, beta=self.beta
-            )
+                student_logits, taught, temperature=self.temperature, divergence=self.divergence, beta=self.beta,
+                labels=labels,
+            )  # fmt: skip
             top = taught.ids[..., 0]
         else:
             nats, top = sampled_forward_kl(student_logits, taught, temperature=self.temperature), taught.top
@@ -227,6 +232,8 @@ class Objective:
             mask = head.soft_mask(inputs, targets, self.positions)
             if mask is None and targets is not None:
                 mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)
+        if targets is None and DIVERGENCES[self.divergence].needs_labels:
+            targets = torch.full(shape, IGNORE_INDEX, device=student_hidden.device)
         soft_count, hard_count = self._denominators(counts)
         given: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
         given |= teacher.each(lambda tensor: tensor.flatten(0, 1)).as_arguments()
