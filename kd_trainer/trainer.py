@@ -6,64 +6,47 @@ nothing else; formulas stand in the files below.
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
-from transformers.trainer_pt_utils import nested_detach
+from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from .cache.cached_teacher import CachedTeacher
-from .cache.collator import CachedCollator
-from .cache.store import Store
+from .cache import CachedCollator, CachedTeacher
 from .diagnostics.check import Inspection, examine
 from .diagnostics.findings import Finding, has_errors
-from .files import write_atomically
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
-from .tasks.inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns, accepted_inputs, model_inputs
-from .tasks.output_head import NotPlain, full_logits
-from .tasks.packing import PackingWatch
-from .tasks.predictions import as_mapping, tensors_alone
-from .tasks.restore import unchanged_attributes
-from .teachers.live import LiveTeacher
-from .teachers.outputs import TeacherOutput
-from .training.arguments import DistillationArguments, refuse_borrowed_names
-from .training.bases import (
-    check_bases,
-    check_options,
-    check_smoothing,
-    no_room_for_fields,
-    not_logged,
-    refuse_no_trainer,
-)
+from .tasks import NotPlain, PackingWatch, accepted_inputs, model_inputs, unchanged_attributes
+from .tasks.inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns
+from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
+from .teachers.teacher import Teacher
+from .training import DistillationArguments, Plan, ResumableInterrupt, Settings, Setup, is_sharded
+from .training import bases as bases
+from .training.arguments import refuse_borrowed_names
 from .training.checkpoints import Checkpoints
 from .training.finite_watch import FiniteWatch
-from .training.interrupt import ResumableInterrupt
 from .training.logs import Evaluation, Window, named, with_existence, with_existence_of
 from .training.objective import Counts, Objective, Parts
 from .training.own_loss import OwnHardLoss
-from .training.processes import refuse_lone_processes
+from .training.processes import refuse_lone_processes, unwrapped
 from .training.router_loss import router_weight
-from .training.settings import Settings
-from .training.setup import Fit
-from .training.setup_checks import is_sharded
-from .training.start_block import print_start, put_card_section, summary_of
-from .training.step_loss import BatchLoss, MicroBatch, TeacherOutputs, own_rows
-from .training.teacher_cache import OfflineTeacher
-from .validation import fail, warn
+from .training.start_block import print_start, put_card_section, summary_of, write_summary
+from .training.step_loss import BatchLoss, MicroBatch, TeacherOutputs, counts_of, own_rows
+from .training.teacher_cache import TeacherCache
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # at run time the mixin has no base of its own, so that it fits in front of any Trainer class
+    _InFrontOf = Trainer
+else:
+    _InFrontOf = object
 
 
-class DistillationMixin(OfflineTeacher):
+class DistillationMixin(_InFrontOf):
     """Puts distillation in front of any `Trainer` class: `class MyKD(DistillationMixin, MyTrainer)`.
 
     Args:
@@ -83,10 +66,11 @@ class DistillationMixin(OfflineTeacher):
     # The loss is divided once by the counts of the whole optimizer step: upstream must not divide again.
     loss_is_scaled_for_ga: bool | None = True
     _signature_columns: Any  # upstream declares it as None
+    _student_columns: frozenset[str]  # those that upstream keeps
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        check_bases(cls, DistillationMixin)
+        bases.check_bases(cls, DistillationMixin)
 
     def __init__(
         self,
@@ -97,7 +81,7 @@ class DistillationMixin(OfflineTeacher):
         **kwargs: Any,
     ) -> None:
         if not isinstance(self, Trainer):
-            refuse_no_trainer(type(self))
+            bases.refuse_no_trainer(type(self))
         refuse_borrowed_names(kwargs)
         if args is not None:
             refuse_lone_processes(args)
@@ -106,29 +90,27 @@ class DistillationMixin(OfflineTeacher):
         except TypeError as error:  # SFTTrainer builds its own class of arguments from the fields of ours
             if "'kd_" not in str(error) and "'teacher_" not in str(error):
                 raise
-            raise TypeError(no_room_for_fields(type(self), OfflineTeacher, args)) from error
+            raise TypeError(bases.no_room_for_fields(type(self), DistillationMixin, args)) from error
         refuse_lone_processes(self.args)  # which upstream makes where none are given
         self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
         self._run_settings = Settings(self.args)
-        self._refused: list[Exception] = []
-        with self._refusals_wait():
-            check_options(self.args, self.kd_args.kd_hard_loss, self.compute_loss_func, self.accelerator)
+        self._setup = Setup(self, self._run_settings, self._is_training_step)
+        with self._setup.refusals_wait():
+            bases.check_options(self.args, self.kd_args.kd_hard_loss, self.compute_loss_func, self.accelerator)
         if not self.label_names:  # a plain module's forward names no labels; the batch still has them
             self.label_names = ["labels"]
-        check_smoothing(self.args.label_smoothing_factor, self.label_names)
-        self.teacher: LiveTeacher | CachedTeacher | None = None
-        self._given_teacher: Any = None
-        self._ready_parts: dict[str, Store] = {}  # of the teacher cache: built or checked by this trainer
-        self._identity: dict[str, Any] | None = None  # of the teacher whose outputs are kept
-        with self._refusals_wait():
-            self.teacher = self._load_teacher(teacher_model)
-        if self.kd_args.teacher_cache_dir is not None and self._given_teacher is not None:
-            self._identity_of_teacher()
-        self._fit: Fit | None = None
+        bases.check_smoothing(self.args.label_smoothing_factor, self.label_names)
+        self.teacher: Teacher | None = None
+        self._teacher_cache = cache = TeacherCache(self, self._setup, self._run_settings)
+        with self._setup.refusals_wait():
+            cache.given = self._setup.named_teacher(teacher_model)
+            self.teacher = self._setup.load(cache.given, cache.finished)
+        if self.kd_args.teacher_cache_dir is not None and cache.given is not None:
+            cache.identity()
+        self._plan: Plan | None = None
         self._started = False
-        self._teacher_outputs = TeacherOutputs(self.live_teacher_at_hand)
-        self._predicting = False  # whether a `prediction_step` is under way
-        self._loss_only = False  # whether the outputs of the current evaluation step are thrown away
+        self._teacher_outputs = TeacherOutputs(cache.at_hand)
+        self._predicting = self._loss_only = False  # in a `prediction_step`; in one whose outputs are thrown away
         self._window = Window(self.args.device)
         self._evaluation: Evaluation | None = None
         finite_mode = self._run_settings.finite_mode(self.args.device.type)
@@ -136,29 +118,68 @@ class DistillationMixin(OfflineTeacher):
         if not any(isinstance(c, ResumableInterrupt) for c in self.callback_handler.callbacks):
             self.add_callback(ResumableInterrupt())
 
+    @property
+    def kd_args(self) -> DistillationArguments:
+        """The `kd_*` and `teacher_*` arguments as they were last read."""
+        return self._run_settings.kd
+
+    def unwrapped_student(self) -> nn.Module:
+        """The student without what processes and compilers put around it."""
+        return unwrapped(cast(nn.Module, self.model), self.accelerator)
+
+    def _is_training_step(self, student: nn.Module) -> bool:
+        """Whether a loss is for a training step, whatever mode the student is in: it may stay in eval mode."""
+        if self._evaluation is not None or self._predicting:
+            return False
+        # Outside of `train` and `evaluate` the mode is all there is to tell; a DeepSpeed engine's own is always True.
+        return self.is_in_train or student.training
+
     # ---- before the first step ----
+
+    def _plan_of(self, batch: Mapping[str, Any]) -> Plan:
+        """The plan of the loss: made on the first batch, then returned as it is."""
+        self._plan = self._setup.plan(batch, self.teacher, self._plan)
+        self.teacher = self._plan.teacher
+        return self._plan
+
+    def build_teacher_cache(self, dataset: Any = None, *, name: str | None = None) -> CachedTeacher:
+        """Asks the teacher once about all training and evaluation data and keeps what it said in `teacher_cache_dir`.
+
+        `train()` does it where `teacher_cache_dir` is set, and `kd_run` "cache" from any script. What is there already
+        is checked and kept; an interrupted building goes on. Every process must call it: they share the work.
+
+        Args:
+            dataset, name: further data, such as that of `predict`; this and the errors: see `TeacherCache.build`.
+
+        Returns:
+            The cached teacher, which from now on is the trainer's.
+        """
+        self.teacher, self._plan = (cached := self._teacher_cache.build(self.teacher, dataset, name)), None
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return cached
 
     def _follow_settings(self) -> None:
         """Reads the arguments again where a script or a callback has changed them since."""
-        other = self._run_settings.follow(self.args, cached=isinstance(self.teacher, CachedTeacher))
+        other = self._run_settings.follow(self.args, cached=self.teacher is not None and self.teacher.live is None)
         if other is None:
             return
-        self._require_teacher(self.teacher)
+        self._run_settings.require_teacher(self.teacher)
         self._finite.mode = self._run_settings.finite_mode(self.args.device.type)
         if other:
-            self._fit = None
+            self._plan = None
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Upstream calls this first in every training, with a trial or without."""
         super()._hp_search_setup(trial)
         self._run_settings.read(self.args)
-        self._require_teacher(self.teacher)
+        self._run_settings.require_teacher(self.teacher)
 
     def check(self, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
         """Looks for what would stop or spoil a training, runs one batch through both models, prints a table.
 
-        When to use: before a long run; `kd_run` "check" does it from any script. Nothing is trained, and weights,
-        random numbers and trainer are afterwards what they were. Every process must call it; the first one prints.
+        `kd_run` "check" does it from any script. Nothing is trained, and weights, random numbers and trainer are
+        afterwards what they were. Every process must call it; the first one prints.
 
         Args:
             evaluate: whether the teacher is compared with the student as it starts, on up to 50 evaluation batches.
@@ -173,12 +194,14 @@ class DistillationMixin(OfflineTeacher):
     @contextmanager
     def _inspected(self) -> Iterator[Inspection]:
         """What `check` needs of the trainer; afterwards the trainer is what it was."""
-        with unchanged_attributes(self, "teacher", "_fit", "_window", "_finite", "_each_alone"):
+        own = unchanged_attributes(self, "teacher", "_plan", "_window", "_finite")
+        with own, unchanged_attributes(self._setup, "each_alone"):
             mode = "off" if self._finite.mode == "off" else "step"
-            self._finite, self._each_alone = FiniteWatch(mode, self.args.process_index), not is_sharded(self)
+            self._finite, self._setup.each_alone = FiniteWatch(mode, self.args.process_index), not is_sharded(self)
             yield Inspection(
-                self, self._run_settings, self._refused, self._loss_shifts_labels, self._withheld_columns,
-                lambda: self._signature_columns, lambda: self._fit, partial(setattr, self, "_fit"),
+                self, self._run_settings, self._setup.refused, self._loss_shifts_labels, self._setup.withheld_columns,
+                lambda: self._signature_columns, lambda batch: self._setup.first_batch(batch, self.teacher),
+                lambda: self._plan, partial(setattr, self, "_plan"),
                 partial(setattr, self, "_window"),
             )  # fmt: skip
 
@@ -193,11 +216,10 @@ class DistillationMixin(OfflineTeacher):
                 self.callback_handler.callbacks = []
             else:
                 raise SystemExit(int(has_errors(self.check())))
-        here = self.kd_args.teacher_cache_dir is not None and not isinstance(self._given_teacher, CachedTeacher | None)
-        if here and (not self._always_hard or self.kd_args.kd_run == "cache"):
+        if self._teacher_cache.can_build and (not self._run_settings.always_hard or self.kd_args.kd_run == "cache"):
             self.build_teacher_cache()
-        elif isinstance(self.teacher, CachedTeacher):
-            self.check_given_cache()
+        elif self.teacher is not None:
+            self._teacher_cache.check(self.teacher)
         if DistillationArguments.of(self.args).kd_run == "cache":
             self.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
             raise SystemExit(0)
@@ -207,22 +229,17 @@ class DistillationMixin(OfflineTeacher):
             result = super().train(self._checkpoints.resume_from(resume_from_checkpoint), *args, **kwargs)
         finally:
             release_memory()
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ResumableInterrupt):
-                    callback.restore()
+            ResumableInterrupt.restore_all(self.callback_handler.callbacks)
         self._finite.raise_noted()
         self._packing.raise_noted()
-        if self.teacher is not None and not self._always_hard and self.is_world_process_zero():
-            path = Path(str(self.args.output_dir)) / "distillation.json"
-            write_atomically(path, json.dumps(self.summary(), indent=2))
+        if self.teacher is not None and not self._run_settings.always_hard and self.is_world_process_zero():
+            write_summary(self.args.output_dir, self.summary())
         return result
 
     def summary(self) -> dict[str, Any]:
         """Teacher, formula and the numbers in it, as JSON values: for the report and the model card."""
-        teacher: Any = getattr(self.teacher, "model", None)
-        if teacher is None and isinstance(self.teacher, CachedTeacher):
-            teacher = self.teacher.manifest["teacher"]
-        head = self._fit.head if self._fit else None
+        teacher = None if self.teacher is None else self.teacher.identity()
+        head = self._plan.head if self._plan else None
         formulas = [self._run_settings.objective_at(progress)[0].formula(head) for progress in (0.0, 1.0)]
         return summary_of(self.kd_args, formulas, teacher, self.unwrapped_student())
 
@@ -253,30 +270,28 @@ class DistillationMixin(OfflineTeacher):
         self._follow_settings()
         if self.kd_args.kd_run == "check":
             raise SystemExit(int(has_errors(self.check(batch=batches[0]))))
-        fit = self._look_at(batches[0])
+        fit = self._plan_of(batches[0])
         objective, _ = self._objective(training=True)
         for batch in batches:
-            self._refuse_packed(fit.head, batch)
+            self._packing.look(fit.head, batch, objective.reduction)
         counts = objective.count_all(fit.head, batches)
-        if fit.takes_num_items(self._always_hard) and num_items is None:
+        if fit.takes_num_items(self._run_settings.always_hard) and num_items is None:
             num_items = super()._get_num_items_in_batch(batches, device)
-        by_items = fit.by_num_items and self._always_hard and num_items is not None
+        by_items = fit.by_num_items and self._run_settings.always_hard and num_items is not None
         counts = counts._replace(num_items=num_items, micro_batches=len(batches), by_num_items=by_items)
         if not self._started:
             self._started = True
-            self._refuse_packed(fit.head, batches[0], now=True)
+            self._packing.look(fit.head, batches[0], objective.reduction, now=True)
             if self.is_world_process_zero():
-                cached = isinstance(self.teacher, CachedTeacher)
-                teacher = self.teacher.describe() if cached else getattr(self.teacher, "model", None)  # type: ignore[union-attr]
-                last, notes = self._objective(training=False)[0], not_logged(type(self))
-                print_start(fit, teacher, objective, last, batches[0], counts, self.label_names, notes)
+                last, notes = self._objective(training=False)[0], bases.not_logged(type(self))
+                print_start(fit, objective, last, batches[0], counts, self.label_names, notes)
         self._window.steps += 1
         return batches, self._over_processes(counts, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Upstream's where the hard loss is divided by it. Else None: `get_batch_samples` counts for training, and
         evaluation counts its own batch without a collective."""
-        needed = self._fit is not None and self._fit.takes_num_items(self._always_hard)
+        needed = self._plan is not None and self._plan.takes_num_items(self._run_settings.always_hard)
         return super()._get_num_items_in_batch(batch_samples, device) if needed else None
 
     def _over_processes(self, counts: Counts, device: torch.device) -> Counts:
@@ -312,32 +327,25 @@ class DistillationMixin(OfflineTeacher):
         Returns:
             The loss, or the loss and a mapping with the keys that the student returns for a batch with labels.
         """
-        fit = self._look_at(inputs)
+        fit = self._plan_of(inputs)
         training = self._is_training_step(fit.student)
         objective, soft_loss = self._objective(training=training)
-        counts = num_items_in_batch if num_items_in_batch is not None else objective.count(fit.head, inputs)
         if not isinstance(num_items_in_batch, Counts):
-            self._refuse_packed(fit.head, inputs)
-        if fit.takes_num_items(self._always_hard) and not isinstance(counts, Counts):  # of an evaluation
-            items = num_items_in_batch if fit.own_loss else num_items_in_batch / self._scale()
-            counts = objective.count(fit.head, inputs)._replace(num_items=items, by_num_items=not fit.own_loss)
-        if not isinstance(counts, Counts):
-            mend = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
-            fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", mend, error=TypeError)
-        inputs = self._with_decoder_inputs(fit.student, fit.head, inputs)
-        own = None
+            self._packing.look(fit.head, inputs, objective.reduction)
+        takes_items = fit.takes_num_items(self._run_settings.always_hard)
+        counts = counts_of(num_items_in_batch, fit, objective, inputs, self._scale() if takes_items else None)
+        inputs = fit.head.with_decoder_inputs(fit.student, inputs)
         several = not training and self._evaluation is not None and self.args.world_size > 1
-        if several and not fit.own_loss and self._same_batch() == 1:
-            own = own_rows(self.accelerator, objective, fit, inputs, counts)
+        several &= not fit.own_loss and self._same_batch() == 1
+        own = own_rows(self.accelerator, objective, fit, inputs, counts) if several else None
         batch = MicroBatch(fit, objective, soft_loss, model, inputs, counts, training, own)
-        result = None
-        if fit.heads is not None and (not return_outputs or self._loss_only):
-            result = self._fused_loss(batch)
+        fused = fit.heads is not None and (not return_outputs or self._loss_only)
+        result = self._fused_loss(batch) if fused else None
         if result is None:
-            own_loss = None
-            if fit.own_loss:
-                own_loss = OwnHardLoss(self.compute_loss_func, self.model_accepts_loss_kwargs, self._scale())
-            result = batch.full(self._teacher_output(batch), own_loss)
+            loss_kwargs = self.model_accepts_loss_kwargs, self._scale()
+            own_loss = OwnHardLoss(self.compute_loss_func, *loss_kwargs) if fit.own_loss else None
+            teacher = None if self._run_settings.always_hard and training else fit.teacher
+            result = batch.full(self._teacher_outputs.logits(teacher, batch, self.accelerator), own_loss)
         self._finite.see(
             result.parts.total, result.student, result.teacher, self.state.global_step, of=result.of,
             fault=lambda: fit.head.fault(inputs, result.classes),
@@ -346,21 +354,14 @@ class DistillationMixin(OfflineTeacher):
         total = result.parts.total
         return (total, as_mapping(result.outputs, total)) if return_outputs else total
 
-    def _teacher_output(self, batch: MicroBatch) -> TeacherOutput | None:
-        if self.teacher is None or (self._always_hard and batch.training):
-            return None
-        return self._teacher_outputs.logits(self.teacher, batch, self.accelerator)
-
     def _fused_loss(self, batch: MicroBatch) -> BatchLoss | None:
         """The loss without logits; None, and full logits from now on, where a head does more than is known."""
         fit, teacher_head = batch.fit, cast(tuple, batch.fit.heads)[1]
         try:
-            with self._teacher_outputs.hidden(self.teacher, batch, self.accelerator, teacher_head) as output:
+            with self._teacher_outputs.hidden(fit.teacher, batch, self.accelerator, teacher_head) as output:
                 return None if output is None else batch.fused(output)
         except NotPlain as reason:
-            line = full_logits(reason, self.kd_args.kd_loss_implementation)
-            self._fit = fit._replace(heads=None, notes=(*fit.notes, line))
-            warn(logger, "[kd_trainer] %s", line)
+            self._plan = fit.with_full_logits(reason, self.kd_args.kd_loss_implementation)
             return None
 
     def _collect(self, parts: Parts, aux: Tensor | None, counts: Counts, training: bool) -> None:
@@ -373,7 +374,7 @@ class DistillationMixin(OfflineTeacher):
             self._window.add(row)
         elif self._evaluation is not None:
             self._evaluation.add(row, counts, tokenmean=self.kd_args.kd_reduction == "tokenmean")
-            if self._fit is not None and (self._fit.head.token_level or self._fit.own_loss):
+            if self._plan is not None and (self._plan.head.token_level or self._plan.own_loss):
                 values = with_existence_of(row, parts.total.device)
                 self._evaluation.rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
 
@@ -385,9 +386,8 @@ class DistillationMixin(OfflineTeacher):
         """Upstream's, with the loss of `compute_loss` where it generates and for batches without labels too."""
         self._loss_only, self._predicting = prediction_loss_only, True
         try:
-            loss, outputs, labels = self._prediction_step(
-                model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs
-            )
+            step = (model, inputs, prediction_loss_only, ignore_keys)
+            loss, outputs, labels = self._prediction_step(*step, **gen_kwargs)
         finally:
             self._loss_only = self._predicting = False
         outputs = tensors_alone(outputs)
@@ -401,19 +401,14 @@ class DistillationMixin(OfflineTeacher):
             return self._generation_step(model, inputs, ignore_keys, **gen_kwargs)
         labelled = all(inputs.get(name) is not None for name in self.label_names)
         if labelled:
-            self._look_at(inputs)  # upstream counts the items of the batch for a loss of the model's own
+            self._plan_of(inputs)  # upstream counts the items of the batch for a loss of the model's own
         if self.teacher is None or labelled:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
-        if ignore_keys is None:
-            config = getattr(self.model, "config", None)
-            default = [] if config is None else ["past_key_values", "cache"]  # before and from transformers 5.24
-            ignore_keys = getattr(config, "keys_to_ignore_at_inference", default)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         if prediction_loss_only:
             return loss.detach(), None, None
-        logits = nested_detach(tuple(v for k, v in outputs.items() if k not in [*ignore_keys, "loss"]))
-        return loss.detach(), logits[0] if len(logits) == 1 else logits, None
+        return loss.detach(), kept_outputs(outputs, self.model, ignore_keys), None
 
     def _generation_step(
         self, model: nn.Module, inputs: dict[str, Any], ignore_keys: list[str] | None, **gen_kwargs: Any
@@ -425,8 +420,8 @@ class DistillationMixin(OfflineTeacher):
             return {"loss": self.compute_loss(model, inputs)}
 
         # `generate` refuses columns that only the teacher reads.
-        if self._fit is not None and self._fit.model is self.model:
-            accepted = self._fit.accepted
+        if self._plan is not None and self._plan.model is self.model:
+            accepted = self._plan.accepted
         else:  # dear, where DeepSpeed is installed
             accepted = accepted_inputs(self.unwrapped_student(), label_names=self.label_names)
         taken = model_inputs(inputs, accepted)
@@ -440,14 +435,10 @@ class DistillationMixin(OfflineTeacher):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's, with hard_loss, soft_loss and teacher_agreement beside the loss.
 
-        Of tasks with one answer a row, the loss and its parts are sums over all rows divided by their counts (with
-        kd_reduction "tokenmean" the labelled rows for the hard loss), whatever the size of the batches. Of tasks by
-        position, and where the hard loss is the model's own, they weigh as upstream's loss does, batch by batch. A row
-        that accelerate repeats to fill the last batches of several processes counts once.
-
-        Language models also get perplexity: exp of the mean hard loss per labelled token over all batches, whatever
-        their size, their padding and kd_reduction; inf where that is too large a number. It is left out where there
-        are no labels, and with label smoothing, whose loss is no log-likelihood.
+        Of tasks with one answer a row they are sums over all rows divided by their counts; of tasks by position, and
+        where the hard loss is the model's own, they weigh batch by batch, as upstream's loss does. A row that
+        accelerate repeats counts once. Language models also get perplexity: exp of the mean hard loss per labelled
+        token over all batches; inf where that is too large a number; none without labels and with label smoothing.
         """
         self._follow_settings()
         outer, self._evaluation = self._evaluation, Evaluation(self.args.device)
@@ -455,16 +446,16 @@ class DistillationMixin(OfflineTeacher):
             output = super().evaluation_loop(*args, **kwargs)
             self._packing.raise_noted()
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
-            if self._fit is not None and output.metrics is not None:
-                output.metrics.update(self._evaluated(self._evaluation, self._fit, f"{prefix}_"))
+            if self._plan is not None and output.metrics is not None:
+                output.metrics.update(self._evaluated(self._evaluation, self._plan, f"{prefix}_"))
         finally:
             self._evaluation = outer
-            self.let_go_of_teacher()
+            self._teacher_cache.release_at_hand()
             if not self.is_in_train:
                 release_memory()
         return output
 
-    def _evaluated(self, evaluation: Evaluation, fit: Fit, prefix: str) -> dict[str, float]:
+    def _evaluated(self, evaluation: Evaluation, fit: Plan, prefix: str) -> dict[str, float]:
         objective, _ = self._objective(training=False)
         several, aux_weight = self.args.world_size > 1, router_weight(fit.student)
         return evaluation.logged(
@@ -490,6 +481,23 @@ class DistillationMixin(OfflineTeacher):
         super().log(logs, start_time)
 
     # ---- columns and the model card ----
+
+    def columns_for_teacher(self) -> set[str]:
+        """Columns that upstream would remove and that stay for the teacher."""
+        self._set_signature_columns_if_needed()
+        return set(self._signature_columns or ()) - self._student_columns
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's; where the teacher is read from disk, its outputs join the batches."""
+        store = self._teacher_cache.part_of(dataset, self.teacher)
+        if store is None:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        collator, self.data_collator = self.data_collator, CachedCollator(self.data_collator, store)
+        try:
+            rows, kwargs = self._teacher_cache.numbered(dataset, description, kwargs)
+            return super()._get_dataloader(rows, description, *args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -520,10 +528,8 @@ class DistillationMixin(OfflineTeacher):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card` with a section on the distillation: teacher, formula and the last results."""
         super().create_model_card(*args, **kwargs)
-        path = Path(str(self.args.output_dir)) / "README.md"
-        if self.teacher is None or not self.is_world_process_zero() or not path.exists():
-            return
-        put_card_section(path, self.summary(), self.state.log_history)
+        if self.teacher is not None and self.is_world_process_zero():
+            put_card_section(self.args.output_dir, self.summary(), self.state.log_history)
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
@@ -540,10 +546,7 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
     """A `Seq2SeqTrainer` that distils: everything as `Seq2SeqTrainer`, plus `teacher_model`.
 
     With `predict_with_generate` the predictions are upstream's generated tokens and `eval_loss` is the distillation
-    loss on the labels, as without.
-
-    Raises:
-        TypeError: `args` are no `Seq2SeqTrainingArguments`; otherwise as `DistillationMixin`.
+    loss on the labels, as without. `args` that are no `Seq2SeqTrainingArguments` are a TypeError.
 
     Example::
 
@@ -553,8 +556,5 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
     """
 
     def __init__(self, model: Any = None, args: Any = None, *trainer_args: Any, **kwargs: Any) -> None:
-        if not isinstance(args, Seq2SeqTrainingArguments):
-            fix = "Build the arguments with that class; it has the same fields and those of generation."
-            shown, expected = f"of type {type(args).__name__}", "Seq2SeqDistillationTrainingArguments"
-            fail("args", shown, expected, fix, error=TypeError)
+        bases.check_generation_arguments(args)
         super().__init__(model, args, *trainer_args, **kwargs)

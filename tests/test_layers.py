@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kd_trainer
+from kd_trainer.tasks import HEADS
 
 PACKAGE = Path(kd_trainer.__file__).parent
 # A folder imports from those before it.
@@ -100,6 +101,106 @@ def test_no_cycle_inside_a_folder(folder):
         assert folder not in used, f"{path} imports its own folder"
         graph[f"{folder}.{path.stem}"] = {name for name in used if name.startswith(f"{folder}.")}
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+# What varies by kind of teacher or of task is a method of the kind; only the trainer sets what the trainer has.
+
+
+def code(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))))
+
+
+def names_in(node: ast.AST) -> set[str]:
+    found = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return found | {each.attr for each in ast.walk(node) if isinstance(each, ast.Attribute)}
+
+
+def outside(*folders: str) -> list[Path]:
+    return [path for path in FILES if path.parts[0] not in folders]
+
+
+def asks_for_a_kind_of_teacher(node: ast.AST) -> bool:
+    called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+    return called in {"isinstance", "issubclass", "type"} and bool(names_in(node) & TEACHERS)
+
+
+def compares_with_a_task(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Compare):
+        return False
+    constants = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+    return bool(constants & set(HEADS)) or "CLASSIFICATIONS" in names_in(node)
+
+
+def attributes_set(node: ast.AST) -> set[str]:
+    """Of a trainer: `x.trainer.name = ...`, `trainer.name += ...`, `setattr(trainer, ...)`, `vars(trainer).update`."""
+    targets: list[ast.AST] = []
+    if isinstance(node, ast.Assign):
+        targets = [part for target in node.targets for part in ast.walk(target)]
+    elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+        targets = [node.target]
+    elif isinstance(node, ast.Delete):
+        targets = list(node.targets)
+    set_here = [x for x in targets if isinstance(x, ast.Attribute) and not isinstance(x.ctx, ast.Load)]
+    found = {x.attr for x in set_here if _is_trainer(x.value)}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args and _is_trainer(node.args[0]):
+        second = node.args[1] if len(node.args) > 1 else None
+        if node.func.id in {"setattr", "delattr", "unchanged_attributes"}:
+            found.add(str(second.value) if isinstance(second, ast.Constant) else "?")
+        elif node.func.id == "vars":
+            found.add("?")
+    return found
+
+
+def _is_trainer(node: ast.AST) -> bool:
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return name in {"trainer", "_trainer"}
+
+
+TEACHERS = {"LiveTeacher", "AdapterOffTeacher", "CachedTeacher", "Teacher"}
+# Upstream's own attributes that are set for a moment and then restored.
+BORROWED = {("diagnostics", "is_in_train")}
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (asks_for_a_kind_of_teacher, "isinstance(self.teacher, CachedTeacher | None)"),
+        (asks_for_a_kind_of_teacher, "type(x.teacher) is cache.CachedTeacher or type(LiveTeacher)"),
+        (compares_with_a_task, "head.name != 'seq2seq_lm'"),
+        (compares_with_a_task, "kd.kd_task in ('causal_lm', 'masked_lm')"),
+        (compares_with_a_task, "head.name not in CLASSIFICATIONS"),
+        (attributes_set, "setup.trainer.teacher = x"),
+        (attributes_set, "old, trainer._plan = trainer._plan, None"),
+        (attributes_set, "self._trainer.count += 1"),
+        (attributes_set, "setattr(trainer, name, value)"),
+        (attributes_set, "del trainer.x"),
+        (attributes_set, "vars(trainer).update(kept)"),
+    ],
+)
+def test_the_reader_of_code_sees_each_form(found, line):
+    assert any(found(node) for node in ast.walk(ast.parse(line)))
+
+
+@pytest.mark.parametrize("line", ["isinstance(x, nn.Module)", "kept.name == 'hidden'", "trainer.x.y[:] = trainer.z"])
+def test_the_reader_of_code_leaves_the_rest(line):
+    nodes = list(ast.walk(ast.parse(line)))
+    assert not any(f(n) for n in nodes for f in (asks_for_a_kind_of_teacher, compares_with_a_task, attributes_set))
+
+
+@pytest.mark.parametrize("path", outside("teachers", "cache"), ids=str)
+def test_no_question_for_the_kind_of_teacher(path):
+    assert not [node.lineno for node in code(path) if asks_for_a_kind_of_teacher(node)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", outside("tasks"), ids=str)
+def test_no_comparison_of_a_task_by_name(path):
+    assert not [node.lineno for node in code(path) if compares_with_a_task(node)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", outside("trainer.py"), ids=str)
+def test_the_trainer_alone_sets_its_attributes(path):
+    found = {(path.parts[0], name) for node in code(path) for name in attributes_set(node)}
+    assert found <= BORROWED
 
 
 def modules_after(statement: str) -> set[str]:

@@ -31,6 +31,7 @@ from .store import (
     is_finished,
     read_manifest,
     reopen,
+    written_shards,
 )
 
 __all__ = [
@@ -82,4 +83,5 @@ __all__ = [
     "teacher_identity",
     "tokenizer_identity",
     "translate_os_errors",
+    "written_shards",
 ]

@@ -30,7 +30,7 @@ from ..validation import fail, message
 from .asking import Speaker, fail_no_product
 from .formats import SPARSE, encode, format_of, room_for, to_numpy
 from .reading import NumberedRows, Read, Reading, Taken
-from .store import Rows, joined, write_shard, written_shards
+from .store import Rows, joined, write_shard
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +73,9 @@ def stream_batches(dataset: Any, settings: Mapping[str, Any], reading: Reading) 
 
 
 def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, settings: dict[str, Any], reading: Reading,
-                 *, together: bool, part: str) -> None:  # fmt: skip
-    """Asks the teacher for the missing shards of this process and writes them."""
+                 have: set[int], *, together: bool, part: str) -> None:  # fmt: skip
+    """Asks the teacher for the missing shards of this process and writes them; `have`: those that exist."""
     args = trainer.args
-    have = trainer._on_main_process(lambda: written_shards(folder))
     rank, world = args.process_index, args.world_size
     todo: Iterable[tuple[int, Any]]
     if isinstance(dataset, IterableDataset):
@@ -157,8 +156,8 @@ def columns_read(batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[st
 
 def on_device(trainer: Any, speaker: Speaker, read: Read) -> tuple[dict[str, Any], Tensor]:
     """A batch and its kept positions where the teacher reads them."""
-    inputs = trainer._prepare_inputs(read.batch)
-    return trainer._with_decoder_inputs(trainer._fit.student, speaker.head, inputs), read.mask.to(trainer.args.device)
+    inputs = speaker.head.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(read.batch))
+    return inputs, read.mask.to(trainer.args.device)
 
 
 def check_rows_unseen(trainer: Any, speaker: Speaker, reading: Reading, rows: Taken) -> None:

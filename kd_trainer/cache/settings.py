@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ..tasks import HEADS, SMALL_VOCABULARY, classes_have_names, count_parameter
 from ..validation import fail, message, warn
 from .asking import Speaker, fail_no_product
 from .build import SHARD_BYTES, check_rows_unseen, columns_read, on_device
-from .cached_teacher import TEST, CachedTeacher, check_objective, open_part
+from .cached_teacher import TEST, check_objective, open_part
 from .formats import DEFAULT_K, DTYPES, Format, check_format, format_of
 from .identity import collation, compare, compare_teachers, tokenizer_identity
 from .manifest import LAYOUT, CacheError, settings_of_head
@@ -55,12 +57,25 @@ def computed(trainer: Any, teacher: nn.Module) -> str:
     return f"{dtype} {trainer.accelerator.mixed_precision} {trainer.args.device.type}"
 
 
-def settings_of(trainer: Any, part: str, dataset: Any, speaker: Speaker, sample: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the manifest says of a part that is to be built."""
+def settings_of(
+    trainer: Any,
+    part: str,
+    dataset: Any,
+    speaker: Speaker,
+    sample: dict[str, Any],
+    known: Mapping[str, Any],
+    identity: Mapping[str, Any],
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Everything that the manifest holds of a part that is to be built, and what prints its size on the main process.
+
+    Args:
+        sample: a batch of it.
+        known: `common_ids` and `known_by` of the plan.
+        identity: of the teacher, see `teacher_identity`.
+    """
     kd, head = trainer.kd_args, speaker.head
     used, collator = as_read(trainer, dataset)
-    prepared = trainer._prepare_inputs(dict(sample))
-    prepared = trainer._with_decoder_inputs(trainer.unwrapped_student(), head, prepared)
+    prepared = head.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(dict(sample)))
     columns = columns_read(sample, speaker.teacher.inputs(prepared))
     reading = Reading(collator, head, kd.kd_positions, columns)  # the first reading finds the kinds of the columns
     read = reading(features_of(used))
@@ -69,7 +84,7 @@ def settings_of(trainer: Any, part: str, dataset: Any, speaker: Speaker, sample:
         fix = "Apply it once, before the training (dataset.map), or train with the live teacher."
         shown = "one whose rows differ from one reading to the next (random augmentation, masking or padding)"
         fail(argument_of(part), shown, "the same rows each time", fix, because=because)
-    kept, extra = _format(trainer, speaker, reading(features_of(used, 1)))
+    kept, extra = _format(trainer, speaker, reading(features_of(used, 1)), known)
     if len(read.mask) < len(read.row_ids):
         check_rows_unseen(trainer, speaker, reading, numbered(features_of(used, 2)))
     row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(read.counts.mean()) + 24
@@ -80,7 +95,7 @@ def settings_of(trainer: Any, part: str, dataset: Any, speaker: Speaker, sample:
         **{"temperature": kept.temperature, "dtype": kept.dtype, **extra},
         **settings_of_head(head),
         **{"positions": kd.kd_positions, "labels": class_names(trainer, head)},
-        "teacher": trainer._identity_of_teacher() | {"parameters": count_parameters(speaker.teacher.model)},
+        "teacher": {**identity} | {"parameters": count_parameters(speaker.teacher.model)},
         "tokenizer": tokenizer_identity(trainer.processing_class),
         "collation": collation(trainer.data_collator, trainer.processing_class),
         "dataset": {"rows": None if isinstance(used, IterableDataset) else len(used), "sample": signed(read)},
@@ -92,13 +107,12 @@ def settings_of(trainer: Any, part: str, dataset: Any, speaker: Speaker, sample:
         "seed": trainer.args.seed,
         "computed": computed(trainer, speaker.teacher.model),
     }
-    trainer._on_main_process(lambda: _tell_size(trainer, settings, row_bytes))
-    return settings
+    return settings, partial(_tell_size, trainer, settings, row_bytes)
 
 
-def _format(trainer: Any, speaker: Speaker, read: Read) -> tuple[Format, dict[str, Any]]:
+def _format(trainer: Any, speaker: Speaker, read: Read, known: Mapping[str, Any]) -> tuple[Format, dict[str, Any]]:
     """The format that is asked for, completed by what the teacher gives for some rows."""
-    kd, head, fit = trainer.kd_args, speaker.head, trainer._fit
+    kd, head, common_ids = trainer.kd_args, speaker.head, known["common_ids"]
     given = speaker.dimensions(*on_device(trainer, speaker, read))
     classes, product = given.shape[-1], speaker.output_head
     name, k, asked = _format_asked(trainer)
@@ -107,13 +121,13 @@ def _format(trainer: Any, speaker: Speaker, read: Read) -> tuple[Format, dict[st
         name = "hidden" if large else "logits"
     check_format(name, k, asked, softmax=head.softmax, over_tokens=head.over_tokens, task=head.name)
     extra: dict[str, Any] = {
-        "shape": given.shape, "vocabulary": classes, "common_ids": fit.common_ids, "known_by": fit.known_by,
+        "shape": given.shape, "vocabulary": classes, "common_ids": common_ids, "known_by": known["known_by"],
         "hidden_size": 0, "head_dtype": None, "head_scale": 1.0, "head_softcap": None,
     }  # fmt: skip
     if name == "sampled":
-        return Format(name, fit.common_ids or classes, k or DEFAULT_K[name], float(kd.kd_temperature)), extra
+        return Format(name, common_ids or classes, k or DEFAULT_K[name], float(kd.kd_temperature)), extra
     if name == "topk":
-        classes, k = fit.common_ids or classes, k or DEFAULT_K[name]
+        classes, k = common_ids or classes, k or DEFAULT_K[name]
         if k >= classes:
             expected, mend = f"1 to {classes - 1}, fewer than there are classes", "Lower it, or keep logits."
             fail("teacher_cache_k", repr(k), expected, mend)
@@ -159,12 +173,18 @@ def _tell_size(trainer: Any, settings: dict[str, Any], row_bytes: float) -> None
         raise RuntimeError(message("teacher_cache_dir", shown, expected, mend))
 
 
-def compare_settings(trainer: Any, folder: Path, kept: dict[str, Any], part: str, dataset: Any) -> None:
-    """Raises CacheError where a cache was made of something else than what this trainer has."""
+def compare_settings(
+    trainer: Any, folder: Path, kept: dict[str, Any], part: str, dataset: Any, identity: dict[str, Any] | None
+) -> None:
+    """Raises CacheError where a cache was made of something else than what this trainer has.
+
+    Args:
+        identity: of the teacher; None where there is no teacher to compare.
+    """
     kd, data = trainer.kd_args, argument_of(part)
     asked: dict[str, tuple[str, str, Any, str]] = {}
-    if not isinstance(trainer._given_teacher, CachedTeacher):
-        unknown = compare_teachers(folder, kept, trainer._identity_of_teacher())
+    if identity is not None:
+        unknown = compare_teachers(folder, kept, identity)
         if unknown is not None:
             warn(logger, "[kd_trainer] %s: the teacher cache %s is used without comparing them", unknown, folder)
     form = None if kd.teacher_cache_format == "auto" else kd.teacher_cache_format

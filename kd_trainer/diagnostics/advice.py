@@ -24,7 +24,7 @@ from ..tasks import (
     vocabulary_rows,
 )
 from ..teachers import Classes, LiveTeacher, listed, positions_of
-from ..training import Fit, Objective
+from ..training import Objective, Plan
 from ..validation import fail
 from .findings import Finding, error, ok, warning
 
@@ -327,7 +327,7 @@ def about_settings(args: Any, head: Head, objective: Objective) -> list[Finding]
     return findings
 
 
-def about_path(fit: Fit, student: nn.Module, wanted: str) -> list[Finding]:
+def about_path(fit: Plan, student: nn.Module, wanted: str) -> list[Finding]:
     """Whether the loss is computed from logits and why, and the other notes of the plan."""
     path = [note for note in fit.notes if note.startswith(("full logits", "the loss is computed inside"))]
     others = [ok("note", note) for note in fit.notes if note not in path]

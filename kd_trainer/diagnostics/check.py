@@ -22,7 +22,7 @@ from ..tasks import (
     unchanged_buffers,
     unchanged_modes,
 )
-from ..training import WITH_MODELS, WITHOUT_MODELS, Setup, classes_of_logits, is_sharded, plan, tokens
+from ..training import WITH_MODELS, WITHOUT_MODELS, FirstBatch, classes_of_logits, is_sharded, plan, tokens
 from ..validation import fail
 from . import advice as advice
 from .findings import Finding, Findings, has_errors, print_findings, refused, warning
@@ -77,7 +77,7 @@ def _look_at_models(inspection: Inspection, findings: Findings) -> None:
 
 def _look_at_batch(inspection: Inspection, findings: Findings, batch: Mapping[str, Any]) -> Trial | None:
     """The list of checks, and advice on the batch; None where the models could not be run on it."""
-    trainer, setup, before = inspection.trainer, Setup(inspection.trainer, batch), len(findings.rows)
+    trainer, setup, before = inspection.trainer, inspection.first_batch(batch), len(findings.rows)
     passed = {check: findings.passes(what, partial(check, setup)) for what, check in WITHOUT_MODELS}
     if passed[tokens] and trainer.teacher is not None and trainer.teacher.has_own_weights:
         findings.rows += advice.about_tokens(batch, setup.known_by)
@@ -104,7 +104,7 @@ def _look_at_batch(inspection: Inspection, findings: Findings, batch: Mapping[st
     return Trial(inspection, setup, fit, model, setup.prepared())
 
 
-def _look_closer(inspection: Inspection, setup: Setup, findings: Findings) -> None:
+def _look_closer(inspection: Inspection, setup: FirstBatch, findings: Findings) -> None:
     """Advice on a batch of a known task."""
     trainer, head, batch, student = inspection.trainer, setup.head, setup.batch, setup.student
     if head is None:

@@ -5,12 +5,12 @@ For: `trainer.py`, which makes it, and `check.py`. Of `trainer` itself the diagn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..losses import SoftTargetLoss
-from ..training import Fit, Objective, Settings, Window
+from ..training import FirstBatch, Objective, Plan, Settings, Window
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Inspection:
         loss_shifts_labels: whether upstream compares position i with the label at i + 1, as with a decoder.
         withheld_columns: columns that stay for the teacher and that the student's `**kwargs` do not get.
         kept_columns: columns that `remove_unused_columns` keeps.
+        first_batch: what the checks take, for a batch.
         plan, use_plan: reads and sets the plan by which `trainer.compute_loss` computes.
         use_window: sets the buffer that receives the parts of the loss of a training step.
     """
@@ -34,8 +35,9 @@ class Inspection:
     loss_shifts_labels: bool
     withheld_columns: Callable[[], set[str]]
     kept_columns: Callable[[], Sequence[str] | None]
-    plan: Callable[[], Fit | None]
-    use_plan: Callable[[Fit], None]
+    first_batch: Callable[[Mapping[str, Any]], FirstBatch]
+    plan: Callable[[], Plan | None]
+    use_plan: Callable[[Plan], None]
     use_window: Callable[[Window], None]
 
     def objective(self, *, training: bool) -> tuple[Objective, SoftTargetLoss]:

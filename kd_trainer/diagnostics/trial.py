@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..losses import IGNORE_INDEX, divide
 from ..tasks import behind_front, main_input, model_inputs, unchanged_attributes, vocabulary_rows
 from ..teachers import LiveTeacher, positions_of
-from ..training import Counts, Fit, Setup, Window, named
+from ..training import Counts, FirstBatch, Plan, Window, named
 from .advice import about_path, pad_id_of
 from .batch_changes import padded, pieces_of, starts_padded
 from .findings import Finding, Findings, error, has_errors, ok, warning
@@ -40,8 +40,8 @@ class Trial(NamedTuple):
     """Arguments of the passes through the models."""
 
     inspection: Inspection
-    setup: Setup
-    fit: Fit
+    setup: FirstBatch
+    fit: Plan
     model: nn.Module  # the student as the accelerator wrapped it
     batch: dict[str, Any]  # prepared, with the inputs of a decoder
 
@@ -80,7 +80,7 @@ def run(trial: Trial, findings: Findings, evaluate: bool) -> None:
     findings.add("loss", _step, trial, findings)
     if not findings.everywhere(not has_errors(findings.rows[before:])):
         return
-    plan = cast(Fit, trial.inspection.plan())  # with full logits where the step has fallen back to them
+    plan = cast(Plan, trial.inspection.plan())  # with full logits where the step has fallen back to them
     findings.rows += about_path(plan, trial.fit.student, trial.setup.kd.kd_loss_implementation)
     findings.add("memory", _memory, trial, findings.memory_peak)
     findings.add("split", _split, trial, findings)

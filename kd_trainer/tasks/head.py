@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..losses import IGNORE_INDEX, SoftTargetLoss, wrong_labels
 from ..validation import fail
-from .inputs import begins_next, main_input, real_tokens, tells_sequences, token_mask
+from .inputs import begins_next, decoder_input_ids, main_input, real_tokens, tells_sequences, token_mask
 from .logits import Wanted, logits_of
 
 
@@ -175,6 +175,13 @@ class Head:
             return mask
         within = F.pad(~begins_next(inputs, targets), (0, 1), value=True)
         return within if mask is None else mask & within
+
+    def with_decoder_inputs(self, student: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Encoder-decoders build their decoder's inputs from labels: built once here, for both models."""
+        if not self.encoder_decoder or "decoder_input_ids" in inputs or inputs.get("labels") is None:
+            return inputs
+        ids = decoder_input_ids(student, inputs["labels"])
+        return inputs if ids is None else {**inputs, "decoder_input_ids": ids}
 
     def sequences(self, inputs: Mapping[str, Any]) -> Tensor:
         """A [B, S] tensor with one entry for each position of the logits of a token-level task."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers.trainer_pt_utils import nested_detach
 
 
 def tensors_alone(outputs: Any) -> Any:
@@ -21,6 +22,16 @@ def tensors_alone(outputs: Any) -> Any:
         named = {name: tensors for name, tensors in named.items() if tensors is not None}
         return type(outputs)(named) if named else None  # type: ignore[call-arg]
     return outputs if isinstance(outputs, Tensor) else None
+
+
+def kept_outputs(outputs: Mapping[str, Any], model: Any, ignore_keys: Any) -> Any:
+    """What upstream's prediction step returns of a model's outputs: detached, without the loss and what is ignored."""
+    if ignore_keys is None:
+        config = getattr(model, "config", None)
+        default = [] if config is None else ["past_key_values", "cache"]  # before and from transformers 5.24
+        ignore_keys = getattr(config, "keys_to_ignore_at_inference", default)
+    kept = nested_detach(tuple(v for k, v in outputs.items() if k not in [*ignore_keys, "loss"]))
+    return kept[0] if len(kept) == 1 else kept
 
 
 def as_mapping(outputs: Any, loss: Tensor) -> Any:

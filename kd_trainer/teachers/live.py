@@ -131,11 +131,13 @@ class LiveTeacher:
         self._given.dtypes = [*floating_dtypes(self.model)[: 1 if self.sharded else None]] or [None]
         self._modules = list(self.model.modules())
 
-    def compare_classes(self, student: nn.Module, head: Head | None, *, remap: bool) -> Classes | None:
+    def compare_classes(
+        self, student: nn.Module, head: Head | None, *, remap: bool, compare: Callable[..., Classes] = match_classes
+    ) -> Classes | None:
         """`match_classes` with the student; None where the classes of the task have no names."""
         if not classes_have_names(student, head):
             return None
-        return match_classes(class_names(student), class_names(self.model), remap=remap)
+        return compare(class_names(student), class_names(self.model), remap=remap)
 
     @property
     def sharded(self) -> bool:

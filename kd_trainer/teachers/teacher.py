@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tasks import Head
-from .compatibility import Classes
+from .compatibility import Classes, match_classes
 from .outputs import TeacherOutput
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ class Teacher(Protocol):
     def for_student(self, student: nn.Module, *, over_tokens: bool) -> Teacher:
         """The teacher of a new student (from `model_init`): another one where it is the student's base, else itself."""
 
-    def compare_classes(self, student: nn.Module, head: Head | None, *, remap: bool) -> Classes | None:
+    def compare_classes(
+        self, student: nn.Module, head: Head | None, *, remap: bool, compare: Callable[..., Classes] = match_classes
+    ) -> Classes | None:
         """`match_classes` with the student; None where the classes of the task have no names."""
 
     def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:

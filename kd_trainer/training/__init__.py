@@ -11,8 +11,15 @@ from .interrupt import ResumableInterrupt
 from .logs import Window, named
 from .objective import Counts, Objective
 from .settings import Settings
-from .setup import Fit, plan
-from .setup_checks import WITH_MODELS, WITHOUT_MODELS, Setup, classes_of_logits, is_sharded, tokens
+from .setup import Plan, Setup, plan
+from .setup_checks import (
+    WITH_MODELS,
+    WITHOUT_MODELS,
+    FirstBatch,
+    classes_of_logits,
+    is_sharded,
+    tokens,
+)
 
 __all__ = [
     "WITHOUT_MODELS",
@@ -20,8 +27,9 @@ __all__ = [
     "Counts",
     "DistillationArguments",
     "DistillationTrainingArguments",
-    "Fit",
+    "FirstBatch",
     "Objective",
+    "Plan",
     "ResumableInterrupt",
     "Seq2SeqDistillationTrainingArguments",
     "Settings",

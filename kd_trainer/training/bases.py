@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from transformers import Trainer
+from transformers import Seq2SeqTrainingArguments, Trainer
 
 from ..validation import fail, message
 
@@ -134,6 +134,14 @@ def check_smoothing(factor: float, label_names: Sequence[str]) -> None:
         expected = f"0 with the labels in {', '.join(map(repr, label_names))}"
         mend = "Rename the column to 'labels', or set it to 0."
         fail("label_smoothing_factor", factor, expected, mend, because="upstream smooths a column 'labels' alone")
+
+
+def check_generation_arguments(args: Any) -> None:
+    """Raises TypeError for arguments without those of `Seq2SeqTrainer`."""
+    if not isinstance(args, Seq2SeqTrainingArguments):
+        fix = "Build the arguments with that class; it has the same fields and those of generation."
+        shown, expected = f"of type {type(args).__name__}", "Seq2SeqDistillationTrainingArguments"
+        fail("args", shown, expected, fix, error=TypeError)
 
 
 def not_logged(cls: type) -> list[str]:

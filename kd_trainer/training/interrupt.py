@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TrainerCallback
@@ -66,3 +67,10 @@ class ResumableInterrupt(TrainerCallback):
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
+
+    @classmethod
+    def restore_all(cls, callbacks: Sequence[Any]) -> None:
+        """The same for those among some callbacks."""
+        for callback in callbacks:
+            if isinstance(callback, cls):
+                callback.restore()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers.utils import is_sagemaker_mp_enabled
 
 from ..validation import fail
@@ -31,6 +32,13 @@ def on_main_process(accelerator: Any, ask: Callable[[], Any]) -> Any:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def unwrapped(model: nn.Module, accelerator: Any) -> nn.Module:
+    """A model without what processes and compilers put around it."""
+    # accelerate's own search reads the metadata of installed packages first, which costs more than a small step.
+    wrapped = hasattr(model, "module") or hasattr(model, "_orig_mod")
+    return accelerator.unwrap_model(model) if wrapped else model
 
 
 def refuse_lone_processes(args: Any) -> None:

@@ -1,52 +1,54 @@
-"""What is settled before the first step: the teacher, and on the first batch the plan of the loss.
+"""`Setup`: loads the teacher before the first step, and makes the plan of the loss on the first batch.
 
-For: `trainer.py`, whose mixin stands on the one here. Formulas and their counts are not its business.
+For: `trainer.py` and `teacher_cache.py`, which own and call it. Formulas and their counts are not its business.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from transformers import Trainer
 
-from ..cache import CachedTeacher
+from ..cache import CachedTeacher, given_cache
 from ..tasks import (
     Accepted,
     Head,
     Heads,
-    PackingWatch,
+    NotPlain,
     check_required,
     classes_have_names,
-    decoder_input_ids,
+    full_logits,
     head_for,
     required_inputs,
 )
-from ..teachers import ADAPTER_OFF, AdapterOffTeacher, LiveTeacher, check_separate, class_order, load_teacher
+from ..teachers import (
+    ADAPTER_OFF,
+    AdapterOffTeacher,
+    LiveTeacher,
+    Teacher,
+    check_separate,
+    class_order,
+    load_teacher,
+)
 from ..validation import fail, quoted, warn
 from .arguments import DistillationArguments
-from .finite_watch import FiniteWatch
 from .router_loss import notes_on_own_losses
 from .settings import Settings
-from .setup_checks import WITH_MODELS, WITHOUT_MODELS, Setup
+from .setup_checks import WITH_MODELS, WITHOUT_MODELS, FirstBatch
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:  # at run time the mixin has no base of its own, so that it fits in front of any Trainer class
-    _InFrontOf = Trainer
-else:
-    _InFrontOf = object
 
+class Plan(NamedTuple):
+    """The plan of the loss, made on the first batch; once for a student and a teacher."""
 
-class Fit(NamedTuple):
-    """The plan of the loss, made on the first batch; once for a student."""
-
-    model: nn.Module  # `trainer.model` as it was when looked at: model_init makes a new one
+    model: nn.Module  # `trainer.model` when the plan was made: model_init makes a new one
     student: nn.Module  # the same, unwrapped
+    teacher: Teacher | None
     head: Head
     accepted: Accepted  # names of the student's inputs
     common_ids: int | None = None  # ids that both vocabularies have, where they differ in size: see `compatibility`
@@ -66,108 +68,98 @@ class Fit(NamedTuple):
         Trainer with `kd_alpha` 0, a formula whose labels upstream counts otherwise."""
         return self.own_loss or (self.by_num_items and always_hard)
 
+    def with_full_logits(self, reason: NotPlain, wanted: str) -> Plan:
+        """The plan without output heads, where a head does more than is known; `wanted`: `kd_loss_implementation`."""
+        line = full_logits(reason, wanted)
+        warn(logger, "[kd_trainer] %s", line)
+        return self._replace(heads=None, notes=(*self.notes, line))
 
-def plan(setup: Setup) -> Fit:
+
+def plan(first: FirstBatch) -> Plan:
     """What the checks have found, for the loss; after all of them."""
-    trainer, live, hard = setup.trainer, setup.live, setup.hard
-    assert hard is not None and setup.accepted is not None  # noqa: PT018
-    notes = [setup.vocabularies, setup.path, *notes_on_own_losses(setup.student)]
-    if isinstance(live, AdapterOffTeacher):
-        notes = ["the teacher is the student with its adapters off", *notes]
-    if live is not None and live.start_tokens is not None:
+    trainer, teacher, hard = first.trainer, first.teacher, first.hard
+    assert hard is not None and first.accepted is not None  # noqa: PT018
+    notes = [first.vocabularies, first.path, *notes_on_own_losses(first.student)]
+    if teacher is not None:
+        notes = [teacher.note, *notes]
+    if teacher is not None and teacher.start_tokens is not None:
         begins = "the decoder's inputs begin with token {} for the student and with its own {} for the teacher"
-        notes.append(begins.format(*live.start_tokens))
-    if not setup.asked and trainer.teacher is not None:
+        notes.append(begins.format(*teacher.start_tokens))
+    if not first.asked and teacher is not None:
         notes.append("kd_alpha is 0: training does not call the teacher")
-    if setup.heads is None and setup.path and not trainer.is_in_train:  # training prints all notes in its start block
-        warn(logger, "[kd_trainer] %s", setup.path)
-    return Fit(
-        trainer.model, setup.student, setup.task, setup.accepted, setup.common_ids, setup.heads,
-        tuple(filter(None, notes)), setup.known_by, setup.class_order, setup.asked, own_loss=hard.own,
-        hard_loss=hard.line, by_num_items=hard.by_num_items, required=required_inputs(setup.student),
+    if first.heads is None and first.path and not trainer.is_in_train:  # training prints all notes in its start block
+        warn(logger, "[kd_trainer] %s", first.path)
+    return Plan(
+        trainer.model, first.student, teacher, first.task, first.accepted, first.common_ids, first.heads,
+        tuple(filter(None, notes)), first.known_by, first.class_order, first.asked, own_loss=hard.own,
+        hard_loss=hard.line, by_num_items=hard.by_num_items, required=required_inputs(first.student),
     )  # fmt: skip
 
 
-class FirstLook(_InFrontOf):
-    """Loads the teacher and looks at the first batch; `trainer.DistillationMixin` sets what is declared here."""
+class Setup:
+    """Loads the teacher, and makes the plan of the loss on the first batch.
 
-    _run_settings: Settings
-    teacher: LiveTeacher | CachedTeacher | None
-    _given_teacher: Any  # as it was given, by whichever argument
-    _finite: FiniteWatch
-    _packing: PackingWatch
-    _fit: Fit | None
-    _refused: list[Exception]
-    _watch: Any = None  # the hook that compares buffers shared with the teacher
-    _evaluation: Any  # None outside of an evaluation
-    _predicting: bool
+    Args:
+        trainer: its arguments, accelerator, models and data are read; nothing of it is set.
+        settings: the distillation arguments of that trainer.
+        is_training_step: whether a loss of this student, taken now, is for a training step.
+
+    Attributes:
+        refused: with `kd_run` "check", the errors of the constructor, which wait for the table.
+        each_alone: whether a process may stop at what it finds, so that the others must not wait: in `check()`.
+    """
+
+    def __init__(self, trainer: Any, settings: Settings, is_training_step: Callable[[nn.Module], bool]) -> None:
+        self._trainer, self._settings, self._is_training_step = trainer, settings, is_training_step
+        self._watch: Any = None  # the hook that compares buffers shared with the teacher
+        self.refused: list[Exception] = []
+        self.each_alone = False
 
     @property
-    def kd_args(self) -> DistillationArguments:
-        """The `kd_*` and `teacher_*` arguments as they were last read."""
-        return self._run_settings.kd
-
-    @property
-    def _always_hard(self) -> bool:
-        return self._run_settings.always_hard
-
-    def _is_training_step(self, student: nn.Module) -> bool:
-        """Whether a loss is for a training step, whatever mode the student is in: it may stay in eval mode."""
-        if self._evaluation is not None or self._predicting:
-            return False
-        # Outside of `train` and `evaluate` the mode is all there is to tell; a DeepSpeed engine's own is always True.
-        return self.is_in_train or student.training
-
-    def unwrapped_student(self) -> nn.Module:
-        """The student without what processes and compilers put around it."""
-        model = cast(nn.Module, self.model)
-        # accelerate's own search reads the metadata of installed packages first, which costs more than a small step.
-        wrapped = hasattr(model, "module") or hasattr(model, "_orig_mod")
-        return self.accelerator.unwrap_model(model) if wrapped else model
-
-    _student_columns: frozenset[str]  # those that upstream keeps
-    _each_alone = False  # whether a process may stop at what it finds, so that the others must not wait: in `check()`
+    def kd(self) -> DistillationArguments:
+        """The distillation arguments as they were last read."""
+        return self._settings.kd
 
     @contextmanager
-    def _refusals_wait(self) -> Iterator[None]:
-        """With kd_run "check" a refusal of the constructor waits for the table of findings."""
+    def refusals_wait(self) -> Iterator[None]:
+        """With kd_run "check" an error inside waits for the table of findings."""
         try:
             yield
         except (ValueError, TypeError) as refusal:
-            if self.kd_args.kd_run != "check":
+            if self.kd.kd_run != "check":
                 raise
-            self._refused.append(refusal)
+            self.refused.append(refusal)
 
-    def _require_teacher(self, given: Any) -> None:
-        self._run_settings.require_teacher(given)
+    # ---- the teacher ----
 
-    def _load_teacher(self, given: Any) -> LiveTeacher | CachedTeacher | None:
-        kd, named = self.kd_args, self.kd_args.teacher_model_name_or_path
+    def named_teacher(self, given: Any) -> Any:
+        """The teacher as it was given, by the argument of the trainer or by `teacher_model_name_or_path`."""
+        named = self.kd.teacher_model_name_or_path
         if given is not None and named is not None and str(given) != named:
             expected = "nothing beside the argument teacher_model of the trainer"
             fail("teacher_model_name_or_path", repr(named), expected, "Give the teacher once.")
-        self._given_teacher = given = named if given is None else given
-        self._require_teacher(given)
-        if isinstance(given, CachedTeacher):
+        return named if given is None else given
+
+    def load(self, given: Any, finished_cache: Callable[[], CachedTeacher | None]) -> Teacher | None:
+        """The teacher of what was given; `finished_cache` may make a live one unnecessary."""
+        kd = self.kd
+        self._settings.require_teacher(given)
+        cached = given_cache(given)
+        if cached is not None:
             of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_cache_dir": kd.teacher_cache_dir}
             for name, value in of_another.items():
                 if value:
                     fail(name, quoted(value), "nothing with a CachedTeacher, which has all of it", "Leave it out.")
-            return given
+            return cached
         if given is None:
             return None
-        if self._cache_is_there():
-            return CachedTeacher(str(kd.teacher_cache_dir))
-        return self._load_live(given)
+        cached = finished_cache()
+        return self.load_live(given) if cached is None else cached
 
-    def _cache_is_there(self) -> bool:
-        """Whether a finished cache makes the live teacher unnecessary: see `teacher_cache.py`."""
-        return False
-
-    def _load_live(self, given: nn.Module | str | Path) -> LiveTeacher:
-        kd = self.kd_args
-        student = self.unwrapped_student()
-        head = head_for(student, kd.kd_task, self._loss_shifts_labels)
+    def load_live(self, given: nn.Module | str | Path) -> LiveTeacher:
+        """The teacher that is run: a module, a path, or the student's own base."""
+        kd, student = self.kd, self._trainer.unwrapped_student()
+        head = head_for(student, kd.kd_task, self._trainer._loss_shifts_labels)
         if isinstance(given, str) and given == ADAPTER_OFF:
             of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_compile": kd.teacher_compile}
             for name, value in of_another.items():
@@ -179,55 +171,63 @@ class FirstLook(_InFrontOf):
         check_separate(student, teacher)
         live = LiveTeacher(teacher, compiled=kd.teacher_compile)
         if classes_have_names(student, head):
-            with self._refusals_wait():
+            with self.refusals_wait():
                 live.class_order = class_order(student, teacher, remap=kd.kd_remap_labels)
         return live
 
-    def _look_at(self, batch: Mapping[str, Any]) -> Fit:
-        """Runs the checks of `setup_checks` on the first batch, up to the first refusal; afterwards returns the plan
-        that came of them."""
-        fit = self._fit if self._fit is not None and self._fit.model is self.model else None
-        if fit is not None and (fit.asked or (self._always_hard and self._is_training_step(fit.student))):
-            if not fit.required <= batch.keys():
-                check_required("student", fit.student, batch, self._removed_columns)
-            return fit
-        setup = Setup(self, batch)
+    # ---- the plan ----
+
+    def plan(self, batch: Mapping[str, Any], teacher: Teacher | None, known: Plan | None) -> Plan:
+        """Runs the checks of `setup_checks` on the first batch, up to the first error, and returns their plan;
+        afterwards the known plan, as long as student and teacher are its own."""
+        if known is not None and self._holds(known, teacher):
+            if not known.required <= batch.keys():
+                check_required("student", known.student, batch, self.removed_columns)
+            return known
+        first = self.first_batch(batch, teacher)
         for _, check in (*WITHOUT_MODELS, *WITH_MODELS):
-            check(setup)
-        self._fit = plan(setup)
-        return self._fit
+            check(first)
+        return plan(first)
 
-    def _removed_columns(self) -> list[str]:
+    def _holds(self, known: Plan, teacher: Teacher | None) -> bool:
+        if known.model is not self._trainer.model or known.teacher is not teacher:
+            return False
+        return known.asked or (self._settings.always_hard and self._is_training_step(known.student))
+
+    def first_batch(self, batch: Mapping[str, Any], teacher: Teacher | None) -> FirstBatch:
+        """What the checks take: the trainer with a batch, of which nothing is known yet."""
+        student = self._trainer.unwrapped_student()
+        # Where kd_alpha is 0 training does not call the teacher.
+        asked = not (self._settings.always_hard and self._is_training_step(student))
+        return FirstBatch(self._trainer, self._settings, self, batch, student, teacher, asked)
+
+    def watch_buffers(self, watch: Callable[[], Any] | None) -> None:
+        """Another hook that compares the buffers shared with the teacher, in place of the last one."""
+        if self._watch is not None:
+            self._watch.remove()
+        if watch is not None:
+            self._watch = watch()
+
+    # ---- columns ----
+
+    def removed_columns(self) -> list[str]:
         """Columns of the data that upstream removes."""
-        kept: set[str] = set(self._signature_columns or ())
-        return sorted(self._data_columns() - kept) if self.args.remove_unused_columns else []
+        kept: set[str] = set(self._trainer._signature_columns or ())
+        return sorted(self._data_columns() - kept) if self._trainer.args.remove_unused_columns else []
 
-    def _withheld_columns(self) -> set[str]:
+    def withheld_columns(self) -> set[str]:
         """Columns of the data that upstream removes and that stay for the teacher: `**kwargs` do not get them."""
-        if not self.args.remove_unused_columns:
+        if not self._trainer.args.remove_unused_columns:
             return set()
-        self._set_signature_columns_if_needed()
-        return (set(self._signature_columns or ()) - self._student_columns) & self._data_columns()
+        return self._trainer.columns_for_teacher() & self._data_columns()
 
     def _data_columns(self) -> set[str]:
-        evals = self.eval_dataset
+        evals = self._trainer.eval_dataset
         names: set[str] = set()
-        for dataset in (self.train_dataset, *(evals.values() if isinstance(evals, dict) else (evals,))):
+        for dataset in (self._trainer.train_dataset, *(evals.values() if isinstance(evals, dict) else (evals,))):
             known = getattr(dataset, "column_names", None)
             if known is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
                 row = dataset[0]
                 known = list(row) if isinstance(row, Mapping) else None
             names |= set(known or ())
         return names
-
-    @staticmethod
-    def _with_decoder_inputs(student: nn.Module, head: Head | None, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Encoder-decoders build their decoder's inputs from labels: built once here, for both models."""
-        if head is None or not head.encoder_decoder or "decoder_input_ids" in inputs or inputs.get("labels") is None:
-            return inputs
-        ids = decoder_input_ids(student, inputs["labels"])
-        return inputs if ids is None else {**inputs, "decoder_input_ids": ids}
-
-    def _refuse_packed(self, head: Head, batch: Mapping[str, Any], *, now: bool = False) -> None:
-        """Raises where "batchmean" would divide by rows of several sequences: see `PackingWatch`."""
-        self._packing.look(head, batch, self.kd_args.kd_reduction, now=now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from torch import nn
 
 from ..files import write_atomically
 from ..losses import divide
-from ..tasks import Head, count_parameters, describe, name_of, times
+from ..tasks import Head, count_parameters, describe, times
 from ..validation import leave_progress_bar
 from .objective import Counts, Objective
-from .setup import Fit
+from .setup import Plan
 
 
 def start_block(
@@ -83,15 +84,22 @@ def card_section(summary: Mapping[str, Any], log_history: Sequence[Mapping[str, 
     return "\n".join([*lines, *(f"| {key} | {value:.4f} |" for key, value in shown.items())]) + "\n"
 
 
-def put_card_section(path: Path, summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
-    """Puts the section on the distillation at the end of a model card, in place of an older one."""
+def write_summary(folder: Any, summary: Mapping[str, Any]) -> None:
+    """Writes `distillation.json`, for the report."""
+    write_atomically(Path(str(folder)) / "distillation.json", json.dumps(summary, indent=2))
+
+
+def put_card_section(folder: Any, summary: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+    """Puts the section on the distillation at the end of the folder's model card, in place of an older one."""
+    path = Path(str(folder)) / "README.md"
+    if not path.exists():
+        return
     text = path.read_text(encoding="utf-8").split("\n## Distillation\n")[0].rstrip()
     write_atomically(path, f"{text}\n\n{card_section(summary, history)}")
 
 
 def print_start(
-    fit: Fit,
-    teacher: nn.Module | str | None,
+    fit: Plan,
     first: Objective,
     last: Objective,
     batch: Mapping[str, Any],
@@ -102,36 +110,36 @@ def print_start(
     """Prints the start block with the notes of the plan and further ones.
 
     Args:
-        teacher: the module, or a line on the cache that its outputs are read from.
         batch: the first one; of its columns `label_names` hold labels.
     """
     labelled = fit.head.targets(batch) is not None
     labelled |= fit.own_loss and any(batch.get(name) is not None for name in label_names)
-    cached = teacher if isinstance(teacher, str) else None
-    model = teacher if isinstance(teacher, nn.Module) else None
+    model = None if fit.teacher is None else fit.teacher.model
+    cached = None if fit.teacher is None or model is not None else fit.teacher.describe()
     block = start_block(fit.student, model, fit.head, first, last, counts, labelled=labelled, cached=cached)
     hard = [f"hard loss: {fit.hard_loss}"] if fit.hard_loss else []
     leave_progress_bar()
     print("\n".join([block, *("[kd_trainer] " + note for note in (*hard, *fit.notes, *notes))]), flush=True)
 
 
-def summary_of(kd: Any, formulas: Sequence[str], teacher: Any, student: nn.Module) -> dict[str, Any]:
+def summary_of(
+    kd: Any, formulas: Sequence[str], teacher: Mapping[str, Any] | None, student: nn.Module
+) -> dict[str, Any]:
     """Teacher, formula and the numbers in it, as JSON values.
 
     Args:
         kd: the distillation arguments.
         formulas: at the start and at the end of the schedule.
-        teacher: the module; or of a cache what its manifest has of it; or None.
+        teacher: its `identity()`, or None.
     """
     formula = (
         formulas[0] if kd.kd_schedule == "constant" else f"{formulas[0]}; {kd.kd_schedule} schedule to {formulas[1]}"
     )
-    kept = teacher if isinstance(teacher, Mapping) else {}
-    live = teacher if isinstance(teacher, nn.Module) else None
+    teacher = teacher or {}
     return {
         "formula": formula,
-        "teacher": kept.get("name") if live is None else name_of(live),
-        "teacher_parameters": kept.get("parameters") if live is None else count_parameters(live),
+        "teacher": teacher.get("name"),
+        "teacher_parameters": teacher.get("parameters"),
         "student_parameters": count_parameters(student),
         **{f.name.removeprefix("kd_"): getattr(kd, f.name) for f in dataclasses.fields(kd) if f.name[:3] == "kd_"},
     }

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..cache import CachedTeacher
 from ..losses import FusedLoss, Side, SoftTargetLoss
 from ..tasks import (
     NotPlain,
@@ -29,12 +28,12 @@ from ..tasks import (
     teacher_side,
     whole_weight,
 )
-from ..teachers import LiveTeacher, TeacherOutput
+from ..teachers import LiveTeacher, Teacher, TeacherOutput
 from ..validation import fail, warn
 from .objective import Counts, Objective, Parts
 from .own_loss import OwnHardLoss
 from .router_loss import with_router_loss
-from .setup import Fit
+from .setup import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class OwnRows(NamedTuple):
 
 
 def own_rows(
-    accelerator: Any, objective: Objective, fit: Fit, inputs: dict[str, Any], counts: Counts
+    accelerator: Any, objective: Objective, fit: Plan, inputs: dict[str, Any], counts: Counts
 ) -> OwnRows | None:
     """A batch of an evaluation without its repeated rows; None where it has none.
 
@@ -65,6 +64,23 @@ def own_rows(
     return OwnRows(cut, objective.count(fit.head, cut) if own else Counts(0, 0, 0), own)
 
 
+def counts_of(given: Any, fit: Plan, objective: Objective, inputs: Mapping[str, Any], scale: int | None) -> Counts:
+    """The denominators of a batch: those of its optimizer step, or of an evaluation its own.
+
+    Args:
+        given: num_items_in_batch as upstream passes it.
+        scale: where upstream's number divides the hard loss, by what upstream has multiplied it; else None.
+    """
+    counts = given if given is not None else objective.count(fit.head, inputs)
+    if scale is not None and not isinstance(counts, Counts):  # of an evaluation
+        items = given if fit.own_loss else given / scale
+        counts = objective.count(fit.head, inputs)._replace(num_items=items, by_num_items=not fit.own_loss)
+    if not isinstance(counts, Counts):
+        fix = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
+        fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", fix, error=TypeError)
+    return counts
+
+
 class TeacherOutputs:
     """Asks the teacher about a batch, as logits or as hidden states, live or from a cache.
 
@@ -76,16 +92,13 @@ class TeacherOutputs:
         self._at_hand = at_hand
         self._told_uncached = False
 
-    def logits(
-        self, teacher: LiveTeacher | CachedTeacher | None, batch: MicroBatch, accelerator: Any
-    ) -> TeacherOutput | None:
+    def logits(self, teacher: Teacher | None, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
         """The teacher's logits, or the few numbers that a cache holds instead; None where there is nothing."""
-        live = teacher if isinstance(teacher, LiveTeacher) else None
-        output = self._cached(teacher, batch) if isinstance(teacher, CachedTeacher) else None
-        if isinstance(teacher, CachedTeacher) and output is None and not batch.training:
-            live = self._at_hand()
-        if live is not None:
-            return TeacherOutput(logits=live(batch.inputs, accelerator, batch.model, read=batch.fit.head.logits))
+        if teacher is None:
+            return None
+        output = self._given(teacher, batch, accelerator)
+        if output is None and not batch.training and (live := self._at_hand()) is not None:
+            return live.output(batch.inputs, accelerator, batch.model, read=batch.fit.head.logits)
         if output is None or output.hidden is None:
             return output
         head = output.head
@@ -103,16 +116,16 @@ class TeacherOutputs:
             head: of a live teacher, whose weight is whole inside the context; None for a cache.
         """
         if head is None:
-            yield self._cached(teacher, batch)
+            yield self._given(teacher, batch, accelerator)
             return
         hidden = teacher_hidden(lambda: teacher.outputs(batch.inputs, accelerator, batch.model), head)
         hidden = teacher.behind_front(hidden, batch.inputs)
         with whole_weight(head) as (weight, bias):
             yield TeacherOutput(hidden=hidden, head=teacher_side(head, weight, bias, hidden))
 
-    def _cached(self, teacher: CachedTeacher, batch: MicroBatch) -> TeacherOutput | None:
-        """What the cache's collator has put into the batch; None, with one warning, for other evaluation data."""
-        output = teacher.output(batch.inputs)
+    def _given(self, teacher: Teacher, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
+        """The teacher's own output; None, with one warning, for evaluation data that is not in its cache."""
+        output = teacher.output(batch.inputs, accelerator, batch.model, read=batch.fit.head.logits)
         if output is None and batch.training:
             fix = "Let the Trainer make the dataloader, or train with the live teacher."
             shown = "a batch without what the teacher said"
@@ -154,7 +167,7 @@ class MicroBatch:
         own: in an evaluation the batch without repeated rows, which are logged once; None where none is repeated.
     """
 
-    fit: Fit
+    fit: Plan
     objective: Objective
     soft_loss: SoftTargetLoss
     model: nn.Module

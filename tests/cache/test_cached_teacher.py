@@ -80,7 +80,7 @@ def test_language_models(task, implementation, form, k, tmp_path):
     live = losses(build(task, tmp_path / "run", **more))
     trainer = build(task, tmp_path / "run", **more, **cache(tmp_path / "cache", form, k))
     found = losses(trainer)
-    assert (trainer._fit.heads is not None) == (implementation == "fused")
+    assert (trainer._plan.heads is not None) == (implementation == "fused")
     assert found == pytest.approx(live, rel={"topk": 2e-3, "sampled": 0.3}.get(form, 1e-5))
     assert found != pytest.approx(live, rel=1e-9) or form in ("logits", "hidden")
 
@@ -208,7 +208,7 @@ def test_rows_with_numbers_of_their_own(streamed, tmp_path):
     rows = numbered_rows()[::-1][:20]
     live = build("classification", tmp_path / "run", data=data(rows), **more)
     read = build("classification", tmp_path / "run", data=data(rows), **more)
-    read._given_teacher = read.teacher = CachedTeacher(tmp_path / "cache")
+    read._teacher_cache.given = read.teacher = CachedTeacher(tmp_path / "cache")
     assert losses(read) == pytest.approx(losses(live), rel=1e-5)
 
 
@@ -600,7 +600,7 @@ def test_another_task_is_refused(built, tmp_path):
     student, _ = tiny.models("classification")
     trainer = build("classification", tmp_path, pair=(student, CachedTeacher(built / "logits")), kd_temperature=3.0)
     with pytest.raises(ValueError, match="`teacher_cache` is one for the task 'causal_lm'; expected 'classification'"):
-        trainer._look_at(tiny.pad(tiny.rows("classification", 4)))
+        trainer._plan_of(tiny.pad(tiny.rows("classification", 4)))
 
 
 def test_a_teacher_that_says_nan_is_not_kept(tmp_path):

@@ -98,7 +98,7 @@ def test_predict_after_a_cache_of_its_data(how, when, task, form, tmp_path, monk
     trainer.train()
     if when == "after":
         trainer.build_teacher_cache(data)
-    monkeypatch.setattr(trainer, "_load_live", lambda _: pytest.fail("the teacher was asked"))
+    monkeypatch.setattr(trainer._setup, "load_live", lambda _: pytest.fail("the teacher was asked"))
     assert metrics(trainer, data) == pytest.approx(expected, rel=1e-4)
     assert metrics(trainer, held_out(task)) == pytest.approx(expected, rel=1e-4), "known by its rows"
     assert {p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()} == {"train", "eval", "test"}
@@ -134,7 +134,7 @@ def test_the_module_that_the_script_holds_is_asked(tmp_path, caplog):
         assert metrics(trainer, held_out()) == pytest.approx(expected, rel=1e-4)
         assert "eval_soft_loss" in trainer.evaluate(held_out())
         assert not [r for r in caplog.records if "no teacher cache" in r.getMessage()]
-        assert trainer._at_hand is None
+        assert trainer._teacher_cache._at_hand is None
         del teacher
         gc.collect()
         assert "test_soft_loss" not in metrics(trainer, held_out())

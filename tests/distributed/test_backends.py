@@ -101,7 +101,7 @@ def test_two_processes_give_what_one_gives(backend, case, results, alone):
 @pytest.mark.parametrize(("backend", "case"), [row for row in EXACT if "fused" in row.values[1]])
 def test_the_fused_loss_in_two_processes_is_full_logits_in_one(backend, case, results, alone):
     weights, logs, run = alone({"fused": "same_layers", "fused_other_layers": "other_layers"}[case])
-    assert run._fit.heads is None
+    assert run._plan.heads is None
     for name, value in load_file(results(backend, case) / "saved" / "model.safetensors").items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-5)
     for found in facts_of(results(backend, case)):

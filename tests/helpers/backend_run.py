@@ -162,8 +162,8 @@ def facts(run: Any, name: str, backend: str) -> dict[str, Any]:
     batch = run._prepare_inputs(tiny.pad(tiny.rows(task_of(name), 2)))
     found: dict[str, Any] = {
         "world_size": run.accelerator.num_processes,
-        "fused": run._fit.heads is not None,
-        "own_loss": run._fit.own_loss,
+        "fused": run._plan.heads is not None,
+        "own_loss": run._plan.own_loss,
         "student_wrapper": [c.__name__ for c in type(run.model_wrapped).__mro__],
         "known_models": [known is run.model_wrapped for known in run.accelerator._models],
         "logs": tiny.logs(run),

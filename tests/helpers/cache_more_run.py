@@ -27,7 +27,7 @@ def main(out: Path, task: str) -> None:
     data, world = tiny.rows("causal_lm", 16, seed=9), int(os.environ.get("WORLD_SIZE", "1"))
     settings = {"per_device_eval_batch_size": 4, "per_device_train_batch_size": 8 // world}
     first = config_run.build(task, out / "run", **settings)
-    teacher = first._given_teacher  # held: at hand for an evaluation, where it is not sharded
+    teacher = first._teacher_cache.given  # held: at hand for an evaluation, where it is not sharded
     first.train()
     at_hand = losses(first, data)
     second = config_run.build(task, out / "run", **settings)
@@ -35,7 +35,7 @@ def main(out: Path, task: str) -> None:
     second.train()
     built = losses(second, data)
     third = config_run.build(task, out / "run", **settings)
-    third._given_teacher.model.norm.register_forward_hook(lambda module, args, output: output * 1.5)
+    third._teacher_cache.given.model.norm.register_forward_hook(lambda module, args, output: output * 1.5)
     try:
         third.build_teacher_cache()
         refused = ""

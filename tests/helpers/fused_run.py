@@ -52,7 +52,7 @@ def main(out: Path) -> None:
             found = {
                 "world_size": run.accelerator.num_processes,
                 "wrapper": type(run.model_wrapped).__name__,
-                "fused": run._fit.heads is not None,
+                "fused": run._plan.heads is not None,
                 "logs": tiny.logs(run),
             }
             (out / f"{case}.json").write_text(json.dumps(found))

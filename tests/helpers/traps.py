@@ -39,8 +39,8 @@ TRAPS = {
     ),
     2: Trap(
         "the same with unequal tokens in each micro-batch",
-        "kd_trainer/trainer.py",
-        "counts = num_items_in_batch if num_items_in_batch is not None else objective.count(fit.head, inputs)",
+        "kd_trainer/training/step_loss.py",
+        "counts = given if given is not None else objective.count(fit.head, inputs)",
         "counts = objective.count(fit.head, inputs)",
         "tests/distributed/test_denominators.py -k accumulation",
     ),
@@ -102,7 +102,7 @@ TRAPS = {
     ),
     11: Trap(
         "inputs are not changed",
-        "kd_trainer/training/setup.py",
+        "kd_trainer/tasks/head.py",
         'return inputs if ids is None else {**inputs, "decoder_input_ids": ids}',
         "inputs.update(decoder_input_ids=ids)\n        return inputs",
         "tests/tasks/test_seq2seq.py -k inputs_are_not_changed",
@@ -138,8 +138,8 @@ TRAPS = {
     16: Trap(
         "checkpoints and the optimizer hold the student alone",
         "kd_trainer/trainer.py",
-        "        self._fit: Fit | None = None\n",
-        "        self._fit: Fit | None = None\n"
+        "        self._plan: Plan | None = None\n",
+        "        self._plan: Plan | None = None\n"
         "        self.model.taught_by = self.teacher.model if self.teacher else None\n",
         "tests/training/test_trainer.py -k checkpoints_and_optimizer",
     ),

@@ -129,8 +129,8 @@ def difference(one: DistillationTrainer, other: DistillationTrainer) -> float:
 def test_the_numbers_are_those_of_full_logits(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(output_head, "SMALL_VOCABULARY", 0)
     auto, full = (run(name, implementation, tmp_path) for implementation in ("auto", "full"))
-    assert auto._fit.heads is not None
-    assert full._fit.heads is None
+    assert auto._plan.heads is not None
+    assert full._plan.heads is None
     assert "the loss is computed inside the output heads: no logits are held" in capsys.readouterr().out
     assert len(tiny.logged(auto, "soft_loss")) == 3
     assert len(tiny.logged(auto, "eval_soft_loss")) == 1
@@ -228,7 +228,7 @@ def own_run(tmp_path: Any, implementation: str, pair: Any, **settings: Any) -> D
 
 
 def assert_fell_back(auto: DistillationTrainer, full: DistillationTrainer) -> None:
-    assert auto._fit.heads is None
+    assert auto._plan.heads is None
     for key in KEYS:
         assert tiny.logged(auto, key) == tiny.logged(full, key)
         assert tiny.logged(auto, f"eval_{key}") == tiny.logged(full, f"eval_{key}")
@@ -263,14 +263,14 @@ def test_what_half_precision_would_hide_is_seen(change, tmp_path, auto_everywher
     pair = [model.to(torch.bfloat16) for model in own_pair(change, "student")]
     if change == "patch":
         pair[0].lm_head.forward = lambda x, plain=pair[0].lm_head.forward: plain(x) * 1.05
-    assert own_run(tmp_path, "auto", pair, max_steps=1)._fit.heads is None
+    assert own_run(tmp_path, "auto", pair, max_steps=1)._plan.heads is None
 
 
 def test_a_second_way_is_tried_with_the_same_dropout(tmp_path, monkeypatch):
     """HyperCLOVAX multiplies by `logits_scaling`, where most divide."""
     monkeypatch.setitem(CLASSES["HyperCLOVAXForCausalLM"], "attention_dropout", 0.3)
     runs = [run("HyperCLOVAXForCausalLM", implementation, tmp_path) for implementation in ("fused", "full")]
-    assert [head.scale for head in runs[0]._fit.heads] == [0.5, 0.5]
+    assert [head.scale for head in runs[0]._plan.heads] == [0.5, 0.5]
     assert difference(*runs) < 1e-5
 
 
@@ -355,9 +355,9 @@ def test_compiled_models_take_full_logits(how, tmp_path, auto_everywhere, monkey
     trainer = tiny.trainer("causal_lm", tmp_path, pair=pair, kd_reduction="tokenmean", max_steps=1, **settings)
     trainer.args.torch_compile = how == "torch_compile"  # set in time it would compile
     trainer.train()
-    assert trainer._fit.heads is None
+    assert trainer._plan.heads is None
     assert f"full logits: {COMPILED}" in capsys.readouterr().out
-    trainer.kd_args.kd_loss_implementation, trainer._fit = "fused", None
+    trainer.kd_args.kd_loss_implementation, trainer._plan = "fused", None
     with pytest.raises(ValueError, match=COMPILED):
         trainer.evaluate()
 

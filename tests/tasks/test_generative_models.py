@@ -102,7 +102,7 @@ def test_both_losses_are_those_of_a_float64_reference(name, implementation, tmp_
     soft, hard = reference(name, collate(KINDS[name].rows()[:8]), 2.0)
     assert tiny.logged(trainer, "soft_loss") == pytest.approx([soft], rel=1e-4)
     assert tiny.logged(trainer, "hard_loss") == pytest.approx([hard], rel=1e-4)
-    assert (trainer._fit.heads is not None) == (implementation == "fused")
+    assert (trainer._plan.heads is not None) == (implementation == "fused")
 
 
 # ---- evaluation, prediction, saving, loading ----

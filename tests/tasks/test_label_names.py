@@ -115,7 +115,7 @@ def test_kd_alpha_0_is_the_stock_trainer(name, tmp_path):
     a, b = own.predict(data_of(name, 6)), stock.predict(data_of(name, 6))
     labels = [x.label_ids if isinstance(x.label_ids, tuple) else (x.label_ids,) for x in (a, b)]
     assert all((x == y).all() for x, y in zip(*labels, strict=True))
-    assert not own._fit.own_loss
+    assert not own._plan.own_loss
 
 
 @pytest.mark.parametrize("name", CASES)

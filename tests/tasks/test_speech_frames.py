@@ -263,7 +263,7 @@ def test_one_class_a_frame_with_alpha_zero_is_the_stock_trainer(tmp_path):
     got = frame_trainer(tmp_path, kd_alpha=0.0, kd_reduction="tokenmean")
     for trainer in (expected, got):
         trainer.train()
-    assert got._fit.head.name == "audio_frame_classification"
+    assert got._plan.head.name == "audio_frame_classification"
     assert tiny.logged(got, "loss") == pytest.approx(tiny.logged(expected, "loss"), rel=1e-4)
     assert torch.allclose(tiny.weights(got.model), tiny.weights(expected.model), atol=1e-5)
 

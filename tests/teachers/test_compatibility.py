@@ -450,7 +450,7 @@ def test_a_padded_teacher_trains_the_common_ids(task, tmp_path, capsys):
     expected = 4 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     run = tiny.trainer(task, tmp_path, pair=(student, teacher), data=data, max_steps=2, **kwargs)
     run.train()
-    assert run._fit.common_ids == 37
+    assert run._plan.common_ids == 37
     assert tiny.logged(run, "soft_loss")[0] == pytest.approx(expected.item(), rel=1e-5)
     line = "[kd_trainer] " + vocabulary_line(37, 40, "special ids")
     assert line in capsys.readouterr().out.splitlines()
@@ -460,7 +460,7 @@ def test_a_padded_teacher_trains_the_common_ids(task, tmp_path, capsys):
 def test_equal_vocabularies_have_no_common_ids(tmp_path, capsys):
     run = tiny.trainer("causal_lm", tmp_path, max_steps=1)
     run.train()
-    assert run._fit.common_ids is None
+    assert run._plan.common_ids is None
     assert "vocabularies" not in capsys.readouterr().out
 
 
@@ -485,7 +485,7 @@ def test_a_smaller_teacher_with_the_same_tokens(tmp_path, capsys):
     data = [{"input_ids": [2, 3, 11, 5], "labels": [2, 3, 11, 5]}] * 8
     run = smaller_teacher_run(tmp_path, data)
     run.train()
-    assert run._fit.common_ids == run.teacher.id_limit == 12
+    assert run._plan.common_ids == run.teacher.id_limit == 12
     assert "the student's other 4 are left out" in capsys.readouterr().out
 
 
@@ -515,4 +515,4 @@ def test_token_classifiers_read_but_do_not_share_vocabularies(tmp_path):
     student, teacher = (BertForTokenClassification(tiny.bert_config(vocab_size=v)) for v in (37, 40))
     run = tiny.trainer("token_classification", tmp_path, pair=(student, teacher), max_steps=1)
     run.train()
-    assert run._fit.common_ids is None
+    assert run._plan.common_ids is None

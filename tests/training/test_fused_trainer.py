@@ -68,7 +68,7 @@ def test_fused_is_full(tmp_path, setting):
         run(tmp_path, name, lambda: models("causal_lm"), rows("causal_lm", 160), max_steps=20, **SETTINGS[setting])
         for name in ("fused", "full")
     ]
-    assert runs[0][2]._fit.heads is not None
+    assert runs[0][2]._plan.heads is not None
     assert_same_run(*runs)
 
 
@@ -134,7 +134,7 @@ def test_kinds_of_models(kind, tmp_path):
         run(tmp_path, name, MODELS[kind], rows("causal_lm"), max_steps=4, eval_strategy="steps", eval_steps=2)
         for name in ("fused", "full")
     ]
-    assert runs[0][2]._fit.heads is not None
+    assert runs[0][2]._plan.heads is not None
     assert_same_run(*runs)
     assert_same_evaluation(runs[0][2], runs[1][2])
     start = MODELS[kind]()[0].state_dict()
@@ -169,9 +169,9 @@ def test_a_larger_student(tmp_path):
                            eval_steps=2),
         )  # fmt: skip
         trainer.train()
-        assert trainer._fit.common_ids == VOCAB
+        assert trainer._plan.common_ids == VOCAB
         logs.append(([e for e in trainer.state.log_history if "soft_loss" in e], student.state_dict(), trainer))
-    assert logs[0][2]._fit.heads is not None
+    assert logs[0][2]._plan.heads is not None
     assert_same_run(*logs)
     assert_same_evaluation(logs[0][2], logs[1][2])
 
@@ -182,7 +182,7 @@ def test_adapters_on_the_head_take_full_logits(where, tmp_path, monkeypatch, cap
     settings = {"target_modules": ["q_proj"], where: ["lm_head"]}
     runs = [run(tmp_path, name, lambda: with_lora(**settings), rows("causal_lm")) for name in ("auto", "full")]
     assert "full logits: PeftModelForCausalLM has no plain linear output head" in capsys.readouterr().out
-    assert runs[0][2]._fit.heads is None
+    assert runs[0][2]._plan.heads is None
     assert_same_run(*runs)
 
 
@@ -206,7 +206,7 @@ def test_half_precision(kind, tmp_path):
     (one, _, fused), (other, _, full) = (
         run(tmp_path, name, build, rows("causal_lm"), **settings) for name in ("fused", "full")
     )
-    assert fused._fit.heads is not None
+    assert fused._plan.heads is not None
     for a, b in zip(one, other, strict=True):
         for key in ("loss", "soft_loss", "hard_loss"):
             assert a[key] == pytest.approx(b[key], rel=1e-2), key
@@ -247,7 +247,7 @@ def test_kinds_of_batches(kind, tmp_path):
     change, collator, settings = BATCHES[kind]
     data = change(rows("causal_lm"))
     runs = [run(tmp_path, name, pair, data, collator, **settings) for name in ("fused", "full")]
-    assert runs[0][2]._fit.heads is not None
+    assert runs[0][2]._plan.heads is not None
     assert_same_run(*runs)
     assert all(torch.isfinite(value).all() for value in runs[0][1].values())
     metrics = [one[2].evaluate() for one in runs]
@@ -277,7 +277,7 @@ def test_metrics_get_the_logits_and_training_stays_fused(tmp_path):
         *_, trainer = run(tmp_path, name, pair, rows("causal_lm"), max_steps=1)
         trainer.compute_metrics = metrics
         found.append((trainer.evaluate(), trainer.predict(rows("causal_lm", 8, seed=3)), trainer))
-        assert (trainer._fit.heads is not None) == (name == "fused")
+        assert (trainer._plan.heads is not None) == (name == "fused")
     (ours, predicted, trainer), (theirs, full, _) = found
     assert ours["eval_width"] == VOCAB
     for name in EVALUATED:
@@ -300,7 +300,7 @@ def test_encoder_decoders(kind, generates, tmp_path):
         trainer.train()
         trainers.append(trainer)
     fused, full = trainers
-    assert fused._fit.heads is not None
+    assert fused._plan.heads is not None
     for key in ("loss", "soft_loss", "hard_loss"):
         assert tiny.logged(fused, key) == pytest.approx(tiny.logged(full, key), rel=1e-5), key
     assert_same_evaluation(fused, full)
@@ -402,7 +402,7 @@ def test_two_processes_give_what_one_gives(case, tmp_path_factory, tmp_path, mon
     for name in ("auto", "full"):
         alone = fused_run.build(case, tmp_path / name, kd_loss_implementation=name, per_device_train_batch_size=8)
         alone.train()
-        assert (alone._fit.heads is not None) == (name == "auto" and case != "not plain")
+        assert (alone._plan.heads is not None) == (name == "auto" and case != "not plain")
         torch.testing.assert_close(torch.load(out / f"{case}.pt"), tiny.weights(alone.model), rtol=0, atol=1e-5)
         for key in tiny.LOGGED:
             assert found["logs"][key] == pytest.approx(tiny.logged(alone, key), rel=1e-5), key

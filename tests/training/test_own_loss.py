@@ -297,7 +297,7 @@ def test_kd_alpha_0_is_the_stock_trainer(name, accumulate, tmp_path, capsys):
     assert_same(ours, stock)
     if name != "spans":  # upstream evaluates it without a loss
         assert ours.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
-    assert ours._fit.own_loss is MODELS[name][2]
+    assert ours._plan.own_loss is MODELS[name][2]
     line = next(line for line in capsys.readouterr().out.splitlines() if "hard loss: " in line)
     assert ("the model's own" in line) is MODELS[name][2]
 
@@ -319,13 +319,13 @@ def test_a_first_batch_that_hides_the_difference_does_not_mislead(tmp_path):
     assert_same(ours, stock)
     single = [run("weighted", tmp_path, stock=stock, data=data, batch=1) for stock in (False, True)]
     assert_same(*single)
-    assert single[0]._fit.own_loss
+    assert single[0]._plan.own_loss
 
 
 def test_the_parts_weigh_the_models_own_loss(tmp_path):
     teacher = tiny.models("classification", seed=5)[1]
     trainer = run("weighted", tmp_path, teacher=teacher, kd_alpha=0.3)
-    assert trainer._fit.own_loss
+    assert trainer._plan.own_loss
     for loss, soft, hard in zip(
         *(tiny.logged(trainer, key) for key in ("loss", "soft_loss", "hard_loss")), strict=True
     ):
@@ -337,9 +337,9 @@ def test_the_parts_weigh_the_models_own_loss(tmp_path):
 
 def test_the_choice_can_be_made_by_hand(tmp_path, capsys):
     task = run("weighted", tmp_path, kd_hard_loss="task")
-    assert not task._fit.own_loss
+    assert not task._plan.own_loss
     plain = run("plain", tmp_path, kd_hard_loss="model")
-    assert plain._fit.own_loss
+    assert plain._plan.own_loss
     assert_same(plain, run("plain", tmp_path, stock=True))
     assert "as kd_hard_loss asks" in capsys.readouterr().out
     args = tiny.arguments(tmp_path, kd_hard_loss="model", kd_alpha=0.0)
@@ -356,7 +356,7 @@ def test_the_shift_is_read_off_the_model(tmp_path):
     teacher = bart_lm(24)
     for name, shifted in (("bart", False), ("unshifted", False), ("by items", True)):
         trainer = run(name, tmp_path, teacher=teacher, kd_alpha=1.0, kd_temperature=1.0, max_steps=1)
-        assert trainer._fit.head.shifted is shifted
+        assert trainer._plan.head.shifted is shifted
         batch = tiny.pad(tiny.rows("causal_lm", 4))
         labels = batch["labels"]
         if shifted:
@@ -387,7 +387,7 @@ def test_comparing_changes_nothing_of_the_student(tmp_path):
     trainer = run("batch norm and dropout", tmp_path, train=False)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     drawn = torch.get_rng_state()
-    trainer._look_at(tiny.pad(tiny.rows("plain", 4)))
+    trainer._plan_of(tiny.pad(tiny.rows("plain", 4)))
     assert torch.equal(drawn, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
@@ -398,7 +398,7 @@ def test_rows_without_labels_have_no_hard_loss(tmp_path):
     for row in data[4:8]:
         row["labels"] = -100
     trainer = run("weighted", tmp_path, teacher=teacher, data=data, kd_alpha=0.5)
-    assert trainer._fit.own_loss
+    assert trainer._plan.own_loss
     assert tiny.logged(trainer, "loss")[1] == pytest.approx(0.5 * tiny.logged(trainer, "soft_loss")[1], rel=1e-5)
 
 
@@ -422,7 +422,7 @@ def test_labels_that_change_the_logits_reach_the_model(tmp_path):
     torch.manual_seed(3)
     teacher = Translator()
     trainer = run("translator", tmp_path, teacher=teacher, kd_alpha=0.5, kd_task="token_classification")
-    assert not trainer._fit.own_loss
+    assert not trainer._plan.own_loss
     hard = built("translator")(**tiny.pad(tiny.rows("causal_lm", 4)))["loss"]
     assert tiny.logged(trainer, "hard_loss")[0] == pytest.approx(hard.item(), rel=1e-5)
 
@@ -433,7 +433,7 @@ def test_a_loss_of_its_own_needs_logits(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"`kd_loss_implementation` is 'fused'.*because the hard loss is the model's"):
         run("by items", tmp_path, **fused)
     trainer = run("by items", tmp_path, kd_hard_loss="task", **fused)
-    assert trainer._fit.heads is not None
+    assert trainer._plan.heads is not None
 
 
 def test_a_teacher_cache_serves_a_loss_of_its_own(tmp_path):
@@ -441,7 +441,7 @@ def test_a_teacher_cache_serves_a_loss_of_its_own(tmp_path):
     fields: dict[str, Any] = {"teacher": teacher, "kd_alpha": 0.5}
     live = run("weighted", tmp_path, **fields)
     cached = run("weighted", tmp_path, teacher_cache_dir=str(tmp_path / "cache"), **fields)
-    assert cached._fit.own_loss
+    assert cached._plan.own_loss
     assert tiny.logs(cached) == {key: pytest.approx(values, rel=1e-5) for key, values in tiny.logs(live).items()}
 
 
@@ -458,8 +458,8 @@ def test_labels_that_upstream_counts_otherwise(accumulate, tmp_path):
     fields: dict[str, Any] = {"gradient_accumulation_steps": accumulate}
     stock, own = (run("gpt2", tmp_path, stock=stock, **fields) for stock in (True, False))
     assert_same(own, stock)
-    assert own._fit.by_num_items
-    assert not own._fit.own_loss
+    assert own._plan.by_num_items
+    assert not own._plan.own_loss
     evaluated, expected = own.evaluate(), stock.evaluate()
     assert evaluated["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
     batches = [tiny.pad(tiny.rows("causal_lm", 24)[i : i + 4]) for i in range(0, 24, 4)]
@@ -481,5 +481,5 @@ def test_a_student_that_writes_into_its_inputs_does_not_change_the_batch(tmp_pat
     before = batch["input_ids"].clone()
     args = tiny.arguments(tmp_path, kd_alpha=0.0)
     model = Writes(tiny.bert_config(initializer_range=0.5))
-    DistillationTrainer(model=model, args=args, train_dataset=[], data_collator=tiny.pad)._look_at(batch)
+    DistillationTrainer(model=model, args=args, train_dataset=[], data_collator=tiny.pad)._plan_of(batch)
     assert torch.equal(batch["input_ids"], before)

@@ -190,7 +190,7 @@ def assert_stock(model: nn.Module, rows: list[dict[str, Any]], folder: Any) -> A
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_class_of_transformers(name, tmp_path):
     own = assert_stock(build(name), CLASSES[name][2](), tmp_path)
-    assert not own._fit.own_loss
+    assert not own._plan.own_loss
 
 
 @pytest.mark.trains
@@ -203,7 +203,7 @@ def test_other_kinds_of_labels(kind, tmp_path):
 @pytest.mark.parametrize("name", OWN)
 def test_a_loss_of_its_own(name, tmp_path):
     own = assert_stock(test_own_loss.built(name), tiny.rows(test_own_loss.MODELS[name][1], 40), tmp_path)
-    assert own._fit.own_loss
+    assert own._plan.own_loss
 
 
 def test_the_packages_own_model(tmp_path):

@@ -127,7 +127,7 @@ def test_a_setting_changed_between_two_evaluations_counts(name, tmp_path):
     setattr(run.args, name, CHANGES[name])
     tested = run.predict(tiny.rows("causal_lm", 21, seed=2)).metrics
     assert tested["test_loss"] == pytest.approx(after["eval_loss"])
-    assert (run._fit.heads is not None) == (name == "kd_loss_implementation")
+    assert (run._plan.heads is not None) == (name == "kd_loss_implementation")
     expected = tiny.trainer("causal_lm", tmp_path, **{name: CHANGES[name]}).evaluate()
     for key in ("eval_loss", "eval_hard_loss", "eval_soft_loss"):
         assert after[key] == pytest.approx(expected[key], rel=1e-5)
@@ -270,10 +270,10 @@ def test_a_model_of_model_init_is_looked_at_again(unwrapped, tmp_path):
         data_collator=tiny.pad,
     )
     run.train()
-    first = run._fit.student
+    first = run._plan.student
     run.train()
-    assert run._fit.student is not first
-    assert run._fit.student is run.model
+    assert run._plan.student is not first
+    assert run._plan.student is run.model
 
 
 def test_no_batch_of_a_generating_evaluation_unwraps_the_student(unwrapped, tmp_path):
