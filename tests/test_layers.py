@@ -12,6 +12,7 @@ import pytest
 
 import kd_trainer
 from kd_trainer.tasks import HEADS
+from kd_trainer.training.bases import UPSTREAM_ATTRIBUTES, UPSTREAM_NAMES
 
 PACKAGE = Path(kd_trainer.__file__).parent
 # A folder imports from those before it.
@@ -103,7 +104,7 @@ def test_no_cycle_inside_a_folder(folder):
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-# What varies by kind of teacher or of task is a method of the kind; only the trainer sets what the trainer has.
+# What varies by kind of teacher or of task is a method of the kind; what is the trainer's own, others do not touch.
 
 
 def code(path: Path) -> list[ast.AST]:
@@ -201,6 +202,13 @@ def test_no_comparison_of_a_task_by_name(path):
 def test_the_trainer_alone_sets_its_attributes(path):
     found = {(path.parts[0], name) for node in code(path) for name in attributes_set(node)}
     assert found <= BORROWED
+
+
+@pytest.mark.parametrize("path", outside("trainer.py"), ids=str)
+def test_of_a_trainer_only_upstreams_private_names_are_read(path):
+    upstream = {*UPSTREAM_NAMES["transformers.Trainer"], *UPSTREAM_ATTRIBUTES}
+    read = [node for node in code(path) if isinstance(node, ast.Attribute) and _is_trainer(node.value)]
+    assert {node.attr for node in read if node.attr.startswith("_")} <= upstream
 
 
 def modules_after(statement: str) -> set[str]:
