@@ -79,7 +79,7 @@ def _findings(rows: Sequence[Row]) -> list[str]:
     accuracies = [value for row in rows if (value := row.mean("test_accuracy_percent")) is not None]
     if len(rows) > 1 and len(accuracies) == len(rows) and min(accuracies) >= 99.95:
         return [
-            f"All {len(rows)} models reach 100.0% test accuracy: the task is too easy to tell them apart. "
+            f"All {len(rows)} models reach 100.0% test accuracy: the task is too easy to distinguish them. "
             "This comparison cannot show what distillation brings."
         ]
     teacher = next((row for row in rows if row.role == "teacher"), None)
