@@ -18,7 +18,9 @@ static inline float power_of(float es, float s, float temperature) {
     return power;
 }
 
-/* The terms of a divergence to a mixture: `mixture_terms` of losses/tile.py. */
+/* The terms of a divergence to a mixture at one class: returns the term of its value; h = dD/dlog q where log q is taken
+ * as free, so that dD/ds = h - q * sum(h). s and t stand for log q and log p: what they lack, log zs and log zt, is a
+ * constant of the row that falls out of the gradient, and is added to the value afterwards. */
 static inline float mixture_terms(float s, float t, float q, float p, float beta, float *h) {
     const float tiny = 1.17549435e-38f;
     if (DIVERGENCE == total_variation) {
@@ -72,10 +74,32 @@ static sums sum_row(const STUDENT *student, const TEACHER *teacher, int64_t colu
     return x;
 }
 
-/* stats: top_s, top_t, zs, zt, same, zh, and forward and reverse (KLs) or value and the sum of h (mixtures).
- * room: 2 * columns floats of this thread. */
-static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns, const float *weights, float beta,
-                      float temperature, int64_t gradient, double *stats, float *room) {
+/* D of a row. */
+static double divergence_of(const sums *x, float beta) {
+    double ratio = log(x->zs / x->zt), kl = 0;
+    if (DIVERGENCE == jsd) return beta * (x->forward - log(x->zt)) + x->reverse - (1.0 - beta) * log(x->zs);
+    if (!IS_KL) return x->forward;
+    if (DIVERGENCE != reverse_kl) kl += ratio - x->forward / x->zt;
+    if (DIVERGENCE != forward_kl) kl += x->reverse / x->zs - ratio;
+    return kl;
+}
+
+/* dD/ds at one class. */
+static double slope_at(const sums *x, double s, double t, float beta) {
+    double q = exp(s) / x->zs, p = exp(t) / x->zt;
+    float h;
+    if (DIVERGENCE == forward_kl) return q - p;
+    if (DIVERGENCE == reverse_kl) return q * (s - t - x->reverse / x->zs);
+    if (DIVERGENCE == symmetric_kl) return q * (s - t - x->reverse / x->zs + 1) - p;
+    mixture_terms((float)s, (float)t, (float)q, (float)p, beta, &h);
+    return h - q * x->reverse;
+}
+
+/* stats: soft, hard, and whether a class is on top in both. room: 2 * columns floats of this thread. */
+static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns, int64_t label, const float *weights,
+                      float beta, float temperature, int64_t gradient, double *stats, float *room) {
+    int wrong = label != -100 && (label < 0 || label >= columns), labelled = !wrong && label >= 0;
+    float label_s = labelled ? READ(student + label) : 0, label_t = labelled ? READ(teacher + label) : 0;
     sums x = sum_row(student, teacher, columns, temperature, room);
     float top_s = x.top_s, top_t = x.top_t;
     if (!IS_KL) {
@@ -94,11 +118,13 @@ static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns,
             x.forward += value, x.reverse += mean;
         }
     }
-    double of_row[] = {top_s, top_t, x.zs, x.zt, x.same, HARD ? x.zh : x.zs, x.forward, x.reverse};
-    memcpy(stats, of_row, sizeof of_row);
+    double s_label = (double)label_s - top_s, t_label = (double)label_t - top_t;
+    stats[0] = divergence_of(&x, beta);
+    stats[1] = wrong ? NAN : labelled ? log(x.zh) - temperature * s_label : 0;
+    stats[2] = x.same == 0;
     if (!gradient) return;
     float of_q = (float)(weights[0] / x.zs), of_p = (float)(weights[0] / x.zt), zs = (float)x.zs;
-    float of_hard = HARD ? (float)(weights[1] / x.zh) : 0.0f;
+    float of_hard = !HARD ? 0.0f : wrong && weights[1] != 0 ? NAN : (float)(weights[1] / x.zh);
     float mean = (float)(IS_KL ? x.reverse / x.zs - (DIVERGENCE == symmetric_kl) : x.reverse);
 #pragma omp simd
     for (int64_t j = 0; j < columns; j++) {
@@ -110,17 +136,22 @@ static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns,
         if (HARD) g += power_of(es, s, temperature) * of_hard;
         WRITE(student + j, g);
     }
+    if (labelled && HARD) { /* unrounded: there 1 - q may be less than the tile can hold */
+        double of_label = exp(temperature * s_label) / x.zh - 1;
+        WRITE(student + label, (float)(weights[0] * slope_at(&x, s_label, t_label, beta) + weights[1] * of_label));
+    }
 }
 
-/* Rows lie `stride_s` and `stride_t` elements apart; weights [rows, 2]; stats [rows, 8]; room [threads, 2, columns]. */
+/* Rows lie `stride_s` and `stride_t` elements apart; labels [rows]; weights [rows, 2]; stats [rows, 3]; room
+ * [threads, 2, columns]. */
 void visit(STUDENT *student, const TEACHER *teacher, int64_t rows, int64_t columns, int64_t stride_s, int64_t stride_t,
-           const float *weights, float beta, float temperature, int64_t gradient, double *stats, float *room,
-           int64_t threads) {
+           const int64_t *labels, const float *weights, float beta, float temperature, int64_t gradient, double *stats,
+           float *room, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; part++)
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++)
-            visit_row(student + i * stride_s, teacher + i * stride_t, columns, weights + 2 * i, beta, temperature,
-                      gradient, stats + 8 * i, room + 2 * part * columns);
+            visit_row(student + i * stride_s, teacher + i * stride_t, columns, labels[i], weights + 2 * i, beta,
+                      temperature, gradient, stats + 3 * i, room + 2 * part * columns);
 }
 
 /* Of a row the maximum and the sums of es and exp(T s), block by block; `room` keeps each block's es, relative to the

@@ -15,18 +15,30 @@ from torch import Tensor
 
 from .c_compiler import TYPES, call, compiled
 
+# Those that `tile_cpu.c` has; it is optional: the others are computed in torch.
+C_DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+)
+
 
 def visit_on_cpu(
-    setting: Any, halves: int, student: Tensor, teacher: Tensor, weights: Tensor, *, gradient: bool
-) -> tuple[Tensor, ...]:
-    """What `tile._kl_visit` and `tile._mixture_visit` return: eight columns [R, 1], here in float64.
+    setting: Any, halves: int, student: Tensor, teacher: Tensor, weights: Tensor, labels: Tensor | None, *,
+    gradient: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """`tile.visit`: columns [R], float64, of its `Rows`.
 
     Args:
         setting: a `tile.Setting`; another beta is no other code, another temperature one for each of `halves`.
         halves: `tile.halves_of` the temperature.
         student, teacher: logits over T [R, V], float32 or bfloat16; finite. Rows may lie apart, as in a slice.
-        weights: [R, 2], as in `tile.visit`.
-        gradient: whether the student's tile is overwritten by dL/d(student's logits over T), without the label's part.
+        weights, labels: [R, 2] and [R] or None, as in `tile.visit`.
+        gradient: whether the student's tile is overwritten by dL/d(student's logits over T).
 
     Raises:
         RuntimeError: the compiler failed; what it said.
@@ -35,13 +47,15 @@ def visit_on_cpu(
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
     weights = weights.to(torch.float32).contiguous()
     (rows, columns), threads = student.shape, torch.get_num_threads()
-    stats = torch.empty(rows, 8, dtype=torch.float64)
+    labels = torch.full((rows,), -100) if labels is None else labels.to(torch.int64).contiguous()
+    stats = torch.empty(rows, 3, dtype=torch.float64)
     room = torch.empty(threads, 2, columns)
     call(
         _code(setting, halves, student, teacher).visit, student, teacher, rows, columns, student.stride(0),
-        teacher.stride(0), weights, float(setting.beta), float(setting.temperature), gradient, stats, room, threads,
+        teacher.stride(0), labels, weights, float(setting.beta), float(setting.temperature), gradient, stats, room,
+        threads,
     )  # fmt: skip
-    return stats.split(1, dim=1)
+    return stats.unbind(1)
 
 
 def sums_on_cpu(setting: Any, halves: int, student: Tensor) -> tuple[Tensor, ...]:

@@ -31,6 +31,15 @@ else:
         return kernel
 
 
+TRITON_DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+)
 _FORWARD, _REVERSE = ("forward_kl", "symmetric_kl"), ("reverse_kl", "symmetric_kl")
 
 

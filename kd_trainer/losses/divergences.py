@@ -10,8 +10,7 @@ never NaN; logits of -inf (excluded classes) are allowed on both sides as long a
 value is +inf its gradient is finite: what would be infinite in it counts as constant.
 
 Two ways to the same numbers: the plain formulas (`divergence_terms`, differentiable any number of times) and, for large
-logits of which only the student's need a gradient, `_InBlocks`, which visits blocks of rows that stay in the
-processor's cache and keeps the gradient alone. A new divergence is one function, its formula, and one entry of
+logits of which only the student's need a gradient, blocks of rows that stay in the processor's cache. A new divergence is one function, its formula, and one entry of
 `DIVERGENCES`: arguments, modules, the trainer, the fused loss and the blocks read the entry.
 """
 
@@ -56,17 +55,21 @@ def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     return _weigh(log_p.exp(), log_p - log_q)
 
 
+def _log_mixture(a: Tensor, b: Tensor, beta: float) -> Tensor:
+    # Below the smallest normal number 1/mixture overflows in the gradient; such a class contributes nothing anyway.
+    return (beta * a + (1 - beta) * b).clamp(min=torch.finfo(a.dtype).tiny).log()
+
+
 def _kl_to_mixture_terms(log_a: Tensor, log_b: Tensor, beta: float) -> Tensor:
     """Elementwise KL(a || beta a + (1 - beta) b)."""
     a = log_a.exp()
-    # Below the smallest normal number 1/mixture overflows in the gradient; such a class contributes nothing anyway.
-    mixture = (beta * a + (1 - beta) * log_b.exp()).clamp(min=torch.finfo(a.dtype).tiny)
-    return _weigh(a, log_a - mixture.log())
+    return _weigh(a, log_a - _log_mixture(a, log_b.exp(), beta))
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
-    of_p, of_q = _kl_to_mixture_terms(log_p, log_q, beta), _kl_to_mixture_terms(log_q, log_p, 1 - beta)
-    return beta * of_p + (1 - beta) * of_q
+    p, q = log_p.exp(), log_q.exp()
+    log_m = _log_mixture(p, q, beta)
+    return beta * _weigh(p, log_p - log_m) + (1 - beta) * _weigh(q, log_q - log_m)
 
 
 def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
@@ -149,17 +152,15 @@ class Divergence:
         return beta
 
 
-_BETWEEN = (0.0, 1.0)
-
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(kl_terms),
     "reverse_kl": Divergence(lambda log_p, log_q: kl_terms(log_q, log_p)),
     "symmetric_kl": Divergence(lambda log_p, log_q: kl_terms(log_p, log_q) + kl_terms(log_q, log_p)),
-    "jsd": Divergence(_jsd, "weight of the teacher in the mixture", default=0.5, range=_BETWEEN),
+    "jsd": Divergence(_jsd, "weight of the teacher in the mixture", default=0.5, range=(0, 1)),
     "skew_forward_kl": Divergence(
-        _kl_to_mixture_terms, "share of the teacher in the mixture", default=0.1, range=_BETWEEN
+        _kl_to_mixture_terms, "share of the teacher in the mixture", default=0.1, range=(0, 1)
     ),
-    "skew_reverse_kl": Divergence(_skew_reverse_kl, "share of the student in the mixture", default=0.1, range=_BETWEEN),
+    "skew_reverse_kl": Divergence(_skew_reverse_kl, "share of the student in the mixture", default=0.1, range=(0, 1)),
     "total_variation": Divergence(_total_variation),
 }
 
@@ -252,6 +253,9 @@ def _terms(
     return entry.of_log_probs(log_p, log_q, beta, labels)
 
 
+_Settings = tuple[Divergence, float, float, Tensor | None]  # entry, temperature, beta, labels
+
+
 def _per_position(
     entry: Divergence,
     student_logits: Tensor,
@@ -268,9 +272,6 @@ def _per_position(
     if differentiable and student_logits.requires_grad:
         return _InBlocks.apply(student_logits, teacher_logits, settings)
     return _in_blocks(student_logits, teacher_logits, settings, gradient=None)
-
-
-_Settings = tuple[Divergence, float, float, Tensor | None]  # entry, temperature, beta, labels
 
 
 class _InBlocks(torch.autograd.Function):

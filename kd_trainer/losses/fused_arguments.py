@@ -48,13 +48,13 @@ class Job:
     plain_rows: bool = False
 
     def __post_init__(self) -> None:
-        """Sets `plain_rows`: whether only autograd knows the gradient of these settings."""
+        """Sets `plain_rows`: whether the rows need whole logits, by autograd from the head's output on."""
         capped = any(side is not None and side.softcap is not None for side in (self.student, self.teacher))
         capped = capped or self.label_smoothing > 0 or self.common_ids is not None
         capped = capped or (self.sparse is not None and self.sparse.ids.shape[1] > MOST_IDS)
         excluding = [self.student.bias, self.teacher.bias if self.teacher is not None else self.teacher_rows]
         known = [excludes(x) for x in excluding if x is not None]
-        self.plain_rows = capped or any(known) or DIVERGENCES[self.setting.divergence].needs_labels
+        self.plain_rows = capped or any(known)
         if None in known and self.sparse is None:
             self.setting = self.setting._replace(excluding=True)
 

@@ -42,7 +42,7 @@ def halves_of(temperature: float) -> int:
     return int(2 * temperature) if 2 * temperature in range(1, 9) else 0
 
 
-def widened(logits: Tensor, out: Tensor | None) -> Tensor:
+def widened(logits: Tensor, out: Tensor | None = None) -> Tensor:
     """In float32 or wider, into `out` where it is given."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(wide) if out is None or logits.dtype == wide else out.copy_(logits)

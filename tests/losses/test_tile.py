@@ -158,7 +158,7 @@ def test_a_compiler_that_fails_or_errs_is_not_used(monkeypatch, caplog, tmp_path
         assert not compile_pays(setting, 7, 307, like, True)
         assert "no-such-option" in caplog.text
         monkeypatch.undo()
-        monkeypatch.setattr("kd_trainer.losses.tile.visit_on_cpu", lambda *_, **__: torch.rand(6, 8).split(1, dim=1))
+        monkeypatch.setattr("kd_trainer.losses.tile.visit_on_cpu", lambda *_, **__: torch.rand(3, 6).unbind())
         assert not compile_pays(setting, 7, 311, like, True)
         assert "differs" in caplog.text
     c_compiler.compiled.cache_clear()
