@@ -55,7 +55,7 @@ def near(estimate: float, measured: float, allowed: float) -> bool:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     def make(out: Path) -> None:
-        command = [sys.executable, str(ROOT / "tests" / "memory_run.py"), str(out), "single", *memory_run.CASES]
+        command = [sys.executable, memory_run.__file__, str(out), "single", *memory_run.CASES]
         environment = {**os.environ, **memory_run.MEASURED}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
