@@ -31,11 +31,10 @@ from .training import bases as bases
 from .training.arguments import refuse_borrowed_names
 from .training.checkpoints import Checkpoints
 from .training.finite_watch import FiniteWatch
-from .training.logs import Evaluation, Window, named, with_existence, with_existence_of
+from .training.logs import Evaluation, Window, logged_row, named, with_existence, with_existence_of
 from .training.objective import Counts, Objective, Parts
 from .training.own_loss import OwnHardLoss
 from .training.processes import refuse_lone_processes, unwrapped
-from .training.router_loss import router_weight
 from .training.start_block import print_start, put_card_section, summary_of, write_summary
 from .training.step_loss import BatchLoss, MicroBatch, TeacherOutputs, counts_of, own_rows
 from .training.teacher_cache import TeacherCache
@@ -298,9 +297,9 @@ class DistillationMixin(_InFrontOf):
         """The counts summed over the processes: one reduce a step."""
         if not self.args.average_tokens_across_devices or self.args.world_size == 1:
             return counts
-        local = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts[:3]])
-        hard, soft, rows = self.accelerator.reduce(local, reduction="sum").div(self._same_batch()).unbind()
-        return counts._replace(hard=hard, soft=soft, rows=rows, scale=self._scale())
+        local = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts.each])
+        summed = self.accelerator.reduce(local, reduction="sum").div(self._same_batch())
+        return counts.with_each(*summed.unbind(), scale=self._scale())
 
     def _same_batch(self) -> int:  # processes that share each batch
         return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
@@ -350,7 +349,7 @@ class DistillationMixin(_InFrontOf):
             result.parts.total, result.student, result.teacher, self.state.global_step, of=result.of,
             fault=lambda: fit.head.fault(inputs, result.classes),
         )  # fmt: skip
-        self._collect(result.logged, result.aux, result.counts, training)
+        self._collect(result.logged, result.counts, training)
         total = result.parts.total
         return (total, as_mapping(result.outputs, total)) if return_outputs else total
 
@@ -364,16 +363,15 @@ class DistillationMixin(_InFrontOf):
             self._plan = fit.with_full_logits(reason, self.kd_args.kd_loss_implementation)
             return None
 
-    def _collect(self, parts: Parts, aux: Tensor | None, counts: Counts, training: bool) -> None:
-        """Keeps the parts on the device: those of a training step, or each row of an evaluation once."""
+    def _collect(self, parts: Parts, counts: Counts, training: bool) -> None:
+        """Keeps the terms on the device: those of a training step, or each row of an evaluation once."""
         if not training and self._evaluation is None:
             return
-        hard, soft, agreement, router = (v.detach() if isinstance(v, Tensor) else v for v in (*parts[1:], aux))
-        row = (hard, soft, agreement, counts.hard, router)
+        row = logged_row(parts, counts)
         if training:
             self._window.add(row)
         elif self._evaluation is not None:
-            self._evaluation.add(row, counts, tokenmean=self.kd_args.kd_reduction == "tokenmean")
+            self._evaluation.add(row, counts, self._objective(training=False)[0])
             if self._plan is not None and (self._plan.head.token_level or self._plan.own_loss):
                 values = with_existence_of(row, parts.total.device)
                 self._evaluation.rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
@@ -457,9 +455,9 @@ class DistillationMixin(_InFrontOf):
 
     def _evaluated(self, evaluation: Evaluation, fit: Plan, prefix: str) -> dict[str, float]:
         objective, _ = self._objective(training=False)
-        several, aux_weight = self.args.world_size > 1, router_weight(fit.student)
+        several, own_loss = self.args.world_size > 1, fit.own_loss
         return evaluation.logged(
-            prefix, self.accelerator, fit.head, objective, own_loss=fit.own_loss, several=several, aux_weight=aux_weight
+            prefix, self.accelerator, fit.head, objective, fit.student, own_loss=own_loss, several=several
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -473,9 +471,9 @@ class DistillationMixin(_InFrontOf):
             self._packing.raise_noted()
             both = self.accelerator.reduce(with_existence(sums, self._window.exists), reduction="mean")
             mean = both[0] / max(self._window.steps, 1)
-            logs.update(named(mean.tolist(), "", both[1].tolist()))
+            objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
+            logs.update(named(objective, mean.tolist(), both[1].tolist()))
             if self.kd_args.kd_schedule != "constant":
-                objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
                 logs.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
             self._window = Window(self.args.device)
         super().log(logs, start_time)

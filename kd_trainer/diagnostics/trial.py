@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..losses import IGNORE_INDEX, divide
 from ..tasks import behind_front, main_input, model_inputs, unchanged_attributes, vocabulary_rows
 from ..teachers import LiveTeacher, positions_of
-from ..training import Counts, FirstBatch, Plan, Window, named
+from ..training import Counts, FirstBatch, Plan, Window
 from .advice import about_path, pad_id_of
 from .batch_changes import padded, pieces_of, starts_padded
 from .findings import Finding, Findings, error, has_errors, ok, warning
@@ -96,10 +96,11 @@ def _step(trial: Trial, findings: Findings) -> list[Finding]:
     fit.student.train()
     # No gradient of a sharded student, or where upstream sets up activation checkpointing in `train`.
     backward = trial.whole and not _checkpoints_activations(trainer.args)
-    counts = trial.inspection.objective(training=True)[0].count(fit.head, trial.batch)
+    objective, _ = trial.inspection.objective(training=True)
+    counts = objective.count(fit.head, trial.batch)
     memory_peak = _watch_memory(trainer.args.device)
 
-    def step() -> tuple[Tensor, Tensor | None]:
+    def step() -> tuple[Tensor, dict[str, float]]:
         window = Window(trainer.args.device)
         trial.inspection.use_window(window)
         fit.student.zero_grad(set_to_none=True)
@@ -108,12 +109,10 @@ def _step(trial: Trial, findings: Findings) -> list[Finding]:
             loss = trial.loss(trial.batch, counts)
         if backward:
             loss.backward()
-        return loss, window.sums()
+        return loss, window.named(objective)  # no parts where a subclass has its own compute_loss
 
-    seconds, (loss, sums) = _timed(trainer.args.device, step, once=not trial.whole)
+    seconds, (loss, parts) = _timed(trainer.args.device, step, once=not trial.whole)
     findings.memory_peak = memory_peak() if backward else None
-    # Without parts where a subclass has a compute_loss that does not call this one.
-    parts = {} if sums is None else named(sums.tolist(), "")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
     found = f"{loss.item():.4f} of one batch: {shown}"
     if not math.isfinite(loss.item()):

@@ -8,7 +8,7 @@ from .arguments import (
 )
 from .checkpoints import newest_resumable
 from .interrupt import ResumableInterrupt
-from .logs import Window, named
+from .logs import Window
 from .objective import Counts, Objective
 from .settings import Settings
 from .setup import Plan, Setup, plan
@@ -37,7 +37,6 @@ __all__ = [
     "Window",
     "classes_of_logits",
     "is_sharded",
-    "named",
     "newest_resumable",
     "parse_args",
     "plan",

@@ -6,45 +6,58 @@ For: `trainer.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..losses import divide
 from ..tasks import Head
-from .objective import Counts, Objective
+from .objective import Counts, Objective, Parts
 
-# hard, soft, agreement, the number of labels and the router's loss, detached; None where a part does not exist
-Row = tuple[Tensor | float | None, ...]
+Row = tuple[Tensor | float | None, ...]  # numbers of one micro-batch, detached; None where one does not exist
+
+
+def logged_row(parts: Parts, counts: Counts) -> Row:
+    """What is logged of a micro-batch: the mean of each term, the teacher's agreement and the number of labels."""
+    added = parts.added or (None,) * len(counts.added)
+    row = (parts.hard, parts.soft, *added, parts.agreement, counts.hard)
+    return tuple([value.detach() if isinstance(value, Tensor) else value for value in row])
 
 
 class Window:
-    """The logged parts since the last log, kept on the device: no synchronisation before `sums` is read."""
+    """The logged numbers since the last log, kept on the device: no synchronisation before `sums` is read."""
 
     def __init__(self, device: torch.device) -> None:
         self.steps = 0  # optimizer steps begun
-        self.exists: list[bool] = []  # for each entry of a row, whether any row had it
+        self.exists: list[bool] = []  # for each entry of a row, whether any row had it; known after `sums`
         self._device = device
         self._sums: list[Tensor] = []
         self._rows: list[Row] = []
 
     def add(self, row: Row) -> None:
-        """Takes the parts of one micro-batch; they are summed up now and then, not at every step."""
+        """Takes the numbers of one micro-batch; they are summed up now and then, not at every step."""
         self._rows.append(row)
-        known = self.exists or [False] * len(row)
-        self.exists = [before or value is not None for before, value in zip(known, row, strict=True)]
         if len(self._rows) == 64:
             self._fold()
 
     def _fold(self) -> None:
+        found = [any(value is not None for value in column) for column in zip(*self._rows, strict=True)]
+        self.exists = [a or b for a, b in zip(self.exists or found, found, strict=True)]
         self._sums.append(as_tensor(self._rows, self._device).sum(0))
         self._rows = []
+
+    def named(self, objective: Objective) -> dict[str, float]:
+        """The sums of rows that `logged_row` made, by their logged names."""
+        sums = self.sums()
+        values = [] if sums is None else sums.tolist()
+        return named(objective, values, [not math.isnan(value) for value in values]) if values else {}
 
     def sums(self) -> Tensor | None:
         """Sums over the window, one for each entry of a row; None where nothing was added.
 
-        A part that some rows lack counts 0 there; one that all of them lack is NaN.
+        A number that some rows lack counts 0 there; one that all of them lack is NaN.
         """
         if self._rows:
             self._fold()
@@ -54,24 +67,21 @@ class Window:
         return torch.stack(self._sums).sum(0).masked_fill(lacking, math.nan)
 
 
-# Entries of `Evaluation.sums`: sums before any denominator, and what they are over.
-Sums = tuple[Tensor | float | None, ...]  # hard sum, labels, soft sum, agreement sum, rows, router's loss * rows
-
-
 class Evaluation:
-    """The parts of one evaluation, each row once: as upstream weighs its loss, and as sums over this process's rows."""
+    """The terms of one evaluation, each row once: as upstream weighs its loss, and as sums over this process's rows."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = Window(device)  # of `Sums`
+        # Of each batch: the sum of each term, what it is over, then agreements, what they are over, labels and rows.
+        self.sums = Window(device)
         # Tasks by position: the parts of every batch and whether they exist, repeated and gathered as upstream's loss.
         self.rows: list[Tensor] = []
 
-    def add(self, row: Row, counts: Counts, *, tokenmean: bool) -> None:
-        """Takes the parts of one batch as sums again; `tokenmean`: whether they were divided by positions."""
-        hard, soft, agreement, labels, router = row
-        hard_count, soft_count = (counts.hard_divisor, counts.soft) if tokenmean else (counts.rows, counts.rows)
-        sums = (_times(hard, hard_count), labels, _times(soft, soft_count), _times(agreement, counts.soft))
-        self.sums.add((*sums, counts.rows, _times(router, counts.rows)))
+    def add(self, row: Row, counts: Counts, objective: Objective) -> None:
+        """Takes the `logged_row` of one batch as sums again."""
+        *means, agreement, labels = row
+        sums = map(_times, means, objective.denominators(counts))
+        over = objective.denominators(counts._replace(by_num_items=False))  # counted here, of each row once
+        self.sums.add((*sums, *over, _times(agreement, counts.soft), counts.soft, labels, counts.rows))
 
     def logged(
         self,
@@ -79,37 +89,41 @@ class Evaluation:
         accelerator: Any,
         head: Head,
         objective: Objective,
+        student: nn.Module,
         *,
         own_loss: bool,
         several: bool,
-        aux_weight: float | None,
     ) -> dict[str, float]:
-        """The parts by their logged names, and `perplexity` where it has a meaning, from the rows of all processes.
+        """The terms by their logged names, and `perplexity` where it has a meaning, from the rows of all processes.
 
         Args:
             objective: with the values at the end of a schedule.
             own_loss: the hard loss is the model's own, with its denominators, and need not be a log-likelihood.
             several: whether there are several processes, of which upstream's loss is no mean over each row once.
-            aux_weight: of a mixture of experts' router loss.
         """
-        sums = self.sums.sums()
-        if sums is None:  # a class in front has a compute_loss that does not call this one
+        local = self.sums.sums()
+        if local is None:  # a class in front has a compute_loss that does not call this one
             return {}
-        totals, exists = accelerator.reduce(with_existence(sums, self.sums.exists), reduction="sum").tolist()
-        hard, labelled, rows = totals[0], totals[1], totals[4]
+        totals, exists = accelerator.reduce(with_existence(local, self.sums.exists), reduction="sum").tolist()
+        terms = objective.terms
+        n = len(terms)
+        sums, over, (same, compared, labelled, rows) = totals[:n], totals[n : 2 * n], totals[2 * n :]
         by_row = not head.token_level and not own_loss
         if by_row:
-            logged = named_by_row(totals, exists, prefix, tokenmean=objective.reduction == "tokenmean")
+            means = [*map(divide, sums, over), divide(same, compared), labelled]
+            logged = named(objective, means, [*exists[:n], *exists[2 * n :]], prefix)
         else:
             weighed = torch.cat(self.rows).mean(0).tolist()
-            logged = named(weighed[:5], prefix, weighed[5:])
+            logged = named(objective, weighed[: n + 2], weighed[n + 2 :], prefix)
         if own_loss:
             return logged
         if several or (by_row and labelled < rows):
-            total = objective.mixture(logged.get(f"{prefix}hard_loss"), logged.get(f"{prefix}soft_loss"))
-            logged[f"{prefix}loss"] = total + (aux_weight or 0.0) * logged.get(f"{prefix}aux_loss", 0.0)
+            found = [(term, logged.get(f"{prefix}{term.name}_loss")) for term in terms]
+            weights = [(term.weight_for(student), mean) for term, mean in found if mean is not None]
+            logged[f"{prefix}loss"] = sum(weight * mean for weight, mean in weights if weight)
         if head.over_tokens and objective.label_smoothing == 0 and labelled > 0:
-            logged[f"{prefix}perplexity"] = perplexity(hard, labelled)
+            hard_sum = dict(zip((term.name for term in terms), sums, strict=True))["hard"]
+            logged[f"{prefix}perplexity"] = perplexity(hard_sum, labelled)
         return logged
 
 
@@ -130,29 +144,19 @@ def as_tensor(rows: list[Row], device: torch.device) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def named(means: list[float], prefix: str, exists: list[float] | None = None) -> dict[str, float]:
-    """The parts that exist, by their logged names; a hard loss without any label is none.
+def named(objective: Objective, values: Sequence[float], exists: Sequence[float], prefix: str = "") -> dict[str, float]:
+    """The values of a `logged_row` that exist, by their logged names; a hard loss without any label is none.
 
     Args:
-        exists: for each entry whether any process had it; None where a part that does not exist is NaN.
+        exists: for each value whether, or in how many processes, it exists.
     """
-    hard, soft, agreement, labelled, router = means
-    there = [not math.isnan(value) for value in means] if exists is None else [count > 0 for count in exists]
-    named = {
-        "hard_loss": (hard, there[0] and labelled > 0),
-        "soft_loss": (soft, there[1]),
-        "aux_loss": (router, there[4]),
-        "teacher_agreement": (agreement, there[2]),
-    }
-    return {prefix + name: value for name, (value, is_there) in named.items() if is_there}
-
-
-def named_by_row(sums: list[float], exists: list[float], prefix: str, *, tokenmean: bool) -> dict[str, float]:
-    """The same of the sums over all rows of an evaluation, whatever the size of its batches."""
-    hard, labelled, soft, same, rows, router = sums
-    hard_mean = divide(hard, labelled if tokenmean else rows)
-    means = [hard_mean, divide(soft, rows), divide(same, rows), labelled, divide(router, rows)]
-    return named(means, prefix, [exists[i] for i in (0, 2, 3, 1, 5)])
+    *means, agreement, labelled = values
+    names = [term.name for term in objective.terms]
+    found = {f"{name}_loss": (mean, there) for name, mean, there in zip(names, means, exists, strict=False)}
+    found["teacher_agreement"] = agreement, exists[len(names)]
+    if not labelled > 0:
+        del found["hard_loss"]
+    return {prefix + name: value for name, (value, there) in found.items() if there > 0}
 
 
 def with_existence(sums: Tensor, exists: list[bool]) -> Tensor:

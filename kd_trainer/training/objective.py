@@ -1,9 +1,10 @@
 """The objective: sums over the counted positions -> the loss of a micro-batch, divided once.
 
-    loss = scale * ((1 - alpha) * S_hard / D_hard + alpha * S_soft / D_soft)
+    loss = scale * ((1 - alpha) * S_hard / D_hard + alpha * S_soft / D_soft + sum of weight * S / D of added terms)
 
 S_* are sums over THIS micro-batch, D_* count positions (or rows) over ALL micro-batches of the optimizer step and all
 processes, so the loss does not depend on how a batch is split. Leaves the counting across processes to `trainer.py`.
+Hard and soft are computed together here; `terms.py` has the list of the others.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..losses import (
     DIVERGENCES,
@@ -34,6 +35,7 @@ from ..losses import (
 from ..tasks import Head, class_labels, main_input
 from ..teachers import Sparse, TeacherOutput
 from ..validation import fail
+from .terms import Term
 
 
 class Counts(NamedTuple):
@@ -46,29 +48,46 @@ class Counts(NamedTuple):
     num_items: Any = None  # upstream's num_items_in_batch, where the model's own loss divides by it
     by_num_items: bool = False  # whether the formula's sum is divided by it too, instead of `hard`
     micro_batches: int = 1  # of the optimizer step: upstream divides a loss by it that knows no num_items
+    added: tuple[Tensor | int, ...] = ()  # of each term that `Objective.added` lists
 
     @property
     def hard_divisor(self) -> Any:
         """What the hard loss is divided by with "tokenmean"."""
         return self.num_items if self.by_num_items else self.hard
 
+    @property
+    def each(self) -> tuple[Tensor | int, ...]:
+        """The numbers that add up over micro-batches and processes."""
+        return self.hard, self.soft, self.rows, *self.added
+
+    def with_each(
+        self, hard: Tensor | int, soft: Tensor | int, rows: Tensor | int, *added: Tensor | int, scale: int = 1
+    ) -> Counts:
+        """The same with the numbers of `each` replaced."""
+        return self._replace(hard=hard, soft=soft, rows=rows, added=added, scale=scale)
+
 
 class Parts(NamedTuple):
-    """The loss of a micro-batch and what it is made of; soft holds T^2, agreement is a fraction, both divided alike."""
+    """The loss of a micro-batch and what it is made of: each term before its weight, and the teacher's agreement.
+
+    Soft holds T^2, agreement is a fraction, all divided alike; None where a term does not exist.
+    """
 
     total: Tensor
     hard: Tensor | float | None
     soft: Tensor | float | None
     agreement: Tensor | float | None
+    added: Sequence[Tensor | float | None] = ()  # of each term that `Objective.added` lists; () where none exists
 
     def zeroed(self) -> Parts:
         """The same parts of no rows at all."""
-        return Parts(self.total, *(None if part is None else 0.0 for part in self[1:]))
+        hard, soft, agreement, *added = (None if x is None else 0.0 for x in (*self[1:4], *self.added))
+        return Parts(self.total, hard, soft, agreement, added)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The settings of the mixture at one step: total = alpha * soft + (1 - alpha) * hard."""
+    """The settings of the loss at one step: total = alpha * soft + (1 - alpha) * hard + the added terms."""
 
     alpha: float
     temperature: float
@@ -77,17 +96,26 @@ class Objective:
     reduction: str = "batchmean"
     positions: str = "labels"
     label_smoothing: float = 0.0
+    added: tuple[Term, ...] = ()
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """Every term; `logged_row` and `denominators` have the same order."""
+        return Term("hard", 1 - self.alpha), Term("soft", self.alpha), *self.added
 
     def formula(self, head: Head | None) -> str:
         """The formula with its numbers, e.g. `loss = 0.7 * soft(forward_kl, T=3) + 0.3 * hard, per row`.
 
-        A term of weight zero is left out, as it is in the loss.
+        A term of weight zero is left out, as it is in the loss. A weight that the student's config holds is told in
+        the notes of the start block instead.
         """
         soft = self.divergence if head is None else head.soft_term(self.divergence)
         if head is None or head.tempered:
             soft += ("" if self.beta is None else f", beta={self.beta:g}") + f", T={self.temperature:g}"
-        terms = {f"soft({soft})": self.alpha, "hard": 1 - self.alpha}
-        shown = [name if weight == 1 else f"{weight:g} * {name}" for name, weight in terms.items() if weight > 0]
+        hard, first, *added = ((term.name, term.weight) for term in self.terms)
+        terms = [(f"soft({soft})", first[1]), hard, *added]
+        weighed = [(name, weight) for name, weight in terms if not callable(weight) and weight != 0]
+        shown = [name if weight == 1 else f"{weight:g} * {name}" for name, weight in weighed]
         per = "per token" if head is not None and head.token_level and self.reduction == "tokenmean" else "per row"
         return f"loss = {' + '.join(shown)}, {per}"
 
@@ -96,20 +124,21 @@ class Objective:
         targets = head.targets(inputs)
         rows = (main_input(inputs) if targets is None else targets).shape[0]
         hard = head.labelled_in(inputs, targets)
+        added = tuple([rows if term.count is None else term.count(head, inputs) for term in self.added])
         if not head.token_level:
-            return Counts(hard, rows, rows)
+            return Counts(hard, rows, rows, added=added)
         if self.positions == "labels" and targets is not None and head.made_at(inputs, targets) is None:
-            return Counts(hard, hard, rows)
+            return Counts(hard, hard, rows, added=added)
         mask = head.soft_mask(inputs, targets, self.positions)
         soft = head.sequences(inputs).numel() if mask is None else mask.sum()
-        return Counts(hard, soft, rows)
+        return Counts(hard, soft, rows, added=added)
 
     def count_all(self, head: Head, batches: Sequence[Mapping[str, Any]]) -> Counts:
         """The counts of all micro-batches of an optimizer step on this process."""
         each = [self.count(head, batch) for batch in batches]
         if len(each) == 1:
             return each[0]
-        return Counts(sum(c.hard for c in each), sum(c.soft for c in each), sum(c.rows for c in each))
+        return each[0].with_each(*map(sum, zip(*(counts.each for counts in each), strict=True)))
 
     def __call__(
         self,
@@ -160,7 +189,7 @@ class Objective:
                 chosen = student_logits
         if common_ids is not None and teacher is not None:
             chosen, taught = chosen[..., :common_ids], None if taught is None else taught[..., :common_ids]
-        soft_count, hard_count = self._denominators(counts)
+        hard_count, soft_count = self._denominators(counts)
 
         plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not head.softmax
         plain = plain or takes_own
@@ -234,7 +263,7 @@ class Objective:
                 mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)
         if targets is None and DIVERGENCES[self.divergence].needs_labels:
             targets = torch.full(shape, IGNORE_INDEX, device=student_hidden.device)
-        soft_count, hard_count = self._denominators(counts)
+        hard_count, soft_count = self._denominators(counts)
         given: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
         given |= teacher.each(lambda tensor: tensor.flatten(0, 1)).as_arguments()
         return fused_linear_distillation(
@@ -256,7 +285,7 @@ class Objective:
 
     def parts(self, loss: FusedLoss, counts: Counts, *, labelled: bool) -> Parts:
         """`Parts` of a fused loss: its sums over the denominators, as `__call__` gives them."""
-        soft_count, hard_count = self._denominators(counts)
+        hard_count, soft_count = self._denominators(counts)
         return Parts(
             loss.total,
             divide(loss.hard, hard_count) * counts.scale if labelled else None,
@@ -264,11 +293,40 @@ class Objective:
             divide(loss.agreement, counts.soft) * counts.scale,
         )
 
+    def with_added(
+        self,
+        losses: Sequence[Tensor | None],
+        student: nn.Module,
+        parts: Parts,
+        inputs: Mapping[str, Any],
+        counts: Counts,
+    ) -> Parts:
+        """The parts with the added terms, divided and weighed.
+
+        Args:
+            losses: of each added term, as `Term.loss` gives it; of more rows than `inputs` have, the first are taken.
+            inputs, counts: as in `__call__`.
+        """
+        if all(loss is None for loss in losses):
+            return parts
+        total, means = parts.total, []
+        for term, loss, count in zip(self.added, losses, counts.added, strict=True):
+            mean = None
+            if loss is not None:
+                loss, rows = loss.to(total.device), main_input(inputs).shape[0]
+                summed = loss[:rows].sum() * counts.scale if loss.dim() else loss * (rows * counts.scale)
+                mean, weight = divide(summed, count), term.weight_for(student)
+                total = total + weight * mean if weight else total  # 0 * inf is NaN
+            means.append(mean)
+        return parts._replace(total=total, added=means)
+
+    def denominators(self, counts: Counts) -> tuple[Tensor | int, ...]:
+        """What the sum of each term is divided by, in the order of `terms`."""
+        return *self._denominators(counts), *counts.added
+
     def _denominators(self, counts: Counts) -> tuple[Tensor | int, Tensor | int]:
-        """What the sums of the soft and of the hard loss are divided by."""
-        if self.reduction == "batchmean":
-            return counts.rows, counts.rows
-        return counts.soft, counts.hard_divisor
+        """Of hard and soft."""
+        return (counts.rows, counts.rows) if self.reduction == "batchmean" else (counts.hard_divisor, counts.soft)
 
     def _joint(
         self,
@@ -305,11 +363,6 @@ class Objective:
         if hard is None or self.alpha == 1:
             return soft if self.alpha == 1 else self.alpha * soft
         return torch.add((1 - self.alpha) * hard, soft, alpha=self.alpha)
-
-    def mixture(self, hard: float | None, soft: float | None) -> float:
-        """The same of numbers; None where a loss does not exist."""
-        terms = ((self.alpha, soft), (1 - self.alpha, hard))
-        return sum(weight * value for weight, value in terms if value is not None and weight > 0)
 
 
 def scheduled(start: float, end: float | None, schedule: str, progress: float) -> float:

@@ -1,6 +1,6 @@
 """The load-balancing loss of mixtures of experts, which upstream adds only where the model itself sees labels.
 
-For: `trainer.py`.
+For: `terms.py`, and the checks of the first batch.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..losses import divide
-from ..tasks import main_input, text_config
+from ..tasks import text_config
 from ..validation import fail
-from .objective import Counts, Parts
 
 
 def check_router(student: nn.Module) -> None:
@@ -42,30 +40,26 @@ def notes_on_own_losses(student: nn.Module) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def with_router_loss(
-    parts: Parts, outputs: Any, student: nn.Module, inputs: Mapping[str, Any], counts: Counts
-) -> tuple[Parts, Tensor | None]:
-    """Adds the load-balancing loss of a mixture of experts, which upstream's forward adds only where it sees labels.
+def router_loss(batch: Any, outputs: Any, teacher: Any) -> Tensor | None:
+    """The load-balancing loss of a mixture of experts, which upstream's forward adds only where it sees labels.
 
-    It stays with label smoothing and without labels too, where the stock Trainer loses it.
+    It stays with label smoothing and without labels too, where the stock Trainer loses it. A step has the mean over
+    its micro-batches, weighed by their rows, where the stock Trainer has their sum.
 
     Args:
         outputs: the student's; they hold `aux_loss` where its config sets `output_router_logits`.
-        inputs: of this micro-batch, whose share of the optimizer step's rows weighs its auxiliary loss: a step has
-            the mean over its micro-batches, where the stock Trainer has their sum.
-
-    Returns:
-        The parts with the new total, and the auxiliary loss before its weight; None where there is none.
     """
     aux = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
-    if not isinstance(aux, Tensor):
-        return parts, None
-    aux = divide(aux.to(parts.total.device) * (main_input(inputs).shape[0] * counts.scale), counts.rows)
+    return aux if isinstance(aux, Tensor) else None
+
+
+def required_router_weight(student: nn.Module) -> float:
+    """`router_weight` of a student that returns an aux_loss; a ValueError where it has none."""
     weight = router_weight(student)
     if weight is None:
         mend = "Set model.router_aux_loss_coef; 0 leaves the loss out."
         fail("router_aux_loss_coef", None, f"the weight of the aux_loss that {type(student).__name__} returns", mend)
-    return (parts._replace(total=parts.total + weight * aux) if weight else parts), aux
+    return weight
 
 
 def router_weight(student: nn.Module) -> float | None:

@@ -12,6 +12,7 @@ from ..losses import SoftTargetLoss
 from ..validation import fail
 from .arguments import DistillationArguments
 from .objective import Objective, scheduled
+from .terms import added_terms
 
 _NAMES = (*(f.name for f in dataclasses.fields(DistillationArguments)), "label_smoothing_factor")
 # What may change without another look at the first batch; and what else may where there is no teacher cache.
@@ -38,6 +39,7 @@ class Settings:
         self.kd = DistillationArguments.of(args)
         self.always_hard = self.kd.kd_alpha == 0 and self.kd.kd_schedule == "constant"
         self._smoothing = args.label_smoothing_factor
+        self._added = added_terms(self.kd)
         self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
         self._last = self._values(args)
 
@@ -85,7 +87,7 @@ class Settings:
         temperature = scheduled(kd.kd_temperature, kd.kd_temperature_end, kd.kd_schedule, progress)
         if (alpha, temperature) not in self._objectives:
             divergence, beta = kd.kd_divergence, kd.kd_beta
-            settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, self._smoothing)
+            settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, self._smoothing, self._added)
             soft_loss = SoftTargetLoss(temperature=temperature, divergence=divergence, beta=beta, reduction="sum")
             self._objectives = {(alpha, temperature): (Objective(alpha, temperature, *settings), soft_loss)}
         return self._objectives[alpha, temperature]

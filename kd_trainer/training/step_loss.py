@@ -32,7 +32,6 @@ from ..teachers import LiveTeacher, Teacher, TeacherOutput
 from ..validation import fail, warn
 from .objective import Counts, Objective, Parts
 from .own_loss import OwnHardLoss
-from .router_loss import with_router_loss
 from .setup import Plan
 
 logger = logging.getLogger(__name__)
@@ -146,7 +145,6 @@ class BatchLoss(NamedTuple):
     """The loss of a micro-batch, and what is watched and logged of it."""
 
     parts: Parts
-    aux: Tensor | None  # a mixture of experts' router loss, before its weight
     logged: Parts  # of each row once, divided by `counts`
     counts: Counts
     outputs: Any  # of the student
@@ -179,8 +177,9 @@ class MicroBatch:
     def _run(self, labels: Mapping[str, Any]) -> Any:
         return self.model(**model_inputs(self.inputs, self.fit.accepted), **labels)
 
-    def _with_aux(self, parts: Parts, outputs: Any) -> tuple[Parts, Tensor | None]:
-        return with_router_loss(parts, outputs, self.fit.student, self.inputs, self.counts)
+    def _added(self, outputs: Any, teacher: TeacherOutput | None) -> list[Tensor | None]:
+        """The losses of the terms beside hard and soft."""
+        return [term.loss(self, outputs, teacher) for term in self.objective.added]
 
     def full(self, teacher: TeacherOutput | None, own_loss: OwnHardLoss | None) -> BatchLoss:
         """The loss of full logits.
@@ -195,15 +194,17 @@ class MicroBatch:
         teacher = None if teacher is None else teacher.to(logits.device)
         terms = partial(self.objective, fit.head, self.soft_loss, common_ids=fit.common_ids)
         parts = terms(logits, _target(teacher), self.inputs, self.counts, own_hard=hard, takes_own=own_loss is not None)
-        parts, aux = self._with_aux(parts, outputs)
+        losses = self._added(outputs, teacher)
+        parts = self.objective.with_added(losses, fit.student, parts, self.inputs, self.counts)
         logged, counts = parts, self.counts
         if self.own is not None:
             logged, counts, rows = parts.zeroed(), self.own.counts, self.own.rows
             if rows:
                 first = None if teacher is None else teacher.each(lambda tensor: tensor[:rows])
                 logged = terms(logits[:rows], _target(first), self.own.inputs, counts)
+                logged = self.objective.with_added(losses, fit.student, logged, self.own.inputs, counts)
         seen = None if teacher is None else teacher.logits
-        return BatchLoss(parts, aux, logged, counts, outputs, logits, seen, logits.shape[-1])
+        return BatchLoss(parts, logged, counts, outputs, logits, seen, logits.shape[-1])
 
     def fused(self, teacher: TeacherOutput) -> BatchLoss:
         """The same without logits; `NotPlain` is raised where a model does more with its logits than is known."""
@@ -224,14 +225,15 @@ class MicroBatch:
 
         computed, outputs, hidden = student_loss(lambda: self._run({}), student_head, loss)
         parts_of = partial(self.objective.parts, labelled=fit.head.targets(self.inputs) is not None)
-        parts, aux = self._with_aux(parts_of(computed, self.counts), outputs)
+        with_added = partial(self.objective.with_added, self._added(outputs, teacher), fit.student)
+        parts = with_added(parts_of(computed, self.counts), self.inputs, self.counts)
         logged, counts = parts, self.counts
         if self.own is not None:
             counts = self.own.counts
-            logged = parts_of(once[0], counts) if once else parts.zeroed()
+            logged = with_added(parts_of(once[0], counts), self.own.inputs, counts) if once else parts.zeroed()
         seen = teacher.logits if teacher.hidden is None else teacher.hidden
         classes = student_head.module.out_features
-        return BatchLoss(parts, aux, logged, counts, outputs, hidden, seen, classes, of="hidden states")
+        return BatchLoss(parts, logged, counts, outputs, hidden, seen, classes, of="hidden states")
 
 
 def _target(teacher: TeacherOutput | None) -> Any:

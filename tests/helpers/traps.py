@@ -280,8 +280,8 @@ TRAPS = {
     36: Trap(
         "perplexity is that of the hard loss",
         "kd_trainer/training/logs.py",
-        "sums = (_times(hard, hard_count), labels, _times(soft, soft_count), _times(agreement, counts.soft))",
-        "sums = (_times(soft, hard_count), labels, _times(soft, soft_count), _times(agreement, counts.soft))",
+        'zip((term.name for term in terms), sums, strict=True))["hard"]',
+        'zip((term.name for term in terms), sums, strict=True))["soft"]',
         "tests/training/test_perplexity.py",
     ),
     37: Trap(

@@ -174,7 +174,7 @@ def test_the_scale_multiplies_every_part_once():
     counts = objective.count(head, batch)
     one = objective(head, soft_loss, z_s, z_t, batch, counts)
     two = objective(head, soft_loss, z_s, z_t, batch, counts._replace(scale=2))
-    for a, b in zip(one, two, strict=True):
+    for a, b in zip(one[:4], two[:4], strict=True):
         assert b.item() == pytest.approx(2 * a.item())
 
 

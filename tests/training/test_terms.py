@@ -1,0 +1,158 @@
+"""`terms.py`: a term that is added by one function and one entry is counted, weighed and shown like the others."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from kd_trainer.training import terms
+from kd_trainer.training.logs import logged_row
+from kd_trainer.training.objective import Counts, Objective, Parts
+from kd_trainer.training.start_block import card_section
+from kd_trainer.training.terms import Term
+from tests.helpers import tiny
+
+WEIGHT = 0.5
+
+
+def attended(batch: Any) -> torch.Tensor:
+    return batch["attention_mask"] if "attention_mask" in batch else torch.ones(len(batch["labels"]), 1)
+
+
+def toy_loss(batch: Any, outputs: Any, teacher: Any) -> torch.Tensor | None:
+    """Squared difference of the logits over the counted positions, as a feature term would compare hidden states."""
+    if teacher is None or teacher.logits is None:
+        return None
+    logits = outputs if isinstance(outputs, torch.Tensor) else outputs["logits"]
+    squares = (logits - teacher.logits.to(logits.dtype)).square().mean(-1)
+    return (squares * attended(batch.inputs)).sum(-1) if squares.dim() == 2 else squares
+
+
+def toy_count(head: Any, inputs: Any) -> torch.Tensor:
+    return attended(inputs).sum()
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Adds the term: that is all there is to do."""
+
+    def add(count: Any = None, loss: Any = toy_loss, weight: Any = WEIGHT) -> None:
+        monkeypatch.setattr(terms, "ADDED_TERMS", [*terms.ADDED_TERMS, lambda kd: Term("toy", weight, loss, count)])
+
+    return add
+
+
+CASES = [("plain", None), ("causal_lm", toy_count)]  # over rows, over attended positions
+
+
+def weighed(metrics: dict[str, float], prefix: str = "") -> float:
+    soft, hard, toy = (metrics[f"{prefix}{name}_loss"] for name in ("soft", "hard", "toy"))
+    return 0.7 * soft + 0.3 * hard + WEIGHT * toy
+
+
+@pytest.mark.parametrize(("task", "count"), CASES)
+def test_it_trains_is_logged_and_weighed(task, count, toy, tmp_path):
+    toy(count)
+    run = tiny.trainer(task, tmp_path, kd_loss_implementation="full", kd_reduction="tokenmean")
+    before = run.evaluate()["eval_toy_loss"]
+    run.train()
+    logs = [entry for entry in run.state.log_history if "toy_loss" in entry]
+    assert len(logs) == 4
+    for entry in logs:
+        assert weighed(entry) == pytest.approx(entry["loss"], rel=1e-5)
+    metrics = run.evaluate()
+    assert metrics["eval_toy_loss"] < before
+    assert weighed(metrics, "eval_") == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert "aux_loss" not in logs[0]
+
+
+@pytest.mark.parametrize(("task", "count"), CASES)
+@pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
+def test_accumulation_changes_nothing(task, count, reduction, toy, tmp_path):
+    toy(count)
+    weights, logged = [], []
+    for name, size in (("whole", 8), ("pieces", 2)):
+        run = tiny.trainer(
+            task, tmp_path / name, kd_reduction=reduction, kd_loss_implementation="full", max_steps=2,
+            per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, learning_rate=0.01,
+        )  # fmt: skip
+        run.train()
+        weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+        logged.append(tiny.logged(run, "toy_loss"))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+
+
+def test_it_is_there_without_logits_too(toy, tmp_path):
+    toy(loss=lambda batch, outputs, teacher: batch.fit.student.lm_head.weight.square().sum())
+    run = tiny.trainer("causal_lm", tmp_path, kd_loss_implementation="fused", kd_reduction="tokenmean")
+    run.train()
+    metrics = run.evaluate()
+    for entry, prefix in ((run.state.log_history[0], ""), (metrics, "eval_")):
+        assert weighed(entry, prefix) == pytest.approx(entry[f"{prefix}loss"], rel=1e-5)
+    assert metrics["eval_toy_loss"] == pytest.approx(run.model.lm_head.weight.square().sum().item(), rel=1e-5)
+
+
+def test_its_gradient_is_its_weight_times_that_of_its_mean(toy, tmp_path):
+    def gradient(run: Any) -> torch.Tensor:
+        run.model.zero_grad()
+        run.compute_loss(run.model.train(), batch).backward()
+        return run.model.linear.weight.grad.clone()
+
+    batch = tiny.pad(tiny.rows("plain")[:8])
+    pair = tiny.models("plain", 0)[0], tiny.models("plain", 3)[0]
+    without = gradient(tiny.trainer("plain", tmp_path, pair=copy.deepcopy(pair)))
+    toy()
+    within = gradient(tiny.trainer("plain", tmp_path, pair=copy.deepcopy(pair)))
+    student, teacher = pair
+    ((student(batch["features"]) - teacher(batch["features"]).detach()).square().mean() * WEIGHT).backward()
+    torch.testing.assert_close(within - without, student.linear.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_it_stands_in_the_formula_the_check_and_the_card(toy, tmp_path, capsys):
+    toy()
+    run = tiny.trainer("plain", tmp_path)
+    row = next(row for row in run.check(evaluate=False) if row.what == "loss")
+    assert "toy_loss" in row.found
+    capsys.readouterr()
+    run.train()
+    formula = "loss = 0.7 * soft(forward_kl, T=3) + 0.3 * hard + 0.5 * toy, per row"
+    assert formula in capsys.readouterr().out
+    run.evaluate()
+    card = card_section({"teacher": "t", **run.summary()}, run.state.log_history)
+    assert formula in card
+    assert "| eval_toy_loss |" in card
+
+
+def test_a_term_that_no_batch_has_is_not_logged(toy, tmp_path):
+    toy(loss=lambda batch, outputs, teacher: None)
+    run = tiny.trainer("plain", tmp_path)
+    run.train()
+    assert not tiny.logged(run, "toy_loss")
+    assert "eval_toy_loss" not in run.evaluate()
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_rows_and_numbers_are_divided_alike(scale):
+    """A number holds for every row; of more rows than the inputs have, the first are taken."""
+    rows = Term("rows", 0.5, toy_loss)
+    number, infinite = Term("number", lambda student: 2.0), Term("infinite", 0.0)
+    objective = Objective(0.5, 1.0, added=(rows, number, infinite))
+    losses = torch.tensor([1.0, 2.0, 3.0, 99.0]), torch.tensor(4.0), torch.tensor(float("inf"))
+    parts = Parts(torch.tensor(10.0), 1.0, 2.0, None)
+    inputs, counts = {"features": torch.zeros(3, 2)}, Counts(6, 6, 6, scale=scale, added=(12, 6, 6))
+    added = objective.with_added(losses, torch.nn.Identity(), parts, inputs, counts)
+    assert [float(mean) for mean in added.added] == [6 * scale / 12, 4 * 3 * scale / 6, float("inf")]
+    assert added.total.item() == 10 + 0.5 * 6 * scale / 12 + 2 * 4 * 3 * scale / 6
+    assert [term.name for term in objective.terms] == ["hard", "soft", "rows", "number", "infinite"]
+    assert len(logged_row(added, counts)) == len(objective.denominators(counts)) + 2 == 7
+
+
+@pytest.mark.parametrize("added", [(), (7,)])
+def test_counts_add_up(added):
+    counts = Counts(1, 2, 3, num_items=5, added=added)
+    doubled = counts.with_each(*(2 * number for number in counts.each), scale=4)
+    assert doubled == Counts(2, 4, 6, 4, num_items=5, added=tuple(2 * number for number in added))
