@@ -2,7 +2,9 @@
  *
  * Plain loops that a compiler turns into vectors: with the exponential written out nothing is called in them, and sums
  * go on in all lanes at once. A row and its exponentials stay in the processor's cache. What is in capitals is given
- * when this is compiled (c_compiler.py); the letters are those of losses/tile.py, whose numbers the tests hold these to.
+ * when this is compiled (c_compiler.py); the tests hold the numbers to those of losses/tile.py.
+ * s, t: logits of student and teacher over T less their row's maximum; es, et: their exponentials; zs, zt: the row sums
+ * of these; q = es/zs, p = et/zt.
  */
 #include "numbers.h"
 

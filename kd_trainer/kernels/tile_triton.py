@@ -2,8 +2,10 @@
 place.
 
 One program a row. It reads the row twice (KLs) or three times (divergences whose terms need p and q normalised), and
-of nothing but the row's losses is there a copy in memory. No atomics: equal input gives equal bits. The formulas are
-those of `losses/tile.py`, to whose numbers the tests hold these; its letters hold here too.
+of nothing but the row's losses is there a copy in memory. No atomics: equal input gives equal bits. The numbers
+are those of `losses/tile.py`, to which the tests hold these.
+Letters: s, t logits of student and teacher over T [V] less their row's maximum; es, et their exponentials; zs, zt the
+row sums of these; q = es/zs, p = et/zt.
 Without triton nothing here but `has_triton` may be called.
 """
 

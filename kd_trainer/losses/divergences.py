@@ -10,8 +10,8 @@ never NaN; logits of -inf (excluded classes) are allowed on both sides as long a
 value is +inf its gradient is finite: what would be infinite in it counts as constant.
 
 Two ways to the same numbers: the plain formulas (`divergence_terms`, differentiable any number of times) and, for large
-logits of which only the student's need a gradient, blocks of rows that stay in the processor's cache. A new divergence is one function, its formula, and one entry of
-`DIVERGENCES`: arguments, modules, the trainer, the fused loss and the blocks read the entry.
+logits of which only the student's need a gradient, blocks of rows that stay in the processor's cache. A new divergence
+is one function, its formula, and one entry of `DIVERGENCES`: all others read the entry.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ For: `fused_linear.py`, which computes it. Letters: N positions, V vocabulary, H
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,38 @@ from .tile_types import Setting
 _TILE_BYTES, _LARGEST_TILE_BYTES = 48 * 2**20, 160 * 2**20
 CHUNK_ROWS = 256
 GROUP_BYTES = 256 * 2**20  # half precision: gradient rows kept for one product with the hidden states
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedInputs:
+    """The arguments of `fused_linear_distillation`, where they are explained, with the same defaults."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor | None
+    teacher_weight: Tensor | None
+    labels: Tensor | None = None
+    alpha: float = 0.7
+    temperature: float = 3.0
+    divergence: str = "forward_kl"
+    beta: float | None = None
+    student_bias: Tensor | None = None
+    teacher_bias: Tensor | None = None
+    student_scale: float = 1.0
+    teacher_scale: float = 1.0
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
+    soft_mask: Tensor | None = None
+    soft_count: float | Tensor | None = None
+    hard_count: float | Tensor | None = None
+    factor: float = 1.0
+    label_smoothing: float = 0.0
+    common_ids: int | None = None
+    teacher_logits: Tensor | None = None
+    teacher_top_k: tuple[Tensor, Tensor, Tensor] | None = None
+    teacher_samples: tuple[Tensor, Tensor, Tensor] | None = None
+    chunk_rows: int | None = None
+    compiled: bool | None = None
 
 
 @dataclass
@@ -63,13 +96,13 @@ class Job:
         return None if self.sparse is None else type(self.sparse)(*(x[rows] for x in self.sparse))
 
 
-def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
+def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
     """Checks; selects the counted positions; casts as autocast would. Job, hidden, weight and bias of the student."""
     g = given
     _check_numbers(g)
-    beta = check_divergence(g["divergence"], g["beta"])
+    beta = check_divergence(g.divergence, g.beta)
     _check_shapes(g)
-    labels, mask = g["labels"], g["soft_mask"]
+    labels, mask = g.labels, g.soft_mask
     labelled = None if labels is None else labels != IGNORE_INDEX
     if mask is None:
         counted = soft = labelled
@@ -78,37 +111,30 @@ def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         if labelled is not None and mask.device.type == "cpu" and torch.equal(soft, labelled):
             soft = labelled
         counted = soft if labelled is None or soft is labelled else soft | labelled
-    soft_weight = g["factor"] * _one_over(g["soft_count"], soft, g["student_hidden"])
-    hard_weight = g["factor"] * _one_over(g["hard_count"], labelled, g["student_hidden"])
+    soft_weight = g.factor * _one_over(g.soft_count, soft, g.student_hidden)
+    hard_weight = g.factor * _one_over(g.hard_count, labelled, g.student_hidden)
 
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None or counted is None else select_positions(tensor, counted)
-
-    labels, soft = rows(labels), None if soft is counted else rows(soft)
-    hidden: Any
-    weight: Any
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = (
-        cast_as_autocast(x)
-        for x in (
-            rows(g["student_hidden"]),
-            *(g[n] for n in ("student_weight", "student_bias")),
-            rows(g["teacher_hidden"]),
-            *(g[n] for n in ("teacher_weight", "teacher_bias")),
-        )
-    )
+    select = functools.partial(_counted, counted)
+    labels, soft = select(labels), None if soft is counted else select(soft)
+    hidden = cast_as_autocast(select(g.student_hidden))
+    weight, bias = cast_as_autocast(g.student_weight), cast_as_autocast(g.student_bias)
+    teacher_hidden = cast_as_autocast(select(g.teacher_hidden))
+    teacher_weight, teacher_bias = cast_as_autocast(g.teacher_weight), cast_as_autocast(g.teacher_bias)
+    assert hidden is not None
+    assert weight is not None
     teacher = None
-    common = g["common_ids"]
+    common = g.common_ids
     if teacher_weight is not None and common is not None:
         teacher_weight, teacher_bias = teacher_weight[:common], None if teacher_bias is None else teacher_bias[:common]
         common = None if common == weight.shape[0] else common
     if teacher_weight is not None:
-        teacher = Side(teacher_weight.detach(), _detached(teacher_bias), g["teacher_scale"], g["teacher_softcap"])
-    teacher_rows: Any = _detached(rows(g["teacher_logits"]) if teacher_hidden is None else teacher_hidden)
+        teacher = Side(teacher_weight.detach(), _detached(teacher_bias), g.teacher_scale, g.teacher_softcap)
+    teacher_rows: Any = _detached(select(g.teacher_logits) if teacher_hidden is None else teacher_hidden)
     if soft is not None and teacher_rows is not None:  # what the teacher says elsewhere may be NaN: 0 * NaN
         teacher_rows = teacher_rows.masked_fill(~soft.unsqueeze(1), 0.0)
     sparse = _sparse(g, counted, soft)
-    setting = Setting(g["divergence"], beta, float(g["temperature"]), labels is not None)
-    side = Side(weight.detach(), _detached(bias), g["student_scale"], g["student_softcap"])
+    setting = Setting(g.divergence, beta, float(g.temperature), labels is not None)
+    side = Side(weight.detach(), _detached(bias), g.student_scale, g.student_softcap)
     job = Job(
         setting,
         side,
@@ -117,30 +143,34 @@ def read(given: dict[str, Any]) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         sparse,
         labels,
         soft,
-        g["alpha"],
+        g.alpha,
         soft_weight,
         hard_weight,
-        g["label_smoothing"],
+        g.label_smoothing,
         common,
-        g["chunk_rows"] or chunk_rows(len(weight), weight.element_size(), on_cpu=weight.device.type == "cpu"),
-        g["compiled"],
+        g.chunk_rows or chunk_rows(len(weight), weight.element_size(), on_cpu=weight.device.type == "cpu"),
+        g.compiled,
     )
     return job, hidden, weight, bias
 
 
-def _sparse(g: dict[str, Any], counted: Tensor | None, soft: Tensor | None) -> TopK | Samples | None:
+def _counted(counted: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or counted is None else select_positions(tensor, counted)
+
+
+def _sparse(g: FusedInputs, counted: Tensor | None, soft: Tensor | None) -> TopK | Samples | None:
     """What a teacher given sparsely says of the counted positions."""
-    name = "teacher_top_k" if g["teacher_top_k"] is not None else "teacher_samples"
-    if g[name] is None:
+    name = "teacher_top_k" if g.teacher_top_k is not None else "teacher_samples"
+    if getattr(g, name) is None:
         return None
-    given = [x.detach() if x.is_floating_point() else x.long() for x in g[name]]
+    given = [x.detach() if x.is_floating_point() else x.long() for x in getattr(g, name)]
     ids, second, third = given if counted is None else [select_positions(x, counted) for x in given]
     if soft is not None:  # what is said elsewhere may be no ids, or NaN; the kept ones are distinct
         some = torch.arange(ids.shape[1], device=ids.device)
         ids = torch.where(soft.unsqueeze(1), ids, some if name == "teacher_top_k" else some * 0)
         second = second.masked_fill(~(soft.unsqueeze(1) if second.dim() == 2 else soft), 0)
         third = third.masked_fill(~soft, 0.0)
-    vocabulary = g["common_ids"] or g["student_weight"].shape[0]
+    vocabulary = g.common_ids or g.student_weight.shape[0]
     _check_range(name, ids, vocabulary, or_none=False)
     if name == "teacher_top_k":
         return TopK(ids, second, third)
@@ -157,7 +187,7 @@ def _one_over(given: float | Tensor | None, mask: Tensor | None, hidden: Tensor)
 
 
 def excludes(tensor: Tensor) -> bool | None:
-    """Whether classes are excluded by logits of -inf, which the written-out gradients do not expect; None: unknown, on
+    """Whether classes are excluded by logits of -inf, which the kernels in C do not expect; None: unknown, on
     accelerators, where looking would wait for the device."""
     return bool(tensor.isneginf().any()) if tensor.device.type == "cpu" else None
 
@@ -185,44 +215,46 @@ def group_rows(positions: int, chunk: int, vocabulary: int, width: int, itemsize
     return min(positions, max(chunk, most // chunk * chunk))
 
 
-def _check_numbers(g: dict[str, Any]) -> None:
-    check_number("alpha", g["alpha"], low=0, high=1)
-    check_temperature("temperature", g["temperature"])
-    check_number("factor", g["factor"], low=0, open_low=True)
-    check_number("label_smoothing", g["label_smoothing"], low=0, high=1)
+def _check_numbers(g: FusedInputs) -> None:
+    check_number("alpha", g.alpha, low=0, high=1)
+    check_temperature("temperature", g.temperature)
+    check_number("factor", g.factor, low=0, open_low=True)
+    check_number("label_smoothing", g.label_smoothing, low=0, high=1)
     for name in ("student_softcap", "teacher_softcap"):
-        if g[name] is not None:
-            check_number(name, g[name], low=0, open_low=True)
+        if getattr(g, name) is not None:
+            check_number(name, getattr(g, name), low=0, open_low=True)
     for name in ("student_scale", "teacher_scale"):
-        check_number(name, g[name], low=0, open_low=True)
-    if g["chunk_rows"] is not None and (not isinstance(g["chunk_rows"], int) or g["chunk_rows"] < 1):
+        check_number(name, getattr(g, name), low=0, open_low=True)
+    if g.chunk_rows is not None and (not isinstance(g.chunk_rows, int) or g.chunk_rows < 1):
         fail(
             "chunk_rows",
-            repr(g["chunk_rows"]),
+            repr(g.chunk_rows),
             "a whole number of positions, at least 1",
             "Leave it out for the default.",
         )
 
 
-def _check_types(g: dict[str, Any]) -> None:
+def _check_types(g: FusedInputs) -> None:
     for name in ("labels", "soft_mask", "student_bias", "teacher_bias", "teacher_logits"):
-        if g[name] is not None:
-            check_tensor(name, g[name])
+        if getattr(g, name) is not None:
+            check_tensor(name, getattr(g, name))
     for name in ("soft_count", "hard_count"):
-        if g[name] is not None and not isinstance(g[name], Tensor):
-            check_number(name, g[name], low=0)
-    common = g["common_ids"]
+        if getattr(g, name) is not None and not isinstance(getattr(g, name), Tensor):
+            check_number(name, getattr(g, name), low=0)
+    common = g.common_ids
     if common is not None and (isinstance(common, bool) or not isinstance(common, int)):
         mend = "Count the ids that both share."
         fail("common_ids", repr(common), "a whole number of ids, at least 1", mend, error=TypeError)
 
 
-def _check_shapes(g: dict[str, Any]) -> None:
+def _check_shapes(g: FusedInputs) -> None:
     _check_types(g)
-    hidden, weight = g["student_hidden"], g["student_weight"]
-    _check_product("student", hidden, weight, g["student_bias"])
+    hidden, weight = g.student_hidden, g.student_weight
+    _check_product("student", hidden, weight, g.student_bias)
     positions = hidden.shape[0]
-    forms = {name: g[name] for name in ("teacher_hidden", "teacher_logits", "teacher_top_k", "teacher_samples")}
+    forms = {
+        name: getattr(g, name) for name in ("teacher_hidden", "teacher_logits", "teacher_top_k", "teacher_samples")
+    }
     given = [name for name, value in forms.items() if value is not None]
     expected = (
         "the teacher in one form: teacher_hidden with teacher_weight, teacher_logits, teacher_top_k or teacher_samples"
@@ -230,7 +262,7 @@ def _check_shapes(g: dict[str, Any]) -> None:
     if len(given) != 1:
         shown = " and ".join(given[1:]) + " given as well" if given else "None, and no other form is given"
         fail("teacher_hidden", shown, expected, "Leave the others out.", error=TypeError)
-    if (g["teacher_hidden"] is None) != (g["teacher_weight"] is None):
+    if (g.teacher_hidden is None) != (g.teacher_weight is None):
         mend = "Give both or neither."
         fail(
             "teacher_weight",
@@ -240,36 +272,36 @@ def _check_shapes(g: dict[str, Any]) -> None:
             error=TypeError,
         )
     vocabulary, owner = weight.shape[0], given[0]
-    if g["teacher_hidden"] is not None:
-        _check_product("teacher", g["teacher_hidden"], g["teacher_weight"], g["teacher_bias"])
-        vocabulary, owner = g["teacher_weight"].shape[0], "teacher_weight"
-    elif g["teacher_logits"] is not None:
-        vocabulary = g["teacher_logits"].shape[-1]
-    if g["common_ids"] is None and vocabulary != weight.shape[0]:
+    if g.teacher_hidden is not None and g.teacher_weight is not None:
+        _check_product("teacher", g.teacher_hidden, g.teacher_weight, g.teacher_bias)
+        vocabulary, owner = g.teacher_weight.shape[0], "teacher_weight"
+    elif g.teacher_logits is not None:
+        vocabulary = g.teacher_logits.shape[-1]
+    if g.common_ids is None and vocabulary != weight.shape[0]:
         shown = f"of {vocabulary} ids where the student has {weight.shape[0]}"
         mend = "If the first ids mean the same tokens in both, say how many: common_ids."
         fail(owner, shown, "equal vocabularies", mend, because="they are compared id by id")
-    if g["common_ids"] is not None and not 1 <= g["common_ids"] <= min(vocabulary, weight.shape[0]):
+    if g.common_ids is not None and not 1 <= g.common_ids <= min(vocabulary, weight.shape[0]):
         expected = f"1 to {min(vocabulary, weight.shape[0])}, the smaller vocabulary"
-        fail("common_ids", repr(g["common_ids"]), expected, "Count the ids that both share.")
-    columns = {"labels": g["labels"], "soft_mask": g["soft_mask"]}
+        fail("common_ids", repr(g.common_ids), expected, "Count the ids that both share.")
+    columns = {"labels": g.labels, "soft_mask": g.soft_mask}
     if given[0] in ("teacher_top_k", "teacher_samples"):
-        columns[given[0]] = _check_sparse(given[0], forms[given[0]], positions, g["common_ids"] or weight.shape[0])
-        if given[0] == "teacher_samples" and g["divergence"] != "forward_kl":
+        columns[given[0]] = _check_sparse(given[0], forms[given[0]], positions, g.common_ids or weight.shape[0])
+        if given[0] == "teacher_samples" and g.divergence != "forward_kl":
             because = "their estimate is unbiased only where the loss is linear in the teacher's probabilities"
             mend = "Give teacher_top_k for the other divergences."
-            fail("divergence", repr(g["divergence"]), "'forward_kl' with teacher_samples", mend, because=because)
+            fail("divergence", repr(g.divergence), "'forward_kl' with teacher_samples", mend, because=because)
     else:
         columns[given[0]] = forms[given[0]][..., 0] if forms[given[0]].dim() == 2 else forms[given[0]]
     for name, column in columns.items():
         if column is not None and tuple(column.shape) != (positions,):
             shown = f"of shape {list(column.shape)}"
             fail(name, shown, f"one row for each of the {positions} positions", "Flatten batch and sequence alike.")
-    if g["labels"] is not None and g["labels"].is_floating_point():
-        fail("labels", f"of dtype {g['labels'].dtype}", "integer ids", "Cast to int64.", error=TypeError)
-    if DIVERGENCES[g["divergence"]].needs_labels:
-        check_class_ids(g["labels"], hidden.shape[:1])
-    _check_range("labels", g["labels"], weight.shape[0])
+    if g.labels is not None and g.labels.is_floating_point():
+        fail("labels", f"of dtype {g.labels.dtype}", "integer ids", "Cast to int64.", error=TypeError)
+    if DIVERGENCES[g.divergence].needs_labels:
+        check_class_ids(g.labels, hidden.shape[:1])
+    _check_range("labels", g.labels, weight.shape[0])
 
 
 def _check_sparse(name: str, given: Any, positions: int, vocabulary: int) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .divergences import DIVERGENCES
-from .fused_arguments import CHUNK_ROWS, Job, group_rows, read
+from .fused_arguments import CHUNK_ROWS, FusedInputs, Job, group_rows, read
 from .projection import Side
 from .reductions import IGNORE_INDEX, wrong_labels
 from .sparse_targets import TopK, bucket_divergence, sampled_forward_kl
@@ -116,17 +116,57 @@ def fused_linear_distillation(
     Source: the gradient beside the loss, chunk by chunk: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989; the
     divergences' sources stand with `DIVERGENCES`.
     """
-    job, hidden, weight, bias = read(locals())
+    given = FusedInputs(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        labels=labels,
+        alpha=alpha,
+        temperature=temperature,
+        divergence=divergence,
+        beta=beta,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        student_scale=student_scale,
+        teacher_scale=teacher_scale,
+        student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap,
+        soft_mask=soft_mask,
+        soft_count=soft_count,
+        hard_count=hard_count,
+        factor=factor,
+        label_smoothing=label_smoothing,
+        common_ids=common_ids,
+        teacher_logits=teacher_logits,
+        teacher_top_k=teacher_top_k,
+        teacher_samples=teacher_samples,
+        chunk_rows=chunk_rows,
+        compiled=compiled,
+    )
+    job, hidden, weight, bias = read(given)
     if hidden.shape[0] == 0:
         return _nothing(hidden, weight, bias)
     return FusedLoss(*_Fused.apply(hidden, weight, bias, job, torch.is_grad_enabled()))
 
 
-def fused_linear_distillation_plain(*args: Any, **kwargs: Any) -> FusedLoss:
+def fused_linear_distillation_plain(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    **options: Any,
+) -> FusedLoss:
     """The plain twin of `fused_linear_distillation`, its specification: all logits at once, gradients by autograd."""
-    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "labels")
-    defaults = cast(dict[str, Any], fused_linear_distillation.__kwdefaults__)
-    given = {**defaults, "labels": None, **dict(zip(names, args, strict=False)), **kwargs}
+    given = FusedInputs(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        labels=labels,
+        **options,
+    )
     job, hidden, weight, bias = read(given)
     if hidden.shape[0] == 0:
         return _nothing(hidden, weight, bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd_trainer.losses import fused_linear
 from kd_trainer.losses.divergences import DIVERGENCES
+from kd_trainer.losses.fused_arguments import FusedInputs
 from kd_trainer.losses.fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain
 from kd_trainer.losses.sparse_targets import draw_samples
 from tests.losses.test_tile import compiler
@@ -277,6 +279,12 @@ def test_a_class_that_only_the_student_excludes_is_infinite_and_not_nan(function
     loss = function(**x)
     assert loss.soft == math.inf
     assert loss.total == math.inf
+
+
+def test_the_arguments_and_their_defaults_are_those_of_the_public_function():
+    given = {name: p.default for name, p in inspect.signature(fused_linear_distillation).parameters.items()}
+    expected = {p.name: p.default for p in inspect.signature(FusedInputs).parameters.values()}
+    assert given == expected
 
 
 # ---- what is counted ------------------------------------------------------------------------------------------------

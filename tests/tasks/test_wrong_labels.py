@@ -231,15 +231,15 @@ def test_what_is_unknown_goes_to_the_kernel_where_it_is(monkeypatch):
     """Models without a bias, whose logits are products, are not slowed by any of it."""
     monkeypatch.setattr(fused_arguments, "excludes", lambda tensor: None)
     (hidden, weight, _, _, labels), options = case("neither")
-    job = fused_arguments.read({**fused_linear_distillation.__kwdefaults__, **options, "student_hidden": hidden,
-                                "student_weight": weight, "teacher_hidden": None, "teacher_weight": None,
-                                "labels": labels})[0]  # fmt: skip
+    job = fused_arguments.read(fused_arguments.FusedInputs(
+        student_hidden=hidden, student_weight=weight, teacher_hidden=None, teacher_weight=None, labels=labels, **options
+    ))[0]  # fmt: skip
     assert job.setting.excluding
     assert not job.plain_rows
     del options["teacher_logits"]
-    job = fused_arguments.read({**fused_linear_distillation.__kwdefaults__, "student_hidden": hidden,
-                                "student_weight": weight, "teacher_hidden": hidden, "teacher_weight": weight,
-                                "labels": labels})[0]  # fmt: skip
+    job = fused_arguments.read(fused_arguments.FusedInputs(
+        student_hidden=hidden, student_weight=weight, teacher_hidden=hidden, teacher_weight=weight, labels=labels
+    ))[0]  # fmt: skip
     assert not job.setting.excluding
 
 
