@@ -84,7 +84,8 @@ def _visit_block(
         if gradient:
             (slope,) = torch.autograd.grad(soft, s, weights[:, 0].to(soft.dtype))
     hard, soft, log_q = torch.zeros_like(soft), soft.detach(), log_q.detach()
-    if setting.hard and labels is not None:
+    if setting.hard:
+        labels = torch.full_like(same, IGNORE_INDEX, dtype=torch.int64) if labels is None else labels
         labelled, index = labels >= 0, labels.clamp(min=0).unsqueeze(1)
         log_hard = log_q if temperature == 1 else torch.log_softmax(log_q.mul_(temperature), -1)
         at_label = log_hard.gather(1, index)
