@@ -334,15 +334,16 @@ class DistillationMixin(_InFrontOf):
         takes_items = fit.takes_num_items(self._run_settings.always_hard)
         counts = counts_of(num_items_in_batch, fit, objective, inputs, self._scale() if takes_items else None)
         inputs = fit.head.with_decoder_inputs(fit.student, inputs)
-        several = not training and self._evaluation is not None and self.args.world_size > 1
-        several &= not fit.own_loss and self._same_batch() == 1
-        own = own_rows(self.accelerator, objective, fit, inputs, counts) if several else None
+        several = not training and self._evaluation is not None and self.args.world_size > 1 and not fit.own_loss
+        alone = several and self._same_batch() == 1  # else processes share rows in another way
+        own = own_rows(self.accelerator, objective, fit, inputs, counts) if alone else None
         batch = MicroBatch(fit, objective, soft_loss, model, inputs, counts, training, own)
         fused = fit.heads is not None and (not return_outputs or self._loss_only)
         result = self._fused_loss(batch) if fused else None
         if result is None:
-            loss_kwargs = self.model_accepts_loss_kwargs, self._scale()
-            own_loss = OwnHardLoss(self.compute_loss_func, *loss_kwargs) if fit.own_loss else None
+            own_loss = None
+            if fit.own_loss:
+                own_loss = OwnHardLoss(self.compute_loss_func, self.model_accepts_loss_kwargs, self._scale())
             teacher = None if self._run_settings.always_hard and training else fit.teacher
             result = batch.full(self._teacher_outputs.logits(teacher, batch, self.accelerator), own_loss)
         self._finite.see(
