@@ -60,7 +60,8 @@ def own_rows(
     if own == rows:
         return None
     cut = {k: v[:own] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
-    return OwnRows(cut, objective.count(fit.head, cut) if own else Counts(0, 0, 0), own)
+    none = Counts(0, 0, 0, added=(0,) * len(objective.added))
+    return OwnRows(cut, objective.count(fit.head, cut) if own else none, own)
 
 
 def counts_of(given: Any, fit: Plan, objective: Objective, inputs: Mapping[str, Any], scale: int | None) -> Counts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from kd_trainer.training import terms
 from kd_trainer.training.logs import logged_row
 from kd_trainer.training.objective import Counts, Objective, Parts
 from kd_trainer.training.start_block import card_section
+from kd_trainer.training.step_loss import own_rows
 from kd_trainer.training.terms import Term
 from tests.helpers import tiny
 
@@ -156,3 +158,21 @@ def test_counts_add_up(added):
     counts = Counts(1, 2, 3, num_items=5, added=added)
     doubled = counts.with_each(*(2 * number for number in counts.each), scale=4)
     assert doubled == Counts(2, 4, 6, 4, num_items=5, added=tuple(2 * number for number in added))
+
+
+def test_a_process_whose_rows_all_repeat_logs_as_many_numbers(toy, tmp_path):
+    """Accelerate fills the last batches of an evaluation; the process that has no row of its own there logs zeros."""
+    run = tiny.trainer("classification", tmp_path)
+    batch = next(iter(run.get_train_dataloader()))
+    plan = run._plan_of(batch)
+    objective, _ = run._objective(training=False)
+    counts = objective.count(plan.head, batch)
+    state = SimpleNamespace(end_of_dataloader=True, remainder=1)
+    other = SimpleNamespace(gradient_state=state, process_index=1)
+    own = own_rows(other, objective, plan, batch, counts)
+    assert own.rows == 0
+    parts = Parts(torch.zeros(()), 1.0, 1.0, 1.0, [1.0] * len(objective.added))
+    rows = logged_row(parts, counts), logged_row(parts.zeroed(), own.counts)
+    assert len(rows[0]) == len(rows[1])
+    assert len(objective.denominators(own.counts)) == len(objective.terms)
+    assert not any(rows[1])
