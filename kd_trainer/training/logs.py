@@ -71,8 +71,8 @@ class Evaluation:
     """The terms of one evaluation, each row once: as upstream weighs its loss, and as sums over this process's rows.
 
     Of tasks with one answer a row the loss and its parts are sums over all rows divided by their counts (with
-    kd_reduction "tokenmean" the labelled rows for the hard loss), whatever the size of the batches. Perplexity is exp of
-    the mean hard loss per labelled token, whatever the batches' size, their padding and kd_reduction; with label
+    kd_reduction "tokenmean" the labelled rows for the hard loss), whatever the size of the batches. Perplexity is exp
+    of the mean hard loss per labelled token, whatever the batches' size, their padding and kd_reduction; with label
     smoothing it is left out, whose loss is no log-likelihood.
     """
 
