@@ -128,11 +128,11 @@ def test_the_c_code_compiles_from_the_wheel(python, tmp_path):
     code = """
 import kd_trainer, torch
 from kd_trainer.kernels.c_compiler import compiled
-from kd_trainer.losses.tile import Setting, visit
+from kd_trainer.losses.tile import Setting, tile_loss
 student, teacher = torch.randn(2, 8, 301)
 given = {"student": student, "teacher": teacher, "labels": None, "weights": torch.ones(8, 2)}
 setting = Setting("forward_kl", 0.5, 2.0, False)
-found = [visit(setting, **given, gradient=False, compiled=way).soft for way in (True, False)]
+found = [tile_loss(setting, **given, gradient=False, compiled=way).soft for way in (True, False)]
 torch.testing.assert_close(*(each.float() for each in found))
 print(kd_trainer.__file__, compiled.cache_info().currsize)
 """

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..losses import Side, cast_as_autocast, chunk_rows
+from ..losses import OutputProjection, cast_as_autocast, chunk_rows
 from ..tasks import Head, NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
 from ..validation import fail
 
@@ -39,7 +39,7 @@ class Speaker:
 
     def __init__(self, teacher: Any, accelerator: Any, head: Head, output_head: OutputHead | None = None) -> None:
         self.teacher, self.accelerator, self.head, self.output_head = teacher, accelerator, head, output_head
-        self._kept_side: tuple[torch.dtype, Side] | None = None
+        self._kept_side: tuple[torch.dtype, OutputProjection] | None = None
         if output_head is None and head.over_tokens and not teacher.compiled:
             try:
                 self.output_head = OutputHead(teacher.model)
@@ -96,7 +96,7 @@ class Speaker:
                 product = side.product(rows, 1.0, tile[: len(part)])
                 yield product if plain else side.capped(product.float())
 
-    def _side(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> Side:
+    def _side(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> OutputProjection:
         """The head as it multiplies hidden states of this dtype; made once where the weight is always whole."""
         assert self.output_head is not None
         if self._kept_side is not None and self._kept_side[0] == dtype:
@@ -104,7 +104,7 @@ class Speaker:
         with self.accelerator.autocast():
             weight, bias = (cast_as_autocast(x) for x in self._multiplied(whole, dtype))
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-        side = Side(weight, bias, self.output_head.scale, self.output_head.softcap)
+        side = OutputProjection(weight, bias, self.output_head.scale, self.output_head.softcap)
         if whole[0] is self.output_head.module.weight and not hasattr(whole[0], "ds_id"):
             self._kept_side = dtype, side
         return side

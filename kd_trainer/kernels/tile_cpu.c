@@ -1,4 +1,4 @@
-/* The visit of losses/tile.py to a tile, on a processor: row by row, two exponentials a pair of logits.
+/* The tile of losses/tile.py on a processor: row by row, two exponentials a pair of logits.
  *
  * Plain loops that a compiler turns into vectors: with the exponential written out nothing is called in them, and sums
  * go on in all lanes at once. A row and its exponentials stay in the processor's cache. What is in capitals is given
@@ -98,7 +98,7 @@ static double slope_at(const sums *x, double s, double t, float beta) {
 }
 
 /* stats: soft, hard, and whether a class is on top in both. room: 2 * columns floats of this thread. */
-static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns, int64_t label, const float *weights,
+static void dense_row(STUDENT *student, const TEACHER *teacher, int64_t columns, int64_t label, const float *weights,
                       float beta, float temperature, int64_t gradient, double *stats, float *room) {
     int wrong = label != -100 && (label < 0 || label >= columns), labelled = !wrong && label >= 0;
     float label_s = labelled ? READ(student + label) : 0, label_t = labelled ? READ(teacher + label) : 0;
@@ -146,13 +146,13 @@ static void visit_row(STUDENT *student, const TEACHER *teacher, int64_t columns,
 
 /* Rows lie `stride_s` and `stride_t` elements apart; labels [rows]; weights [rows, 2]; stats [rows, 3]; room
  * [threads, 2, columns]. */
-void visit(STUDENT *student, const TEACHER *teacher, int64_t rows, int64_t columns, int64_t stride_s, int64_t stride_t,
+void dense_tile(STUDENT *student, const TEACHER *teacher, int64_t rows, int64_t columns, int64_t stride_s, int64_t stride_t,
            const int64_t *labels, const float *weights, float beta, float temperature, int64_t gradient, double *stats,
            float *room, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; part++)
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++)
-            visit_row(student + i * stride_s, teacher + i * stride_t, columns, labels[i], weights + 2 * i, beta,
+            dense_row(student + i * stride_s, teacher + i * stride_t, columns, labels[i], weights + 2 * i, beta,
                       temperature, gradient, stats + 3 * i, room + 2 * part * columns);
 }
 
@@ -209,10 +209,10 @@ void sum_tile(const STUDENT *student, int64_t rows, int64_t columns, int64_t str
 }
 
 /* A row's forward KL, for draws the cross-entropy to them, its hard loss and whether `leader` is on top, and with
- * `gradient` the row's gradient: what visit_sparse.py says in torch. log_p: log-probabilities of the ids [k] and, in
+ * `gradient` the row's gradient: what sparse_tile_loss.py says in torch. log_p: log-probabilities of the ids [k] and, in
  * `tail`, of all others; NULL for draws. The label -100 is none; with any other
  * that is no class the row is NaN where its hard loss weighs. */
-static void visit_few(STUDENT *row, int64_t columns, double temperature, const int64_t *ids, int64_t k,
+static void sparse_row(STUDENT *row, int64_t columns, double temperature, const int64_t *ids, int64_t k,
                       const double *log_p, double tail, int64_t leader, int64_t label, const double *weights,
                       int64_t gradient, double *stats, float *room) {
     double s[k], p[k], es[k], hard[k], sums[3], of_kept = 0, hard_of_kept = 0, peak = -INFINITY;
@@ -258,14 +258,14 @@ static void visit_few(STUDENT *row, int64_t columns, double temperature, const i
 
 /* ids [rows, k]; log_p [rows, k] and tails [rows], or NULL; leaders and labels [rows]; weights [rows, 2]; stats
  * [rows, 3]; room [threads, 2, columns]. */
-void visit_few_tile(STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature,
+void sparse_tile(STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature,
                     const int64_t *ids, int64_t k, const double *log_p, const double *tails, const int64_t *leaders,
                     const int64_t *labels, const double *weights, int64_t gradient, double *stats, float *room,
                     int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; part++)
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++)
-            visit_few(student + i * stride, columns, temperature, ids + k * i, k,
+            sparse_row(student + i * stride, columns, temperature, ids + k * i, k,
                       log_p ? log_p + k * i : NULL, log_p ? tails[i] : 0, leaders[i], labels[i], weights + 2 * i,
                       gradient, stats + 3 * i, room + 2 * part * columns);
 }

@@ -27,17 +27,17 @@ C_DIVERGENCES = (
 )
 
 
-def visit_on_cpu(
+def tile_on_cpu(
     setting: Any, halves: int, student: Tensor, teacher: Tensor, weights: Tensor, labels: Tensor | None, *,
     gradient: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """`tile.visit`: columns [R], float64, of its `Rows`.
+    """`tile.tile_loss`: columns [R], float64, of its `Rows`.
 
     Args:
         setting: a `tile.Setting`; another beta is no other code, another temperature one for each of `halves`.
         halves: `tile.halves_of` the temperature.
         student, teacher: logits over T [R, V], float32 or bfloat16; finite. Rows may lie apart, as in a slice.
-        weights, labels: [R, 2] and [R] or None, as in `tile.visit`.
+        weights, labels: [R, 2] and [R] or None, as in `tile.tile_loss`.
         gradient: whether the student's tile is overwritten by dL/d(student's logits over T).
 
     Raises:
@@ -51,7 +51,7 @@ def visit_on_cpu(
     stats = torch.empty(rows, 3, dtype=torch.float64)
     room = torch.empty(threads, 2, columns)
     call(
-        _code(setting, halves, student, teacher).visit, student, teacher, rows, columns, student.stride(0),
+        _code(setting, halves, student, teacher).dense_tile, student, teacher, rows, columns, student.stride(0),
         teacher.stride(0), labels, weights, float(setting.beta), float(setting.temperature), gradient, stats, room,
         threads,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def sums_on_cpu(setting: Any, halves: int, student: Tensor) -> tuple[Tensor, ...
     return stats.split(1, dim=1)
 
 
-def few_on_cpu(
+def sparse_tile_on_cpu(
     setting: Any, halves: int, student: Tensor, ids: Tensor, kept: tuple[Tensor, Tensor] | None, leaders: Tensor,
     labels: Tensor | None, weights: Tensor, gradient: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -79,7 +79,7 @@ def few_on_cpu(
             then the cross-entropy to them.
         ids, leaders, labels: integers in range; leaders [R] or [R, 1]: the teacher's top; labels [R]: -100 none; any
             other that is no class makes the row NaN.
-        weights: [R, 2], as in `tile.visit`.
+        weights: [R, 2], as in `tile.tile_loss`.
         gradient: whether the tile s [R, V] is overwritten by dL/ds, else by nothing of use.
     """
     assert student.stride(1) == 1
@@ -90,7 +90,7 @@ def few_on_cpu(
     nothing = torch.empty(0, dtype=torch.float64)  # lies at NULL
     log_probs, log_tail = (nothing, nothing) if kept is None else (x.to(torch.float64).contiguous() for x in kept)
     call(
-        _code(setting, halves, student).visit_few_tile, student, rows, columns, student.stride(0),
+        _code(setting, halves, student).sparse_tile, student, rows, columns, student.stride(0),
         float(setting.temperature), ids, ids.shape[1], log_probs, log_tail, leaders, labels,
         weights.to(torch.float64).contiguous(), gradient, stats, room, threads,
     )  # fmt: skip

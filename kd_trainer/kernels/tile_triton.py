@@ -46,13 +46,13 @@ _FORWARD, _REVERSE = ("forward_kl", "symmetric_kl"), ("reverse_kl", "symmetric_k
 
 
 def has_triton(like: Tensor) -> bool:
-    """Whether `visit_on_device` can visit tiles like this one: on a GPU, or anywhere under Triton's interpreter."""
+    """Whether `tile_on_device` can take tiles like this one: on a GPU, or anywhere under Triton's interpreter."""
     if not _INSTALLED or like.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     return _INTERPRETED or like.device.type == "cuda"
 
 
-def visit_on_device(
+def tile_on_device(
     setting: Any,
     student: Tensor,
     teacher: Tensor,
@@ -63,7 +63,7 @@ def visit_on_device(
     lanes: int = 256,
     times: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`tile.visit` in one launch: the same arguments, the columns of its `Rows`; the label's class is seen to as well.
+    """`tile.tile_loss` in one launch: the same arguments, the columns of its `Rows`, label's class included.
 
     Args:
         setting: a `tile.Setting`. Another temperature or beta is no other kernel, except for T = 1, 2, 3 and 4.
@@ -87,7 +87,7 @@ def visit_on_device(
     same = torch.empty(rows, dtype=torch.bool, device=student.device)
     name, temperature = setting.divergence, setting.temperature
     with torch.cuda.device_of(student):
-        _visit[(rows,)](
+        _tile_kernel[(rows,)](
             student, teacher, weights, labels, soft, hard, same,
             columns, student.stride(0), teacher.stride(0), weights.stride(0), weights.stride(1),
             setting.beta, temperature,
@@ -110,7 +110,7 @@ def _low(tile: Tensor) -> float:
 
 
 @_jit
-def _visit(
+def _tile_kernel(
     student, teacher, weights, labels, soft_out, hard_out, same_out,
     columns, student_stride, teacher_stride, weights_stride, weights_column,
     beta, temperature,

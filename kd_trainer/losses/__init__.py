@@ -26,9 +26,9 @@ from .divergences import (
 from .fused_arguments import chunk_rows, group_rows
 from .fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain, release_memory
 from .modules import DistillationLoss, SoftTargetLoss
-from .projection import Side, cap_and_scale, cast_as_autocast
+from .projection import OutputProjection, cap_and_scale, cast_as_autocast
 from .reductions import IGNORE_INDEX, bad_rows, divide, is_bad, select_positions, wrong_labels
-from .small_batch import is_small, joint_loss
+from .small_batch import is_small, small_batch_loss
 from .sparse_targets import Samples, TopK, draw_samples, sampled_forward_kl, top_k, top_k_divergence
 
 __all__ = [
@@ -37,8 +37,8 @@ __all__ = [
     "DistillationLoss",
     "FusedLoss",
     "KLDivergenceLoss",
+    "OutputProjection",
     "Samples",
-    "Side",
     "SoftTargetLoss",
     "TopK",
     "bad_rows",
@@ -55,7 +55,6 @@ __all__ = [
     "group_rows",
     "is_bad",
     "is_small",
-    "joint_loss",
     "jsd",
     "kl_bernoulli",
     "kl_categorical",
@@ -70,6 +69,7 @@ __all__ = [
     "select_positions",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "small_batch_loss",
     "soft_cross_entropy",
     "symmetric_kl",
     "top_k",

@@ -1,4 +1,4 @@
-"""What the fused loss is asked: its arguments, checked, cut down to the counted positions and cast as autocast would.
+"""The arguments of the fused loss, checked, cut down to the counted positions and cast as autocast would.
 
 For: `fused_linear.py`, which computes it. Letters: N positions, V vocabulary, H hidden size.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..validation import check_number, check_temperature, check_tensor, fail
 from .checks import check_class_ids
 from .divergences import DIVERGENCES, check_divergence
-from .projection import Side, cast_as_autocast
+from .projection import OutputProjection, cast_as_autocast
 from .reductions import IGNORE_INDEX, divide, select_positions
 from .sparse_targets import Samples, TopK
 from .tile_sparse import MOST_IDS
@@ -65,8 +65,8 @@ class Job:
     """Everything but the student's tensors; rows of every tensor are the N counted positions."""
 
     setting: Setting
-    student: Side
-    teacher: Side | None
+    student: OutputProjection
+    teacher: OutputProjection | None
     teacher_rows: Any  # hidden states, or logits where `teacher` is None; None with `sparse`
     sparse: TopK | Samples | None  # ids int64, in range
     labels: Tensor | None
@@ -91,7 +91,7 @@ class Job:
         if None in known and self.sparse is None:
             self.setting = self.setting._replace(excluding=True)
 
-    def said(self, rows: slice) -> TopK | Samples | None:
+    def sparse_rows(self, rows: slice) -> TopK | Samples | None:
         """The rows of `sparse`."""
         return None if self.sparse is None else type(self.sparse)(*(x[rows] for x in self.sparse))
 
@@ -128,13 +128,13 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         teacher_weight, teacher_bias = teacher_weight[:common], None if teacher_bias is None else teacher_bias[:common]
         common = None if common == weight.shape[0] else common
     if teacher_weight is not None:
-        teacher = Side(teacher_weight.detach(), _detached(teacher_bias), g.teacher_scale, g.teacher_softcap)
+        teacher = OutputProjection(teacher_weight.detach(), _detached(teacher_bias), g.teacher_scale, g.teacher_softcap)
     teacher_rows: Any = _detached(select(g.teacher_logits) if teacher_hidden is None else teacher_hidden)
-    if soft is not None and teacher_rows is not None:  # what the teacher says elsewhere may be NaN: 0 * NaN
+    if soft is not None and teacher_rows is not None:  # the teacher output elsewhere may be NaN: 0 * NaN
         teacher_rows = teacher_rows.masked_fill(~soft.unsqueeze(1), 0.0)
     sparse = _sparse(g, counted, soft)
     setting = Setting(g.divergence, beta, float(g.temperature), labels is not None)
-    side = Side(weight.detach(), _detached(bias), g.student_scale, g.student_softcap)
+    side = OutputProjection(weight.detach(), _detached(bias), g.student_scale, g.student_softcap)
     job = Job(
         setting,
         side,
@@ -159,13 +159,13 @@ def _counted(counted: Tensor | None, tensor: Tensor | None) -> Tensor | None:
 
 
 def _sparse(g: FusedInputs, counted: Tensor | None, soft: Tensor | None) -> TopK | Samples | None:
-    """What a teacher given sparsely says of the counted positions."""
+    """The counted positions of a teacher given sparsely."""
     name = "teacher_top_k" if g.teacher_top_k is not None else "teacher_samples"
     if getattr(g, name) is None:
         return None
     given = [x.detach() if x.is_floating_point() else x.long() for x in getattr(g, name)]
     ids, second, third = given if counted is None else [select_positions(x, counted) for x in given]
-    if soft is not None:  # what is said elsewhere may be no ids, or NaN; the kept ones are distinct
+    if soft is not None:  # elsewhere ids may be out of range and numbers NaN; the kept ones are distinct
         some = torch.arange(ids.shape[1], device=ids.device)
         ids = torch.where(soft.unsqueeze(1), ids, some if name == "teacher_top_k" else some * 0)
         second = second.masked_fill(~(soft.unsqueeze(1) if second.dim() == 2 else soft), 0)
@@ -197,7 +197,7 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
 
 
 def chunk_rows(vocabulary: int, itemsize: int, *, on_cpu: bool) -> int:
-    """Positions visited at once, whose logits take `itemsize` bytes each."""
+    """Positions of a tile, whose logits take `itemsize` bytes each."""
     row = vocabulary * itemsize
     if not on_cpu:
         return max(1, GROUP_BYTES // row)
@@ -207,7 +207,7 @@ def chunk_rows(vocabulary: int, itemsize: int, *, on_cpu: bool) -> int:
 def group_rows(positions: int, chunk: int, vocabulary: int, width: int, itemsize: int) -> int:
     """Positions whose gradients are multiplied on at once: a chunk, or in half precision as many chunks as pay.
 
-    There the weight's gradient is best made in one product: a float32 sum would be visited once for each chunk.
+    There the weight's gradient is best made in one product: a float32 sum would be updated once for each chunk.
     """
     if itemsize != 2:
         return chunk

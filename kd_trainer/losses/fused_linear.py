@@ -1,7 +1,7 @@
 """Output head + hard loss + soft loss in one call that never holds the logits of either model.
 
 For: language models, whose logits are far larger than anything else in a training step. The counted positions are
-visited in chunks: both models' logits of a chunk are computed into reused buffers, `tile.py` makes of them losses and,
+taken in chunks: both models' logits of a chunk are computed into reused buffers, `tile.py` makes of them losses and,
 in place, the gradient at the student's logits, which is multiplied on at once. Backward only scales: four
 products in all, three where the student's head is frozen, two without gradients; one less where the teacher is given
 as logits or, to `tile_sparse.py`, as top-k or samples.
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from .divergences import DIVERGENCES
 from .fused_arguments import CHUNK_ROWS, FusedInputs, Job, group_rows, read
-from .projection import Side
+from .projection import OutputProjection
 from .reductions import IGNORE_INDEX, wrong_labels
 from .sparse_targets import TopK, bucket_divergence, sampled_forward_kl
-from .tile import compile_pays, visit
-from .tile_sparse import compile_pays_sparse, visit_sparse
+from .tile import compile_pays, tile_loss
+from .tile_sparse import compile_pays_sparse, sparse_tile_loss
 
 
 class FusedLoss(NamedTuple):
@@ -94,10 +94,10 @@ def fused_linear_distillation(
         teacher_samples: ids [N, n], the class on top [N], entropy at T [N], as `sparse_targets.draw_samples` gives
         them: the
             forward KL, estimated without bias.
-        chunk_rows: positions visited at once; None: 48 MiB of logits of each model, but from 256 positions to
-            160 MiB on CPU; 256 MiB on accelerators. On CPU the first visit is to twice as many, in the same memory,
+        chunk_rows: positions of a tile; None: 48 MiB of logits of each model, but from 256 positions to
+            160 MiB on CPU; 256 MiB on accelerators. On CPU the first tile has twice as many, in the same memory,
             where the head is wide enough that the gradient of its weight, not written yet, can hold their logits; with
-            top-k or samples every visit is.
+            top-k or samples every tile has.
         compiled: whether to compile the elementwise part; None: where a compiler is at hand and the problem is large.
 
     Returns:
@@ -171,7 +171,7 @@ def fused_linear_distillation_plain(
     if hidden.shape[0] == 0:
         return _nothing(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
-        z_s = Side(weight, bias, job.student.scale, job.student.softcap).logits(hidden)
+        z_s = OutputProjection(weight, bias, job.student.scale, job.student.softcap).logits(hidden)
         z_t: Any = job.teacher_rows if job.teacher is None else job.teacher.logits(job.teacher_rows)
         soft, hard, same = _row_losses(job, z_s, z_t, slice(None))
     soft_sum, hard_sum = soft.sum() * job.setting.temperature**2, hard.sum()
@@ -196,14 +196,14 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
         )  # fmt: skip
         hard = hard * torch.where(wrong, torch.nan, 1.0)  # of the gradient too
     common = z_s if n is None else z_s[:, :n]
-    taught = job.said(rows)
-    if taught is not None:
-        if isinstance(taught, TopK):
-            soft = bucket_divergence(common, taught, setting.temperature, setting.divergence, setting.beta, known)
-            top = taught.ids.gather(1, taught.log_probs.argmax(-1, True))
+    teacher = job.sparse_rows(rows)
+    if teacher is not None:
+        if isinstance(teacher, TopK):
+            soft = bucket_divergence(common, teacher, setting.temperature, setting.divergence, setting.beta, known)
+            top = teacher.ids.gather(1, teacher.log_probs.argmax(-1, True))
         else:
-            soft = sampled_forward_kl(common, taught, temperature=setting.temperature)
-            top = taught.top.unsqueeze(1)
+            soft = sampled_forward_kl(common, teacher, temperature=setting.temperature)
+            top = teacher.top.unsqueeze(1)
         same = (common.gather(1, top) == common.amax(-1, True)).squeeze(1)
     else:
         assert z_t is not None
@@ -234,7 +234,7 @@ def _nothing(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
     return FusedLoss(total, zero, zero.clone(), zero.clone())
 
 
-# ---- the visits -----------------------------------------------------------------------------------------------------
+# ---- the tiles ------------------------------------------------------------------------------------------------------
 
 
 class _Fused(torch.autograd.Function):
@@ -248,7 +248,7 @@ class _Fused(torch.autograd.Function):
         # Half precision has no room for gradients divided by the counts: they are divided after the products.
         ctx.unit = 1.0 if hidden.dtype != torch.float16 else _unit(job)
         with torch.autocast(hidden.device.type, enabled=False):
-            soft, hard, agreement, gradients = _visit_all(job, hidden, wanted, ctx.unit)
+            soft, hard, agreement, gradients = _all_tiles(job, hidden, wanted, ctx.unit)
         ctx.save_for_backward(*gradients)
         soft = soft * job.setting.temperature**2
         total = _mix(job, soft, hard)
@@ -281,7 +281,7 @@ def _unit(job: Job) -> Any:
     )
 
 
-def _visit_all(
+def _all_tiles(
     job: Job, hidden: Tensor, wanted: list[bool], unit: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
     """Chunk by chunk: sums of soft (without T^2), hard and agreement, and the gradients of total / unit."""
@@ -302,13 +302,13 @@ def _visit_all(
         at_once = len(tiles) if lone else at_once
         for rows in _parts(group.start, group.stop, at_once):
             tile = tiles[rows.start - group.start : rows.stop - group.start]
-            taught: Any = _taught(job, rows, teacher_tile)
+            teacher: Any = _teacher_part(job, rows, teacher_tile)
             if job.plain_rows:
-                losses = _plain_visit(job, tile, taught, weights[rows], rows, gradient)
+                losses = _plain_tile(job, tile, teacher, weights[rows], rows, gradient)
             else:
                 labels = None if job.labels is None else job.labels[rows]
-                visited: Any = visit if job.sparse is None else visit_sparse
-                losses = visited(job.setting, tile, taught, weights[rows], labels, gradient=gradient, compiled=compiled)
+                loss: Any = tile_loss if job.sparse is None else sparse_tile_loss
+                losses = loss(job.setting, tile, teacher, weights[rows], labels, gradient=gradient, compiled=compiled)
                 if job.soft is not None:
                     losses = (torch.where(job.soft[rows], losses[0], 0.0), losses[1], losses[2] & job.soft[rows])
             sums += torch.stack([column.sum(dtype=sums.dtype) for column in losses])
@@ -318,7 +318,7 @@ def _visit_all(
 
 
 def _kernel_excludes(job: Job, n: int, vocabulary: int, hidden: Tensor) -> bool:
-    """Whether the visit will be the Triton kernel's, which excludes classes as the plain twin does."""
+    """Whether the tile goes to the Triton kernel, which excludes classes as the plain twin does."""
     from ..kernels.tile_triton import has_triton
 
     chunk = min(job.chunk_rows, n)
@@ -356,10 +356,10 @@ def _teacher_tile(job: Job, chunk: int, keep: bool) -> Tensor | None:
     return None
 
 
-def _taught(job: Job, rows: slice, tile: Tensor | None) -> Any:
+def _teacher_part(job: Job, rows: slice, tile: Tensor | None) -> Any:
     """The teacher's logits of a chunk, over T where the gradient is known; or what it says sparsely."""
     if job.teacher_rows is None:
-        return job.said(rows)
+        return job.sparse_rows(rows)
     given, temperature = job.teacher_rows[rows], job.setting.temperature
     if job.teacher is not None:
         assert tile is not None
@@ -368,17 +368,17 @@ def _taught(job: Job, rows: slice, tile: Tensor | None) -> Any:
     return given if tile is None else torch.div(given, temperature, out=tile[: given.shape[0]])
 
 
-def _plain_visit(
-    job: Job, tile: Tensor, taught: Any, weights: Tensor, rows: slice, gradient: bool
+def _plain_tile(
+    job: Job, tile: Tensor, teacher: Any, weights: Tensor, rows: slice, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`visit` by autograd, for settings without a gradient written out; in blocks, to hold little at once."""
+    """`tile_loss` by autograd, for settings without a gradient written out; in blocks, to hold little at once."""
     losses = []
     for part in _parts(0, tile.shape[0], max(1, 2**22 // tile.shape[1])):
         here = slice(rows.start + part.start, rows.start + part.stop)
         with torch.set_grad_enabled(gradient):
             raw = tile[part].to(_wide(tile.dtype), copy=True).requires_grad_(gradient)
             z_s = job.student.capped(raw)
-            z_t = taught[part].to(raw.dtype) if job.sparse is None else None
+            z_t = teacher[part].to(raw.dtype) if job.sparse is None else None
             z_t = z_t if z_t is None or job.teacher is None else job.teacher.capped(z_t)
             soft, hard, same = _row_losses(job, z_s, z_t, here)
             if gradient:
@@ -423,14 +423,14 @@ class _Products:
             yield slice(0, first), tiles, lent
         if first == n:
             return
-        taught = _teacher_tile(job, chunk, keep) if first <= self.rows else None
-        if taught is None and teacher is not None:
-            taught = tiles[chunk:].view(-1)[: chunk * len(teacher)].view(chunk, -1)
+        teacher_tile = _teacher_tile(job, chunk, keep) if first <= self.rows else None
+        if teacher_tile is None and teacher is not None:
+            teacher_tile = tiles[chunk:].view(-1)[: chunk * len(teacher)].view(chunk, -1)
         for group in _parts(first, n, self.rows):
-            yield group, tiles[: group.stop - group.start], taught
+            yield group, tiles[: group.stop - group.start], teacher_tile
 
     def multiply(self, group: slice, gradient: Tensor) -> None:
-        """Multiplies the gradient that `visit` left in the tiles of a group on."""
+        """Multiplies the gradient that `tile_loss` left in the tiles of a group on."""
         if self.grad_hidden is not None:
             size = 288 if self.in_parts and len(gradient) > CHUNK_ROWS else self.student.weight.shape[1]
             parts = self.student.weight.split(size, 1), self.grad_hidden[group].split(size, 1)
@@ -479,7 +479,7 @@ def release_memory() -> None:
 def kept_memory(name: str, rows: int, columns: int, like: Tensor, *, keep: bool = True) -> Tensor:
     """A tensor [rows, columns] as `like`; on CPU its memory is kept for the next call that finds it unused.
 
-    Fresh memory costs about as much as a visit, and more on virtual machines whose host takes back what is freed. It
+    Fresh memory costs about as much as a tile's loss, and more on virtual machines whose host takes it back. It
     comes from numpy, which asks the system for huge pages, and begins at a cache line: elsewhere products into it
     take two fifths longer.
     """

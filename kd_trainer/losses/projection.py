@@ -19,7 +19,7 @@ def cap_and_scale(product: Tensor, scale: float, softcap: float | None) -> Tenso
 
 
 @dataclass(frozen=True)
-class Side:
+class OutputProjection:
     """A model's way from hidden states to logits: softcap * tanh(scale * (h @ weight.T + bias) / softcap)."""
 
     weight: Tensor

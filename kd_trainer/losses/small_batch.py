@@ -1,4 +1,4 @@
-"""Soft and hard loss of small logits in one visit, gradient included: where calls cost more than arithmetic.
+"""Soft and hard loss of small logits in one pass, gradient included: where calls cost more than arithmetic.
 
 The fast path of `training/objective.py` for forward KL on CPU; `SoftTargetLoss` and the head's cross-entropy are its
 plain twin. A step of a small classifier is a few dozen operations on tiny tensors: recording and replaying each one for
@@ -20,7 +20,7 @@ from .reductions import IGNORE_INDEX
 _LARGEST = 2**15  # elements; above it arithmetic rules, and the blocks of `divergences.py` need less memory
 
 
-class JointLoss(NamedTuple):
+class SmallBatchLoss(NamedTuple):
     """total = soft_weight * soft + hard_weight * hard, and the two sums over positions, in nats."""
 
     total: Tensor
@@ -29,7 +29,7 @@ class JointLoss(NamedTuple):
 
 
 def is_small(student_logits: Tensor, teacher_logits: Tensor) -> bool:
-    """Whether `joint_loss` may take these: float32 on CPU, few elements, no gradient for the teacher."""
+    """Whether `small_batch_loss` may take these: float32 on CPU, few elements, no gradient for the teacher."""
     return (
         student_logits.numel() <= _LARGEST
         and student_logits.dtype == teacher_logits.dtype == torch.float32
@@ -38,7 +38,7 @@ def is_small(student_logits: Tensor, teacher_logits: Tensor) -> bool:
     )
 
 
-def joint_loss(
+def small_batch_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     labels: Tensor | None,
@@ -47,11 +47,11 @@ def joint_loss(
     soft_weight: float,
     hard_weight: float,
     all_labelled: bool = False,
-) -> JointLoss | None:
+) -> SmallBatchLoss | None:
     """soft_weight * T^2 sum KL(p || q) + hard_weight * sum CE, with its gradient.
 
-    None where a sum is not finite or a label is outside the classes: then the plain twin, which knows that
-    0 * log 0 = 0 and names what is wrong, is to be asked.
+    None where a sum is not finite or a label is outside the classes: the caller then takes the plain twin, which has
+    0 * log 0 = 0 and an error message that names the label.
 
     Args:
         student_logits, teacher_logits: [N, C], see `is_small`.
@@ -83,7 +83,7 @@ def joint_loss(
         return None
     # Weight 0 is not multiplied: a sum that may be huge stays out of the total.
     value = (soft_weight * soft if soft_weight else 0.0) + (hard_weight * hard if hard_weight else 0.0)
-    return JointLoss(_WithGradient.apply(student_logits, gradient, value), soft, hard)
+    return SmallBatchLoss(_WithGradient.apply(student_logits, gradient, value), soft, hard)
 
 
 @functools.lru_cache(maxsize=4)

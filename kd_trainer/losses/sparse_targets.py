@@ -1,6 +1,6 @@
 """A teacher given sparsely: its top-k, or some draws of its distribution, and the losses against either.
 
-For: a cache of what a teacher said, far smaller than its logits. Leaves storing it to others, and the loss without
+For: a cache of teacher outputs, far smaller than logits. Leaves storing it to others, and the loss without
 logits to `fused_linear.py`.
 Letters: V vocabulary, k ids kept, n draws; z_s, z_t student and teacher logits [..., V]; T temperature;
 p = softmax(z_t/T) the teacher's, q = softmax(z_s/T) the student's probabilities.
@@ -30,7 +30,7 @@ class TopK(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """Draws from each position's distribution, and the two facts that draws do not tell."""
+    """Draws from each position's distribution, and two numbers that the draws do not hold."""
 
     ids: Tensor  # [..., n] draws from softmax(z_t / T), each of weight 1/n
     top: Tensor  # [...] the class on top
@@ -59,10 +59,10 @@ def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
         ValueError: k or temperature out of range, no class; TypeError: logits that are no floating tensor.
 
     Example:
-        >>> taught = top_k(torch.tensor([0.4, 0.1, 0.5]).log(), 2)
-        >>> taught.ids.tolist(), [round(x, 4) for x in taught.log_probs.exp().tolist()]
+        >>> kept = top_k(torch.tensor([0.4, 0.1, 0.5]).log(), 2)
+        >>> kept.ids.tolist(), [round(x, 4) for x in kept.log_probs.exp().tolist()]
         ([2, 0], [0.5, 0.4])
-        >>> round(taught.log_tail.exp().item(), 4)
+        >>> round(kept.log_tail.exp().item(), 4)
         0.1
 
     Source: Tan et al. 2019, arXiv:1902.10461 (top-k of a translation teacher); the bucket of the rest is ours.
@@ -105,8 +105,8 @@ def draw_samples(logits: Tensor, n: int, *, temperature: float = 1.0, uniform: T
         TypeError: logits that are no floating tensor.
 
     Example:
-        >>> taught = draw_samples(torch.tensor([0.5, 0.25, 0.25]).log(), 4, uniform=torch.tensor(0.5))
-        >>> taught.ids.sort().values.tolist(), taught.top.item(), round(taught.entropy.item(), 4)
+        >>> samples = draw_samples(torch.tensor([0.5, 0.25, 0.25]).log(), 4, uniform=torch.tensor(0.5))
+        >>> samples.ids.sort().values.tolist(), samples.top.item(), round(samples.entropy.item(), 4)
         ([0, 0, 1, 2], 0, 1.0397)
 
     Source: Anshumann et al. 2025, arXiv:2503.16870, with systematic instead of independent draws.
@@ -155,7 +155,7 @@ def _by_blocks(block: Callable[..., tuple[Tensor, ...]], logits: Tensor, *others
 
 def top_k_divergence(
     student_logits: Tensor,
-    taught: TopK,
+    teacher: TopK,
     *,
     temperature: float = 1.0,
     divergence: str = "forward_kl",
@@ -169,8 +169,8 @@ def top_k_divergence(
 
     Args:
         student_logits: z_s [..., V], any floating dtype.
-        taught: `TopK`, ids of any integer dtype.
-        temperature: T > 0 of the student, and of `taught`.
+        teacher: `TopK`, ids of any integer dtype.
+        temperature: T > 0 of the student, and of `teacher`.
         divergence, beta: as in `DIVERGENCES`.
         labels: [...] class ids, for a divergence that needs them; one that is not among the kept ids counts as none.
 
@@ -190,10 +190,10 @@ def top_k_divergence(
     Source: as `top_k`.
     """
     beta = check_divergence(divergence, beta)
-    _check_taught(student_logits, temperature, taught, [taught.ids, taught.log_probs], taught.log_tail)
+    _check_sparse(student_logits, temperature, teacher, [teacher.ids, teacher.log_probs], teacher.log_tail)
     if DIVERGENCES[divergence].needs_labels:
         check_class_ids(labels, student_logits.shape[:-1])
-    return bucket_divergence(student_logits.to(wide(student_logits)), taught, temperature, divergence, beta, labels)
+    return bucket_divergence(student_logits.to(wide(student_logits)), teacher, temperature, divergence, beta, labels)
 
 
 def bucket_labels(ids: Tensor, labels: Tensor | None) -> Tensor | None:
@@ -205,21 +205,21 @@ def bucket_labels(ids: Tensor, labels: Tensor | None) -> Tensor | None:
 
 
 def bucket_divergence(
-    logits: Tensor, taught: TopK, temperature: float, divergence: str, beta: float, labels: Tensor | None = None
+    logits: Tensor, teacher: TopK, temperature: float, divergence: str, beta: float, labels: Tensor | None = None
 ) -> Tensor:
     """`top_k_divergence` without checks, in the logits' dtype; `beta` as `check_divergence` returns it."""
-    ids, x = taught.ids.long(), logits / temperature
+    ids, x = teacher.ids.long(), logits / temperature
     least = torch.finfo(x.dtype).min  # not -inf, of which nothing but -inf makes a gradient of NaN
     rest = x.scatter(-1, ids, least).logsumexp(-1, True)
     rest = torch.where(rest < least / 2, -torch.inf, rest)
     log_q = torch.cat((x.gather(-1, ids), rest), -1) - x.logsumexp(-1, True)
-    log_p = torch.cat((taught.log_probs, taught.log_tail.unsqueeze(-1)), -1).to(log_q.dtype)
+    log_p = torch.cat((teacher.log_probs, teacher.log_tail.unsqueeze(-1)), -1).to(log_q.dtype)
     entry = DIVERGENCES[divergence]
     labels = bucket_labels(ids, labels) if entry.needs_labels else None
     return entry.of_log_probs(log_p, log_q, beta, labels).sum(-1)
 
 
-def sampled_forward_kl(student_logits: Tensor, taught: Samples, *, temperature: float = 1.0) -> Tensor:
+def sampled_forward_kl(student_logits: Tensor, teacher: Samples, *, temperature: float = 1.0) -> Tensor:
     """KL(p || q) = -H(p) - sum p log q, the sum estimated by the mean of log q over the draws.
 
     When to use: with `draw_samples`, taken at the same temperature. The forward KL alone is linear in the teacher's
@@ -227,8 +227,8 @@ def sampled_forward_kl(student_logits: Tensor, taught: Samples, *, temperature: 
 
     Args:
         student_logits: z_s [..., V], any floating dtype.
-        taught: `Samples`, ids of any integer dtype.
-        temperature: T > 0 of the student, and of `taught`.
+        teacher: `Samples`, ids of any integer dtype.
+        temperature: T > 0 of the student, and of `teacher`.
 
     Returns:
         Nats [...], float32 or wider. Of a single position it may be negative; in the mean over draws it is KL(p || q).
@@ -238,27 +238,27 @@ def sampled_forward_kl(student_logits: Tensor, taught: Samples, *, temperature: 
 
     Example:
         >>> teacher = torch.tensor([0.5, 0.25, 0.25]).log()
-        >>> taught = draw_samples(teacher, 4, uniform=torch.tensor(0.5))
-        >>> abs(sampled_forward_kl(teacher, taught).item()) < 1e-6
+        >>> samples = draw_samples(teacher, 4, uniform=torch.tensor(0.5))
+        >>> abs(sampled_forward_kl(teacher, samples).item()) < 1e-6
         True
 
     Source: as `draw_samples`.
     """
-    _check_taught(student_logits, temperature, taught, [taught.ids], taught.entropy)
+    _check_sparse(student_logits, temperature, teacher, [teacher.ids], teacher.entropy)
     x = student_logits.to(wide(student_logits)) / temperature
-    return x.logsumexp(-1) - x.gather(-1, taught.ids.long()).mean(-1) - taught.entropy.to(x.dtype)
+    return x.logsumexp(-1) - x.gather(-1, teacher.ids.long()).mean(-1) - teacher.entropy.to(x.dtype)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_taught(
-    logits: Tensor, temperature: float, taught: TopK | Samples, rows: list[Tensor], narrow: Tensor
+def _check_sparse(
+    logits: Tensor, temperature: float, teacher: TopK | Samples, rows: list[Tensor], narrow: Tensor
 ) -> None:
     check_temperature("temperature", temperature)
     check_logits(student_logits=logits)
-    shape, ids = logits.shape[:-1], taught.ids.shape
+    shape, ids = logits.shape[:-1], teacher.ids.shape
     if narrow.shape != shape or any(column.shape != (*shape, *ids[-1:]) for column in rows):
-        shown = " and ".join(f"`{name}` of shape {list(x.shape)}" for name, x in taught._asdict().items())
+        shown = " and ".join(f"`{name}` of shape {list(x.shape)}" for name, x in teacher._asdict().items())
         expected = f"one row for each of the student's positions {list(shape)}"
-        fail("taught", shown, expected, "Give both sides the same positions.")
+        fail("teacher", shown, expected, "Give both sides the same positions.")

@@ -1,4 +1,4 @@
-"""One visit to a tile of both models' logits: the losses of its rows, and the gradient over the student's tile.
+"""The loss of one tile of both models' logits: of each row, with the gradient written over the student's tile.
 
 The elementwise middle of `fused_linear.py`, which brings the tiles and multiplies the gradient on. In torch it is
 autograd of the divergence's own formula, on blocks of rows that stay in the processor's cache; with a compiler at hand
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels import C_DIVERGENCES, PAYS_FROM, can_compile, visit_on_cpu
+from ..kernels import C_DIVERGENCES, PAYS_FROM, can_compile, tile_on_cpu
 from ..validation import warn
 from .divergences import DIVERGENCES
 from .reductions import IGNORE_INDEX, wrong_labels
@@ -23,12 +23,12 @@ from .tile_types import Rows, Setting, halves_of, widened
 
 logger = logging.getLogger(__name__)
 
-# Bytes of one tile's rows that a thread has in a block of the uncompiled visit: all temporaries then stay in its cache.
+# Bytes of one tile's rows that a thread has in a block of the uncompiled way: all temporaries then stay in its cache.
 _BLOCK_BYTES = 3 * 2**17
 _LARGE_BLOCK_BYTES = 2**27  # on accelerators, to hold few of them
 
 
-def visit(
+def tile_loss(
     setting: Setting,
     student: Tensor,
     teacher: Tensor,
@@ -53,27 +53,27 @@ def visit(
     """
     accelerator = accelerator_of(setting, student, teacher) if compiled else None
     if accelerator == "triton":
-        from ..kernels.tile_triton import visit_on_device
+        from ..kernels.tile_triton import tile_on_device
 
-        return Rows(*visit_on_device(setting, student, teacher, weights, labels, gradient=gradient))
+        return Rows(*tile_on_device(setting, student, teacher, weights, labels, gradient=gradient))
     if accelerator == "c":
         halves = halves_of(setting.temperature)
-        soft, hard, same = visit_on_cpu(setting, halves, student, teacher, weights, labels, gradient=gradient)
+        soft, hard, same = tile_on_cpu(setting, halves, student, teacher, weights, labels, gradient=gradient)
         return Rows(soft, hard, same != 0)
     wrong = None
     if labels is not None:
         labels, weights, wrong = without_wrong(labels, weights, student.shape[1])
     size = block_rows(student)
     each = [x.split(size) for x in (student, teacher, weights, *(() if labels is None else (labels,)))]
-    blocks = [_visit_block(setting, *some, gradient=gradient) for some in zip(*each, strict=True)]
+    blocks = [_block_loss(setting, *some, gradient=gradient) for some in zip(*each, strict=True)]
     soft, hard, same = (torch.cat(column) for column in zip(*blocks, strict=True))
     return Rows(soft, hard if wrong is None else torch.where(wrong, torch.nan, hard), same)
 
 
-def _visit_block(
+def _block_loss(
     setting: Setting, student: Tensor, teacher: Tensor, weights: Tensor, labels: Tensor | None = None, *, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The visit in torch, by autograd of the divergence's own formula."""
+    """The loss of a block of rows in torch, by autograd of the divergence's own formula."""
     entry, temperature = DIVERGENCES[setting.divergence], setting.temperature
     same = ((student == student.amax(-1, True)) & (teacher == teacher.amax(-1, True))).any(-1)
     s, slope = widened(student), None
@@ -100,7 +100,7 @@ def _visit_block(
 
 
 def accelerator_of(setting: Setting, *tiles: Tensor) -> str | None:
-    """Which kernel can visit these tiles: "triton", "c" or None; both have the divergences they have."""
+    """Which kernel can take these tiles: "triton", "c" or None; both have the divergences they have."""
     if tiles[0].is_cuda:
         from ..kernels.tile_triton import TRITON_DIVERGENCES, has_triton
 
@@ -118,7 +118,7 @@ def without_wrong(labels: Tensor, weights: Tensor, classes: int) -> tuple[Tensor
 
 
 def block_rows(tile: Tensor) -> int:
-    """Rows of a tile that are visited at once where nothing is compiled."""
+    """Rows of a block where nothing is compiled."""
     size, threads = _LARGE_BLOCK_BYTES, 1
     if tile.device.type == "cpu":
         threads = torch.get_num_threads()
@@ -136,18 +136,18 @@ def compile_pays(
     rows: int,
     columns: int,
     like: Tensor,
-    asked: bool | None,
+    wanted: bool | None,
     *,
     agrees: Callable[..., bool] | None = None,
 ) -> bool:
-    """Whether to visit compiled: as asked, or where a compiler is at hand and the tile is large.
+    """Whether to take a kernel: as `wanted` has it, or where a compiler is at hand and the tile is large.
 
-    The first time for a setting the compiled visit is compared with the plain one on a small tile, by `agrees`.
+    The first time for a setting the kernel is compared with the plain way on a small tile, by `agrees`.
     """
     device = like.device.type
-    if asked is False or like.dtype == torch.float64 or accelerator_of(setting, like) is None:
+    if wanted is False or like.dtype == torch.float64 or accelerator_of(setting, like) is None:
         return False
-    if asked is None and rows * columns < _PAYS_FROM[device]:
+    if wanted is None and rows * columns < _PAYS_FROM[device]:
         return False
     if not (setting.hard and halves_of(setting.temperature)):
         setting = setting._replace(temperature=1.3)  # one code for all of them: a schedule compares once
@@ -163,7 +163,7 @@ def _agrees(setting: Setting, columns: int, dtype: torch.dtype, device: torch.de
 
     def run(compiled: bool) -> tuple[Tensor, ...]:
         student = tiles[0].clone()
-        rows = visit(setting, student, tiles[1], weights, labels, gradient=True, compiled=compiled)
+        rows = tile_loss(setting, student, tiles[1], weights, labels, gradient=True, compiled=compiled)
         return student.float(), rows.soft.float(), rows.hard.float()
 
     return same_compiled(run, dtype)

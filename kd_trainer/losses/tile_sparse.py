@@ -1,4 +1,4 @@
-"""One visit to a tile of the student's logits where the teacher is given sparsely: losses, and the gradient over it.
+"""The loss of one tile of the student's logits to a sparse teacher: of each row, with the gradient over the tile.
 
 As `tile.py`, for a teacher of few ids a row. Most of a row has one gradient: a number times its probability. So the
 tile is read twice, for its sums and to be overwritten, and between lies work on the few ids alone. Of forward KL, the C
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import can_compile, few_on_cpu, overwrite_on_cpu, sums_on_cpu
+from ..kernels import can_compile, overwrite_on_cpu, sparse_tile_on_cpu, sums_on_cpu
 from .divergences import DIVERGENCES, wide
 from .sparse_targets import Samples, TopK, bucket_labels
 from .tile import block_rows, compile_pays, same_compiled, without_wrong
@@ -24,10 +24,10 @@ from .tile_types import Rows, Setting, halves_of, power_of, widened
 MOST_IDS = 1024  # of a row; the work on more of them, in double precision, would rival that on the tile
 
 
-def visit_sparse(
+def sparse_tile_loss(
     setting: Setting,
     student: Tensor,
-    taught: TopK | Samples,
+    teacher: TopK | Samples,
     weights: Tensor,
     labels: Tensor | None,
     *,
@@ -39,47 +39,47 @@ def visit_sparse(
     Args:
         setting: what is computed; of `Samples` the forward KL.
         student: s [R, V], float32, float64, bfloat16 or float16; finite.
-        taught: rows of ids [R, k] int64, those of `TopK` distinct.
-        weights, labels: as in `visit`; a row without a label has the second weight 0.
+        teacher: rows of ids [R, k] int64, those of `TopK` distinct.
+        weights, labels: as in `tile_loss`; a row without a label has the second weight 0.
         compiled: both readings by the C code (CPU) or `torch.compile`, else in blocks of rows as they are.
 
     Returns:
-        `Rows` as of `visit`; `same`: whether the teacher's top is on top in the student.
+        `Rows` as of `tile_loss`; `same`: whether the teacher's top is on top in the student.
     """
     if compiled and setting.divergence == "forward_kl" and can_compile(student):
-        return _visit_in_c(setting, student, taught, weights, labels, gradient)
+        return _sparse_tile_in_c(setting, student, teacher, weights, labels, gradient)
     wrong = None
     if labels is not None:
         labels, weights, wrong = without_wrong(labels, weights, student.shape[1])
     double = torch.float64 if student.device.type != "mps" else torch.float32
-    temperature, ids = setting.temperature, taught.ids
+    temperature, ids = setting.temperature, teacher.ids
     rows = torch.arange(len(student), device=student.device).unsqueeze(1)
     chosen = student[rows, ids].to(double)
     label = None if labels is None else labels.unsqueeze(1)
     at_label = None if label is None else student[rows, label.clamp(min=0)].to(double)
-    if isinstance(taught, TopK):
-        of_top = chosen.gather(1, taught.log_probs.argmax(-1, True))
+    if isinstance(teacher, TopK):
+        of_top = chosen.gather(1, teacher.log_probs.argmax(-1, True))
         # What remains is the rest, summed without the kept ids: taken from the sum of all, a small one would be lost.
         student[rows, ids] = _lowest(student.dtype)
         kept, kept_hard = (x.logsumexp(-1, True) for x in (chosen, temperature * chosen))
     else:
-        of_top = student[rows, taught.top.unsqueeze(1)].to(double)
+        of_top = student[rows, teacher.top.unsqueeze(1)].to(double)
         kept = kept_hard = torch.full_like(of_top, -torch.inf)  # the tile is whole
     soft_weight, hard_weight = weights.to(double).split(1, 1)
     top, total, total_hard = (x.to(double) for x in _sums(setting, student, compiled))
     rest, rest_hard = top + total.log(), temperature * top + total_hard.log()
 
-    if isinstance(taught, TopK):
+    if isinstance(teacher, TopK):
         if ids.shape[1] == student.shape[1]:
             rest, rest_hard = (x.new_full(x.shape, -torch.inf) for x in (rest, rest_hard))
         log_all = torch.logaddexp(rest, kept)
         all_hard = torch.logaddexp(rest_hard, kept_hard)
         log_q = torch.cat((chosen, rest), 1) - log_all
-        soft, slopes = _bucket_slopes(setting, taught, log_q, labels, gradient)
+        soft, slopes = _bucket_slopes(setting, teacher, log_q, labels, gradient)
         same = of_top >= torch.maximum(top, chosen.amax(-1, True))
     else:
         log_all, all_hard, log_q = rest, rest_hard, chosen - rest
-        soft, slopes = -log_q.mean(-1, True) - taught.entropy.unsqueeze(1).to(double), None
+        soft, slopes = -log_q.mean(-1, True) - teacher.entropy.unsqueeze(1).to(double), None
         same = of_top >= top
     hard = 0 * soft
     if label is not None and at_label is not None:
@@ -105,26 +105,28 @@ def visit_sparse(
     return Rows(soft.squeeze(1).to(wide(student)), hard.squeeze(1).to(wide(student)), same.squeeze(1))
 
 
-def _visit_in_c(
-    setting: Setting, student: Tensor, taught: TopK | Samples, weights: Tensor, labels: Tensor | None, gradient: bool
+def _sparse_tile_in_c(
+    setting: Setting, student: Tensor, teacher: TopK | Samples, weights: Tensor, labels: Tensor | None, gradient: bool
 ) -> Rows:
-    if isinstance(taught, TopK):
-        kept, leaders = (taught.log_probs, taught.log_tail), taught.ids.gather(1, taught.log_probs.argmax(-1, True))
+    if isinstance(teacher, TopK):
+        kept, leaders = (teacher.log_probs, teacher.log_tail), teacher.ids.gather(1, teacher.log_probs.argmax(-1, True))
     else:
-        kept, leaders = None, taught.top
+        kept, leaders = None, teacher.top
     halves = halves_of(setting.temperature)
-    soft, hard, same = few_on_cpu(setting, halves, student, taught.ids, kept, leaders, labels, weights, gradient)
-    soft = soft - taught.entropy if isinstance(taught, Samples) else soft
+    soft, hard, same = sparse_tile_on_cpu(
+        setting, halves, student, teacher.ids, kept, leaders, labels, weights, gradient
+    )
+    soft = soft - teacher.entropy if isinstance(teacher, Samples) else soft
     return Rows(soft.float(), hard.float(), same != 0)
 
 
 def _bucket_slopes(
-    setting: Setting, taught: TopK, log_q: Tensor, labels: Tensor | None, gradient: bool
+    setting: Setting, teacher: TopK, log_q: Tensor, labels: Tensor | None, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """D [R, 1] over the k + 1 buckets, and dD/dlog q [R, k + 1] where the log q are taken as free."""
-    log_p = torch.cat((taught.log_probs, taught.log_tail.unsqueeze(1)), 1).to(log_q.dtype)
+    log_p = torch.cat((teacher.log_probs, teacher.log_tail.unsqueeze(1)), 1).to(log_q.dtype)
     entry = DIVERGENCES[setting.divergence]
-    labels = bucket_labels(taught.ids, labels) if entry.needs_labels else None
+    labels = bucket_labels(teacher.ids, labels) if entry.needs_labels else None
     with torch.set_grad_enabled(gradient):
         log_q.requires_grad_(gradient)
         soft = entry.of_log_probs(log_p, log_q, setting.beta, labels).sum(-1, True)
@@ -247,12 +249,12 @@ def _run_compiled(function: Callable[..., Any], setting: Setting, *tensors: Tens
         return _compiled(function, setting)(setting, *tensors)
 
 
-def compile_pays_sparse(setting: Setting, rows: int, columns: int, like: Tensor, asked: bool | None) -> bool:
-    """As `tile.compile_pays`, for `visit_sparse`."""
+def compile_pays_sparse(setting: Setting, rows: int, columns: int, like: Tensor, wanted: bool | None) -> bool:
+    """As `tile.compile_pays`, for `sparse_tile_loss`."""
     # Forward KL has C code of its own; the two readings do not depend on which of the others it is.
     divergence = "forward_kl" if setting.divergence == "forward_kl" else "reverse_kl"
     setting = Setting(divergence, 0.0, setting.temperature, setting.hard)
-    return compile_pays(setting, rows, columns, like, asked, agrees=_agrees)
+    return compile_pays(setting, rows, columns, like, wanted, agrees=_agrees)
 
 
 @functools.lru_cache(maxsize=64)
@@ -269,9 +271,9 @@ def _agrees(setting: Setting, columns: int, dtype: torch.dtype, device: torch.de
 
     def run(compiled: bool) -> tuple[Tensor, ...]:
         found: list[Tensor] = []
-        for taught in (drawn, kept):
+        for teacher in (drawn, kept):
             student = tile.clone()
-            rows = visit_sparse(setting, student, taught, weights, labels, gradient=True, compiled=compiled)
+            rows = sparse_tile_loss(setting, student, teacher, weights, labels, gradient=True, compiled=compiled)
             found += student.float(), rows.soft, rows.hard
         return tuple(found)
 

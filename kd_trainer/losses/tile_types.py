@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """What a visit says of each row [R], in float32 or wider."""
+    """The losses of each row [R] of a tile, in float32 or wider."""
 
     soft: Tensor  # D(p, q), nats, without T^2
     hard: Tensor  # cross-entropy at temperature 1, nats; 0 without a label
@@ -19,13 +19,13 @@ class Rows(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a visit computes; hashable."""
+    """What a tile's loss computes; hashable."""
 
     divergence: str
     beta: float
     temperature: float
     hard: bool
-    excluding: bool = False  # whether logits may be -inf where nobody looked: only the Triton kernel knows what to do
+    excluding: bool = False  # whether logits may be -inf unknown to us, which the Triton kernel alone allows
 
 
 def power_of(halves: int, es: Tensor, out: Tensor | None = None) -> Tensor:

@@ -27,9 +27,9 @@ from ..losses import (
     divide,
     fused_linear_distillation,
     is_small,
-    joint_loss,
     sampled_forward_kl,
     select_positions,
+    small_batch_loss,
     top_k_divergence,
 )
 from ..tasks import Head, class_labels, main_input
@@ -194,7 +194,7 @@ class Objective:
         plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not head.softmax
         plain = plain or takes_own
         if taught is not None and not plain and is_small(chosen, taught):
-            parts = self._joint(chosen, taught, labels, float(soft_count), float(hard_count), counts)
+            parts = self._small_batch(chosen, taught, labels, float(soft_count), float(hard_count), counts)
             if parts is not None:
                 return parts
         hard = soft = agreement = None
@@ -328,7 +328,7 @@ class Objective:
         """Of hard and soft."""
         return (counts.rows, counts.rows) if self.reduction == "batchmean" else (counts.hard_divisor, counts.soft)
 
-    def _joint(
+    def _small_batch(
         self,
         student_logits: Tensor,
         teacher_logits: Tensor,
@@ -337,8 +337,8 @@ class Objective:
         hard_count: float,
         counts: Counts,
     ) -> Parts | None:
-        """The same by `joint_loss`, on the CPU, where reading a number waits for nothing; None: take the plain way."""
-        joint = joint_loss(
+        """The same by `small_batch_loss`, on CPU, where reading a number is free; None: take the plain way."""
+        small = small_batch_loss(
             student_logits,
             teacher_logits,
             labels,
@@ -347,12 +347,12 @@ class Objective:
             hard_weight=divide((1 - self.alpha) * counts.scale, hard_count),
             all_labelled=float(counts.hard) == float(counts.rows),
         )
-        if joint is None:
+        if small is None:
             return None
-        hard = None if labels is None else divide(joint.hard * counts.scale, hard_count)
+        hard = None if labels is None else divide(small.hard * counts.scale, hard_count)
         same = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum().item()
         agreement = divide(same * counts.scale, float(counts.soft))
-        return Parts(joint.total, hard, divide(joint.soft * counts.scale, soft_count), agreement)
+        return Parts(small.total, hard, divide(small.soft * counts.scale, soft_count), agreement)
 
     def _mix(self, hard: Tensor | None, soft: Tensor | None, student_logits: Tensor) -> Tensor:
         """alpha * soft + (1 - alpha) * hard; a term of weight zero is not added, since 0 * inf is NaN."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..losses import FusedLoss, Side, SoftTargetLoss
+from ..losses import FusedLoss, OutputProjection, SoftTargetLoss
 from ..tasks import (
     NotPlain,
     OutputHead,
@@ -102,7 +102,9 @@ class TeacherOutputs:
         if output is None or output.hidden is None:
             return output
         head = output.head
-        side = Side(head["teacher_weight"], head["teacher_bias"], head["teacher_scale"], head["teacher_softcap"])
+        side = OutputProjection(
+            head["teacher_weight"], head["teacher_bias"], head["teacher_scale"], head["teacher_softcap"]
+        )
         with torch.no_grad(), accelerator.autocast():
             return TeacherOutput(logits=side.logits(output.hidden))
 

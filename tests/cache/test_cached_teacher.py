@@ -776,13 +776,13 @@ def test_autocast(tmp_path):
 def test_the_teachers_head_is_asked_only_for_what_is_counted(tmp_path, monkeypatch):
     """No logits of uncounted positions are made, and none at all for hidden states."""
     seen: list[int] = []
-    product = asking.Side.product
+    product = asking.OutputProjection.product
 
     def counting(self: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(len(hidden))
         return product(self, hidden, *rest)
 
-    monkeypatch.setattr(asking.Side, "product", counting)
+    monkeypatch.setattr(asking.OutputProjection, "product", counting)
     trainer = build("causal_lm", tmp_path / "run", **cache(tmp_path / "cache", "topk", 5))
     trainer.eval_dataset = None
     trainer.build_teacher_cache()

@@ -16,9 +16,9 @@ from unittest import mock
 import pytest
 import torch
 
-from kd_trainer.kernels.tile_triton import has_triton, visit_on_device
+from kd_trainer.kernels.tile_triton import has_triton, tile_on_device
 from kd_trainer.losses.divergences import DIVERGENCES
-from kd_trainer.losses.tile import visit
+from kd_trainer.losses.tile import tile_loss
 from kd_trainer.losses.tile_types import Setting
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -73,7 +73,7 @@ def round_as_a_gpu_does():
 
 
 def interpreted(setting, student, teacher, dtypes, weights, labels, gradient, transposed, lanes, times):
-    """`visit_on_device` on tiles of wider buffers that hold NaN all round; the student's buffer and the columns."""
+    """`tile_on_device` on tiles of wider buffers that hold NaN all round; the student's buffer and the columns."""
     rows, columns = student.shape
     buffers = [torch.full((rows + 2, columns + 5), torch.nan, dtype=getattr(torch, name)) for name in dtypes]
     tiles = [buffer[1:-1, 2:-3] for buffer in buffers]
@@ -83,23 +83,23 @@ def interpreted(setting, student, teacher, dtypes, weights, labels, gradient, tr
         tiles[1] = tiles[1].t().contiguous().t()
     weights = torch.from_numpy(weights)
     labels = None if labels is None else torch.tensor(labels)
-    columns = visit_on_device(setting, *tiles, weights, labels, gradient=gradient, lanes=lanes, times=times)
+    columns = tile_on_device(setting, *tiles, weights, labels, gradient=gradient, lanes=lanes, times=times)
     return [x.double().numpy() for x in (buffers[0], *columns)]
 
 
 def built(divergence, temperature, dtype, hard, gradient, excluding=False):
-    """The assembly of what `visit_on_device` would launch on compute capability 9.0, where addresses divide by 16."""
+    """The assembly of what `tile_on_device` would launch on compute capability 9.0, where addresses divide by 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from kd_trainer.kernels import tile_triton
 
-    kernel, launch = tile_triton._visit, mock.MagicMock()
+    kernel, launch = tile_triton._tile_kernel, mock.MagicMock()
     tiles = [torch.zeros(2, 64, dtype=getattr(torch, dtype)) for _ in range(2)]
-    with mock.patch.object(tile_triton, "_visit", launch), mock.patch.object(torch.version, "cuda", "13.0"):
+    with mock.patch.object(tile_triton, "_tile_kernel", launch), mock.patch.object(torch.version, "cuda", "13.0"):
         setting = Setting(divergence, 0.3, temperature, hard, excluding)
-        visit_on_device(setting, *tiles, torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), gradient=gradient)
+        tile_on_device(setting, *tiles, torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), gradient=gradient)
     ((values, options),) = launch.__getitem__.return_value.call_args_list
     given = dict(zip(kernel.arg_names, values, strict=False)) | options
     warps = given.pop("num_warps")
@@ -126,7 +126,7 @@ def tiles(rows=3, columns=131, *, spread=3.0, seed=0, dtype=torch.float32):
 
 
 def ask(interpreter, setting, student, teacher, weights, labels, *, gradient=True, transposed=False, lanes=8, times=2):
-    """(tile, soft, hard, same) of `visit_on_device`, in float64; nothing outside the tile was written."""
+    """(tile, soft, hard, same) of `tile_on_device`, in float64; nothing outside the tile was written."""
     arrays = [x.double().numpy() for x in (student, teacher)]
     names = [str(x.dtype).removeprefix("torch.") for x in (student, teacher)]
     labels = None if labels is None else labels.tolist()
@@ -140,7 +140,7 @@ def ask(interpreter, setting, student, teacher, weights, labels, *, gradient=Tru
 
 def plain(setting, student, teacher, weights, labels, *, gradient=True, dtype=torch.float64):
     tile = student.to(dtype, copy=True)
-    columns = visit(setting, tile, teacher.to(dtype), weights.to(dtype), labels, gradient=gradient, compiled=False)
+    columns = tile_loss(setting, tile, teacher.to(dtype), weights.to(dtype), labels, gradient=gradient, compiled=False)
     return tile.double(), *(x.double() for x in columns)
 
 
@@ -181,7 +181,7 @@ def check(interpreter, setting, student, teacher, *, weights=None, labels=None, 
 @pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "values"])
 @pytest.mark.parametrize("temperature", [1.0, 3.0, 0.7, 2.5])
 @each_divergence
-def test_it_says_what_visit_says(interpreter, divergence, temperature, gradient):
+def test_it_equals_tile_loss(interpreter, divergence, temperature, gradient):
     for hard in (True, False):
         check(interpreter, Setting(divergence, 0.3, temperature, hard), *tiles(), gradient=gradient)
 

@@ -431,7 +431,7 @@ def sparse(x, form, temperature, k=4):
 @pytest.fixture
 def fast(monkeypatch):
     """No row is left to autograd."""
-    monkeypatch.setattr("kd_trainer.losses.fused_linear._plain_visit", None)
+    monkeypatch.setattr("kd_trainer.losses.fused_linear._plain_tile", None)
 
 
 @both
@@ -545,12 +545,12 @@ def test_ids_of_any_integer_dtype(function, dtype, form):
 @pytest.mark.parametrize("form", ["reverse_kl", "samples"])
 def test_so_many_ids_that_autograd_takes_no_longer(monkeypatch, form):
     x, options = sparse(problem(), form, 2.0)
-    expected, visits = gradients(fused_linear_distillation, x, **options), []
-    plain = fused_linear._plain_visit
-    monkeypatch.setattr(fused_linear, "_plain_visit", lambda *given: visits.append(1) or plain(*given))
+    expected, tiles = gradients(fused_linear_distillation, x, **options), []
+    plain = fused_linear._plain_tile
+    monkeypatch.setattr(fused_linear, "_plain_tile", lambda *given: tiles.append(1) or plain(*given))
     monkeypatch.setattr("kd_trainer.losses.fused_arguments.MOST_IDS", 3)
     assert_same(gradients(fused_linear_distillation, x, **options), expected, rtol=1e-10)
-    assert visits
+    assert tiles
 
 
 @pytest.mark.parametrize("form", SPARSE)

@@ -1,4 +1,4 @@
-"""The joint loss of small logits against its plain twin and against float64 written out."""
+"""The loss of a small batch against its plain twin and against float64 written out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kd_trainer import SoftTargetLoss
-from kd_trainer.losses.small_batch import is_small, joint_loss
+from kd_trainer.losses.small_batch import is_small, small_batch_loss
 
 
 def case(labels: str = "all") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -26,10 +26,10 @@ def case(labels: str = "all") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, 0.0), (0.0, 0.25)])
 def test_value_and_gradient(temperature, labels, weights):
     student, teacher, targets = case(labels)
-    joint = joint_loss(
+    small = small_batch_loss(
         student, teacher, targets, temperature=temperature, soft_weight=weights[0], hard_weight=weights[1]
     )
-    (2 * joint.total).backward()
+    (2 * small.total).backward()
     wide = student.detach().double().requires_grad_()
     p, log_q = F.softmax(teacher.double() / temperature, -1), F.log_softmax(wide / temperature, -1)
     soft = temperature**2 * (p * (p.log() - log_q)).sum()
@@ -38,18 +38,18 @@ def test_value_and_gradient(temperature, labels, weights):
         if label != -100:
             hard = hard - F.log_softmax(wide[row], -1)[label]
     (2 * (weights[0] * soft + weights[1] * hard)).backward()
-    assert joint.soft == pytest.approx(soft.item(), rel=1e-5)
-    assert joint.hard == pytest.approx(hard.item(), rel=1e-5, abs=1e-6)
+    assert small.soft == pytest.approx(soft.item(), rel=1e-5)
+    assert small.hard == pytest.approx(hard.item(), rel=1e-5, abs=1e-6)
     torch.testing.assert_close(student.grad.double(), wide.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_it_rounds_as_its_plain_twin():
     student, teacher, targets = case()
-    joint = joint_loss(student, teacher, targets, temperature=3.0, soft_weight=1.0, hard_weight=1.0)
-    assert joint.soft == pytest.approx(
+    small = small_batch_loss(student, teacher, targets, temperature=3.0, soft_weight=1.0, hard_weight=1.0)
+    assert small.soft == pytest.approx(
         SoftTargetLoss(temperature=3.0, reduction="sum")(student, teacher).item(), rel=2e-7
     )
-    assert joint.hard == F.cross_entropy(student, targets, reduction="sum").item()
+    assert small.hard == F.cross_entropy(student, targets, reduction="sum").item()
 
 
 @pytest.mark.parametrize("bad", ["student nan", "teacher nan", "support", "label"])
@@ -64,7 +64,7 @@ def test_what_is_not_finite_or_no_label_is_left_to_the_twin(bad):
             student[1, 1] = -torch.inf
         else:
             targets[2] = 5
-    assert joint_loss(student, teacher, targets, temperature=1.0, soft_weight=0.5, hard_weight=0.5) is None
+    assert small_batch_loss(student, teacher, targets, temperature=1.0, soft_weight=0.5, hard_weight=0.5) is None
 
 
 def test_only_small_float32_on_the_cpu_without_a_learning_teacher():
@@ -79,7 +79,7 @@ def test_only_small_float32_on_the_cpu_without_a_learning_teacher():
 
 def test_a_second_derivative_is_refused():
     student, teacher, targets = case()
-    joint = joint_loss(student, teacher, targets, temperature=1.0, soft_weight=0.5, hard_weight=0.5)
-    (gradient,) = torch.autograd.grad(joint.total, student, create_graph=True)
+    small = small_batch_loss(student, teacher, targets, temperature=1.0, soft_weight=0.5, hard_weight=0.5)
+    (gradient,) = torch.autograd.grad(small.total, student, create_graph=True)
     with pytest.raises(RuntimeError, match="grad"):
         gradient.sum().backward()

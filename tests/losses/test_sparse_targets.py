@@ -41,13 +41,13 @@ def buckets(row, ids, temperature):
 # ---- top-k ----------------------------------------------------------------------------------------------------------
 
 
-def assert_is_top_k(taught, z, k, temperature, *, room):
+def assert_is_top_k(kept, z, k, temperature, *, room):
     """By value, since among equal logits any choice is right."""
     z, shape = z.double(), z.shape[:-1]
-    assert taught.ids.shape == taught.log_probs.shape == (*shape, k)
-    assert taught.log_tail.shape == shape
+    assert kept.ids.shape == kept.log_probs.shape == (*shape, k)
+    assert kept.log_tail.shape == shape
     classes = z.shape[-1]
-    rows = zip(*(t.reshape(-1, *t.shape[len(shape) :]) for t in (z, *taught)), strict=True)
+    rows = zip(*(t.reshape(-1, *t.shape[len(shape) :]) for t in (z, *kept)), strict=True)
     for row, ids, log_probs, log_tail in rows:
         values = row[ids].tolist()
         assert len(set(ids.tolist())) == k
@@ -73,20 +73,20 @@ def test_top_k_and_its_tail(classes, k, temperature):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_top_k_of_other_dtypes_is_wide(dtype):
     z = logits(2, 3, 700, dtype=dtype)
-    taught = top_k(z, 5, temperature=2.0)
-    assert taught.ids.dtype == torch.int64
-    assert taught.log_probs.dtype == taught.log_tail.dtype == torch.float32
-    assert_is_top_k(taught, z, 5, 2.0, room=2e-6)
+    kept = top_k(z, 5, temperature=2.0)
+    assert kept.ids.dtype == torch.int64
+    assert kept.log_probs.dtype == kept.log_tail.dtype == torch.float32
+    assert_is_top_k(kept, z, 5, 2.0, room=2e-6)
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 0), (0,)])
 def test_leading_dimensions(shape):
     z, u = logits(*shape, 300), uniform(*shape)
-    taught = top_k(z, 4)
-    assert [t.shape for t in taught] == [(*shape, 4), (*shape, 4), shape]
+    kept = top_k(z, 4)
+    assert [t.shape for t in kept] == [(*shape, 4), (*shape, 4), shape]
     drawn = draw_samples(z, 6, uniform=u)
     assert [t.shape for t in drawn] == [(*shape, 6), shape, shape]
-    assert top_k_divergence(z, taught).shape == sampled_forward_kl(z, drawn).shape == shape
+    assert top_k_divergence(z, kept).shape == sampled_forward_kl(z, drawn).shape == shape
 
 
 def test_what_is_not_contiguous():
@@ -100,9 +100,9 @@ def test_what_is_not_contiguous():
 def test_the_tail_is_right_however_small(classes, k, shift):
     z = logits(6, classes, spread=0.5, dtype=torch.float32)
     z[:, 7 : 7 + k] += shift + math.log(classes)
-    taught = top_k(z, k)
-    assert taught.log_tail.max() < -0.9 * shift
-    assert_is_top_k(taught, z, k, 1.0, room=2e-6)
+    kept = top_k(z, k)
+    assert kept.log_tail.max() < -0.9 * shift
+    assert_is_top_k(kept, z, k, 1.0, room=2e-6)
 
 
 def test_ties_and_excluded_classes():
@@ -110,14 +110,14 @@ def test_ties_and_excluded_classes():
     z[1] = -INF
     z[1, [3, 150, 399]] = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
     for k in (2, 3, 5, 200):
-        taught = top_k(z, k)
-        assert len(set(taught.ids[0].tolist())) == len(set(taught.ids[1].tolist())) == k
-        assert torch.allclose(taught.log_probs[0].exp(), torch.tensor(1 / 400).double())
-        assert taught.log_tail[0].exp().item() == pytest.approx(1 - k / 400)
-        assert taught.ids[1, : min(k, 3)].tolist() == [150, 3, 399][:k]
-        assert (taught.log_probs[1, 3:] == -INF).all()
+        kept = top_k(z, k)
+        assert len(set(kept.ids[0].tolist())) == len(set(kept.ids[1].tolist())) == k
+        assert torch.allclose(kept.log_probs[0].exp(), torch.tensor(1 / 400).double())
+        assert kept.log_tail[0].exp().item() == pytest.approx(1 - k / 400)
+        assert kept.ids[1, : min(k, 3)].tolist() == [150, 3, 399][:k]
+        assert (kept.log_probs[1, 3:] == -INF).all()
         share = math.exp(0.0) / (math.exp(0.0) + math.exp(1.0) + math.exp(2.0))
-        assert taught.log_tail[1].exp().item() == pytest.approx(share if k == 2 else 0.0)
+        assert kept.log_tail[1].exp().item() == pytest.approx(share if k == 2 else 0.0)
 
 
 @pytest.mark.parametrize("elements", [1, 600, 2000])
@@ -227,12 +227,12 @@ def test_the_same_numbers_give_the_same_draws():
 def test_top_k_divergence_is_written_out(divergence, temperature, k):
     assert WRITTEN_OUT.keys() == DIVERGENCES.keys()
     student, teacher = logits(2, 3, 9), logits(2, 3, 9, seed=1)
-    taught = top_k(teacher, k, temperature=temperature)
-    found = top_k_divergence(student, taught._replace(ids=taught.ids.to(torch.int16)), temperature=temperature,
+    kept = top_k(teacher, k, temperature=temperature)
+    found = top_k_divergence(student, kept._replace(ids=kept.ids.to(torch.int16)), temperature=temperature,
                              divergence=divergence)  # fmt: skip
     for i in range(2):
         for j in range(3):
-            ids = taught.ids[i, j].tolist()
+            ids = kept.ids[i, j].tolist()
             p, q = (buckets(z[i, j].tolist(), ids, temperature) for z in (teacher, student))
             assert found[i, j].item() == pytest.approx(WRITTEN_OUT[divergence](p, q, BETA.get(divergence)), rel=1e-10)
     if k >= 8:  # the tail is one id, or none
@@ -243,9 +243,9 @@ def test_top_k_divergence_is_written_out(divergence, temperature, k):
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d in BETA])
 def test_beta(divergence):
     student, teacher = logits(9), logits(9, seed=1)
-    taught = top_k(teacher, 3)
-    p, q = (buckets(z.tolist(), taught.ids.tolist(), 1.0) for z in (teacher, student))
-    found = top_k_divergence(student, taught, divergence=divergence, beta=0.3)
+    kept = top_k(teacher, 3)
+    p, q = (buckets(z.tolist(), kept.ids.tolist(), 1.0) for z in (teacher, student))
+    found = top_k_divergence(student, kept, divergence=divergence, beta=0.3)
     assert found.item() == pytest.approx(WRITTEN_OUT[divergence](p, q, 0.3), rel=1e-10)
 
 
@@ -260,17 +260,17 @@ def test_buckets_never_tell_more_than_all_ids(divergence, k, seed):
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "total_variation"])
 @pytest.mark.parametrize("k", [3, 9])
 def test_gradcheck_of_top_k(divergence, k):
-    taught = top_k(logits(2, 9, seed=1), k, temperature=2.0)
+    kept = top_k(logits(2, 9, seed=1), k, temperature=2.0)
     student = logits(2, 9).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda z: top_k_divergence(z, taught, temperature=2.0, divergence=divergence), student
+        lambda z: top_k_divergence(z, kept, temperature=2.0, divergence=divergence), student
     )
 
 
 def test_gradcheck_of_total_variation_and_of_samples():
     student = logits(2, 9).requires_grad_()
-    taught = top_k(logits(2, 9, seed=1), 3)  # no bucket alike in both
-    assert torch.autograd.gradcheck(lambda z: top_k_divergence(z, taught, divergence="total_variation"), student)
+    kept = top_k(logits(2, 9, seed=1), 3)  # no bucket alike in both
+    assert torch.autograd.gradcheck(lambda z: top_k_divergence(z, kept, divergence="total_variation"), student)
     drawn = draw_samples(logits(2, 9, seed=1), 20, temperature=2.0, uniform=uniform(2))
     assert torch.autograd.gradcheck(lambda z: sampled_forward_kl(z, drawn, temperature=2.0), student)
 
@@ -295,8 +295,8 @@ def test_excluded_classes(divergence):
 def test_mass_where_the_student_has_none_is_infinite(place):
     student = torch.tensor([-INF, 0.0, 0.0] if place == "kept" else [0.0, -INF, -INF], dtype=torch.float64)
     student.requires_grad_()
-    taught = top_k(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), 1)
-    value = top_k_divergence(student, taught)
+    kept = top_k(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), 1)
+    value = top_k_divergence(student, kept)
     assert value == INF
     assert torch.autograd.grad(value, student)[0].isfinite().all()
     drawn = Samples(torch.tensor([0, 1]), torch.tensor(0), torch.tensor(0.5).double())
@@ -375,7 +375,7 @@ def test_a_teacher_in_bfloat16_is_widened_before_the_temperature():
 # ---- messages -------------------------------------------------------------------------------------------------------
 
 Z, U = torch.zeros(2, 5), torch.zeros(2)
-TAUGHT = TopK(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3), torch.zeros(2))
+KEPT = TopK(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3), torch.zeros(2))
 DRAWN = Samples(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), torch.zeros(2))
 WRONG = {
     "k of 0": ("k", lambda: top_k(Z, 0)),
@@ -390,14 +390,14 @@ WRONG = {
     "uniform below 0": ("uniform", lambda: draw_samples(Z, 2, uniform=U - 0.1)),
     "uniform is NaN": ("uniform", lambda: draw_samples(Z, 2, uniform=U * math.nan)),
     "draws' temperature": ("temperature", lambda: draw_samples(Z, 2, temperature=-1.0, uniform=U)),
-    "positions": ("taught", lambda: top_k_divergence(Z[:1], TAUGHT)),
-    "log-probabilities": ("taught", lambda: top_k_divergence(Z, TAUGHT._replace(log_probs=torch.zeros(2, 2)))),
-    "tail": ("taught", lambda: top_k_divergence(Z, TAUGHT._replace(log_tail=torch.zeros(2, 1)))),
-    "divergence": ("divergence", lambda: top_k_divergence(Z, TAUGHT, divergence="kl")),
-    "beta": ("beta", lambda: top_k_divergence(Z, TAUGHT, beta=0.5)),
-    "student": ("student_logits", lambda: top_k_divergence(Z.long(), TAUGHT)),
-    "draws' positions": ("taught", lambda: sampled_forward_kl(Z[:1], DRAWN)),
-    "draws' entropy": ("taught", lambda: sampled_forward_kl(Z, DRAWN._replace(entropy=torch.zeros(2, 1)))),
+    "positions": ("teacher", lambda: top_k_divergence(Z[:1], KEPT)),
+    "log-probabilities": ("teacher", lambda: top_k_divergence(Z, KEPT._replace(log_probs=torch.zeros(2, 2)))),
+    "tail": ("teacher", lambda: top_k_divergence(Z, KEPT._replace(log_tail=torch.zeros(2, 1)))),
+    "divergence": ("divergence", lambda: top_k_divergence(Z, KEPT, divergence="kl")),
+    "beta": ("beta", lambda: top_k_divergence(Z, KEPT, beta=0.5)),
+    "student": ("student_logits", lambda: top_k_divergence(Z.long(), KEPT)),
+    "draws' positions": ("teacher", lambda: sampled_forward_kl(Z[:1], DRAWN)),
+    "draws' entropy": ("teacher", lambda: sampled_forward_kl(Z, DRAWN._replace(entropy=torch.zeros(2, 1)))),
 }
 
 

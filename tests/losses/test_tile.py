@@ -1,4 +1,4 @@
-"""The visit's two ways: compiled and in blocks of rows they are one; what a schedule of the temperature compiles."""
+"""A tile's loss in two ways: compiled and in blocks of rows they are one; kernels of a temperature schedule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from kd_trainer import DIVERGENCES
 from kd_trainer.kernels import c_compiler
-from kd_trainer.losses.tile import compile_pays, visit
+from kd_trainer.losses.tile import compile_pays, tile_loss
 from kd_trainer.losses.tile_types import Setting
 
 KLS = ("forward_kl", "reverse_kl", "symmetric_kl")
@@ -30,7 +30,7 @@ def tile(rows: int = 7, classes: int = 301, dtype: torch.dtype = torch.float32) 
 
 
 def assert_one(results: list, dtype: torch.dtype, room: float = 1e-6) -> None:
-    """What two ways of a visit to a tile of this dtype gave."""
+    """The results of two ways on a tile of this dtype."""
     room = room if dtype == torch.float32 else 1e-2  # one rounding of bfloat16 may fall to the other side
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=room, atol=room * float(one.abs().max()))
@@ -38,7 +38,7 @@ def assert_one(results: list, dtype: torch.dtype, room: float = 1e-6) -> None:
 
 def results_of(setting: Setting, given: dict, gradient: bool = True, **ways: bool) -> tuple[torch.Tensor, ...]:
     given = {name: x.clone() for name, x in given.items()} | ({} if setting.hard else {"labels": None})
-    rows = visit(setting, **given, gradient=gradient, **ways)
+    rows = tile_loss(setting, **given, gradient=gradient, **ways)
     student = given["student"].float()
     return (student if gradient else torch.zeros(1), rows.soft.float(), rows.hard.float(), rows.same.float())
 
@@ -77,19 +77,19 @@ def test_compiled_reads_slices_and_mixed_types():
     part["teacher"] = part["teacher"].t().contiguous().t()
     part["labels"] = part["labels"].clamp(max=66)
     rest = wide["student"].clone()
-    rows = visit(setting, **part, gradient=True, compiled=True)
+    rows = tile_loss(setting, **part, gradient=True, compiled=True)
     rest[1:, 3:70] = part["student"]
     assert torch.equal(rest, wide["student"])  # nothing beside the slice was written
     other = {name: x.clone(memory_format=torch.contiguous_format) for name, x in part.items()}
     other["student"] = tile(8, 77)["student"].bfloat16()[1:, 3:70].clone()
-    assert_one([(visit(setting, **other, gradient=True, compiled=False).soft, other["student"].float()),
+    assert_one([(tile_loss(setting, **other, gradient=True, compiled=False).soft, other["student"].float()),
                 (rows.soft.float(), part["student"].float())], torch.bfloat16)  # fmt: skip
 
 
 @compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_compiled_visit_hides_no_nan(divergence, dtype):
+def test_a_kernel_hides_no_nan(divergence, dtype):
     for name in ("student", "teacher"):
         given = tile(dtype=dtype)
         given[name][3, 200] = float("nan")
@@ -144,7 +144,7 @@ def test_threads_share_the_rows(monkeypatch):
 
 
 @compiler
-def test_every_divergence_passes_the_check_before_its_first_compiled_visit():
+def test_every_divergence_passes_the_check_before_its_first_kernel():
     for divergence in DIVERGENCES:
         assert compile_pays(Setting(divergence, 0.3, 2.0, True), 7, 301, torch.empty(1), True), divergence
 
@@ -158,13 +158,13 @@ def test_a_compiler_that_fails_or_errs_is_not_used(monkeypatch, caplog, tmp_path
         assert not compile_pays(setting, 7, 307, like, True)
         assert "no-such-option" in caplog.text
         monkeypatch.undo()
-        monkeypatch.setattr("kd_trainer.losses.tile.visit_on_cpu", lambda *_, **__: torch.rand(3, 6).unbind())
+        monkeypatch.setattr("kd_trainer.losses.tile.tile_on_cpu", lambda *_, **__: torch.rand(3, 6).unbind())
         assert not compile_pays(setting, 7, 311, like, True)
         assert "differs" in caplog.text
     c_compiler.compiled.cache_clear()
 
 
-def test_without_a_compiler_blocks_are_visited(monkeypatch):
+def test_without_a_compiler_blocks_are_taken(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     c_compiler._compiler.cache_clear()
     assert not compile_pays(Setting("forward_kl", 0.5, 2.0, True), 256, 10**6, torch.empty(1), None)

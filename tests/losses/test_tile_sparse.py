@@ -1,4 +1,4 @@
-"""The visit for a sparse teacher: compiled and in blocks of rows it is one; it is compared before it is trusted."""
+"""The tile's loss to a sparse teacher: compiled and in blocks of rows it is one; it is compared before it is used."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 
 from kd_trainer.losses import tile_sparse as module
 from kd_trainer.losses.sparse_targets import draw_samples, top_k
-from kd_trainer.losses.tile_sparse import _compiled_for, compile_pays_sparse, visit_sparse
+from kd_trainer.losses.tile_sparse import _compiled_for, compile_pays_sparse, sparse_tile_loss
 from kd_trainer.losses.tile_types import Setting
-from tests.losses import test_tile as test_visit
+from tests.losses import test_tile
 from tests.losses.test_tile import assert_one, compiler
 
 cxx = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (g++)")
 
 
 def tile(form, temperature, rows=7, classes=301, dtype=torch.float32):
-    given = test_visit.tile(rows, classes, dtype)
+    given = test_tile.tile(rows, classes, dtype)
     teacher, uniform = given.pop("teacher"), torch.rand(rows, generator=torch.Generator().manual_seed(1))
-    return given | {"taught": top_k(teacher, 5) if form == "top k" else draw_samples(teacher, 9, uniform=uniform)}
+    return given | {"teacher": top_k(teacher, 5) if form == "top k" else draw_samples(teacher, 9, uniform=uniform)}
 
 
-def test_temperatures_of_a_schedule_share_one_compiled_visit():
+def test_temperatures_of_a_schedule_share_one_kernel():
     settings = {_compiled_for(Setting("jsd", 0.5, 1 + i / 30, True)) for i in range(1, 30) if i != 15}
     assert len(settings) == 1
     assert len({_compiled_for(Setting("forward_kl", 0.5, 1 + i / 30, False)) for i in range(30)}) == 1
@@ -49,7 +49,7 @@ def test_compiled_is_eager(form, dtype, hard, by, monkeypatch):
         for compiled in (False, True):
             given = tile(form, temperature, classes=classes, dtype=dtype)
             given["labels"] = given["labels"] if hard else None
-            rows = visit_sparse(setting, **given, gradient=True, compiled=compiled)
+            rows = sparse_tile_loss(setting, **given, gradient=True, compiled=compiled)
             results.append((given["student"].float(), rows.soft, rows.hard, rows.same.float()))
         assert_one(results, dtype)
 
@@ -69,13 +69,13 @@ def test_forward_kl_in_c_is_that_in_float64(extreme, form, gradient):
     of_ids, of_rest, of_first = EXTREMES[extreme]
     for temperature, hard, classes in itertools.product((1.0, 1.5, 2.0, 2.3), (True, False), (301, 4500)):
         setting, given = Setting("forward_kl", 0.0, temperature, hard), tile(form, temperature, classes=classes)
-        ids, student = given["taught"].ids, given["student"]
+        ids, student = given["teacher"].ids, given["student"]
         shift = torch.full_like(student, of_rest).scatter(1, ids, of_ids)
         student += shift.scatter_add(1, ids[:, :1], torch.full((len(ids), 1), float(of_first)))
         given["labels"] = torch.where(torch.arange(len(ids)) % 2 == 0, given["labels"], ids[:, 1]) if hard else None
         results = []
         for one, compiled in ((student.double(), False), (student, True)):
-            rows = visit_sparse(setting, **given | {"student": one}, gradient=gradient, compiled=compiled)
+            rows = sparse_tile_loss(setting, **given | {"student": one}, gradient=gradient, compiled=compiled)
             results.append((rows.soft, rows.hard, rows.same.float(), *([one] if gradient else [])))
         results = [tuple(x.float() for x in found) for found in results]
         if not hard:
@@ -89,7 +89,7 @@ def test_labels_may_be_integers_of_any_size():
     for dtype in (torch.int64, torch.int32, torch.int16):
         given = tile("top k", 2.0)
         given["labels"] = given["labels"].to(dtype)
-        rows = visit_sparse(Setting("forward_kl", 0.0, 2.0, True), **given, gradient=True, compiled=True)
+        rows = sparse_tile_loss(Setting("forward_kl", 0.0, 2.0, True), **given, gradient=True, compiled=True)
         results.append((given["student"], rows.hard))
     assert all(torch.equal(one, other) for found in results[1:] for one, other in zip(results[0], found, strict=True))
 
@@ -98,13 +98,13 @@ def test_labels_may_be_integers_of_any_size():
 @pytest.mark.parametrize("tail", [-torch.inf, -20.0])
 def test_forward_kl_in_c_of_all_classes_kept_is_that_in_float64(tail):
     """Of which one is impossible; a tail that no class is left for makes the loss infinite."""
-    given = test_visit.tile(classes=40)
+    given = test_tile.tile(classes=40)
     teacher = given.pop("teacher")
     teacher[:, 3] = -torch.inf
-    given["taught"] = top_k(teacher, 40)._replace(log_tail=torch.full((len(teacher),), tail))
+    given["teacher"] = top_k(teacher, 40)._replace(log_tail=torch.full((len(teacher),), tail))
     setting, results = Setting("forward_kl", 0.0, 1.0, True), []
     for one, compiled in ((given["student"].double(), False), (given["student"], True)):
-        rows = visit_sparse(setting, **given | {"student": one}, gradient=True, compiled=compiled)
+        rows = sparse_tile_loss(setting, **given | {"student": one}, gradient=True, compiled=compiled)
         results.append((rows.hard.float(), rows.same.float(), rows.soft.float(), one.float()))
     if tail == -20:
         assert all(soft.isposinf().all() for _, _, soft, _ in results)
@@ -113,15 +113,15 @@ def test_forward_kl_in_c_of_all_classes_kept_is_that_in_float64(tail):
 
 
 @compiler
-def test_the_check_before_the_first_compiled_visit_passes():
+def test_the_check_before_the_first_kernel_passes():
     for temperature, hard in ((2.0, True), (2.1, True), (1.0, False), (1.0, True)):
         for divergence in ("jsd", "forward_kl"):
             assert compile_pays_sparse(Setting(divergence, 0.3, temperature, hard), 7, 301, torch.empty(1), True)
 
 
 @compiler
-@pytest.mark.parametrize(("function", "divergence"), [("sums_on_cpu", "jsd"), ("few_on_cpu", "forward_kl")])
-def test_a_compiled_visit_that_differs_is_not_used(function, divergence, monkeypatch, caplog):
+@pytest.mark.parametrize(("function", "divergence"), [("sums_on_cpu", "jsd"), ("sparse_tile_on_cpu", "forward_kl")])
+def test_a_kernel_that_differs_is_not_used(function, divergence, monkeypatch, caplog):
     right = getattr(module, function)
 
     def wrong(*given):

@@ -19,8 +19,8 @@ from kd_trainer.losses import fused_arguments
 from kd_trainer.losses.divergences import DIVERGENCES
 from kd_trainer.losses.fused_linear import fused_linear_distillation, fused_linear_distillation_plain
 from kd_trainer.losses.sparse_targets import Samples, TopK
-from kd_trainer.losses.tile import visit
-from kd_trainer.losses.tile_sparse import visit_sparse
+from kd_trainer.losses.tile import tile_loss
+from kd_trainer.losses.tile_sparse import sparse_tile_loss
 from kd_trainer.losses.tile_types import Setting
 from kd_trainer.tasks.heads import HEADS
 from kd_trainer.training.finite_watch import FiniteWatch
@@ -57,14 +57,14 @@ def assert_wrong_rows_are_nan(labels: torch.Tensor, tile: torch.Tensor, hard: to
 @by
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_visit_of_a_dense_teacher(divergence, compiled, dtype):
+def test_the_tile_of_a_dense_teacher(divergence, compiled, dtype):
     labels = labels_of()
     student, teacher = tiles(len(labels), dtype)
     right, plain = student.clone(), torch.where(labels.abs() < V, labels, -100)
     setting = Setting(divergence, 0.5, 2.0, True)
-    rows = visit(setting, student, teacher, weights(len(labels)), labels, gradient=True, compiled=compiled)
+    rows = tile_loss(setting, student, teacher, weights(len(labels)), labels, gradient=True, compiled=compiled)
     assert_wrong_rows_are_nan(labels, student, rows.hard)
-    other = visit(setting, right, teacher, weights(len(labels)), plain, gradient=True, compiled=compiled)
+    other = tile_loss(setting, right, teacher, weights(len(labels)), plain, gradient=True, compiled=compiled)
     assert rows.soft.equal(other.soft)  # of every row
     fine = ~rows.hard.isnan()
     assert student[fine].equal(right[fine])
@@ -74,7 +74,7 @@ def test_the_visit_of_a_dense_teacher(divergence, compiled, dtype):
 @by
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("form", ["top k", "samples"])
-def test_the_visit_of_a_sparse_teacher(form, divergence, compiled):
+def test_the_tile_of_a_sparse_teacher(form, divergence, compiled):
     if form == "samples":
         divergence = "forward_kl"
     labels = labels_of()
@@ -82,7 +82,7 @@ def test_the_visit_of_a_sparse_teacher(form, divergence, compiled):
     ids = torch.arange(3).repeat(count, 1)
     kept = TopK(ids, torch.full((count, 3), 0.25).log(), torch.full((count,), 0.25).log())
     taught = kept if form == "top k" else Samples(ids, ids[:, 0], torch.ones(count))
-    rows = visit_sparse(Setting(divergence, 0.0, 2.0, True), student, taught, weights(count), labels, gradient=True,
+    rows = sparse_tile_loss(Setting(divergence, 0.0, 2.0, True), student, taught, weights(count), labels, gradient=True,
                         compiled=compiled)  # fmt: skip
     assert_wrong_rows_are_nan(labels, student, rows.hard)
     assert rows.soft.isfinite().all()
@@ -94,7 +94,7 @@ def test_a_hard_loss_that_does_not_weigh_spoils_no_gradient(compiled):
     student, teacher = tiles(len(labels))
     weighs = weights(len(labels)) * torch.tensor([1.0, 0.0])
     setting = Setting("forward_kl", 0.0, 2.0, True)
-    rows = visit(setting, student, teacher, weighs, labels, gradient=True, compiled=compiled)
+    rows = tile_loss(setting, student, teacher, weighs, labels, gradient=True, compiled=compiled)
     assert student.isfinite().all()
     assert rows.hard.isnan().sum() == len(WRONG)
 
@@ -119,8 +119,8 @@ def test_the_plain_rows(monkeypatch):
 
 KERNEL = """
 import torch
-from kd_trainer.losses.tile import Setting, visit
-from kd_trainer.kernels.tile_triton import visit_on_device
+from kd_trainer.losses.tile import Setting, tile_loss
+from kd_trainer.kernels.tile_triton import tile_on_device
 from kd_trainer.losses.divergences import DIVERGENCES
 from tests.tasks import test_wrong_labels as t
 
@@ -128,7 +128,7 @@ def run(setting, student, teacher, labels, **kwargs):
     weights = t.weights(len(student))
     if labels is not None:
         weights[labels == -100, 1] = 0
-    columns = visit_on_device(setting, student, teacher, weights, labels, lanes=8, times=1, **kwargs)
+    columns = tile_on_device(setting, student, teacher, weights, labels, lanes=8, times=1, **kwargs)
     return student, columns
 
 labels = t.labels_of()
@@ -170,7 +170,7 @@ def excluded(who: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def by_autograd(setting: Setting, student: torch.Tensor, teacher: torch.Tensor, labels: Any) -> tuple:
-    """D and the gradient of what `visit` says, in float64, of the definitions."""
+    """D and the gradient of what `tile_loss` says, in float64, of the definitions."""
     s, t = student.double().requires_grad_(), teacher.double()
     beta = setting.beta if setting.divergence == "jsd" or "skew" in setting.divergence else None
     soft = DIVERGENCES[setting.divergence](s, t, beta=beta)

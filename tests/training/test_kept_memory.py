@@ -192,8 +192,8 @@ def test_nothing_is_kept_when_it_is_over(what, tmp_path, monkeypatch):
     settings = {"kd_loss_implementation": "fused", "kd_reduction": "tokenmean", "max_steps": 2}
     trainer = tiny.trainer("causal_lm", tmp_path, pair=pair, eval_strategy="steps", eval_steps=1, **settings)
     seen: list[dict[str, int]] = []
-    own = fused_linear._visit_all
-    monkeypatch.setattr(fused_linear, "_visit_all", lambda *given: (own(*given), seen.append(kept()))[0])
+    own = fused_linear._all_tiles
+    monkeypatch.setattr(fused_linear, "_all_tiles", lambda *given: (own(*given), seen.append(kept()))[0])
     if what == "fails":
         monkeypatch.setattr(trainer, "log", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
