@@ -22,7 +22,7 @@ from .diagnostics.check import Inspection, examine
 from .diagnostics.findings import Finding, has_errors
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
-from .tasks import NotPlain, PackingWatch, accepted_inputs, model_inputs, unchanged_attributes
+from .tasks import PackingWatch, UnsupportedHead, accepted_inputs, model_inputs, unchanged_attributes
 from .tasks.inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
 from .teachers.teacher import Teacher
@@ -238,8 +238,8 @@ class DistillationMixin(_InFrontOf):
     def summary(self) -> dict[str, Any]:
         """Teacher, formula and the numbers in it, as JSON values: for the report and the model card."""
         teacher = None if self.teacher is None else self.teacher.identity()
-        head = self._plan.head if self._plan else None
-        formulas = [self._run_settings.objective_at(progress)[0].formula(head) for progress in (0.0, 1.0)]
+        task = self._plan.task if self._plan else None
+        formulas = [self._run_settings.objective_at(progress)[0].formula(task) for progress in (0.0, 1.0)]
         return summary_of(self.kd_args, formulas, teacher, self.unwrapped_student())
 
     # ---- checkpoints ----
@@ -272,15 +272,15 @@ class DistillationMixin(_InFrontOf):
         fit = self._plan_of(batches[0])
         objective, _ = self._objective(training=True)
         for batch in batches:
-            self._packing.look(fit.head, batch, objective.reduction)
-        counts = objective.count_all(fit.head, batches)
+            self._packing.look(fit.task, batch, objective.reduction)
+        counts = objective.count_all(fit.task, batches)
         if fit.takes_num_items(self._run_settings.always_hard) and num_items is None:
             num_items = super()._get_num_items_in_batch(batches, device)
         by_items = fit.by_num_items and self._run_settings.always_hard and num_items is not None
         counts = counts._replace(num_items=num_items, micro_batches=len(batches), by_num_items=by_items)
         if not self._started:
             self._started = True
-            self._packing.look(fit.head, batches[0], objective.reduction, now=True)
+            self._packing.look(fit.task, batches[0], objective.reduction, now=True)
             if self.is_world_process_zero():
                 last, notes = self._objective(training=False)[0], bases.not_logged(type(self))
                 print_start(fit, objective, last, batches[0], counts, self.label_names, notes)
@@ -330,10 +330,10 @@ class DistillationMixin(_InFrontOf):
         training = self._is_training_step(fit.student)
         objective, soft_loss = self._objective(training=training)
         if not isinstance(num_items_in_batch, Counts):
-            self._packing.look(fit.head, inputs, objective.reduction)
+            self._packing.look(fit.task, inputs, objective.reduction)
         takes_items = fit.takes_num_items(self._run_settings.always_hard)
         counts = counts_of(num_items_in_batch, fit, objective, inputs, self._scale() if takes_items else None)
-        inputs = fit.head.with_decoder_inputs(fit.student, inputs)
+        inputs = fit.task.with_decoder_inputs(fit.student, inputs)
         several = not training and self._evaluation is not None and self.args.world_size > 1 and not fit.own_loss
         alone = several and self._same_batch() == 1  # else processes share rows in another way
         own = own_rows(self.accelerator, objective, fit, inputs, counts) if alone else None
@@ -348,7 +348,7 @@ class DistillationMixin(_InFrontOf):
             result = batch.full(self._teacher_outputs.logits(teacher, batch, self.accelerator), own_loss)
         self._finite.see(
             result.parts.total, result.student, result.teacher, self.state.global_step, of=result.of,
-            fault=lambda: fit.head.fault(inputs, result.classes),
+            fault=lambda: fit.task.fault(inputs, result.classes),
         )  # fmt: skip
         self._collect(result.logged, result.counts, training)
         total = result.parts.total
@@ -360,7 +360,7 @@ class DistillationMixin(_InFrontOf):
         try:
             with self._teacher_outputs.hidden(fit.teacher, batch, self.accelerator, teacher_head) as output:
                 return None if output is None else batch.fused(output)
-        except NotPlain as reason:
+        except UnsupportedHead as reason:
             self._plan = fit.with_full_logits(reason, self.kd_args.kd_loss_implementation)
             return None
 
@@ -373,7 +373,7 @@ class DistillationMixin(_InFrontOf):
             self._window.add(row)
         elif self._evaluation is not None:
             self._evaluation.add(row, counts, self._objective(training=False)[0])
-            if self._plan is not None and (self._plan.head.token_level or self._plan.own_loss):
+            if self._plan is not None and (self._plan.task.token_level or self._plan.own_loss):
                 values = with_existence_of(row, parts.total.device)
                 self._evaluation.rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
 
@@ -458,7 +458,7 @@ class DistillationMixin(_InFrontOf):
         objective, _ = self._objective(training=False)
         several, own_loss = self.args.world_size > 1, fit.own_loss
         return evaluation.logged(
-            prefix, self.accelerator, fit.head, objective, fit.student, own_loss=own_loss, several=several
+            prefix, self.accelerator, fit.task, objective, fit.student, own_loss=own_loss, several=several
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

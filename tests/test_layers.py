@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import kd_trainer
-from kd_trainer.tasks import HEADS
+from kd_trainer.tasks import TASKS
 from kd_trainer.training.bases import UPSTREAM_ATTRIBUTES, UPSTREAM_NAMES
 
 PACKAGE = Path(kd_trainer.__file__).parent
@@ -59,11 +59,11 @@ def _is_module(parts: list[str]) -> bool:
 
 
 def test_the_reader_of_imports_sees_every_form():
-    source = "from .reductions import x\nfrom . import tile, divergences\nimport kd_trainer.tasks.heads\n"
+    source = "from .reductions import x\nfrom . import tile, divergences\nimport kd_trainer.tasks.kinds\n"
     source += "from ..validation import fail\nfrom kd_trainer.report import y\nfrom kd_trainer import files\n"
     inside = "def g():\n    from ..kernels.tile_cpu import z\n    import torch\n    from os import path\n"
     assert package_imports(Path("losses/modules.py"), source + inside) == {
-        "losses.reductions", "losses.tile", "losses.divergences", "tasks.heads", "validation", "report", "files",
+        "losses.reductions", "losses.tile", "losses.divergences", "tasks.kinds", "validation", "report", "files",
         "kernels.tile_cpu",
     }  # fmt: skip
 
@@ -129,7 +129,7 @@ def compares_with_a_task(node: ast.AST) -> bool:
     if not isinstance(node, ast.Compare):
         return False
     constants = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
-    return bool(constants & set(HEADS)) or "CLASSIFICATIONS" in names_in(node)
+    return bool(constants & set(TASKS)) or "CLASSIFICATIONS" in names_in(node)
 
 
 def attributes_set(node: ast.AST) -> set[str]:
@@ -167,9 +167,9 @@ BORROWED = {("diagnostics", "is_in_train")}
     [
         (asks_for_a_kind_of_teacher, "isinstance(self.teacher, CachedTeacher | None)"),
         (asks_for_a_kind_of_teacher, "type(x.teacher) is cache.CachedTeacher or type(LiveTeacher)"),
-        (compares_with_a_task, "head.name != 'seq2seq_lm'"),
+        (compares_with_a_task, "task.name != 'seq2seq_lm'"),
         (compares_with_a_task, "kd.kd_task in ('causal_lm', 'masked_lm')"),
-        (compares_with_a_task, "head.name not in CLASSIFICATIONS"),
+        (compares_with_a_task, "task.name not in CLASSIFICATIONS"),
         (attributes_set, "setup.trainer.teacher = x"),
         (attributes_set, "old, trainer._plan = trainer._plan, None"),
         (attributes_set, "self._trainer.count += 1"),

@@ -1,6 +1,6 @@
 """Teacher outputs on disk: format, store, reading, building."""
 
-from .asking import Speaker
+from .asking import TeacherReader
 from .build import ask, build_shards, translate_os_errors
 from .cached_teacher import EVAL, TEST, TRAIN, CachedTeacher, given_cache, open_part, part_of
 from .collator import CachedCollator
@@ -50,8 +50,8 @@ __all__ = [
     "Read",
     "Reading",
     "Rows",
-    "Speaker",
     "Store",
+    "TeacherReader",
     "as_read",
     "ask",
     "begin",

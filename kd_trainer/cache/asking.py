@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..losses import OutputProjection, cast_as_autocast, chunk_rows
-from ..tasks import Head, NotPlain, OutputHead, teacher_hidden, teacher_side, whole_weight
+from ..tasks import OutputHead, Task, UnsupportedHead, teacher_hidden, teacher_side, whole_weight
 from ..validation import fail
 
 logger = logging.getLogger(__name__)
@@ -30,20 +30,20 @@ class Dimensions(NamedTuple):
     hidden_dtype: str = ""
 
 
-class Speaker:
+class TeacherReader:
     """The live teacher, asked for the kept positions of a batch alone.
 
     Args:
         teacher: a prepared `LiveTeacher`; output_head: its own, where it is known already.
     """
 
-    def __init__(self, teacher: Any, accelerator: Any, head: Head, output_head: OutputHead | None = None) -> None:
-        self.teacher, self.accelerator, self.head, self.output_head = teacher, accelerator, head, output_head
+    def __init__(self, teacher: Any, accelerator: Any, task: Task, output_head: OutputHead | None = None) -> None:
+        self.teacher, self.accelerator, self.task, self.output_head = teacher, accelerator, task, output_head
         self._kept_side: tuple[torch.dtype, OutputProjection] | None = None
-        if output_head is None and head.over_tokens and not teacher.compiled:
+        if output_head is None and task.over_tokens and not teacher.compiled:
             try:
                 self.output_head = OutputHead(teacher.model)
-            except NotPlain as reason:
+            except UnsupportedHead as reason:
                 logger.info("The teacher's logits are made in full: %s.", reason)
 
     def hidden(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
@@ -59,7 +59,7 @@ class Speaker:
         try:
             states = teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head)
             return self.teacher.behind_front(states, inputs).flatten(0, 1)
-        except NotPlain as reason:
+        except UnsupportedHead as reason:
             logger.info("The teacher's logits are made in full: %s.", reason)
             self.output_head = None
             return None
@@ -78,8 +78,8 @@ class Speaker:
         """Logits [n, ...] of the kept positions, some at a time; the next ones may take the memory of the last."""
         states = self._states(inputs)
         if states is None:
-            whole = self.teacher(inputs, self.accelerator, read=self.head.logits)
-            yield self.head.take_positions(whole, mask)
+            whole = self.teacher(inputs, self.accelerator, read=self.task.logits)
+            yield self.task.take_positions(whole, mask)
             return
         assert self.output_head is not None
         with whole_weight(self.output_head) as whole:
@@ -127,7 +127,7 @@ def _places_of(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero().squeeze(1)
 
 
-def fail_no_product(speaker: Speaker) -> NoReturn:
-    because = "the logits of " + type(speaker.teacher.model).__name__ + " are more than its output head's product"
+def fail_no_product(reader: TeacherReader) -> NoReturn:
+    because = "the logits of " + type(reader.teacher.model).__name__ + " are more than its output head's product"
     mend = "Set it to topk or logits."
     fail("teacher_cache_format", "'hidden'", "another format with this teacher", mend, because=because)

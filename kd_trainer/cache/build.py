@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..losses import bad_rows
 from ..tasks import TEACHER_PREFIX
 from ..validation import fail, message
-from .asking import Speaker, fail_no_product
+from .asking import TeacherReader, fail_no_product
 from .formats import SPARSE, encode, format_of, room_for, to_numpy
 from .reading import NumberedRows, Read, Reading, Taken
 from .store import Rows, joined, write_shard
@@ -72,8 +72,8 @@ def stream_batches(dataset: Any, settings: Mapping[str, Any], reading: Reading) 
             yield index, reading(features)
 
 
-def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, settings: dict[str, Any], reading: Reading,
-                 have: set[int], *, together: bool, part: str) -> None:  # fmt: skip
+def build_shards(trainer: Any, reader: TeacherReader, dataset: Any, folder: Path, settings: dict[str, Any],
+                 reading: Reading, have: set[int], *, together: bool, part: str) -> None:  # fmt: skip
     """Asks the teacher for the missing shards of this process and writes them; `have`: those that exist."""
     args = trainer.args
     rank, world = args.process_index, args.world_size
@@ -94,7 +94,7 @@ def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, set
         for index, reads in itertools.groupby(todo, key=operator.itemgetter(0)):
             parts: list[Rows] = []
             for _, read in reads:
-                rows = ask(trainer, speaker, settings, read)
+                rows = ask(trainer, reader, settings, read)
                 if index >= 0 and writes:
                     parts.append(rows)
                     bar.update(len(rows.row_ids))
@@ -104,22 +104,22 @@ def build_shards(trainer: Any, speaker: Speaker, dataset: Any, folder: Path, set
                     write_shard(folder, index, joined(parts))
 
 
-def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read) -> Rows:
+def ask(trainer: Any, reader: TeacherReader, settings: Mapping[str, Any], read: Read) -> Rows:
     """What the teacher says of a batch, encoded."""
     kept, (_, row_ids, _, counts, seen) = format_of(settings), read
-    inputs, positions = on_device(trainer, speaker, read)
-    _check_columns(settings, speaker, read.batch, inputs)
+    inputs, positions = on_device(trainer, reader, read)
+    _check_columns(settings, reader, read.batch, inputs)
     total, done = int(counts.sum()), 0
     uniform = _uniform(settings, row_ids[0], total) if kept.name == "sampled" else torch.empty(0)
     said: Iterator[Tensor]
     columns: dict[str, Tensor] = {}
     if kept.name == "hidden":
-        hidden = speaker.hidden(inputs, positions)
+        hidden = reader.hidden(inputs, positions)
         if hidden is None:
-            fail_no_product(speaker)
+            fail_no_product(reader)
         said = iter([hidden])
     else:
-        said = speaker.logits(inputs, positions)
+        said = reader.logits(inputs, positions)
     for values in said:
         if kept.name in SPARSE:
             values = values[..., : kept.classes]
@@ -133,10 +133,10 @@ def ask(trainer: Any, speaker: Speaker, settings: Mapping[str, Any], read: Read)
 
 
 def _check_columns(
-    settings: Mapping[str, Any], speaker: Speaker, batch: Mapping[str, Any], inputs: Mapping[str, Any]
+    settings: Mapping[str, Any], reader: TeacherReader, batch: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> None:
     """Raises ValueError for a batch with columns that those which were looked at before had not."""
-    new = sorted(set(columns_read(batch, speaker.teacher.inputs(inputs))) - set(settings["columns_read"]))
+    new = sorted(set(columns_read(batch, reader.teacher.inputs(inputs))) - set(settings["columns_read"]))
     if new:
         shown = f"one that makes {', '.join(new)} in some batches and not in those of the rows that were looked at"
         because = "a teacher cache could not notice that they have changed"
@@ -154,17 +154,17 @@ def columns_read(batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[st
     return sorted([*own, *shared, *made])
 
 
-def on_device(trainer: Any, speaker: Speaker, read: Read) -> tuple[dict[str, Any], Tensor]:
+def on_device(trainer: Any, reader: TeacherReader, read: Read) -> tuple[dict[str, Any], Tensor]:
     """A batch and its kept positions where the teacher reads them."""
-    inputs = speaker.head.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(read.batch))
+    inputs = reader.task.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(read.batch))
     return inputs, read.mask.to(trainer.args.device)
 
 
-def check_rows_unseen(trainer: Any, speaker: Speaker, reading: Reading, rows: Taken) -> None:
+def check_rows_unseen(trainer: Any, reader: TeacherReader, reading: Reading, rows: Taken) -> None:
     """Raises ValueError where the teacher says of the last of some rows, joined to one long row, something else than of
     it alone: a cache would keep what came of that company."""
     reads = reading(rows), reading(Taken(rows.row_ids[-1:], rows.features[-1:]))
-    behind, alone = (torch.cat([x.clone() for x in speaker.logits(*on_device(trainer, speaker, r))]) for r in reads)
+    behind, alone = (torch.cat([x.clone() for x in reader.logits(*on_device(trainer, reader, r))]) for r in reads)
     room = 5e-2 if alone.dtype.itemsize < 4 else 1e-3
     behind = behind[len(behind) - len(alone) :]
     if len(alone) and float((behind - alone).abs().max()) > room * float(alone.abs().max()):

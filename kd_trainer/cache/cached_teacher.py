@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tasks import TEACHER_PREFIX, Head
+from ..tasks import TEACHER_PREFIX, Task
 from ..teachers import Classes, TeacherOutput, class_names, match_classes
 from ..validation import fail, message
 from .formats import Format, format_of, output
@@ -177,7 +177,7 @@ class CachedTeacher:
         """It holds nothing on the device but an output head."""
 
     def compare_classes(
-        self, student: nn.Module, head: Head | None = None, *, remap: bool, compare: Any = match_classes
+        self, student: nn.Module, task: Task | None = None, *, remap: bool, compare: Any = match_classes
     ) -> Classes | None:
         """`match_classes` with the student; None for tasks whose classes are tokens or numbers."""
         if not self.manifest["labels"]:

@@ -54,5 +54,5 @@ class CachedCollator:
             raise CacheError(foreign(str(self.store.folder / DATA), reason))
         for name, values in decoded.items():
             shape = manifest["shape"] if name == "logits" else None
-            batch[COLUMN_PREFIX + name] = reading.head.place_positions(values, mask, shape)
+            batch[COLUMN_PREFIX + name] = reading.task.place_positions(values, mask, shape)
         return batch

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
-from ..tasks import HEADS, Head
+from ..tasks import TASKS, Task
 from ..validation import message
 from .formats import DTYPES, FORMATS, SPARSE
 from .signatures import KINDS
@@ -171,7 +171,7 @@ FIELDS: dict[str, Kind] = {
     "head_dtype": _or_null(_one_of(*DTYPES)),
     "head_scale": _number(),
     "head_softcap": _or_null(_number(above=0)),
-    "task": _one_of(*HEADS),
+    "task": _one_of(*TASKS),
     "positions": _one_of("labels", "attended"),
     "labels": _or_null(_object_of(_text())),
     "teacher": _OBJECT,
@@ -246,20 +246,20 @@ def check_settings(path: Path, settings: Mapping[str, Any], *, complete: bool) -
             _refuse(path, field, settings[field], expected)
 
 
-def head_of(settings: Mapping[str, Any]) -> Head:
+def head_of(settings: Mapping[str, Any]) -> Task:
     """The task that a cache was built for, with the shift and the label columns of the student that was there."""
-    head = HEADS[settings["task"]]
-    names = tuple(settings.get("label_names", head.label_names))
-    return replace(head, shifted=settings.get("shifted", head.shifted), label_names=names)
+    task = TASKS[settings["task"]]
+    names = tuple(settings.get("label_names", task.label_names))
+    return replace(task, shifted=settings.get("shifted", task.shifted), label_names=names)
 
 
-def settings_of_head(head: Head) -> dict[str, Any]:
+def settings_of_task(task: Task) -> dict[str, Any]:
     """What `head_of` reads."""
-    usual = HEADS[head.name]
-    settings: dict[str, Any] = {"task": head.name}
-    if head.shifted != usual.shifted:
-        settings["shifted"] = head.shifted
-    return settings if head.label_names == usual.label_names else settings | {"label_names": list(head.label_names)}
+    usual = TASKS[task.name]
+    settings: dict[str, Any] = {"task": task.name}
+    if task.shifted != usual.shifted:
+        settings["shifted"] = task.shifted
+    return settings if task.label_names == usual.label_names else settings | {"label_names": list(task.label_names)}
 
 
 def check_shard(path: Path, index: int, entry: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..tasks import ROW_ID, Head, begins_next
+from ..tasks import ROW_ID, Task, begins_next
 from ..validation import fail
 from .manifest import head_of
 from .signatures import kinds_of, refuse_column, signatures
@@ -71,7 +71,7 @@ class Read(NamedTuple):
 
     batch: dict[str, Any]
     row_ids: list[int]
-    mask: Tensor  # `Head.kept_positions`
+    mask: Tensor  # `Task.kept_positions`
     counts: np.ndarray  # [rows] how many of them each row has
     signatures: np.ndarray
 
@@ -86,26 +86,26 @@ class Reading:
     def __init__(
         self,
         collator: Callable[[Any], Any],
-        head: Head,
+        task: Task,
         positions: str,
         columns: Sequence[str],
         kinds: Mapping[str, str] | None = None,
     ) -> None:
-        self.collator, self.head, self.positions, self.columns, self.kinds = collator, head, positions, columns, kinds
+        self.collator, self.task, self.positions, self.columns, self.kinds = collator, task, positions, columns, kinds
 
     def __call__(self, features: Any) -> Read:
         taken = numbered(features)
         batch = dict(self.collator(taken.features))
         rows = len(taken.row_ids)
-        mask = self.head.kept_positions(batch, self.positions, rows)
+        mask = self.task.kept_positions(batch, self.positions, rows)
         spans = rows_in_a_row(batch, mask, rows)
 
         def alone() -> list[dict[str, Any]]:
             each = [_single(taken.features, row) for row in range(rows)]
             return [] if any(one is None for one in each) else [dict(self.collator(one)) for one in each]
 
-        options: dict[str, Any] = {"causal": self.head.left_to_right, "shifted": self.head.shifted}
-        options["apart"] = self.head.encoder_decoder
+        options: dict[str, Any] = {"causal": self.task.left_to_right, "shifted": self.task.shifted}
+        options["apart"] = self.task.encoder_decoder
         if spans is None:
             self.kinds = self.kinds or kinds_of(batch, (alone() if rows > 1 else None) or None, rows, self.columns)
             seen = signatures(batch, mask, self.columns, self.kinds, alone=alone, **options)
@@ -113,7 +113,7 @@ class Reading:
         found = []  # rows of one long row are known by what each is alone
         for one in alone() or refuse_column("input_ids", batch.get("input_ids"), rows):
             self.kinds = self.kinds or kinds_of(one, [one], 1, self.columns)
-            own = self.head.kept_positions(one, self.positions, 1)
+            own = self.task.kept_positions(one, self.positions, 1)
             found.append(signatures(one, own, self.columns, self.kinds, alone=[one].copy, **options))
         counts = np.array([int(mask[:, span].sum()) for span in spans])
         return Read(batch, taken.row_ids, mask, counts, np.concatenate(found))

@@ -20,14 +20,14 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from .. import __version__
-from ..tasks import HEADS, SMALL_VOCABULARY, classes_have_names, count_parameters
+from ..tasks import SMALL_VOCABULARY, TASKS, classes_have_names, count_parameters
 from ..validation import fail, message, warn
-from .asking import Speaker, fail_no_product
+from .asking import TeacherReader, fail_no_product
 from .build import SHARD_BYTES, check_rows_unseen, columns_read, on_device
 from .cached_teacher import TEST, check_objective, open_part
 from .formats import DEFAULT_K, DTYPES, Format, check_format, format_of
 from .identity import collation, compare, compare_teachers, tokenizer_identity
-from .manifest import LAYOUT, CacheError, settings_of_head
+from .manifest import LAYOUT, CacheError, settings_of_task
 from .reading import ROWS_DIFFER, NumberedRows, Read, Reading, have_ids, numbered, reading_of
 from .store import MANIFEST
 
@@ -43,9 +43,9 @@ def as_read(trainer: Any, dataset: Any) -> tuple[Any, Any]:
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator)
 
 
-def class_names(trainer: Any, head: Any) -> dict[str, str] | None:
+def class_names(trainer: Any, task: Any) -> dict[str, str] | None:
     student = trainer.unwrapped_student()
-    if not classes_have_names(student, head):
+    if not classes_have_names(student, task):
         return None
     names = getattr(getattr(student, "config", None), "id2label", None)
     return {str(i): str(name) for i, name in names.items()} if names else None
@@ -61,7 +61,7 @@ def settings_of(
     trainer: Any,
     part: str,
     dataset: Any,
-    speaker: Speaker,
+    reader: TeacherReader,
     sample: dict[str, Any],
     known: Mapping[str, Any],
     identity: Mapping[str, Any],
@@ -73,29 +73,29 @@ def settings_of(
         known: `common_ids` and `known_by` of the plan.
         identity: of the teacher, see `teacher_identity`.
     """
-    kd, head = trainer.kd_args, speaker.head
+    kd, task = trainer.kd_args, reader.task
     used, collator = as_read(trainer, dataset)
-    prepared = head.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(dict(sample)))
-    columns = columns_read(sample, speaker.teacher.inputs(prepared))
-    reading = Reading(collator, head, kd.kd_positions, columns)  # the first reading finds the kinds of the columns
+    prepared = task.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(dict(sample)))
+    columns = columns_read(sample, reader.teacher.inputs(prepared))
+    reading = Reading(collator, task, kd.kd_positions, columns)  # the first reading finds the kinds of the columns
     read = reading(features_of(used))
     if signed(read) != signed(reading(features_of(used))):
         because = "what the teacher said of one reading would be taken for another"
         fix = "Apply it once, before the training (dataset.map), or train with the live teacher."
         shown = "one whose rows differ from one reading to the next (random augmentation, masking or padding)"
         fail(argument_of(part), shown, "the same rows each time", fix, because=because)
-    kept, extra = _format(trainer, speaker, reading(features_of(used, 1)), known)
+    kept, extra = _format(trainer, reader, reading(features_of(used, 1)), known)
     if len(read.mask) < len(read.row_ids):
-        check_rows_unseen(trainer, speaker, reading, numbered(features_of(used, 2)))
+        check_rows_unseen(trainer, reader, reading, numbered(features_of(used, 2)))
     row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(read.counts.mean()) + 24
     batch_rows = trainer.args.per_device_eval_batch_size
     settings = {
         **{"layout": LAYOUT, "kd_trainer": __version__, "part": part},
         **{"format": kept.name, "classes": kept.classes, "k": kept.k},
         **{"temperature": kept.temperature, "dtype": kept.dtype, **extra},
-        **settings_of_head(head),
-        **{"positions": kd.kd_positions, "labels": class_names(trainer, head)},
-        "teacher": {**identity} | {"parameters": count_parameters(speaker.teacher.model)},
+        **settings_of_task(task),
+        **{"positions": kd.kd_positions, "labels": class_names(trainer, task)},
+        "teacher": {**identity} | {"parameters": count_parameters(reader.teacher.model)},
         "tokenizer": tokenizer_identity(trainer.processing_class),
         "collation": collation(trainer.data_collator, trainer.processing_class),
         "dataset": {"rows": None if isinstance(used, IterableDataset) else len(used), "sample": signed(read)},
@@ -105,21 +105,21 @@ def settings_of(
         "batch_rows": batch_rows,
         "rows_per_shard": max(1, int(SHARD_BYTES / (row_bytes * batch_rows))) * batch_rows,
         "seed": trainer.args.seed,
-        "computed": computed(trainer, speaker.teacher.model),
+        "computed": computed(trainer, reader.teacher.model),
     }
     return settings, partial(_tell_size, trainer, settings, row_bytes)
 
 
-def _format(trainer: Any, speaker: Speaker, read: Read, known: Mapping[str, Any]) -> tuple[Format, dict[str, Any]]:
+def _format(trainer: Any, reader: TeacherReader, read: Read, known: Mapping[str, Any]) -> tuple[Format, dict[str, Any]]:
     """The format that is asked for, completed by what the teacher gives for some rows."""
-    kd, head, common_ids = trainer.kd_args, speaker.head, known["common_ids"]
-    given = speaker.dimensions(*on_device(trainer, speaker, read))
-    classes, product = given.shape[-1], speaker.output_head
+    kd, task, common_ids = trainer.kd_args, reader.task, known["common_ids"]
+    given = reader.dimensions(*on_device(trainer, reader, read))
+    classes, product = given.shape[-1], reader.output_head
     name, k, asked = _format_asked(trainer)
     if name == "auto":
-        large = head.over_tokens and classes >= SMALL_VOCABULARY and product is not None
+        large = task.over_tokens and classes >= SMALL_VOCABULARY and product is not None
         name = "hidden" if large else "logits"
-    check_format(name, k, asked, softmax=head.softmax, over_tokens=head.over_tokens, task=head.name)
+    check_format(name, k, asked, softmax=task.softmax, over_tokens=task.over_tokens, task=task.name)
     extra: dict[str, Any] = {
         "shape": given.shape, "vocabulary": classes, "common_ids": common_ids, "known_by": known["known_by"],
         "hidden_size": 0, "head_dtype": None, "head_scale": 1.0, "head_softcap": None,
@@ -134,7 +134,7 @@ def _format(trainer: Any, speaker: Speaker, read: Read, known: Mapping[str, Any]
         return Format(name, classes, k, float(kd.kd_temperature), asked or "float16"), extra
     if name == "hidden":
         if product is None:
-            fail_no_product(speaker)
+            fail_no_product(reader)
         extra |= {"hidden_size": given.hidden_size, "head_dtype": given.hidden_dtype}
         extra |= {"head_scale": product.scale, "head_softcap": product.softcap}
     half = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
@@ -192,7 +192,7 @@ def compare_settings(
     for name, what, value in (*chosen, ("dtype", "the dtype", kd.teacher_cache_dtype)):
         if value is not None:
             asked[name] = (f"teacher_cache_{name}", what, value, "Set it so.")
-    if HEADS[kept["task"]].token_level:
+    if TASKS[kept["task"]].token_level:
         asked["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
     vocabulary = tokenizer_identity(trainer.processing_class)
     asked["tokenizer"] = ("processing_class", "a vocabulary of SHA-256", vocabulary, "Pass the same tokenizer.")

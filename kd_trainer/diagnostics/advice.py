@@ -17,7 +17,7 @@ from ..tasks import (
     NOT_INPUTS,
     SMALL_VOCABULARY,
     TEACHER_PREFIX,
-    Head,
+    Task,
     count_parameters,
     describe,
     times,
@@ -148,17 +148,17 @@ def check_student_ids(student: nn.Module, batch: Mapping[str, Any]) -> None:
 
 
 def about_labels(
-    classes: int | None, head: Head, objective: Objective, batch: Mapping[str, Any], pad_id: int | None
+    classes: int | None, task: Task, objective: Objective, batch: Mapping[str, Any], pad_id: int | None
 ) -> list[Finding]:
     """Share of the batch with a label, their classes, and settings that do not fit them; raises as training would.
 
     Args:
         classes: of the student's logits; None: not known.
     """
-    targets, alpha = head.targets(batch), objective.alpha
+    targets, alpha = task.targets(batch), objective.alpha
     if targets is not None:
-        head.check_labels(targets, classes)
-    counts = objective.count(head, batch)
+        task.check_labels(targets, classes)
+    counts = objective.count(task, batch)
     rows, hard = int(counts.rows), float(counts.hard)
     if targets is None or hard == 0:
         if alpha == 0:
@@ -167,10 +167,10 @@ def about_labels(
         if alpha == 1:
             return [ok("labels", f"{found}; the loss is the teacher's alone")]
         return [warning("labels", f"{found}: the loss is {alpha:g} times the soft loss", "Set kd_alpha to 1.")]
-    if not head.token_level:
-        return _row_labels(head, objective, targets, classes, rows, hard)
+    if not task.token_level:
+        return _row_labels(task, objective, targets, classes, rows, hard)
     found = f"{hard:.0f} of {targets.numel()} positions have one"
-    made_at = head.made_at(batch, targets) if head.shifted else None
+    made_at = task.made_at(batch, targets) if task.shifted else None
     at_padding = 0 if made_at is None else int(((targets != IGNORE_INDEX) & ~made_at).sum())
     if at_padding:
         found += f"; {at_padding} first ones of a text are predicted before it: as upstream, the hard loss counts them"
@@ -179,7 +179,7 @@ def about_labels(
     if none and objective.positions == "labels":
         fix = 'Set kd_positions to "attended" to have a soft loss there.'
         findings.append(warning("labels", f"{found}; {none} of {rows} rows have none at all", fix))
-    stray = _labels_at_padding(head, batch, targets, pad_id)
+    stray = _labels_at_padding(task, batch, targets, pad_id)
     if stray:
         fix = f"Let the collator write {IGNORE_INDEX} there."
         findings.append(warning("labels", f"{found}, {stray} of them at padding", fix))
@@ -192,8 +192,8 @@ def about_labels(
     return findings
 
 
-def _labels_at_padding(head: Head, batch: Mapping[str, Any], targets: Tensor, pad_id: int | None) -> int:
-    if head.encoder_decoder:
+def _labels_at_padding(task: Task, batch: Mapping[str, Any], targets: Tensor, pad_id: int | None) -> int:
+    if task.encoder_decoder:
         return 0 if pad_id is None else int((targets == pad_id).sum())
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     if not isinstance(mask, Tensor) or not isinstance(labels, Tensor) or mask.shape != labels.shape:
@@ -202,10 +202,10 @@ def _labels_at_padding(head: Head, batch: Mapping[str, Any], targets: Tensor, pa
 
 
 def _row_labels(
-    head: Head, objective: Objective, targets: Tensor, classes: int | None, rows: int, hard: float
+    task: Task, objective: Objective, targets: Tensor, classes: int | None, rows: int, hard: float
 ) -> list[Finding]:
     found = f"{hard:g} of {rows} rows have one"
-    if head.softmax:
+    if task.softmax:
         seen = targets[targets != IGNORE_INDEX].unique().tolist()
         of = "" if classes is None else f" of {classes}"
         found += f"; {len(seen)}{of} classes in this batch: {', '.join(map(str, seen[:8]))}"
@@ -217,7 +217,7 @@ def _row_labels(
 
 
 def about_lengths(
-    student: nn.Module, teacher: nn.Module | None, head: Head, tokenizer: Any, batch: Mapping[str, Any]
+    student: nn.Module, teacher: nn.Module | None, task: Task, tokenizer: Any, batch: Mapping[str, Any]
 ) -> list[Finding]:
     """Lengths of the rows compared with the models' positions and the length at which texts are cut."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
@@ -229,7 +229,7 @@ def about_lengths(
         positions, learned = (None, False) if model is None else positions_of(model)
         if positions is None:
             continue
-        known[side], longest = positions, _longest(read, head, batch)
+        known[side], longest = positions, _longest(read, task, batch)
         found = f"a row of {longest} positions; the {side} has {positions}"
         if longest > positions and learned:
             fix = f"Cut the texts: max_length={positions}, truncation=True in the tokenizer's call."
@@ -250,24 +250,24 @@ def about_lengths(
     shortest, longest = int(lengths.min()), int(lengths.max())
     at_end, at_limit = int((lengths == longest).sum()), longest in {limit, *known.values()}
     # Blocks of running text are all of one length, and nothing of them is cut off.
-    cut = at_limit and not head.over_tokens if shortest == longest else at_limit or longest >= _CUT_FROM
+    cut = at_limit and not task.over_tokens if shortest == longest else at_limit or longest >= _CUT_FROM
     if cut and at_end >= 2 and 4 * at_end >= len(lengths):
         found = f"{at_end} of {len(lengths)} rows have exactly {longest} tokens: they were probably cut"
         fix = "Raise max_length if the models have the positions, or leave it if the start of a text is enough."
         return [warning("lengths", found, fix)]
     found = f"rows of {shortest} to {longest} tokens, padded to {ids.shape[1]}"
     if "position_ids" in batch:
-        found = f"texts of up to {_longest(ids, head, batch)} tokens in rows of {ids.shape[1]}"
+        found = f"texts of up to {_longest(ids, task, batch)} tokens in rows of {ids.shape[1]}"
     has = "".join(f", the {side} has {positions} positions" for side, positions in known.items())
     return [ok("lengths", found + has)]
 
 
-def _longest(ids: Tensor, head: Head, batch: Mapping[str, Any]) -> int:
+def _longest(ids: Tensor, task: Task, batch: Mapping[str, Any]) -> int:
     """The largest number of positions in a row; in a packed row they start again with every text."""
     positions, labels = batch.get("position_ids"), batch.get("labels")
     if isinstance(positions, Tensor) and positions.shape == ids.shape:
         return int(positions.max()) + 1
-    decoded = labels.shape[1] if head.encoder_decoder and isinstance(labels, Tensor) else 0
+    decoded = labels.shape[1] if task.encoder_decoder and isinstance(labels, Tensor) else 0
     return max(ids.shape[1], decoded)
 
 
@@ -313,10 +313,10 @@ def about_columns(
     return findings
 
 
-def about_settings(args: Any, head: Head, objective: Objective) -> list[Finding]:
+def about_settings(args: Any, task: Task, objective: Objective) -> list[Finding]:
     """Settings that are allowed but rarely intended."""
     findings = []
-    if head.tempered and objective.alpha > 0 and not 1 <= objective.temperature <= 20:
+    if task.tempered and objective.alpha > 0 and not 1 <= objective.temperature <= 20:
         effect = "sharpens" if objective.temperature < 1 else "flattens almost wholly"
         found = f"kd_temperature {objective.temperature:g} {effect} both distributions"
         findings.append(warning("temperature", found, "Take one from 1 to 20."))
@@ -336,8 +336,8 @@ def about_path(fit: Plan, student: nn.Module, wanted: str) -> list[Finding]:
     rows, why = vocabulary_rows(student, written=True), "there is no teacher in the loss"
     if wanted == "full":
         why = "kd_loss_implementation asks for them"
-    elif not fit.head.over_tokens:
-        why = f"the task {fit.head.name} has few classes"
+    elif not fit.task.over_tokens:
+        why = f"the task {fit.task.name} has few classes"
     elif rows is not None and rows < SMALL_VOCABULARY:
         why = f"a vocabulary of {rows:,} ids is small"
     return [ok("loss path", f"full logits: {why}"), *others]

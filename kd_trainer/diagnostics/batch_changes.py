@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..losses import IGNORE_INDEX
-from ..tasks import TEACHER_PREFIX, Head, main_input, token_mask
+from ..tasks import TEACHER_PREFIX, Task, main_input, token_mask
 
 
 def pieces_of(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]] | None:
@@ -28,7 +28,7 @@ def pieces_of(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]] | Non
     return [{**batch, **{name: value[i : i + rows] for name, value in tensors.items()}} for i in starts]
 
 
-def padded(batch: Mapping[str, Any], head: Head, more: int, pad_id: int, *, left: bool) -> dict[str, Any] | None:
+def padded(batch: Mapping[str, Any], task: Task, more: int, pad_id: int, *, left: bool) -> dict[str, Any] | None:
     """The batch with `more` positions of padding in each row; None without a mask, or with position ids of its own."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     plain = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == 2 and mask.shape == ids.shape
@@ -42,12 +42,12 @@ def padded(batch: Mapping[str, Any], head: Head, more: int, pad_id: int, *, left
         own = name.startswith(TEACHER_PREFIX)
         decoded = name.startswith("decoder_") or name == "labels"
         width = value.shape[1] if isinstance(value, Tensor) and value.dim() == 2 else None
-        of_tokens = width == cast(Tensor, ids).shape[1] or (head.encoder_decoder and decoded)
-        if width is None or own or not of_tokens or (decoded and not head.token_level):
+        of_tokens = width == cast(Tensor, ids).shape[1] or (task.encoder_decoder and decoded)
+        if width is None or own or not of_tokens or (decoded and not task.token_level):
             continue
-        before = left and not (decoded and head.encoder_decoder)
+        before = left and not (decoded and task.encoder_decoder)
         made[name] = nn.functional.pad(value, (more, 0) if before else (0, more), value=fills.get(name, 0))
-    if left and head.shifted and "labels" in made:
+    if left and task.shifted and "labels" in made:
         made["labels"][:, more] = IGNORE_INDEX  # no position predicts the first label of a row
     return made
 

@@ -15,9 +15,9 @@ from ..tasks import (
     TEACHER_PREFIX,
     PackingWatch,
     accepted_inputs,
-    head_for,
     model_inputs,
     same_random_numbers,
+    task_for,
     unchanged_attributes,
     unchanged_buffers,
     unchanged_modes,
@@ -68,9 +68,9 @@ def _look_at_models(inspection: Inspection, findings: Findings) -> None:
     findings.add("student", advice.about_student, student, fp16=args.fp16)
     use = {"called": not settings.always_hard, "mixed": trainer.accelerator.mixed_precision != "no"}
     findings.add("teacher", advice.about_teacher, teacher, student, args.device, **use)
-    head = head_for(student, settings.kd.kd_task, inspection.loss_shifts_labels)
+    task = task_for(student, settings.kd.kd_task, inspection.loss_shifts_labels)
     with findings.attempt("classes"):
-        compared = teacher and teacher.compare_classes(student, head, remap=settings.kd.kd_remap_labels)
+        compared = teacher and teacher.compare_classes(student, task, remap=settings.kd.kd_remap_labels)
         if compared:
             findings.rows += advice.about_classes(compared)
 
@@ -91,11 +91,11 @@ def _look_at_batch(inspection: Inspection, findings: Findings, batch: Mapping[st
     # On a GPU an index out of range ends the process.
     fits = findings.everywhere(all(passed.values()) and not has_errors(findings.rows[before:]))
     fits = fits and all(findings.passes(what, partial(check, setup)) for what, check in WITH_MODELS)
-    if fits and setup.head_by_logits:
+    if fits and setup.task_by_logits:
         _look_closer(inspection, setup, findings)
-    if setup.head is not None:
+    if setup.known_task is not None:
         with findings.attempt("reduction"):
-            PackingWatch().look(setup.head, batch, setup.kd.kd_reduction, now=True)
+            PackingWatch().look(setup.known_task, batch, setup.kd.kd_reduction, now=True)
     if not fits:
         return None
     fit = plan(setup)
@@ -106,8 +106,8 @@ def _look_at_batch(inspection: Inspection, findings: Findings, batch: Mapping[st
 
 def _look_closer(inspection: Inspection, setup: FirstBatch, findings: Findings) -> None:
     """Advice on a batch of a known task."""
-    trainer, head, batch, student = inspection.trainer, setup.head, setup.batch, setup.student
-    if head is None:
+    trainer, task, batch, student = inspection.trainer, setup.known_task, setup.batch, setup.student
+    if task is None:
         return
     teacher_model, tokenizer = getattr(trainer.teacher, "model", None), trainer.processing_class
     objective, pad_id = inspection.objective(training=True)[0], advice.pad_id_of(tokenizer, student)
@@ -115,7 +115,7 @@ def _look_closer(inspection: Inspection, setup: FirstBatch, findings: Findings) 
     def labels() -> list[Finding]:
         # On a GPU an index out of range ends the process.
         classes = None if has_errors(findings.rows) else classes_of_logits(setup)
-        return advice.about_labels(classes, head, objective, batch, pad_id)
+        return advice.about_labels(classes, task, objective, batch, pad_id)
 
     def columns() -> list[Finding]:
         accepted = accepted_inputs(student, label_names=trainer.label_names, withheld=inspection.withheld_columns())
@@ -127,9 +127,9 @@ def _look_closer(inspection: Inspection, setup: FirstBatch, findings: Findings) 
         kept = inspection.kept_columns() if trainer.args.remove_unused_columns else None
         return advice.about_columns(trainer.train_dataset, kept, batch, read, pad_id)
 
-    findings.add("task", advice.about_settings, trainer.args, head, objective)
+    findings.add("task", advice.about_settings, trainer.args, task, objective)
     findings.add("labels", labels)
-    findings.add("lengths", advice.about_lengths, student, teacher_model, head, tokenizer, batch)
+    findings.add("lengths", advice.about_lengths, student, teacher_model, task, tokenizer, batch)
     findings.add("images", advice.about_images, student, teacher_model, batch)
     findings.add("columns", columns)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import chunk_rows, group_rows
-from ..tasks import HEADS, PROBLEM_TYPES, Head, auto_class_of, auto_classes, main_input, plain_heads, vocabulary_rows
+from ..tasks import PROBLEM_TYPES, TASKS, Task, auto_class_of, auto_classes, main_input, plain_heads, vocabulary_rows
 from ..teachers import ADAPTER_OFF, HALVES, layer_classes
 from ..validation import check_choice, check_number, fail, message, quoted
 
@@ -105,7 +105,7 @@ def estimate_memory(
     for name, value in (("processes", processes), ("batch_size", batch_size), ("sequence_length", sequence_length)):
         check_number(name, value, low=1)
     if kd_task is not None:
-        check_choice("kd_task", kd_task, HEADS)
+        check_choice("kd_task", kd_task, TASKS)
     if teacher_bits not in (None, 8, 4):
         fail("teacher_bits", repr(teacher_bits), "8, 4 or None", "Leave it out for a teacher that is not quantised.")
     if backend == "single" and processes != 1:
@@ -113,9 +113,9 @@ def estimate_memory(
     model = _model("student", student, kd_task)
     off = isinstance(teacher, str) and teacher == ADAPTER_OFF
     teacher_model = model if off else _model("teacher", teacher, kd_task)
-    head = _head(model, kd_task)
-    columns = _columns(model, head, batch_size, sequence_length) if batch is None else batch
-    heads = [plain_heads(side, None, head.over_tokens, kd_loss_implementation)[0] for side in (model, teacher_model)]
+    task = _task(model, kd_task)
+    columns = _columns(model, task, batch_size, sequence_length) if batch is None else batch
+    heads = [plain_heads(side, None, task.over_tokens, kd_loss_implementation)[0] for side in (model, teacher_model)]
     dtypes = _dtypes(backend, PRECISIONS[mixed_precision], model, teacher_model, student_dtype, teacher_dtype)
     kept, frozen, teacher_kept, used, teacher_used = (dtype.itemsize for dtype in dtypes)  # bytes of a number
     deepspeed = backend in ("zero2", "zero3")  # casts the weights; elsewhere the forward casts
@@ -157,9 +157,9 @@ def estimate_memory(
             activations += sum(weight.numel() for weight in _linear_weights(model)) * item
     weights = [found[0].module.weight for found in heads if found is not None]
     if len(weights) == 2:
-        loss = _fused_loss(weights, head, columns, item, item < used, device == "cpu")
+        loss = _fused_loss(weights, task, columns, item, item < used, device == "cpu")
     else:
-        loss = _full_loss(model, head, columns, item, teacher_item)
+        loss = _full_loss(model, task, columns, item, teacher_item)
     fixed = student_bytes + teacher_bytes + optimizer + accumulated + mirrored + around
     peak = fixed + max(forward, (activations or 0) + loss, gradients - accumulated + copies)
     student_bytes, teacher_bytes, optimizer, peak = map(round, (student_bytes, teacher_bytes, optimizer, peak))
@@ -251,28 +251,28 @@ def _linear_weights(model: nn.Module, head: bool = False) -> list[Tensor]:
     return [m.weight for m in model.modules() if isinstance(m, nn.Linear) and (head or m is not last)]
 
 
-def _positions(head: Head, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+def _positions(task: Task, batch: Mapping[str, Tensor]) -> tuple[int, int]:
     """Positions with logits, and those that the loss compares."""
     rows, length = _rows_and_length(batch.get("decoder_input_ids", main_input(batch)), None)
-    each = length or 1 if head.token_level else 1
-    return rows * each, rows * (each - head.shifted)
+    each = length or 1 if task.token_level else 1
+    return rows * each, rows * (each - task.shifted)
 
 
-def _full_loss(model: Any, head: Head, batch: Mapping[str, Tensor], item: int, teacher_item: int) -> int:
+def _full_loss(model: Any, task: Task, batch: Mapping[str, Tensor], item: int, teacher_item: int) -> int:
     """Both logits, a copy of each where labels are shifted, and in float32 the student's log-softmax and gradient."""
-    positions, counted = _positions(head, batch)
-    classes = (head.over_tokens and vocabulary_rows(model, written=True)) or 0
+    positions, counted = _positions(task, batch)
+    classes = (task.over_tokens and vocabulary_rows(model, written=True)) or 0
     classes = classes or getattr(getattr(model, "config", None), "num_labels", 1)
     wide = positions * 4 if item < 4 else 0  # Accelerate makes the student's logits float32, and so does the loss
-    return classes * ((positions + head.shifted * counted) * (item + teacher_item) + wide + 2 * 4 * counted)
+    return classes * ((positions + task.shifted * counted) * (item + teacher_item) + wide + 2 * 4 * counted)
 
 
 def _fused_loss(
-    weights: list[Any], head: Head, batch: Mapping[str, Tensor], item: int, casts: bool, on_cpu: bool
+    weights: list[Any], task: Task, batch: Mapping[str, Tensor], item: int, casts: bool, on_cpu: bool
 ) -> int:
     """Tiles of logits, the gradients of weight and hidden states, the teacher's hidden states, a cast weight."""
     (classes, width), (others, teacher_width) = (weight.shape for weight in weights)
-    trained, (_, n) = weights[0].requires_grad, _positions(head, batch)
+    trained, (_, n) = weights[0].requires_grad, _positions(task, batch)
     chunk = min(n, chunk_rows(classes, item, on_cpu=on_cpu))
     rows = group_rows(n, chunk, classes, width, item) if trained else chunk
     weight = classes * width * item * (trained + casts)
@@ -318,8 +318,8 @@ def _model(argument: str, given: Any, kd_task: str | None) -> nn.Module:
             raise ValueError(text) from error
     task = "classification" if kd_task in PROBLEM_TYPES.values() else kd_task
     named = (getattr(config, "architectures", None) or [None])[0]
-    for name, head in HEADS.items():
-        for auto_class in auto_classes(head):
+    for name, candidate in TASKS.items():
+        for auto_class in auto_classes(candidate):
             known = auto_class._model_mapping.get(type(config), ())
             for model_class in known if isinstance(known, (tuple, list)) else (known,):
                 if name == task or (task is None and model_class.__name__ == named):
@@ -329,16 +329,16 @@ def _model(argument: str, given: Any, kd_task: str | None) -> nn.Module:
     expected, fix = f"a config of a model for the task {task!r}", "Give such a config, or another kd_task."
     if task is None:
         expected = "a config that names the architecture of one of the tasks"
-        fix = f"Name it, kd_task: {', '.join(HEADS)}."
+        fix = f"Name it, kd_task: {', '.join(TASKS)}."
     fail(argument, f"a {type(config).__name__} with the architecture {named}", expected, fix)
 
 
-def _head(model: nn.Module, kd_task: str | None) -> Head:
+def _task(model: nn.Module, kd_task: str | None) -> Task:
     known = auto_class_of(model)
     if known is None and kd_task is None:
         shown = f"a {type(model).__name__}, which no Auto class knows"
-        fail("student", shown, "a model whose task is known", f"Name it, kd_task: {', '.join(HEADS)}.")
-    return known[0] if known is not None else HEADS[str(kd_task)]
+        fail("student", shown, "a model whose task is known", f"Name it, kd_task: {', '.join(TASKS)}.")
+    return known[0] if known is not None else TASKS[str(kd_task)]
 
 
 def _dtypes(
@@ -365,11 +365,11 @@ def _dtype(argument: str, given: torch.dtype | str | None) -> torch.dtype | None
     return dtype
 
 
-def _columns(model: Any, head: Head, rows: int, length: int) -> dict[str, Tensor]:
+def _columns(model: Any, task: Task, rows: int, length: int) -> dict[str, Tensor]:
     """A batch of tokens or of images, as the model reads them."""
     name, config = getattr(model, "main_input_name", None), model.config
     if name == "input_ids":
-        names = ("input_ids", "decoder_input_ids") if head.encoder_decoder else ("input_ids",)
+        names = ("input_ids", "decoder_input_ids") if task.encoder_decoder else ("input_ids",)
         return {name: torch.empty(rows, length, dtype=torch.long, device="meta") for name in names}
     size = getattr(config, "image_size", None)
     if name == "pixel_values" and size is not None:

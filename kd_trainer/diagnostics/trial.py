@@ -66,10 +66,10 @@ class Trial(NamedTuple):
 
     def logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Of student and live teacher; without gradient."""
-        head, live = self.fit.head, cast(LiveTeacher, self.setup.live)
-        teacher_logits = live(batch, self.trainer.accelerator, self.model, read=head.logits)
+        task, live = self.fit.task, cast(LiveTeacher, self.setup.live)
+        teacher_logits = live(batch, self.trainer.accelerator, self.model, read=task.logits)
         with torch.no_grad(), self.precision:
-            logits = head.logits(self.model(**model_inputs(batch, self.fit.accepted)), "model")
+            logits = task.logits(self.model(**model_inputs(batch, self.fit.accepted)), "model")
             logits = behind_front(logits, self.fit.student, batch)
         return logits, teacher_logits.to(logits.device)
 
@@ -97,7 +97,7 @@ def _step(trial: Trial, findings: Findings) -> list[Finding]:
     # No gradient of a sharded student, or where upstream sets up activation checkpointing in `train`.
     backward = trial.whole and not _checkpoints_activations(trainer.args)
     objective, _ = trial.inspection.objective(training=True)
-    counts = objective.count(fit.head, trial.batch)
+    counts = objective.count(fit.task, trial.batch)
     memory_peak = _watch_memory(trainer.args.device)
 
     def step() -> tuple[Tensor, dict[str, float]]:
@@ -181,7 +181,7 @@ def _memory(trial: Trial, measured_peak: int | None) -> list[Finding]:
             mixed_precision=trainer.accelerator.mixed_precision,
             gradient_checkpointing=_checkpoints_activations(args),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            kd_task=fit.head.name,
+            kd_task=fit.task.name,
             kd_loss_implementation="full" if fit.heads is None else "fused",
             device="cuda" if on_gpu else "cpu",
         )
@@ -238,7 +238,7 @@ def _split(trial: Trial, findings: Findings) -> list[Finding]:
 
 def _padding(trial: Trial, findings: Findings) -> list[Finding]:
     """The batch as it is and with more padding on either side, each divided by its own counts."""
-    head, student, teacher = trial.fit.head, trial.fit.student, trial.trainer.teacher
+    task, student, teacher = trial.fit.task, trial.fit.student, trial.trainer.teacher
     if teacher is not None and teacher.model is None:
         return []  # what a cache holds is joined to the batch as it is
     ids = trial.batch.get("input_ids")
@@ -250,14 +250,14 @@ def _padding(trial: Trial, findings: Findings) -> list[Finding]:
     usual = "left" if getattr(tokenizer, "padding_side", "right") == "left" or starts_padded(trial.batch) else "right"
     rows: list[Finding] = []
     for side in (usual, "right" if usual == "left" else "left"):
-        changed = padded(trial.batch, head, more, pad_id, left=side == "left") if more > 0 else None
+        changed = padded(trial.batch, task, more, pad_id, left=side == "left") if more > 0 else None
         if not findings.everywhere(changed is not None):
             return rows
         with _as_in_training_without_dropout(student):
             plain, wider = (_losses(trial, [batch], batch) for batch in (trial.batch, cast(dict, changed)))
         found = f"as it is {plain:.6f}, with {more} more positions on the {side} {wider:.6f}"
-        if head.over_positions:
-            note = f"the hard loss of {head.name.replace('_', ' ')} runs over the padding, as upstream's"
+        if task.over_positions:
+            note = f"the hard loss of {task.name.replace('_', ' ')} runs over the padding, as upstream's"
             rows.append(ok("padding", f"{found}; {note}"))
             continue
         causes = "A model sees the padding: check the attention_mask, its padding side and convolutions or pooling"
@@ -270,7 +270,7 @@ def _padding(trial: Trial, findings: Findings) -> list[Finding]:
 
 def _losses(trial: Trial, batches: list[dict[str, Any]], whole: Mapping[str, Any]) -> float:
     objective, _ = trial.inspection.objective(training=False)
-    counts = objective.count(trial.fit.head, whole)
+    counts = objective.count(trial.fit.task, whole)
     with torch.no_grad():
         return sum(float(trial.loss(batch, counts)) for batch in batches)
 
@@ -312,7 +312,7 @@ def _shares(trial: Trial) -> list[Finding]:
     objective, soft_loss = trial.inspection.objective(training=True)
     if trial.setup.live is None or not 0 < objective.alpha < 1:
         return []
-    counts = objective.count(fit.head, batch)
+    counts = objective.count(fit.task, batch)
     squares = [0.0, 0.0]
     with _as_in_training_without_dropout(fit.student):
         for piece in _for_logits(trial, batch):
@@ -321,7 +321,7 @@ def _shares(trial: Trial) -> list[Finding]:
                 alone = dataclasses.replace(objective, alpha=alpha)
                 leaf = logits.detach().float().requires_grad_()
                 teacher = teacher_logits if alpha else None
-                parts = alone(fit.head, soft_loss, leaf, teacher, piece, counts, common_ids=fit.common_ids)
+                parts = alone(fit.task, soft_loss, leaf, teacher, piece, counts, common_ids=fit.common_ids)
                 (gradient,) = torch.autograd.grad(parts.total, leaf)
                 squares[i] += gradient.square().sum().item()
     soft, hard = map(math.sqrt, squares)
@@ -338,10 +338,10 @@ def _shares(trial: Trial) -> list[Finding]:
 
 def _for_logits(trial: Trial, batch: dict[str, Any]) -> list[dict[str, Any]]:
     """The batch in pieces whose logits take little memory; whole where all processes have to call together."""
-    classes = vocabulary_rows(trial.fit.student, written=True) if trial.fit.head.over_tokens else None
+    classes = vocabulary_rows(trial.fit.student, written=True) if trial.fit.task.over_tokens else None
     if classes is None or not trial.whole:
         return [batch]
-    positions = trial.fit.head.sequences(batch).shape[-1]
+    positions = trial.fit.task.sequences(batch).shape[-1]
     return pieces_of(batch, _AT_ONCE // max(positions * classes, 1)) or [batch]
 
 
@@ -367,10 +367,10 @@ def _teacher_quality(trial: Trial, findings: Findings) -> list[Finding]:
         return [ok("teacher's quality", "not measured: the evaluation data has no labels")]
     student_loss, teacher_loss, student_right, teacher_right, same = (divide(total, labelled) for total in sums)
     found = f"hard loss {teacher_loss:.4f}, of the student as it starts {student_loss:.4f}"
-    if fit.head.softmax:
+    if fit.task.softmax:
         found += f"; right {teacher_right:.1%} and {student_right:.1%}, the same {same:.1%}"
     found += f" ({labelled:.0f} labels of the evaluation data)"
-    better = teacher_loss < student_loss or (fit.head.softmax and teacher_right > student_right)
+    better = teacher_loss < student_loss or (fit.task.softmax and teacher_right > student_right)
     if better or not trainer.teacher.has_own_weights:  # a student may start as its own base
         return [ok("teacher's quality", found)]
     fix = "It is no better than where the student starts: check its weights, the order of the classes and the inputs."
@@ -379,19 +379,19 @@ def _teacher_quality(trial: Trial, findings: Findings) -> list[Finding]:
 
 def _measured(trial: Trial, batch: dict[str, Any]) -> Tensor:
     """Sums: labels, hard loss of student and teacher, correct predictions of both, equal predictions."""
-    head, sums = trial.fit.head, torch.zeros(6)
-    targets = head.targets(batch)
+    task, sums = trial.fit.task, torch.zeros(6)
+    targets = task.targets(batch)
     student, teacher = trial.logits(batch)
     if targets is None:
         return sums
     teacher = teacher[..., 0] if teacher.dim() > student.dim() else teacher  # the mean of a regression with variance
-    sums[0] = float(head.labelled(targets))
+    sums[0] = float(task.labelled(targets))
     for i, one in enumerate((student, teacher)):
-        known = targets.masked_fill(targets >= one.shape[-1], IGNORE_INDEX) if head.softmax else targets
-        sums[1 + i] = float(head.hard_loss_sum(one, known))
-        if head.softmax:
+        known = targets.masked_fill(targets >= one.shape[-1], IGNORE_INDEX) if task.softmax else targets
+        sums[1 + i] = float(task.hard_loss_sum(one, known))
+        if task.softmax:
             sums[3 + i] = float((one.argmax(-1) == targets).sum())
-    if head.softmax:
+    if task.softmax:
         sums[5] = float(((student.argmax(-1) == teacher.argmax(-1)) & (targets != IGNORE_INDEX)).sum())
     return sums
 

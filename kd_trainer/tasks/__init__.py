@@ -1,7 +1,5 @@
 """What a batch and a model's outputs mean for a task: inputs, labels, positions, output head."""
 
-from .head import Fault, Head, class_labels
-from .heads import HEADS
 from .inputs import (
     NOT_INPUTS,
     ROW_ID,
@@ -21,13 +19,14 @@ from .inputs import (
     token_mask,
     vocabulary_rows,
 )
+from .kinds import TASKS
 from .logits import AmbiguousOutputs, Wanted, logits_of, widths_of
 from .model_facts import count_parameters, describe, name_of, times
 from .output_head import (
     SMALL_VOCABULARY,
     Heads,
-    NotPlain,
     OutputHead,
+    UnsupportedHead,
     few_products,
     full_logits,
     plain_heads,
@@ -47,27 +46,28 @@ from .resolve import (
     classes_have_names,
     classes_of,
     has_named_classes,
-    head_for,
-    head_from_logits,
+    task_for,
+    task_from_logits,
     wanted_logits,
 )
 from .restore import as_in_training, same_random_numbers, unchanged_attributes, unchanged_buffers, unchanged_modes
+from .task import Fault, Task, class_labels
 
 __all__ = [
-    "HEADS",
     "NOT_INPUTS",
     "PROBLEM_TYPES",
     "ROW_ID",
     "SMALL_VOCABULARY",
+    "TASKS",
     "TEACHER_PREFIX",
     "Accepted",
     "AmbiguousOutputs",
     "Fault",
-    "Head",
     "Heads",
-    "NotPlain",
     "OutputHead",
     "PackingWatch",
+    "Task",
+    "UnsupportedHead",
     "Wanted",
     "accepted_inputs",
     "as_in_training",
@@ -88,8 +88,6 @@ __all__ = [
     "front_positions",
     "full_logits",
     "has_named_classes",
-    "head_for",
-    "head_from_logits",
     "logits_of",
     "main_input",
     "model_inputs",
@@ -100,6 +98,8 @@ __all__ = [
     "start_token",
     "student_loss",
     "student_side",
+    "task_for",
+    "task_from_logits",
     "teacher_hidden",
     "teacher_side",
     "text_config",

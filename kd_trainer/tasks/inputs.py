@@ -1,6 +1,6 @@
 """What of a batch goes into a model, and how many token ids the model knows.
 
-For: the trainer, the teacher and the heads. Leaves targets to `head.py`.
+For: the trainer, the teacher and the tasks. Leaves targets to `task.py`.
 Shapes: B rows, S positions.
 """
 

@@ -1,6 +1,6 @@
 """Which tensor in a model's outputs holds the logits: the one that fits the task, or none, and then all are listed.
 
-For: `head.py`. Shapes: B rows, S positions, C classes; logits are [B, C] or [B, S, C].
+For: `task.py`. Shapes: B rows, S positions, C classes; logits are [B, C] or [B, S, C].
 """
 
 from __future__ import annotations

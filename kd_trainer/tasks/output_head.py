@@ -3,8 +3,8 @@
 For: `trainer.py`. While the wrapped student runs, its output head's forward is replaced by one that calls
 `fused_linear_distillation`: there FSDP2 and ZeRO-3 have gathered the head's weight, and all hooks around the model
 fire as ever. The teacher's head keeps its hidden states instead. The first time, each head gives its model known
-logits, which must come out of it as `OutputHead` believes; otherwise `NotPlain` says why, and the caller takes full
-logits.
+logits, which must come out of it as `OutputHead` expects; otherwise `UnsupportedHead` is raised, and the caller takes
+full logits.
 Letters: B rows, S positions, H hidden size, V vocabulary.
 """
 
@@ -35,7 +35,7 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", 
 SMALL_VOCABULARY = 2048
 
 
-class NotPlain(Exception):
+class UnsupportedHead(Exception):
     """Why the logits of a model are not its output head's product, scaled and capped in a known way."""
 
 
@@ -50,7 +50,7 @@ class OutputHead:
         verified: whether this was seen to be so, in the mode (training or evaluation) that the model is in.
 
     Raises:
-        NotPlain: the model has no such head, or one whose weight cannot be multiplied as it is.
+        UnsupportedHead: the model has no such head, or one whose weight cannot be multiplied as it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,11 +60,11 @@ class OutputHead:
             module = None
         name = type(model).__name__
         if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
-            raise NotPlain("a compiled forward cannot leave its output head out")
+            raise UnsupportedHead("a compiled forward cannot leave its output head out")
         if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-            raise NotPlain(f"{name} has no plain linear output head")
+            raise UnsupportedHead(f"{name} has no plain linear output head")
         if not module.weight.is_floating_point():
-            raise NotPlain(f"the output head of {name} is quantised")
+            raise UnsupportedHead(f"the output head of {name} is quantised")
         self.module, self.name = module, name
         self.hidden_dtype: torch.dtype | None = None  # of what the head was last given
         self._ways = _ways(model)
@@ -85,7 +85,7 @@ class OutputHead:
     def settle(self, known: Tensor, logits: Tensor) -> bool:
         """Compares the known logits that the head gave with what came out; True where `scale` and `softcap` were right.
 
-        False: another known way fits, and is now set. Raises NotPlain where none does.
+        False: another known way fits, and is now set. Raises UnsupportedHead where none does.
         """
         if logits.shape == known.shape:
             room = _room(logits, known)
@@ -95,7 +95,7 @@ class OutputHead:
                     right, self._ways = way == self._ways[0], [way]
                     self._verified.add(self.module.training)
                     return right
-        raise NotPlain(f"{self.name} does something unknown to the product of its output head")
+        raise UnsupportedHead(f"{self.name} does something unknown to the product of its output head")
 
 
 Heads = tuple[OutputHead, OutputHead | None]
@@ -120,16 +120,16 @@ def plain_heads(
         return None, ""
     try:
         if compiled:
-            raise NotPlain("a compiled forward cannot leave its output head out")
+            raise UnsupportedHead("a compiled forward cannot leave its output head out")
         heads = OutputHead(student), None if teacher is None else OutputHead(teacher)
         if heads[1] is not None and heads[0].module.weight.device != heads[1].module.weight.device:
-            raise NotPlain("the output heads of student and teacher are on different devices")
-    except NotPlain as reason:
+            raise UnsupportedHead("the output heads of student and teacher are on different devices")
+    except UnsupportedHead as reason:
         return None, full_logits(reason, implementation)
     return heads, "the loss is computed inside the output heads: no logits are held"
 
 
-def full_logits(reason: NotPlain, implementation: str) -> str:
+def full_logits(reason: UnsupportedHead, implementation: str) -> str:
     """The line that says why; an error where `implementation` leaves no choice."""
     if implementation == "fused":
         expected = "'auto' or 'full' with these models"
@@ -186,7 +186,7 @@ def teacher_hidden(ask: Callable[[], Any], head: OutputHead) -> Tensor:
         ask: runs the teacher's forward once and returns its outputs.
 
     Raises:
-        NotPlain: see `OutputHead`.
+        UnsupportedHead: see `OutputHead`.
     """
     with _replaced(head, _keep) as kept:
         outputs = ask()
@@ -204,7 +204,7 @@ def student_loss(
         loss: from hidden states [B, S, H], weight [V, H] and bias of the head.
 
     Raises:
-        NotPlain: see `OutputHead`; or the model gives no hidden state for each position.
+        UnsupportedHead: see `OutputHead`; or the model gives no hidden state for each position.
     """
 
     def compute(kept: dict[str, Any], hidden: Tensor, module: nn.Linear) -> Tensor:
@@ -219,7 +219,7 @@ def student_loss(
             with _replaced(head, compute) as kept:
                 outputs = ask()
             right = _right(head, kept, outputs)
-        except NotPlain:
+        except UnsupportedHead:
             _draw_again(drawn)
             raise
         if right:
@@ -285,7 +285,7 @@ def _replaced(head: OutputHead, act: Callable[[dict[str, Any], Tensor, nn.Linear
             raise
         cause = error.__cause__ or error  # a teacher's error is explained by what raised it
         said = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise NotPlain(f"{head.name} cannot do without its logits ({said})") from error
+        raise UnsupportedHead(f"{head.name} cannot do without its logits ({said})") from error
     finally:
         if patched is None:
             del module.forward
@@ -294,9 +294,9 @@ def _replaced(head: OutputHead, act: Callable[[dict[str, Any], Tensor, nn.Linear
 
 
 def _right(head: OutputHead, kept: Mapping[str, Any], outputs: Any) -> bool:
-    """Whether `scale` and `softcap` were right all along; raises NotPlain."""
+    """Whether `scale` and `softcap` were right all along; raises UnsupportedHead."""
     if "wrong" in kept or "hidden" not in kept:
-        raise NotPlain(kept.get("wrong", f"{head.name} does not call its output head"))
+        raise UnsupportedHead(kept.get("wrong", f"{head.name} does not call its output head"))
     return head.verified or head.settle(kept["known"], logits_of(outputs, "model"))
 
 

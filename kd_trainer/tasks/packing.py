@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from ..validation import fail
-from .head import Head
 from .inputs import is_packed
+from .task import Task
 
 
 class PackingWatch:
@@ -25,10 +25,10 @@ class PackingWatch:
     def __init__(self) -> None:
         self._note: Tensor | None = None
 
-    def look(self, head: Head, batch: Mapping[str, Any], reduction: str, *, now: bool = False) -> None:
+    def look(self, task: Task, batch: Mapping[str, Any], reduction: str, *, now: bool = False) -> None:
         """Raises ValueError where "batchmean" would divide by rows of several sequences."""
-        if head.token_level and reduction == "batchmean":
-            self.see(is_packed(batch, head.sequences(batch).shape), now=now)
+        if task.token_level and reduction == "batchmean":
+            self.see(is_packed(batch, task.sequences(batch).shape), now=now)
 
     def see(self, packed: bool | Tensor, *, now: bool = False) -> None:
         """Takes the answer of `is_packed`; raises ValueError where it may be read and is true."""

@@ -1,4 +1,4 @@
-"""Which head of `HEADS` a model has: by its Auto class, its config, its labels, or in the end by its logits.
+"""Which task of `TASKS` a model has: by its Auto class, its config, its labels, or in the end by its logits.
 
 For: the trainer on the first batch, and the teacher, whom the same Auto class loads.
 """
@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..validation import fail
-from .heads import HEADS, Head
 from .inputs import front_positions, vocabulary_rows
+from .kinds import TASKS, Task
 from .logits import Wanted
 
 # Where class i of the teacher must mean class i of the student by name.
@@ -76,16 +76,16 @@ OTHER_PURPOSES = {
 _WITHOUT_AUTO_CLASS = {"MODEL_FOR_CAUSAL_IMAGE_MODELING_MAPPING": "causal_lm"}  # ImageGPT
 
 
-def auto_classes(head: Head) -> list[Any]:
-    """The Auto classes of a head that the installed transformers has."""
+def auto_classes(task: Task) -> list[Any]:
+    """The Auto classes of a task that the installed transformers has."""
     import transformers
 
-    found = (getattr(transformers, name, None) for name in head.auto_classes)
+    found = (getattr(transformers, name, None) for name in task.auto_classes)
     return [auto_class for auto_class in found if auto_class is not None]
 
 
-def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
-    """The head and the Auto class of transformers that `model` belongs to; None where transformers lists it nowhere.
+def auto_class_of(model: nn.Module) -> tuple[Task, Any] | None:
+    """The task and the Auto class of transformers that `model` belongs to; None where transformers lists it nowhere.
 
     The Auto class is None for the few lists that have none: such a teacher cannot be loaded by path.
     """
@@ -96,16 +96,16 @@ def auto_class_of(model: nn.Module) -> tuple[Head, Any] | None:
     if not isinstance(config, transformers.PreTrainedConfig):
         return None
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    for head in HEADS.values():
-        for auto_class in auto_classes(head):
+    for task in TASKS.values():
+        for auto_class in auto_classes(task):
             listed = _listed(auto_class._model_mapping, config)
             if isinstance(model, listed) and _has_logits(model, auto_class.__name__):
-                if not head.encoder_decoder or _is_encoder_decoder(config):
-                    return head, auto_class
-                return HEADS["causal_lm"], auto_class  # a decoder that reads speech or images: it shifts its labels
-    for name, task in _WITHOUT_AUTO_CLASS.items():
-        if isinstance(model, _listed(getattr(modeling_auto, name, {}), config)):
-            return HEADS[task], None
+                if not task.encoder_decoder or _is_encoder_decoder(config):
+                    return task, auto_class
+                return TASKS["causal_lm"], auto_class  # a decoder that reads speech or images: it shifts its labels
+    for mapping, name in _WITHOUT_AUTO_CLASS.items():
+        if isinstance(model, _listed(getattr(modeling_auto, mapping, {}), config)):
+            return TASKS[name], None
     return None
 
 
@@ -166,48 +166,48 @@ def refuse_other_purposes(model: nn.Module) -> None:
             fail(
                 "model",
                 f"a {type(model).__name__} for {purpose}{offers}",
-                f"a model with class logits for one of the tasks {', '.join(HEADS)}",
+                f"a model with class logits for one of the tasks {', '.join(TASKS)}",
                 "Take a model with such an output head. Or let a module of your own return such logits as 'logits', "
                 "and set kd_task.",
             )
 
 
-def head_for(model: nn.Module, kd_task: str | None, shifts_labels: bool) -> Head | None:
-    """The head of `model`: named by `kd_task`, known from its Auto class, or causal where upstream shifts its labels.
+def task_for(model: nn.Module, kd_task: str | None, shifts_labels: bool) -> Task | None:
+    """The task of `model`: named by `kd_task`, known from its Auto class, or causal where upstream shifts its labels.
 
-    None means that only the logits can tell (a plain module): see `head_from_logits`.
+    None means that only the logits can tell (a plain module): see `task_from_logits`.
 
     Raises:
         ValueError: a model of transformers for another purpose: see `refuse_other_purposes`.
     """
     if kd_task is not None:
-        return HEADS[kd_task].of_model(model)
+        return TASKS[kd_task].of_model(model)
     known = auto_class_of(model)
     if known is not None:
         return known[0].of_model(model)
     if shifts_labels:
-        return HEADS["causal_lm"]
+        return TASKS["causal_lm"]
     refuse_other_purposes(model)
     return None
 
 
-def check_virtual_tokens(model: nn.Module, head: Head, argument: str) -> None:
+def check_virtual_tokens(model: nn.Module, task: Task, argument: str) -> None:
     """Raises ValueError for PEFT prompts whose positions PEFT itself does not keep apart from those of the labels."""
     peft: Any = getattr(model, "active_peft_config", None)
     if not getattr(peft, "is_prompt_learning", False):
         return
     kind = str(getattr(peft.peft_type, "value", peft.peft_type))
     because = None
-    if head.name == "question_answering" and front_positions(model, {}):
+    if task.name == "question_answering" and front_positions(model, {}):
         because = "PEFT counts the virtual tokens in start_positions and end_positions"
-    elif head.name == "seq2seq_lm" and kind == "MULTITASK_PROMPT_TUNING":
+    elif task.name == "seq2seq_lm" and kind == "MULTITASK_PROMPT_TUNING":
         because = "PEFT runs it with labels alone, not with decoder_input_ids"
     if because is not None:
         shown = f"a model with {peft.num_virtual_tokens} virtual tokens ({kind})"
-        fail(argument, shown, f"LoRA or full weights for the task {head.name!r}", "Use LoRA.", because=because)
+        fail(argument, shown, f"LoRA or full weights for the task {task.name!r}", "Use LoRA.", because=because)
 
 
-# What upstream's classifiers call their kinds of labels, and the head of each.
+# What upstream's classifiers call their kinds of labels, and the task of each.
 PROBLEM_TYPES = {
     "single_label_classification": "classification",
     "multi_label_classification": "multi_label_classification",
@@ -215,15 +215,15 @@ PROBLEM_TYPES = {
 }
 
 
-def by_problem_type(head: Head, student: nn.Module, kd_task: str | None, labels: Tensor | None) -> Head:
-    """The head that a classifier's loss has upstream: by `config.problem_type`, else by num_labels and labels' dtype.
+def by_problem_type(task: Task, student: nn.Module, kd_task: str | None, labels: Tensor | None) -> Task:
+    """The task that a classifier's loss has upstream: by `config.problem_type`, else by num_labels and labels' dtype.
 
     Upstream's forward writes `problem_type` into the config when it sees labels; here labels never reach it, so this
     does.
     """
     config: Any = getattr(student, "config", None)
-    if head.name not in PROBLEM_TYPES.values() or not hasattr(config, "problem_type"):
-        return head
+    if task.name not in PROBLEM_TYPES.values() or not hasattr(config, "problem_type"):
+        return task
     known = config.problem_type
     if known is not None and known not in PROBLEM_TYPES:
         fail("problem_type", repr(known), "one of " + ", ".join(PROBLEM_TYPES), "Mend the student's config.")
@@ -239,10 +239,10 @@ def by_problem_type(head: Head, student: nn.Module, kd_task: str | None, labels:
     else:
         name = "multi_label_classification" if labels is not None and labels.is_floating_point() else "classification"
     config.problem_type = next(problem for problem, task in PROBLEM_TYPES.items() if task == name)
-    return HEADS[name]
+    return TASKS[name]
 
 
-def head_from_logits(logits: Tensor) -> Head:
+def task_from_logits(logits: Tensor) -> Task:
     """[B, C] is a classification, [B, S, C] one classification a position (unshifted)."""
     names = {2: "classification", 3: "token_classification"}
     if logits.dim() not in names:
@@ -252,50 +252,50 @@ def head_from_logits(logits: Tensor) -> Head:
             "[batch, classes] or [batch, sequence, classes]",
             "Return such logits, or set kd_task.",
         )
-    return HEADS[names[logits.dim()]]
+    return TASKS[names[logits.dim()]]
 
 
-def has_named_classes(head: Head) -> bool:
+def has_named_classes(task: Task) -> bool:
     """Whether its classes are those of a config's id2label."""
-    return head.name in CLASSIFICATIONS
+    return task.name in CLASSIFICATIONS
 
 
-def classes_have_names(student: nn.Module, head: Head | None) -> bool:
-    """Whether class i of the teacher must mean class i of the student by name; `head`: None where not yet known."""
+def classes_have_names(student: nn.Module, task: Task | None) -> bool:
+    """Whether class i of the teacher must mean class i of the student by name; `task`: None where not yet known."""
     config: Any = getattr(student, "config", None)
     numbers = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
-    return not numbers and (head is None or has_named_classes(head))
+    return not numbers and (task is None or has_named_classes(task))
 
 
-def classes_of(student: nn.Module, head: Head) -> int | None:
+def classes_of(student: nn.Module, task: Task) -> int | None:
     """How many classes the student's logits have: of a vocabulary by its layer, else as its config counts them, which
     need not be true."""
-    if head.over_tokens:
+    if task.over_tokens:
         return vocabulary_rows(student, written=True, measured=True)
-    if not has_named_classes(head):  # num_labels says nothing of choices or of positions
+    if not has_named_classes(task):  # num_labels says nothing of choices or of positions
         return None
     classes = getattr(getattr(student, "config", None), "num_labels", None)
     return classes if isinstance(classes, int) else None
 
 
-def wanted_logits(head: Head | None, labels: Any, models: Iterable[nn.Module], vocabulary: int | None) -> Wanted:
+def wanted_logits(task: Task | None, labels: Any, models: Iterable[nn.Module], vocabulary: int | None) -> Wanted:
     """What batch and configs tell of the logits, for models that return several tensors.
 
     Args:
         vocabulary: classes of a teacher cache; None without one.
     """
     labels = labels if isinstance(labels, Tensor) and labels.numel() else None
-    dims = None if head is None else head.dims
-    if head is None and labels is not None:
+    dims = None if task is None else task.dims
+    if task is None and labels is not None:
         dims = {1: 2, 2: 3}.get(labels.dim())
     widths: list[Any] = [vocabulary]
-    at_least = 0 if head is not None and not head.softmax else 2
-    if head is not None and head.a_label_a_logit:
+    at_least = 0 if task is not None and not task.softmax else 2
+    if task is not None and task.a_label_a_logit:
         widths += [] if labels is None else [labels.shape[-1] if labels.dim() > 1 else 1]
     elif labels is not None and at_least and not labels.is_floating_point():
         at_least = max(at_least, int(labels.max()) + 1)
-    if head is not None and head.over_tokens:
+    if task is not None and task.over_tokens:
         widths += [vocabulary_rows(model, written=True) for model in models]
-    elif head is None or has_named_classes(head):
+    elif task is None or has_named_classes(task):
         widths += [getattr(getattr(model, "config", None), "num_labels", None) for model in models]
     return Wanted(dims, tuple(dict.fromkeys(w for w in widths if isinstance(w, int))), at_least)

@@ -18,7 +18,7 @@ class AdapterOffTeacher(LiveTeacher):
 
     Args:
         student: a model with adapters in its layers (LoRA and its kin): a `PeftModel`, or transformers' `add_adapter`.
-        over_tokens: whether the student is a language model (`Head.over_tokens`).
+        over_tokens: whether the student is a language model (`Task.over_tokens`).
 
     Raises:
         ValueError: the student has no such adapters, or what is off is no fixed teacher (see `check_adapters`).

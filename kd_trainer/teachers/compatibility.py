@@ -1,6 +1,6 @@
 """Do teacher and student fit? Refuses what would train wrongly in silence, before the first step.
 
-For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared in `tasks/head.py`, batch by
+For: `trainer.py`. Compares models, class names and vocabularies; shapes are compared in `tasks/task.py`, batch by
 batch.
 """
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..tasks import (
     ROW_ID,
     TEACHER_PREFIX,
-    Head,
+    Task,
     accepted_inputs,
     behind_front,
     classes_have_names,
@@ -132,10 +132,10 @@ class LiveTeacher:
         self._modules = list(self.model.modules())
 
     def compare_classes(
-        self, student: nn.Module, head: Head | None, *, remap: bool, compare: Callable[..., Classes] = match_classes
+        self, student: nn.Module, task: Task | None, *, remap: bool, compare: Callable[..., Classes] = match_classes
     ) -> Classes | None:
         """`match_classes` with the student; None where the classes of the task have no names."""
-        if not classes_have_names(student, head):
+        if not classes_have_names(student, task):
             return None
         return compare(class_names(student), class_names(self.model), remap=remap)
 
@@ -178,7 +178,7 @@ class LiveTeacher:
         """The teacher's logits for the batch, in the teacher's dtype and on its device; see `outputs`.
 
         Args:
-            read: takes the logits out of what the teacher returns: `Head.logits`.
+            read: takes the logits out of what the teacher returns: `Task.logits`.
         """
         logits = self.behind_front(read(self.outputs(batch, accelerator, student), "teacher_model"), batch)
         if self.class_order is not None:

@@ -9,20 +9,20 @@ from torch import nn
 
 from ..redaction import scrub, secrets_in
 from ..tasks import (
-    HEADS,
-    Head,
+    TASKS,
+    Task,
     auto_class_of,
     auto_classes,
 )
 from ..validation import fail, message, quoted
 
 
-def _from_pretrained(head: Head, auto_class: Any, path: str, kwargs: dict[str, Any]) -> tuple[Any, dict]:
+def _from_pretrained(task: Task, auto_class: Any, path: str, kwargs: dict[str, Any]) -> tuple[Any, dict]:
     """(model, loading info) by the student's Auto class, or by another one of its task, where that one knows the path.
 
     A causal teacher that reads images or speech too has another Auto class than a student of text alone.
     """
-    others = [*auto_classes(head), *(auto_classes(HEADS["seq2seq_lm"]) if head.left_to_right else ())]
+    others = [*auto_classes(task), *(auto_classes(TASKS["seq2seq_lm"]) if task.left_to_right else ())]
     refusal = None
     for candidate in dict.fromkeys([auto_class, *others]):
         try:
@@ -64,9 +64,9 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
             "a module, because no Auto class of transformers has a student of type " + type(student).__name__,
             "Load the teacher yourself and give the module.",
         )
-    head, auto_class = known
+    task, auto_class = known
     try:
-        model, info = _from_pretrained(head, auto_class, path, {**_UNLESS_ASKED, **init_kwargs})
+        model, info = _from_pretrained(task, auto_class, path, {**_UNLESS_ASKED, **init_kwargs})
     except Exception as error:  # upstream and safetensors raise many kinds
         secrets = set(secrets_in(init_kwargs))
         line = scrub((str(error).splitlines() or [""])[0], secrets)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..tasks import Head
+from ..tasks import Task
 from .compatibility import Classes, match_classes
 from .outputs import TeacherOutput
 
@@ -68,7 +68,7 @@ class Teacher(Protocol):
         """The teacher of a new student (from `model_init`): another one where it is the student's base, else itself."""
 
     def compare_classes(
-        self, student: nn.Module, head: Head | None, *, remap: bool, compare: Callable[..., Classes] = match_classes
+        self, student: nn.Module, task: Task | None, *, remap: bool, compare: Callable[..., Classes] = match_classes
     ) -> Classes | None:
         """`match_classes` with the student; None where the classes of the task have no names."""
 
@@ -87,7 +87,7 @@ class Teacher(Protocol):
 
         Args:
             student: as the accelerator wrapped it.
-            read: takes the logits out of what a teacher's forward returns: `Head.logits`.
+            read: takes the logits out of what a teacher's forward returns: `Task.logits`.
         """
 
     def describe(self) -> str:

@@ -25,7 +25,7 @@ from ..cache import DTYPES, FORMATS
 from ..files import as_json
 from ..losses import DIVERGENCES
 from ..redaction import SecretiveDict, hidden, is_secret_name
-from ..tasks import HEADS
+from ..tasks import TASKS
 from ..validation import check_choice, check_number, check_temperature, fail, nearest, quoted
 
 REDUCTIONS = ("batchmean", "tokenmean")
@@ -114,7 +114,7 @@ class DistillationArguments:
         default=None, metadata={"help": "kd_temperature at the last step of a schedule."}
     )
     kd_task: str | None = field(
-        default=None, metadata={"help": "Name the task head if the model does not tell: " + ", ".join(HEADS) + "."}
+        default=None, metadata={"help": "Name the task if the model does not tell: " + ", ".join(TASKS) + "."}
     )
     kd_hard_loss: str = field(
         default="auto",
@@ -190,7 +190,7 @@ class DistillationArguments:
         self._check_cache()
         self._check_beta()
         if self.kd_task is not None:
-            check_choice("kd_task", self.kd_task, HEADS)
+            check_choice("kd_task", self.kd_task, TASKS)
         if self.kd_check_finite is not None:
             check_choice("kd_check_finite", self.kd_check_finite, CHECK_FINITE)
         self._check_schedule()

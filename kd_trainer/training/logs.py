@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import divide
-from ..tasks import Head
+from ..tasks import Task
 from .objective import Counts, Objective, Parts
 
 Row = tuple[Tensor | float | None, ...]  # numbers of one micro-batch, detached; None where one does not exist
@@ -93,7 +93,7 @@ class Evaluation:
         self,
         prefix: str,
         accelerator: Any,
-        head: Head,
+        task: Task,
         objective: Objective,
         student: nn.Module,
         *,
@@ -114,7 +114,7 @@ class Evaluation:
         terms = objective.terms
         n = len(terms)
         sums, over, (same, compared, labelled, rows) = totals[:n], totals[n : 2 * n], totals[2 * n :]
-        by_row = not head.token_level and not own_loss
+        by_row = not task.token_level and not own_loss
         if by_row:
             means = [*map(divide, sums, over), divide(same, compared), labelled]
             logged = named(objective, means, [*exists[:n], *exists[2 * n :]], prefix)
@@ -127,7 +127,7 @@ class Evaluation:
             found = [(term, logged.get(f"{prefix}{term.name}_loss")) for term in terms]
             weights = [(term.weight_for(student), mean) for term, mean in found if mean is not None]
             logged[f"{prefix}loss"] = sum(weight * mean for weight, mean in weights if weight)
-        if head.over_tokens and objective.label_smoothing == 0 and labelled > 0:
+        if task.over_tokens and objective.label_smoothing == 0 and labelled > 0:
             hard_sum = dict(zip((term.name for term in terms), sums, strict=True))["hard"]
             logged[f"{prefix}perplexity"] = perplexity(hard_sum, labelled)
         return logged

@@ -32,7 +32,7 @@ from ..losses import (
     small_batch_loss,
     top_k_divergence,
 )
-from ..tasks import Head, class_labels, main_input
+from ..tasks import Task, class_labels, main_input
 from ..teachers import Sparse, TeacherOutput
 from ..validation import fail
 from .terms import Term
@@ -103,46 +103,46 @@ class Objective:
         """Every term; `logged_row` and `denominators` have the same order."""
         return Term("hard", 1 - self.alpha), Term("soft", self.alpha), *self.added
 
-    def formula(self, head: Head | None) -> str:
+    def formula(self, task: Task | None) -> str:
         """The formula with its numbers, e.g. `loss = 0.7 * soft(forward_kl, T=3) + 0.3 * hard, per row`.
 
         A term of weight zero is left out, as it is in the loss. A weight that the student's config holds is told in
         the notes of the start block instead.
         """
-        soft = self.divergence if head is None else head.soft_term(self.divergence)
-        if head is None or head.tempered:
+        soft = self.divergence if task is None else task.soft_term(self.divergence)
+        if task is None or task.tempered:
             soft += ("" if self.beta is None else f", beta={self.beta:g}") + f", T={self.temperature:g}"
         hard, first, *added = ((term.name, term.weight) for term in self.terms)
         terms = [(f"soft({soft})", first[1]), hard, *added]
         weighed = [(name, weight) for name, weight in terms if not callable(weight) and weight != 0]
         shown = [name if weight == 1 else f"{weight:g} * {name}" for name, weight in weighed]
-        per = "per token" if head is not None and head.token_level and self.reduction == "tokenmean" else "per row"
+        per = "per token" if task is not None and task.token_level and self.reduction == "tokenmean" else "per row"
         return f"loss = {' + '.join(shown)}, {per}"
 
-    def count(self, head: Head, inputs: Mapping[str, Any]) -> Counts:
+    def count(self, task: Task, inputs: Mapping[str, Any]) -> Counts:
         """The counts of one micro-batch, read from its inputs alone."""
-        targets = head.targets(inputs)
+        targets = task.targets(inputs)
         rows = (main_input(inputs) if targets is None else targets).shape[0]
-        hard = head.labelled_in(inputs, targets)
-        added = tuple([rows if term.count is None else term.count(head, inputs) for term in self.added])
-        if not head.token_level:
+        hard = task.labelled_in(inputs, targets)
+        added = tuple([rows if term.count is None else term.count(task, inputs) for term in self.added])
+        if not task.token_level:
             return Counts(hard, rows, rows, added=added)
-        if self.positions == "labels" and targets is not None and head.made_at(inputs, targets) is None:
+        if self.positions == "labels" and targets is not None and task.made_at(inputs, targets) is None:
             return Counts(hard, hard, rows, added=added)
-        mask = head.soft_mask(inputs, targets, self.positions)
-        soft = head.sequences(inputs).numel() if mask is None else mask.sum()
+        mask = task.soft_mask(inputs, targets, self.positions)
+        soft = task.sequences(inputs).numel() if mask is None else mask.sum()
         return Counts(hard, soft, rows, added=added)
 
-    def count_all(self, head: Head, batches: Sequence[Mapping[str, Any]]) -> Counts:
+    def count_all(self, task: Task, batches: Sequence[Mapping[str, Any]]) -> Counts:
         """The counts of all micro-batches of an optimizer step on this process."""
-        each = [self.count(head, batch) for batch in batches]
+        each = [self.count(task, batch) for batch in batches]
         if len(each) == 1:
             return each[0]
         return each[0].with_each(*map(sum, zip(*(counts.each for counts in each), strict=True)))
 
     def __call__(
         self,
-        head: Head,
+        task: Task,
         soft_loss: SoftTargetLoss,
         student_logits: Tensor,
         teacher: Tensor | Sparse | None,
@@ -166,16 +166,16 @@ class Objective:
             own_hard: with `takes_own` the hard loss, divided as the stock Trainer divides it; None where the batch has
                 no labels.
         """
-        targets = head.targets(inputs)
+        targets = task.targets(inputs)
         sparse = teacher if isinstance(teacher, (TopK, Samples)) else None
         taught = teacher if isinstance(teacher, Tensor) else None
-        head.check_shapes(student_logits, taught, targets, common_ids)
-        mask = head.soft_mask(inputs, targets, self.positions)
+        task.check_shapes(student_logits, taught, targets, common_ids)
+        mask = task.soft_mask(inputs, targets, self.positions)
         chosen, logits, labels = student_logits, student_logits, targets
-        if head.token_level and targets is not None:  # padding's NaN would reach the gradient: 0 * NaN
+        if task.token_level and targets is not None:  # padding's NaN would reach the gradient: 0 * NaN
             labelled = targets != IGNORE_INDEX
             logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
-        if head.token_level:
+        if task.token_level:
             if mask is not None and targets is not None and self.positions == "labels":
                 within = select_positions(mask, labelled)  # usually all: then the same rows serve both losses
                 same_rows = within.device.type == "cpu" and bool(within.all())
@@ -191,7 +191,7 @@ class Objective:
             chosen, taught = chosen[..., :common_ids], None if taught is None else taught[..., :common_ids]
         hard_count, soft_count = self._denominators(counts)
 
-        plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not head.softmax
+        plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not task.softmax
         plain = plain or takes_own
         if taught is not None and not plain and is_small(chosen, taught):
             parts = self._small_batch(chosen, taught, labels, float(soft_count), float(hard_count), counts)
@@ -202,14 +202,14 @@ class Objective:
             hard = own_hard
         elif labels is not None:
             # At alpha 1 the hard loss is for the log alone.
-            hard_sum = head.hard_loss_sum(logits if self.alpha < 1 else logits.detach(), labels, self.label_smoothing)
+            hard_sum = task.hard_loss_sum(logits if self.alpha < 1 else logits.detach(), labels, self.label_smoothing)
             hard = divide(hard_sum, hard_count) * counts.scale
         known = targets if soft_loss.needs_labels else None
-        if known is not None and head.token_level:
+        if known is not None and task.token_level:
             known = (known if mask is None else select_positions(known, mask)).reshape(chosen.shape[:-1])
         if taught is not None:
-            soft = divide(head.soft_loss_sum(soft_loss, chosen, taught, inputs, known), soft_count) * counts.scale
-            same = head.agreement_sum(chosen, taught, inputs)
+            soft = divide(task.soft_loss_sum(soft_loss, chosen, taught, inputs, known), soft_count) * counts.scale
+            same = task.agreement_sum(chosen, taught, inputs)
             agreement = None if same is None else divide(same, counts.soft) * counts.scale
         if sparse is not None:
             soft_sum, same = self._sparse_sums(chosen, sparse, class_labels(soft_loss, chosen, known))
@@ -231,7 +231,7 @@ class Objective:
 
     def fused(
         self,
-        head: Head,
+        task: Task,
         student_hidden: Tensor,
         teacher: TeacherOutput,
         weights: Mapping[str, Any],
@@ -247,7 +247,7 @@ class Objective:
             weights: the student's output head, by that function's argument names.
             inputs, counts, common_ids: as in `__call__`. Of the result, `parts` makes `Parts`.
         """
-        targets = head.targets(inputs)
+        targets = task.targets(inputs)
         shape = student_hidden.shape[:-1]
         if targets is not None and targets.shape != shape:
             fail(
@@ -257,8 +257,8 @@ class Objective:
                 "Check the label column and the data collator.",
             )
         mask = None  # both losses count the positions with a label, or all of them
-        if targets is None or self.positions != "labels" or head.made_at(inputs, targets) is not None:
-            mask = head.soft_mask(inputs, targets, self.positions)
+        if targets is None or self.positions != "labels" or task.made_at(inputs, targets) is not None:
+            mask = task.soft_mask(inputs, targets, self.positions)
             if mask is None and targets is not None:
                 mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)
         if targets is None and DIVERGENCES[self.divergence].needs_labels:

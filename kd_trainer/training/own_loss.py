@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import IGNORE_INDEX, select_positions
-from ..tasks import Accepted, Head, behind_front, model_inputs, text_config
+from ..tasks import Accepted, Task, behind_front, model_inputs, text_config
 from ..validation import fail
 from .router_loss import router_weight
 
@@ -39,7 +39,7 @@ class HardLoss(NamedTuple):
 
     Attributes:
         own: whether the model's own loss is the hard loss; else the task's formula is.
-        head: the task, with the shift of the labels that the model's own loss has.
+        task: the task, with the shift of the labels that the model's own loss has.
         line: for the start block and `check()`; empty where there was nothing to compare.
         labels_are_inputs: the logits depend on the labels (a decoder's inputs are made of them), so they are passed.
         by_num_items: the formula's sum has to be divided by upstream's num_items_in_batch, as the model divides it:
@@ -47,7 +47,7 @@ class HardLoss(NamedTuple):
     """
 
     own: bool
-    head: Head
+    task: Task
     line: str = ""
     labels_are_inputs: bool = False
     by_num_items: bool = False
@@ -118,9 +118,9 @@ class OwnHardLoss(NamedTuple):
                 shown = "a model that returns no loss for a batch with labels"
                 fail("model", shown, "the loss that it returned for the first batch", fix, error=RuntimeError)
             loss = without_extras(found, outputs, fit.student, None, router_weight(fit.student))
-        targets = fit.head.targets(inputs)
-        if targets is not None and fit.head.softmax:  # upstream's mean over no label is NaN
-            loss = torch.where(fit.head.labelled(targets) > 0, loss, torch.zeros_like(loss))
+        targets = fit.task.targets(inputs)
+        if targets is not None and fit.task.softmax:  # upstream's mean over no label is NaN
+            loss = torch.where(fit.task.labelled(targets) > 0, loss, torch.zeros_like(loss))
         if counts.num_items is not None and (self.function is not None or self.takes_num_items):
             return loss * self.scale
         return loss if self.function is not None else loss / counts.micro_batches
@@ -131,7 +131,7 @@ class Comparison:
 
     Args:
         forward: calls the student as a training step would, always with the same random numbers, without gradient.
-        student: unwrapped. head, accepted: its task and its inputs.
+        student: unwrapped. task, accepted: its task and its inputs.
         aux_weight: of the load-balancing loss in the model's own loss; None without one.
         counts_shifted: whether upstream's num_items_in_batch counts shifted labels; None where the model takes none.
     """
@@ -140,13 +140,13 @@ class Comparison:
         self,
         forward: Forward,
         student: nn.Module,
-        head: Head,
+        task: Task,
         accepted: Accepted,
         aux_weight: float | None,
         counts_shifted: bool | None = None,
     ) -> None:
         self.counts_shifted = counts_shifted
-        self.forward, self.student, self.head, self.accepted = forward, student, head, accepted
+        self.forward, self.student, self.task, self.accepted = forward, student, task, accepted
         self.aux_weight = aux_weight
         self.labels_are_inputs = False
         self._logits: Tensor | None = None  # of the last forward without labels
@@ -157,7 +157,7 @@ class Comparison:
         Two forwards with labels (those of the batch, and varied ones, which show weights of classes that the batch
         does not have) and one without; a few more where the losses differ.
         """
-        batch = piece_of(batch, self.head)
+        batch = piece_of(batch, self.task)
         labels = label_columns(batch, self.accepted)
         made_up = {} if labels else self._made_up(batch)
         if not labels and not made_up:
@@ -170,10 +170,10 @@ class Comparison:
             cause = error.__cause__
             reason = (str(cause).splitlines() or [type(cause).__name__])[0]
             line = f"the task's formula: {type(self.student).__name__} fails on the first batch with labels ({reason})"
-            return HardLoss(False, self.head, line)
+            return HardLoss(False, self.task, line)
 
     def _compare(self, batch: Mapping[str, Any], labels: dict[str, Any]) -> HardLoss | None:
-        labels = {**labels, **{n: self._filled(labels[n]) for n in self.head.label_names if n in labels}}
+        labels = {**labels, **{n: self._filled(labels[n]) for n in self.task.label_names if n in labels}}
         outputs = self._call(batch, labels)
         self._look_without_labels(batch, outputs)
         varied = {name: self._varied(value, name) for name, value in labels.items()}
@@ -190,33 +190,33 @@ class Comparison:
         if not found:
             return None
         name = type(self.student).__name__
-        for index, head in enumerate(self._heads()):
+        for index, task in enumerate(self._tasks()):
             if all(_close(own, formulas[index], room) for own, formulas, room in found):
                 line = f"the task's formula, which {name}'s own loss equals on the first batch"
-                by_items = self._divides_by_items(batch, labels, head, found[0])
-                return HardLoss(False, head, line, self.labels_are_inputs, by_items)
+                by_items = self._divides_by_items(batch, labels, task, found[0])
+                return HardLoss(False, task, line, self.labels_are_inputs, by_items)
         own, formulas, _ = found[0]
         line = f"the model's own: {name} gives {own:.4f} on the first batch, the task's formula {formulas[0]:.4f}"
         return HardLoss(True, self._head_by_use(batch, labels), line, self.labels_are_inputs)
 
     def _divides_by_items(
-        self, batch: Mapping[str, Any], labels: dict[str, Any], head: Head, found: tuple[float, list[float], float]
+        self, batch: Mapping[str, Any], labels: dict[str, Any], task: Task, found: tuple[float, list[float], float]
     ) -> bool:
         """Whether the model divides by a num_items_in_batch that upstream counts otherwise than the formula does."""
-        if not head.token_level or self.counts_shifted in (None, head.shifted) or "shift_labels" in labels:
+        if not task.token_level or self.counts_shifted in (None, task.shifted) or "shift_labels" in labels:
             return False
         count, device = 1000.0, next(v.device for v in labels.values() if isinstance(v, Tensor))
         loss = own_loss(self._call(batch, {**labels, "num_items_in_batch": torch.tensor(count, device=device)}))
-        targets = head.targets({**batch, **labels})
+        targets = task.targets({**batch, **labels})
         if loss is None or targets is None:
             return False
-        return _close(float(loss) * count, found[0] * float(head.labelled(targets)), max(found[2], 1e-4))
+        return _close(float(loss) * count, found[0] * float(task.labelled(targets)), max(found[2], 1e-4))
 
-    def _heads(self) -> list[Head]:
+    def _tasks(self) -> list[Task]:
         """The task as it was taken, and with the other shift where labels could be shifted."""
-        head = self.head
-        toggled = head.token_level and head.softmax and not head.encoder_decoder
-        return [head, dataclasses.replace(head, shifted=not head.shifted)] if toggled else [head]
+        task = self.task
+        toggled = task.token_level and task.softmax and not task.encoder_decoder
+        return [task, dataclasses.replace(task, shifted=not task.shifted)] if toggled else [task]
 
     def _call(self, batch: Mapping[str, Any], labels: Mapping[str, Any]) -> Any:
         try:
@@ -242,7 +242,7 @@ class Comparison:
     def _logits_of(self, batch: Mapping[str, Any], outputs: Any) -> Tensor | None:
         """The logits; None where the outputs have none (a fused loss leaves them out)."""
         try:
-            return behind_front(self.head.logits(outputs, "model"), self.student, batch)
+            return behind_front(self.task.logits(outputs, "model"), self.student, batch)
         except (TypeError, ValueError):
             return None
 
@@ -257,61 +257,61 @@ class Comparison:
         half = loss.dtype in (torch.float16, torch.bfloat16)
         own = float(without_extras(loss, outputs, self.student, logits, self.aux_weight))
         inputs = {**batch, **labels}
-        return own, [formula(head, logits, inputs) for head in self._heads()], 2e-2 if half else _CLOSE
+        return own, [formula(task, logits, inputs) for task in self._tasks()], 2e-2 if half else _CLOSE
 
-    def _head_by_use(self, batch: Mapping[str, Any], labels: dict[str, Any]) -> Head:
+    def _head_by_use(self, batch: Mapping[str, Any], labels: dict[str, Any]) -> Task:
         """The shift of a loss that equals no formula: one that shifts does not read the label of the first position."""
-        heads = self._heads()
-        name = self.head.label_names[0]
+        tasks = self._tasks()
+        name = self.task.label_names[0]
         given = labels.get(name)
-        if len(heads) == 1 or given is None or "shift_labels" in labels or given.shape[1] < 2:
-            return self.head
+        if len(tasks) == 1 or given is None or "shift_labels" in labels or given.shape[1] < 2:
+            return self.task
         full = given.masked_fill(given == IGNORE_INDEX, 0)
         other = full.clone()
         other[:, 0] = (other[:, 0] + 1) % 2
         losses = [own_loss(self._call(batch, {**labels, name: each})) for each in (full, other)]
         if any(loss is None or not math.isfinite(float(loss)) for loss in losses):
-            return self.head
+            return self.task
         shifted = float(losses[0]) == float(losses[1])  # type: ignore[arg-type]
-        return next(head for head in heads if head.shifted == shifted)
+        return next(task for task in tasks if task.shifted == shifted)
 
     def _made_up(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Labels for a batch that has none, where their shape is plain."""
-        name = self.head.label_names[0]
-        if not self.accepted.take_target(name) or not self.head.softmax or len(self.head.label_names) > 1:
+        name = self.task.label_names[0]
+        if not self.accepted.take_target(name) or not self.task.softmax or len(self.task.label_names) > 1:
             return {}
-        ids = batch.get("decoder_input_ids" if self.head.encoder_decoder else "input_ids")
-        if self.head.token_level and isinstance(ids, Tensor) and ids.dim() == 2:
-            mask = batch.get("decoder_attention_mask" if self.head.encoder_decoder else "attention_mask")
+        ids = batch.get("decoder_input_ids" if self.task.encoder_decoder else "input_ids")
+        if self.task.token_level and isinstance(ids, Tensor) and ids.dim() == 2:
+            mask = batch.get("decoder_attention_mask" if self.task.encoder_decoder else "attention_mask")
             made = torch.zeros_like(ids)
             if isinstance(mask, Tensor) and mask.shape == ids.shape:
                 made = made.masked_fill(mask == 0, IGNORE_INDEX)
             return {name: made}
-        if not self.head.token_level:
+        if not self.task.token_level:
             first = next((v for v in batch.values() if isinstance(v, Tensor) and v.dim() > 1), None)
             return {} if first is None else {name: torch.zeros(len(first), dtype=torch.long, device=first.device)}
         return {}
 
     def _filled(self, labels: Tensor) -> Tensor:
         """Without the unlabelled rows of tasks whose own loss knows none."""
-        if self.head.softmax or not isinstance(labels, Tensor):
+        if self.task.softmax or not isinstance(labels, Tensor):
             return labels
-        if not self.head.a_label_a_logit:
+        if not self.task.a_label_a_logit:
             return labels.masked_fill(labels == IGNORE_INDEX, 0)
-        known = labels.float().masked_fill(labels == IGNORE_INDEX, 0.0) if self.head.tempered else labels.float()
+        known = labels.float().masked_fill(labels == IGNORE_INDEX, 0.0) if self.task.tempered else labels.float()
         return known.nan_to_num(0.0)
 
     def _varied(self, labels: Any, name: str) -> Any:
         """Other labels at the same places: each class, unequal numbers of them in the rows."""
-        if name not in (*self.head.label_names, "shift_labels") or not isinstance(labels, Tensor):
+        if name not in (*self.task.label_names, "shift_labels") or not isinstance(labels, Tensor):
             return labels
         steps = torch.arange(labels.numel(), device=labels.device).reshape(labels.shape)
         if labels.is_floating_point():
             odd = steps % 2 == 0
-            return torch.where(odd, 1 - labels, labels) if self.head.tempered else labels + (steps % 5 - 2).to(labels)
+            return torch.where(odd, 1 - labels, labels) if self.task.tempered else labels + (steps % 5 - 2).to(labels)
         classes = self._classes(labels)
         made = torch.where(labels == IGNORE_INDEX, labels, (labels + 1 + steps) % classes)
-        if self.head.token_level and len(made) > 1:
+        if self.task.token_level and len(made) > 1:
             made[0, made.shape[1] // 2 :] = IGNORE_INDEX
         return made
 
@@ -321,24 +321,24 @@ class Comparison:
         return max(int(labels.max()) + 1, 1)
 
 
-def formula(head: Head, logits: Tensor, inputs: Mapping[str, Any]) -> float:
+def formula(task: Task, logits: Tensor, inputs: Mapping[str, Any]) -> float:
     """The task's hard loss, a mean over the labelled positions (or rows) of this batch; NaN where it has none.
 
     Raises:
         ValueError: a label outside the classes.
     """
     try:
-        targets = head.targets(inputs)
-        head.check_shapes(logits, None, targets)
+        targets = task.targets(inputs)
+        task.check_shapes(logits, None, targets)
     except (ValueError, TypeError):  # labels of another shape or kind: the model's own loss alone reads them
         return math.nan
     if targets is None:
         return math.nan
-    count = float(head.labelled(targets))
-    if head.token_level:
+    count = float(task.labelled(targets))
+    if task.token_level:
         labelled = targets != IGNORE_INDEX
         logits, targets = select_positions(logits, labelled), select_positions(targets, labelled)
-    return float(head.hard_loss_sum(logits, targets)) / count if count else math.nan
+    return float(task.hard_loss_sum(logits, targets)) / count if count else math.nan
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -349,7 +349,7 @@ def _close(own: float, formula: float, room: float) -> bool:
     return abs(own - formula) <= room * max(abs(own), abs(formula)) + 1e-6
 
 
-def piece_of(batch: Mapping[str, Any], head: Head) -> dict[str, Any]:
+def piece_of(batch: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """A few rows of the batch, of a language model a few hundred positions; a single row is taken twice.
 
     The batch as it is where a column does not have one entry a row.
@@ -359,48 +359,48 @@ def piece_of(batch: Mapping[str, Any], head: Head) -> dict[str, Any]:
     if len(sizes) != 1 or len(tensors) != sum(isinstance(value, Tensor) for value in batch.values()):
         return dict(batch)
     (rows,) = sizes
-    most = MOST_ROWS_OF_TOKENS if head.over_tokens else MOST_ROWS
+    most = MOST_ROWS_OF_TOKENS if task.over_tokens else MOST_ROWS
     if rows == 1:
         changed = {name: torch.cat([value, value]) for name, value in tensors.items()}
     else:
         changed = {name: value[:most] for name, value in tensors.items()}
-    if head.over_tokens:
-        decoded = {name for name in tensors if name.startswith("decoder_")} | set(head.label_names)
-        cut = decoded if head.encoder_decoder else _OF_TEXT | set(head.label_names)
-        if head.encoder_decoder or set(batch) <= cut:
-            changed |= _window({name: value for name, value in changed.items() if name in cut}, head)
+    if task.over_tokens:
+        decoded = {name for name in tensors if name.startswith("decoder_")} | set(task.label_names)
+        cut = decoded if task.encoder_decoder else _OF_TEXT | set(task.label_names)
+        if task.encoder_decoder or set(batch) <= cut:
+            changed |= _window({name: value for name, value in changed.items() if name in cut}, task)
     return {**batch, **changed}
 
 
-def _window(columns: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
+def _window(columns: Mapping[str, Tensor], task: Task) -> dict[str, Tensor]:
     """Some positions of each: from the first label on, and one before it, so that a shift finds its position."""
     lengths = {value.shape[1] if value.dim() == 2 else 0 for value in columns.values()}
     if len(lengths) != 1 or max(lengths) <= MOST_POSITIONS:
         return {}
-    labels = columns.get(head.label_names[0])
+    labels = columns.get(task.label_names[0])
     places = torch.zeros(0) if labels is None else (labels != IGNORE_INDEX).any(0).nonzero()
     start = max(int(places[0]) - 1, 0) if len(places) else 0
     return {name: value[:, start : start + MOST_POSITIONS] for name, value in columns.items()}
 
 
-def agreed(found: HardLoss | None, head: Head, anywhere: Callable[[list[bool]], list[bool]]) -> HardLoss | None:
+def agreed(found: HardLoss | None, task: Task, anywhere: Callable[[list[bool]], list[bool]]) -> HardLoss | None:
     """One verdict for all processes, from what each has found; `anywhere`: whether each is true on any of them."""
     mine = [False] * 5
     if found is not None:
-        toggled = found.head.shifted != head.shifted
+        toggled = found.task.shifted != task.shifted
         mine = [True, found.own, toggled, found.labels_are_inputs, found.by_num_items]
     known, own, toggled, inputs, by_items = anywhere(mine)
     if not known:
         return None
-    found = found or HardLoss(False, head)
+    found = found or HardLoss(False, task)
     if own and not found.own:
         found = found._replace(line="the model's own, which differs from the task's formula on another process")
-    head = dataclasses.replace(head, shifted=head.shifted != toggled)
-    return found._replace(own=own, head=head, labels_are_inputs=inputs, by_num_items=by_items)
+    task = dataclasses.replace(task, shifted=task.shifted != toggled)
+    return found._replace(own=own, task=task, labels_are_inputs=inputs, by_num_items=by_items)
 
 
 def choose(
-    wanted: str, head: Head, labelled: bool, smoothed: bool, with_function: bool, compare: Callable[[], HardLoss | None]
+    wanted: str, task: Task, labelled: bool, smoothed: bool, with_function: bool, compare: Callable[[], HardLoss | None]
 ) -> HardLoss:
     """Whether the hard loss is the task's formula or the model's own, by `kd_hard_loss` (`wanted`).
 
@@ -410,23 +410,23 @@ def choose(
         with_function: whether there is a `compute_loss_func`, which is the hard loss then.
         compare: gives the verdict of `Comparison`, on every process; None where the model cannot be called.
     """
-    if not head.has_formula and not with_function:
-        return HardLoss(True, head, f"the model's own, as for every model of the task {head.name!r}")
+    if not task.has_formula and not with_function:
+        return HardLoss(True, task, f"the model's own, as for every model of the task {task.name!r}")
     try:
         found = None if smoothed else compare()
     except ValueError:  # labels that are none to the task, and something to the loss that was asked for
         if wanted != "model" and not with_function:
             raise
-        found = HardLoss(True, head)
+        found = HardLoss(True, task)
     if with_function:
         line = "the script's compute_loss_func, with upstream's num_items_in_batch"
-        return (found or HardLoss(True, head))._replace(own=True, line=line)
+        return (found or HardLoss(True, task))._replace(own=True, line=line)
     if wanted == "task":
-        return (found or HardLoss(False, head))._replace(own=False, line="the task's formula, as kd_hard_loss asks")
+        return (found or HardLoss(False, task))._replace(own=False, line="the task's formula, as kd_hard_loss asks")
     if wanted == "model":
         if found is None and (labelled or smoothed):
             reason = "label_smoothing_factor replaces it" if smoothed else "its forward gives no loss for labels"
             fix = "Leave it at 'auto', or let the model's forward return its loss."
             fail("kd_hard_loss", repr(wanted), "'auto' or 'task' with this model", fix, because=reason)
-        return (found or HardLoss(True, head))._replace(own=True, line="the model's own, as kd_hard_loss asks")
-    return found or HardLoss(False, head)
+        return (found or HardLoss(True, task))._replace(own=True, line="the model's own, as kd_hard_loss asks")
+    return found or HardLoss(False, task)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ..cache import CachedTeacher, given_cache
 from ..tasks import (
     Accepted,
-    Head,
     Heads,
-    NotPlain,
+    Task,
+    UnsupportedHead,
     check_required,
     classes_have_names,
     full_logits,
-    head_for,
     required_inputs,
+    task_for,
 )
 from ..teachers import (
     ADAPTER_OFF,
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     model: nn.Module  # `trainer.model` when the plan was made: model_init makes a new one
     student: nn.Module  # the same, unwrapped
     teacher: Teacher | None
-    head: Head
+    task: Task
     accepted: Accepted  # names of the student's inputs
     common_ids: int | None = None  # ids that both vocabularies have, where they differ in size: see `compatibility`
     # Of student and teacher, where the loss needs no logits; the teacher's None where its outputs come from a cache.
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
         Trainer with `kd_alpha` 0, a formula whose labels upstream counts otherwise."""
         return self.own_loss or (self.by_num_items and always_hard)
 
-    def with_full_logits(self, reason: NotPlain, wanted: str) -> Plan:
+    def with_full_logits(self, reason: UnsupportedHead, wanted: str) -> Plan:
         """The plan without output heads, where a head does more than is known; `wanted`: `kd_loss_implementation`."""
         line = full_logits(reason, wanted)
         warn(logger, "[kd_trainer] %s", line)
@@ -159,18 +159,18 @@ class Setup:
     def load_live(self, given: nn.Module | str | Path) -> LiveTeacher:
         """The teacher that is run: a module, a path, or the student's own base."""
         kd, student = self.kd, self._trainer.unwrapped_student()
-        head = head_for(student, kd.kd_task, self._trainer._loss_shifts_labels)
+        task = task_for(student, kd.kd_task, self._trainer._loss_shifts_labels)
         if isinstance(given, str) and given == ADAPTER_OFF:
             of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_compile": kd.teacher_compile}
             for name, value in of_another.items():
                 if value:
                     because = "the teacher is the student's own base"
                     fail(name, quoted(value), f"nothing with the teacher {given!r}", "Leave it out.", because=because)
-            return AdapterOffTeacher(student, over_tokens=head is not None and head.over_tokens)
+            return AdapterOffTeacher(student, over_tokens=task is not None and task.over_tokens)
         teacher = load_teacher(given, student, kd.teacher_kwargs)
         check_separate(student, teacher)
         live = LiveTeacher(teacher, compiled=kd.teacher_compile)
-        if classes_have_names(student, head):
+        if classes_have_names(student, task):
             with self.refusals_wait():
                 live.class_order = class_order(student, teacher, remap=kd.kd_remap_labels)
         return live

@@ -23,9 +23,9 @@ from ..tasks import (
     TEACHER_PREFIX,
     Accepted,
     AmbiguousOutputs,
-    Head,
     Heads,
-    NotPlain,
+    Task,
+    UnsupportedHead,
     Wanted,
     accepted_inputs,
     as_in_training,
@@ -37,13 +37,13 @@ from ..tasks import (
     few_products,
     full_logits,
     has_named_classes,
-    head_for,
-    head_from_logits,
     logits_of,
     model_inputs,
     plain_heads,
     same_random_numbers,
     start_token,
+    task_for,
+    task_from_logits,
     text_config,
     unchanged_modes,
     vocabulary_rows,
@@ -78,8 +78,8 @@ class FirstBatch:
     student: nn.Module
     teacher: Teacher | None
     asked: bool  # whether the teacher is called
-    head: Head | None = None  # the task; None as long as only the teacher's logits can tell it
-    head_by_logits: bool = False  # whether they had to
+    known_task: Task | None = None  # the task; None as long as only the teacher's logits can tell it
+    task_by_logits: bool = False  # whether they had to
     teacher_classes: int | None = None  # of the teacher's logits, or of its cache
     path: str = ""  # a line on whether and why the loss is computed from logits
     vocabularies: str = ""  # a line on vocabularies that differ in size
@@ -100,10 +100,10 @@ class FirstBatch:
         return is_sharded(self.trainer)
 
     @property
-    def task(self) -> Head:
-        """The head, where it is known by now."""
-        assert self.head is not None
-        return self.head
+    def task(self) -> Task:
+        """Raises AssertionError as long as it is unknown."""
+        assert self.known_task is not None
+        return self.known_task
 
     @property
     def live(self) -> LiveTeacher | None:
@@ -113,7 +113,7 @@ class FirstBatch:
     def prepared(self, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The batch, or another one, on the device and with the inputs of a decoder."""
         inputs = self.trainer._prepare_inputs(dict(self.batch if batch is None else batch))
-        return inputs if self.head is None else self.head.with_decoder_inputs(self.student, inputs)
+        return inputs if self.known_task is None else self.known_task.with_decoder_inputs(self.student, inputs)
 
 
 def is_sharded(trainer: Any) -> bool:
@@ -135,14 +135,14 @@ def columns(first: FirstBatch) -> None:
 
 
 def task(first: FirstBatch) -> None:
-    """The task is one of `HEADS`, or is left to the teacher's logits."""
+    """The task is one of `TASKS`, or is left to the teacher's logits."""
     trainer, student, named = first.trainer, first.student, first.kd.kd_task
-    head = head_for(student, named, trainer._loss_shifts_labels)
-    if head is not None:
-        head = by_problem_type(head, student, named, first.batch.get("labels"))
-        first.head = head.with_label_names(trainer.label_names, first.batch)
+    task = task_for(student, named, trainer._loss_shifts_labels)
+    if task is not None:
+        task = by_problem_type(task, student, named, first.batch.get("labels"))
+        first.known_task = task.with_label_names(trainer.label_names, first.batch)
     if first.teacher is not None:
-        first.teacher = first.teacher.for_student(student, over_tokens=head is not None and head.over_tokens)
+        first.teacher = first.teacher.for_student(student, over_tokens=task is not None and task.over_tokens)
 
 
 def memory(first: FirstBatch) -> None:
@@ -160,18 +160,18 @@ def memory(first: FirstBatch) -> None:
 
 def tokens(first: FirstBatch) -> None:
     """The teacher can read the batch, and its tokens are the student's."""
-    teacher, student, batch, head = first.live, first.student, first.batch, first.head
+    teacher, student, batch, task = first.live, first.student, first.batch, first.known_task
     if teacher is None:
         return
     compatibility.check_teacher_columns(batch)
     # The positions of an encoder-decoder are the decoder's, and these tokens the encoder's.
     apart = f"{TEACHER_PREFIX}input_ids" in batch
-    if apart and head is not None and head.dims == 3 and not head.encoder_decoder:
-        because = f"the task {head.name!r} compares position i of one with position i of the other"
+    if apart and task is not None and task.dims == 3 and not task.encoder_decoder:
+        because = f"the task {task.name!r} compares position i of one with position i of the other"
         fix = "Take a teacher with the student's tokenizer and no teacher_input_ids."
         fail("teacher_input_ids", "a column of the batch", "no tokens of the teacher's own", fix, because=because)
     other = teacher.model is not student
-    reads = "input_ids" in batch or (head is not None and (head.over_tokens or not head.has_formula))
+    reads = "input_ids" in batch or (task is not None and (task.over_tokens or not task.has_formula))
     if reads and not apart and other:
         tokenizer = first.trainer.processing_class
         first.known_by = compatibility.check_same_tokens(student, teacher.model, tokenizer, first.kd.teacher_kwargs)
@@ -191,9 +191,9 @@ def cache(first: FirstBatch) -> None:
     if teacher is None or teacher.manifest is None:
         return
     manifest, kept = teacher.manifest, head_of(teacher.manifest)
-    if first.head is not None and not first.head.is_same_task(kept):
+    if first.known_task is not None and not first.known_task.is_same_task(kept):
         fix = "Train a student of that task, or build a cache for this one."
-        fail("teacher_cache", f"one for the task {kept.name!r}", f"{first.head.name!r}, the student's", fix)
+        fail("teacher_cache", f"one for the task {kept.name!r}", f"{first.known_task.name!r}, the student's", fix)
     if kept.token_level and kd.kd_positions != manifest["positions"]:
         expected = f"{manifest['positions']!r}, the positions that the teacher cache holds"
         fail("kd_positions", repr(kd.kd_positions), expected, f"Set it to {manifest['positions']}.")
@@ -207,7 +207,7 @@ def cache(first: FirstBatch) -> None:
             fix = "Train with the tokenizer that made the cache."
             fail("processing_class", "a tokenizer of other tokens", expected, fix, because=because)
         first.known_by = "tokenizers"
-    first.head = kept.with_label_names(first.trainer.label_names, first.batch)
+    first.known_task = kept.with_label_names(first.trainer.label_names, first.batch)
     first.teacher_classes = manifest["vocabulary"]
     compared = teacher.compare_classes(first.student, kept, remap=kd.kd_remap_labels, compare=compatibility.warned)
     first.class_order = None if compared is None else compared.order
@@ -215,29 +215,29 @@ def cache(first: FirstBatch) -> None:
 
 def settings(first: FirstBatch) -> str | None:
     """No setting means nothing for the task, so that none is ignored in silence."""
-    head, kd, smoothing = first.head, first.kd, first.trainer.args.label_smoothing_factor
-    if head is None:
+    task, kd, smoothing = first.known_task, first.kd, first.trainer.args.label_smoothing_factor
+    if task is None:
         return None
-    if not head.tempered and kd.kd_divergence != "forward_kl":
+    if not task.tempered and kd.kd_divergence != "forward_kl":
         expected = "'forward_kl' (the default) in a regression, whose soft loss is the squared error"
         fail("kd_divergence", repr(kd.kd_divergence), expected, "Leave it out.")
-    if kd.kd_remap_labels and not has_named_classes(head):
+    if kd.kd_remap_labels and not has_named_classes(task):
         because = "its outputs are no classes with names of their own"
-        fail("kd_remap_labels", True, f"False for the task {head.name!r}", "Leave it out.", because=because)
-    if not head.has_formula and kd.kd_hard_loss == "task":
-        expected, because = f"'auto' or 'model' for the task {head.name!r}", "its hard loss is the model's own"
+        fail("kd_remap_labels", True, f"False for the task {task.name!r}", "Leave it out.", because=because)
+    if not task.has_formula and kd.kd_hard_loss == "task":
+        expected, because = f"'auto' or 'model' for the task {task.name!r}", "its hard loss is the model's own"
         fail("kd_hard_loss", repr(kd.kd_hard_loss), expected, "Leave it out.", because=because)
-    if kd.teacher_cache_dir is not None and not head.cacheable:
-        expected, because = f"None for the task {head.name!r}", "which frames count is known to the student alone"
+    if kd.teacher_cache_dir is not None and not task.cacheable:
+        expected, because = f"None for the task {task.name!r}", "which frames count is known to the student alone"
         fix = "Train with the live teacher."
         fail("teacher_cache_dir", repr(kd.teacher_cache_dir), expected, fix, because=because)
-    if smoothing > 0 and not head.softmax:
-        fail("label_smoothing_factor", smoothing, f"0 for the task {head.name!r}", "Leave it out.")
-    check_virtual_tokens(first.student, head, "model")
+    if smoothing > 0 and not task.softmax:
+        fail("label_smoothing_factor", smoothing, f"0 for the task {task.name!r}", "Leave it out.")
+    check_virtual_tokens(first.student, task, "model")
     if first.live is not None:
-        check_virtual_tokens(first.live.model, head, "teacher_model")
+        check_virtual_tokens(first.live.model, task, "teacher_model")
     objective, _ = first.settings.objective(first.trainer.state, training=True)
-    return f"{head.name}: {objective.formula(head)}"
+    return f"{task.name}: {objective.formula(task)}"
 
 
 # ---- what the models have to be run for ----
@@ -250,27 +250,28 @@ def outputs(first: FirstBatch) -> None:
     labels = first.batch.get(trainer.label_names[0]) if trainer.label_names else None
     kept = None if first.live is not None else first.teacher_classes
     models = [model for model in (first.student, teacher_model) if model is not None]
-    wanted = wanted_logits(first.head, labels, models, kept)
+    wanted = wanted_logits(first.known_task, labels, models, kept)
     if live is not None and first.asked:
         live.prepare(trainer.args.device, trainer.accelerator)
     if first.teacher is not None and not first.settings.always_hard:
-        over_tokens, way = first.head is not None and first.head.over_tokens, first.kd.kd_loss_implementation
+        over_tokens = first.known_task is not None and first.known_task.over_tokens
+        way = first.kd.kd_loss_implementation
         compiled = trainer.args.torch_compile or first.teacher.compiled
         first.heads, first.path = plain_heads(first.student, teacher_model, over_tokens, way, compiled=compiled)
     if live is not None and first.asked:
         logits = teacher_logits(first, live, wanted)
         first.teacher_classes = logits.shape[-1]  # as many as the student's, or `check_shapes` says so
-    if first.head is None:
-        first.head_by_logits = True
+    if first.known_task is None:
+        first.task_by_logits = True
         if logits is None:
             dims = getattr(first.batch.get("labels"), "dim", lambda: 1)()
-            head = head_for(first.student, "classification" if dims == 1 else "token_classification", False)
+            task = task_for(first.student, "classification" if dims == 1 else "token_classification", False)
         else:
-            head = head_from_logits(logits)
-        first.head = cast(Any, head).with_label_names(trainer.label_names, first.batch)
+            task = task_from_logits(logits)
+        first.known_task = cast(Any, task).with_label_names(trainer.label_names, first.batch)
     if logits is not None and not first.task.over_tokens:
         wanted = wanted._replace(widths=(logits.shape[-1],))
-    first.head = dataclasses.replace(first.task, widths=wanted.widths, at_least=wanted.at_least)
+    first.known_task = dataclasses.replace(first.task, widths=wanted.widths, at_least=wanted.at_least)
 
 
 def vocabulary(first: FirstBatch) -> None:
@@ -284,18 +285,18 @@ def vocabulary(first: FirstBatch) -> None:
 def labels(first: FirstBatch) -> None:
     """Every label is a class of the logits; where the model's own loss reads them, they may mean others."""
     with _stop_together(first):
-        targets, head, trainer = first.task.targets(first.batch), first.task, first.trainer
+        targets, task, trainer = first.task.targets(first.batch), first.task, first.trainer
         if targets is None or first.kd.kd_hard_loss == "model" or trainer.compute_loss_func is not None:
             return
         # The student's logits have as many classes as the teacher's, or are refused.
         classes = first.teacher_classes
-        if classes_of(first.student, head) not in (None, classes):
+        if classes_of(first.student, task) not in (None, classes):
             classes = None
-        if classes is None and head.softmax and trainer.args.device.type != "cpu":
+        if classes is None and task.softmax and trainer.args.device.type != "cpu":
             classes = classes_of_logits(first)
         # On CPU the loss itself looks at every label, beside logits that were counted.
-        if (classes is not None and classes > 1) or not head.softmax:  # one class is refused for itself
-            head.check_labels(targets, classes)
+        if (classes is not None and classes > 1) or not task.softmax:  # one class is refused for itself
+            task.check_labels(targets, classes)
 
 
 @contextmanager
@@ -329,11 +330,11 @@ def hard_loss(first: FirstBatch) -> str | None:
         with_function=with_function,
         compare=lambda: compare_losses(first, accepted) if callable_now else None,
     )
-    first.hard, first.head = hard, hard.head
+    first.hard, first.known_task = hard, hard.task
     first.accepted = accepted.with_names(trainer.label_names) if hard.labels_are_inputs else accepted
     if first.heads is not None and (hard.own or hard.labels_are_inputs):
         cause = "the hard loss is the model's own" if hard.own else "the model makes its logits of the labels too"
-        first.heads, first.path = None, full_logits(NotPlain(cause), first.kd.kd_loss_implementation)
+        first.heads, first.path = None, full_logits(UnsupportedHead(cause), first.kd.kd_loss_implementation)
     return hard.line or None
 
 
@@ -341,7 +342,7 @@ def hard_loss(first: FirstBatch) -> str | None:
 
 
 def teacher_logits(first: FirstBatch, teacher: LiveTeacher, wanted: Wanted) -> Tensor:
-    """The teacher's logits on the batch: their shape tells the head, their values whether it is alive.
+    """The teacher's logits on the batch: their shape tells the task, their values whether it is alive.
 
     Of a few positions only, where the loss will do without logits.
     """
@@ -350,7 +351,7 @@ def teacher_logits(first: FirstBatch, teacher: LiveTeacher, wanted: Wanted) -> T
         try:
             forward = partial(teacher.outputs, batch, trainer.accelerator, trainer.model_wrapped)
             logits = few_products(forward, first.heads[1])
-        except NotPlain as reason:
+        except UnsupportedHead as reason:
             first.heads, first.path = None, full_logits(reason, first.kd.kd_loss_implementation)
     if first.heads is None or first.heads[1] is None:
         logits = _read_teacher(first, teacher, batch, wanted)
@@ -363,10 +364,10 @@ def teacher_logits(first: FirstBatch, teacher: LiveTeacher, wanted: Wanted) -> T
 
 def _read_teacher(first: FirstBatch, teacher: LiveTeacher, batch: Mapping[str, Any], wanted: Wanted) -> Tensor:
     """The teacher's logits, found among its outputs; where they leave a choice the student's outputs help."""
-    trainer, head = first.trainer, first.head
+    trainer, task = first.trainer, first.known_task
 
     def ask(wanted: Wanted) -> Tensor:
-        known = None if head is None else dataclasses.replace(head, widths=wanted.widths, at_least=wanted.at_least)
+        known = None if task is None else dataclasses.replace(task, widths=wanted.widths, at_least=wanted.at_least)
         read = partial(logits_of, wanted=wanted) if known is None else known.logits
         return teacher(batch, trainer.accelerator, trainer.model_wrapped, read=read)
 
@@ -384,10 +385,10 @@ def _read_teacher(first: FirstBatch, teacher: LiveTeacher, batch: Mapping[str, A
 
 def classes_of_logits(first: FirstBatch) -> int | None:
     """How many classes the student's logits have, by its output layer or by a forward; None where neither tells."""
-    head, trainer, student = first.task, first.trainer, first.student
-    if not head.softmax:
+    task, trainer, student = first.task, first.trainer, first.student
+    if not task.softmax:
         return None
-    if head.over_tokens and (rows := classes_of(student, head)) is not None:
+    if task.over_tokens and (rows := classes_of(student, task)) is not None:
         return rows
     if first.sharded:
         return None
@@ -397,7 +398,7 @@ def classes_of_logits(first: FirstBatch) -> int | None:
         with unchanged_modes(student), random_numbers, torch.no_grad(), trainer.accelerator.autocast():
             student.eval()
             outputs = student(**model_inputs(inputs, accepted_inputs(student)))
-        return int(head.logits(outputs, "model").shape[-1])
+        return int(task.logits(outputs, "model").shape[-1])
     except torch.OutOfMemoryError:
         raise
     except Exception:  # the forward of the training step says what is wrong
@@ -444,7 +445,7 @@ WITHOUT_MODELS: tuple[tuple[str, Check], ...] = (
 )
 WITH_MODELS: tuple[tuple[str, Check], ...] = (
     ("first batch", outputs),
-    ("task", lambda first: settings(first) if first.head_by_logits else None),
+    ("task", lambda first: settings(first) if first.task_by_logits else None),
     ("vocabulary", vocabulary),
     ("labels", labels),
     ("hard loss", hard_loss),

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..files import write_atomically
 from ..losses import divide
-from ..tasks import Head, count_parameters, describe, times
+from ..tasks import Task, count_parameters, describe, times
 from ..validation import leave_progress_bar
 from .objective import Counts, Objective
 from .setup import Plan
@@ -22,7 +22,7 @@ from .setup import Plan
 def start_block(
     student: nn.Module,
     teacher: nn.Module | None,
-    head: Head,
+    task: Task,
     first: Objective,
     last: Objective,
     counts: Counts,
@@ -45,12 +45,12 @@ def start_block(
             lines.append("the teacher is smaller than the student: swap them if that is not meant")
     if cached is not None:
         lines = [f"teacher  {cached}", *lines]
-    lines += [f"task     {head.name}", first.formula(head)]
+    lines += [f"task     {task.name}", first.formula(task)]
     if first != last:
-        lines.append(f"at the end of the schedule: {last.formula(head)}")
+        lines.append(f"at the end of the schedule: {last.formula(task)}")
     if not labelled:
         lines.append("no labels in the batch: the hard loss is absent")
-    if head.token_level and first.reduction == "batchmean":
+    if task.token_level and first.reduction == "batchmean":
         larger = float(divide(torch.as_tensor(float(counts.soft)), int(counts.rows)))
         lines.append(
             f"batchmean sums over the tokens of a row: the loss is about {larger:.0f} times the stock Trainer's; "
@@ -112,11 +112,11 @@ def print_start(
     Args:
         batch: the first one; of its columns `label_names` hold labels.
     """
-    labelled = fit.head.targets(batch) is not None
+    labelled = fit.task.targets(batch) is not None
     labelled |= fit.own_loss and any(batch.get(name) is not None for name in label_names)
     model = None if fit.teacher is None else fit.teacher.model
     cached = None if fit.teacher is None or model is not None else fit.teacher.describe()
-    block = start_block(fit.student, model, fit.head, first, last, counts, labelled=labelled, cached=cached)
+    block = start_block(fit.student, model, fit.task, first, last, counts, labelled=labelled, cached=cached)
     hard = [f"hard loss: {fit.hard_loss}"] if fit.hard_loss else []
     leave_progress_bar()
     print("\n".join([block, *("[kd_trainer] " + note for note in (*hard, *fit.notes, *notes))]), flush=True)

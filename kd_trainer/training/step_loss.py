@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..losses import FusedLoss, OutputProjection, SoftTargetLoss
 from ..tasks import (
-    NotPlain,
     OutputHead,
+    UnsupportedHead,
     behind_front,
     model_inputs,
     student_loss,
@@ -61,7 +61,7 @@ def own_rows(
         return None
     cut = {k: v[:own] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
     none = Counts(0, 0, 0, added=(0,) * len(objective.added))
-    return OwnRows(cut, objective.count(fit.head, cut) if own else none, own)
+    return OwnRows(cut, objective.count(fit.task, cut) if own else none, own)
 
 
 def counts_of(given: Any, fit: Plan, objective: Objective, inputs: Mapping[str, Any], scale: int | None) -> Counts:
@@ -71,10 +71,10 @@ def counts_of(given: Any, fit: Plan, objective: Objective, inputs: Mapping[str, 
         given: num_items_in_batch as upstream passes it.
         scale: where upstream's number divides the hard loss, by what upstream has multiplied it; else None.
     """
-    counts = given if given is not None else objective.count(fit.head, inputs)
+    counts = given if given is not None else objective.count(fit.task, inputs)
     if scale is not None and not isinstance(counts, Counts):  # of an evaluation
         items = given if fit.own_loss else given / scale
-        counts = objective.count(fit.head, inputs)._replace(num_items=items, by_num_items=not fit.own_loss)
+        counts = objective.count(fit.task, inputs)._replace(num_items=items, by_num_items=not fit.own_loss)
     if not isinstance(counts, Counts):
         fix = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
         fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", fix, error=TypeError)
@@ -98,7 +98,7 @@ class TeacherOutputs:
             return None
         output = self._given(teacher, batch, accelerator)
         if output is None and not batch.training and (live := self._at_hand()) is not None:
-            return live.output(batch.inputs, accelerator, batch.model, read=batch.fit.head.logits)
+            return live.output(batch.inputs, accelerator, batch.model, read=batch.fit.task.logits)
         if output is None or output.hidden is None:
             return output
         head = output.head
@@ -127,7 +127,7 @@ class TeacherOutputs:
 
     def _given(self, teacher: Teacher, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
         """The teacher's own output; None, with one warning, for evaluation data that is not in its cache."""
-        output = teacher.output(batch.inputs, accelerator, batch.model, read=batch.fit.head.logits)
+        output = teacher.output(batch.inputs, accelerator, batch.model, read=batch.fit.task.logits)
         if output is None and batch.training:
             fix = "Let the Trainer make the dataloader, or train with the live teacher."
             shown = "a batch without what the teacher said"
@@ -192,10 +192,10 @@ class MicroBatch:
         """
         fit = self.fit
         outputs = self._run({} if own_loss is None else own_loss.labels(fit.accepted, self.inputs, self.counts))
-        logits = behind_front(fit.head.logits(outputs, "model"), fit.student, self.inputs)
+        logits = behind_front(fit.task.logits(outputs, "model"), fit.student, self.inputs)
         hard = None if own_loss is None else own_loss(fit, outputs, self.inputs, self.counts)
         teacher = None if teacher is None else teacher.to(logits.device)
-        terms = partial(self.objective, fit.head, self.soft_loss, common_ids=fit.common_ids)
+        terms = partial(self.objective, fit.task, self.soft_loss, common_ids=fit.common_ids)
         parts = terms(logits, _target(teacher), self.inputs, self.counts, own_hard=hard, takes_own=own_loss is not None)
         losses = self._added(outputs, teacher)
         parts = self.objective.with_added(losses, fit.student, parts, self.inputs, self.counts)
@@ -210,16 +210,16 @@ class MicroBatch:
         return BatchLoss(parts, logged, counts, outputs, logits, seen, logits.shape[-1])
 
     def fused(self, teacher: TeacherOutput) -> BatchLoss:
-        """The same without logits; `NotPlain` is raised where a model does more with its logits than is known."""
+        """The same without logits; raises `UnsupportedHead` where a model does more with its logits than is known."""
         assert self.fit.heads is not None
         fit, student_head, once = self.fit, self.fit.heads[0], []
 
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
             hidden = behind_front(hidden, fit.student, self.inputs)
             if teacher.positions != hidden.shape[:-1]:
-                raise NotPlain("student and teacher give hidden states for different positions")
+                raise UnsupportedHead("student and teacher give hidden states for different positions")
             here, side = teacher.to(hidden.device), student_side(student_head, weight, bias)
-            sums = partial(self.objective.fused, fit.head, weights=side, common_ids=fit.common_ids)
+            sums = partial(self.objective.fused, fit.task, weights=side, common_ids=fit.common_ids)
             if self.own is not None and self.own.rows:
                 rows = self.own.rows
                 first = here.each(lambda tensor: tensor[:rows])
@@ -227,7 +227,7 @@ class MicroBatch:
             return sums(hidden, here, inputs=self.inputs, counts=self.counts)
 
         computed, outputs, hidden = student_loss(lambda: self._run({}), student_head, loss)
-        parts_of = partial(self.objective.parts, labelled=fit.head.targets(self.inputs) is not None)
+        parts_of = partial(self.objective.parts, labelled=fit.task.targets(self.inputs) is not None)
         with_added = partial(self.objective.with_added, self._added(outputs, teacher), fit.student)
         parts = with_added(parts_of(computed, self.counts), self.inputs, self.counts)
         logged, counts = parts, self.counts

@@ -34,8 +34,8 @@ from ..cache import (
     Read,
     Reading,
     Rows,
-    Speaker,
     Store,
+    TeacherReader,
     as_read,
     ask,
     begin,
@@ -268,21 +268,21 @@ class TeacherCache:
         trainer = self._trainer
         tried = min(_TRIED_ROWS, trainer.args.per_device_eval_batch_size)
         sample = dict(collator(numbered(features_of(used, tried)).features))
-        speaker, plan = self._speaker(sample)
+        reader, plan = self._teacher_reader(sample)
         known = {"common_ids": plan.common_ids, "known_by": plan.known_by}
-        settings, size = settings_of(trainer, part, dataset, speaker, sample, known, self.identity())
+        settings, size = settings_of(trainer, part, dataset, reader, sample, known, self.identity())
         self._on_main_process(size)
         settings = self._on_main_process(lambda: self._begin(folder, settings, part, dataset))
         reading = reading_of(settings, collator)
-        self._check_outputs_begun(speaker, used, folder, settings, reading)
+        self._check_outputs_begun(reader, used, folder, settings, reading)
         if settings["format"] == "hidden":
-            content = save(speaker.head_tensors(getattr(torch, settings["head_dtype"])))
+            content = save(reader.head_tensors(getattr(torch, settings["head_dtype"])))
             self._on_main_process(translate_os_errors(folder)(lambda: write_atomically(folder / HEAD, content)))
         failure: Exception | None = None
-        together = speaker.teacher.sharded
+        together = reader.teacher.sharded
         try:
             have = self._on_main_process(lambda: written_shards(folder))
-            build_shards(trainer, speaker, used, folder, settings, reading, have, together=together, part=part)
+            build_shards(trainer, reader, used, folder, settings, reading, have, together=together, part=part)
         except (ValueError, RuntimeError) as error:
             if together:  # the others wait inside a forward: their launcher ends them
                 raise
@@ -293,12 +293,12 @@ class TeacherCache:
         self._on_main_process(translate_os_errors(folder)(lambda: finish(folder, settings, card(settings))))
         return open_part(folder, folder.parent)
 
-    def _speaker(self, batch: dict[str, Any]) -> tuple[Speaker, Plan]:
+    def _teacher_reader(self, batch: dict[str, Any]) -> tuple[TeacherReader, Plan]:
         """The live teacher, and the plan that was made on a batch."""
         plan = self._plan = self._setup.plan(batch, self._live_teacher(), self._plan)
         self._live = plan.teacher.live if plan.teacher is not None else None
         head = None if plan.heads is None else plan.heads[1]
-        return Speaker(self._live, self._trainer.accelerator, plan.head, head), plan
+        return TeacherReader(self._live, self._trainer.accelerator, plan.task, head), plan
 
     def _check_outputs_of(self, store: Store, used: Any, collator: Any) -> None:
         """Asks a teacher that is at hand anyway about some rows of a finished cache, and compares."""
@@ -309,12 +309,12 @@ class TeacherCache:
         count = min(_ASKED_AGAIN, manifest["batch_rows"], *([len(store)] if by_position else []))
         read = reading_of(manifest, collator)(rows_of(used, 0, count) if by_position else features_of(used, count))
         self._plan = None
-        speaker, _ = self._speaker(dict(read.batch))
+        reader, _ = self._teacher_reader(dict(read.batch))
         stored = store.take(read.row_ids)
-        self._check_outputs(speaker, store.folder, manifest, read, stored, same_draws=by_position)
+        self._check_outputs(reader, store.folder, manifest, read, stored, same_draws=by_position)
 
     def _check_outputs_begun(
-        self, speaker: Speaker, used: Any, folder: Path, settings: dict[str, Any], reading: Reading
+        self, reader: TeacherReader, used: Any, folder: Path, settings: dict[str, Any], reading: Reading
     ) -> None:
         """The same before an unfinished cache goes on."""
         found = self._on_main_process(lambda: first_rows(folder, min(_ASKED_AGAIN, settings["batch_rows"])))
@@ -323,16 +323,16 @@ class TeacherCache:
         index, stored = found
         read = reading(rows_of(used, index * settings["rows_per_shard"], len(stored.row_ids)))
         if read.row_ids == stored.row_ids.tolist():
-            self._check_outputs(speaker, folder, settings, read, stored, same_draws=True)
+            self._check_outputs(reader, folder, settings, read, stored, same_draws=True)
 
     def _check_outputs(
-        self, speaker: Speaker, folder: Path, kept: dict[str, Any], read: Read, stored: Rows, *, same_draws: bool
+        self, reader: TeacherReader, folder: Path, kept: dict[str, Any], read: Read, stored: Rows, *, same_draws: bool
     ) -> None:
         """Raises CacheError where the teacher gives something else for some rows than what is kept of them."""
-        now = ask(self._trainer, speaker, kept, read)
-        precision = computed(self._trainer, speaker.teacher.model)
+        now = ask(self._trainer, reader, kept, read)
+        precision = computed(self._trainer, reader.teacher.model)
         exact = precision == kept["computed"] and precision.startswith("float32 no ")
-        if kept["labels"] != class_names(self._trainer, speaker.head):
+        if kept["labels"] != class_names(self._trainer, reader.task):
             return  # of other class names: it is told elsewhere
         columns = stored.columns, now.columns
         if now.signatures.tolist() == stored.signatures.tolist() and far_apart(

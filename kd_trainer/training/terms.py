@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..tasks import Head
+from ..tasks import Task
 from .arguments import DistillationArguments
 from .router_loss import required_router_weight, router_loss
 
@@ -37,7 +37,7 @@ class Term:
     name: str
     weight: float | Callable[[nn.Module], float]
     loss: Callable[[Any, Any, Any], Tensor | None] = lambda batch, outputs, teacher: None
-    count: Callable[[Head, Mapping[str, Any]], Tensor | int] | None = None
+    count: Callable[[Task, Mapping[str, Any]], Tensor | int] | None = None
 
     def weight_for(self, student: nn.Module) -> float:
         return self.weight(student) if callable(self.weight) else self.weight

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd_trainer import CachedTeacher
 from kd_trainer.cache.reading import NumberedRows, Reading
 from kd_trainer.cache.store import CacheError
-from kd_trainer.tasks.heads import HEADS
+from kd_trainer.tasks.kinds import TASKS
 from tests.cache.test_cached_teacher import build, cache, losses
 from tests.helpers import config_run, tiny
 
@@ -123,10 +123,10 @@ def test_a_column_that_only_later_rows_have_is_refused(tmp_path):
 # ---- single columns ----
 
 
-def seen(rows: list[dict[str, Any]], collate: Any, head: str = "classification", kinds: Any = None) -> tuple[Any, Any]:
+def seen(rows: list[dict[str, Any]], collate: Any, task: str = "classification", kinds: Any = None) -> tuple[Any, Any]:
     """(signatures of some rows, kinds), of columns that the teacher reads: all but labels."""
     columns = sorted(set(collate(rows)) - {"labels"})
-    reading = Reading(collate, HEADS[head], "labels", columns, kinds)
+    reading = Reading(collate, TASKS[task], "labels", columns, kinds)
     found = reading(NumberedRows(rows).__getitems__(list(range(len(rows)))))
     return found.signatures, reading.kinds
 

@@ -765,7 +765,7 @@ def test_an_error_of_another_kind_names_the_place_and_leaves_a_traceback(caplog)
 def test_nothing_private_of_the_trainer_is_read_and_no_kind_is_compared(path):
     source = path.read_text(encoding="utf-8")
     private = re.findall(r"\btrainer\._\w+", source)
-    kinds = re.findall(r"isinstance\([^)]*Teacher|head\.name [!=]=", source)
+    kinds = re.findall(r"isinstance\([^)]*Teacher|task\.name [!=]=", source)
     assert not private + kinds
 
 

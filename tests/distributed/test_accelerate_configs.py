@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from kd_trainer.cache.store import Store
-from kd_trainer.tasks.heads import HEADS
+from kd_trainer.tasks.kinds import TASKS
 from tests.helpers import config_run, launch, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ UNCHANGED = ("single", "ddp_cpu")
 # Upstream's FSDP2 refuses the student itself: of encoder-decoders, whose embedding is tied three times over, and of
 # speech models, whose embedding of tokens it asks for.
 REFUSED = {"fsdp2": {"seq2seq_lm", *config_run.SPEECH}}
-TASKS = {name: tuple(t for t in config_run.TASKS if t not in REFUSED.get(name, ())) for name in WRAPPERS}
+RUN = {name: tuple(t for t in config_run.TASKS if t not in REFUSED.get(name, ())) for name in WRAPPERS}
 
 
 def cases() -> list:
@@ -45,7 +45,7 @@ def cases() -> list:
     return [
         pytest.param(name, task, marks=[mark] if name.startswith("zero") else [], id=f"{name}-{task}")
         for name in NAMES
-        for task in (*TASKS[name], *config_run.CACHED)
+        for task in (*RUN[name], *config_run.CACHED)
     ]
 
 
@@ -82,7 +82,7 @@ def results(tmp_path_factory):
     def make(name: str, out: Path) -> None:
         options = [] if name in UNCHANGED else ["--mixed_precision", "no"]
         launch.by_config(ROOT / "configs" / "accelerate" / f"{name}.yaml", options, "config_run.py", str(out),
-                         *TASKS[name], *config_run.CACHED)  # fmt: skip
+                         *RUN[name], *config_run.CACHED)  # fmt: skip
 
     return lambda name: launch.once(tmp_path_factory, f"config_{name}", functools.partial(make, name))
 
@@ -121,6 +121,6 @@ def test_a_config_starts_what_it_says_and_trains_as_one_process(name, task, resu
 
 def test_every_task_runs_under_every_file_but_few():
     """What the README's table says."""
-    for name, tasks in TASKS.items():
-        missing = {*HEADS, "plain"} - set(tasks)
+    for name, tasks in RUN.items():
+        missing = {*TASKS, "plain"} - set(tasks)
         assert missing == REFUSED.get(name, set())

@@ -40,8 +40,8 @@ TRAPS = {
     2: Trap(
         "the same with unequal tokens in each micro-batch",
         "kd_trainer/training/step_loss.py",
-        "counts = given if given is not None else objective.count(fit.head, inputs)",
-        "counts = objective.count(fit.head, inputs)",
+        "counts = given if given is not None else objective.count(fit.task, inputs)",
+        "counts = objective.count(fit.task, inputs)",
         "tests/distributed/test_denominators.py -k accumulation",
     ),
     3: Trap(
@@ -61,8 +61,8 @@ TRAPS = {
     5: Trap(
         "an incomplete last window is invariant",
         "kd_trainer/training/objective.py",
-        "each = [self.count(head, batch) for batch in batches]",
-        "each = [self.count(head, batches[0])] * len(batches)",
+        "each = [self.count(task, batch) for batch in batches]",
+        "each = [self.count(task, batches[0])] * len(batches)",
         "tests/distributed/test_denominators.py -k incomplete",
     ),
     6: Trap(
@@ -74,21 +74,21 @@ TRAPS = {
     ),
     7: Trap(
         "a causal count uses labels[..., 1:]",
-        "kd_trainer/tasks/head.py",
+        "kd_trainer/tasks/task.py",
         "[..., 1:] if self.shifted else labels",
         "[..., :-1] if self.shifted else labels",
         "tests/training/test_trainer.py -k first_loss",
     ),
     8: Trap(
         "T5 never shifts",
-        "kd_trainer/tasks/heads.py",
+        "kd_trainer/tasks/kinds.py",
         '"seq2seq_lm",\n            True,\n            False,',
         '"seq2seq_lm",\n            True,\n            True,',
         "tests/training/test_trainer.py tests/tasks/test_seq2seq.py -k never_shift",
     ),
     9: Trap(
         "shift_labels are used as they stand",
-        "kd_trainer/tasks/head.py",
+        "kd_trainer/tasks/task.py",
         'return signed(inputs["shift_labels"])',
         'return F.pad(inputs["shift_labels"], (0, 1), value=IGNORE_INDEX)[..., 1:]',
         "tests/training/test_trainer.py -k shift_labels",
@@ -102,7 +102,7 @@ TRAPS = {
     ),
     11: Trap(
         "inputs are not changed",
-        "kd_trainer/tasks/head.py",
+        "kd_trainer/tasks/task.py",
         'return inputs if ids is None else {**inputs, "decoder_input_ids": ids}',
         "inputs.update(decoder_input_ids=ids)\n        return inputs",
         "tests/tasks/test_seq2seq.py -k inputs_are_not_changed",
@@ -286,14 +286,14 @@ TRAPS = {
     ),
     37: Trap(
         "question answering: no number of items, two logits, start and end",
-        "kd_trainer/tasks/heads.py",
+        "kd_trainer/tasks/kinds.py",
         "return divide(super().labelled(targets), 2)",
         "return super().labelled(targets)",
         "tests/tasks/test_row_tasks.py -k question_answering",
     ),
     38: Trap(
         "label smoothing is the stock smoother's",
-        "kd_trainer/tasks/head.py",
+        "kd_trainer/tasks/task.py",
         "label_smoothing=label_smoothing,\n            )",
         "label_smoothing=0.0,\n            )",
         "tests/training/test_trainer.py -k label_smoothing",

@@ -15,7 +15,7 @@ from kd_trainer import (
     Seq2SeqDistillationTrainer,
     Seq2SeqDistillationTrainingArguments,
 )
-from kd_trainer.tasks.resolve import auto_class_of, head_for
+from kd_trainer.tasks.resolve import auto_class_of, task_for
 from tests.helpers import tiny
 from tests.helpers.tiny_generative import KINDS, collate, pair
 
@@ -55,14 +55,14 @@ def test_the_task_follows_from_transformers_mappings(name):
     known = auto_class_of(model)
     assert known is not None
     assert (known[0].name, known[1].__name__) == (kind.task, kind.auto_class)
-    assert head_for(model, None, False) is known[0]
+    assert task_for(model, None, False) is known[0]
 
 
 def test_a_subclass_is_what_its_base_is():
     class Own(KINDS["whisper"].build(16).__class__):  # type: ignore[misc]
         pass
 
-    assert head_for(Own(KINDS["whisper"].build(16).config), None, False).name == "seq2seq_lm"
+    assert task_for(Own(KINDS["whisper"].build(16).config), None, False).name == "seq2seq_lm"
 
 
 # ---- kd_alpha = 0 is the stock Trainer ----

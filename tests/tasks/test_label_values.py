@@ -11,7 +11,7 @@ from transformers import BertForSequenceClassification, PreTrainedConfig, PreTra
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kd_trainer import DistillationTrainer
-from kd_trainer.tasks.heads import HEADS
+from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.training.finite_watch import FiniteWatch
 from tests.helpers import tiny
 
@@ -79,12 +79,12 @@ def test_infinite_numbers_are_named(value, shown, tmp_path):
 
 
 def test_numbers_of_which_some_are_unknown():
-    head, logits = HEADS[NUMBERS], torch.randn(3, 2)
+    task, logits = TASKS[NUMBERS], torch.randn(3, 2)
     targets = torch.tensor([[1.0, 2.0], [math.nan, math.nan], [1.0, math.nan]])
     with pytest.raises(ValueError, match="`labels` is NaN beside other values in row 2"):
-        head.hard_loss_sum(logits, targets)
-    assert head.hard_loss_sum(logits[:2], targets[:2]).isfinite()
-    assert head.wrong(targets, None).tolist() == [False, False, True]
+        task.hard_loss_sum(logits, targets)
+    assert task.hard_loss_sum(logits[:2], targets[:2]).isfinite()
+    assert task.wrong(targets, None).tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize("value", [float("nan"), -100.0, 1e3, 3])
@@ -115,12 +115,12 @@ def test_class_ids_of_every_dtype(dtype, tmp_path):
 
 def test_a_class_156_of_uint8_is_a_class(tmp_path):
     """-100 is 156 in a byte."""
-    head, logits = HEADS["classification"], torch.randn(2, 200)
-    targets = head.targets({"labels": torch.tensor([156, 3], dtype=torch.uint8)})
+    task, logits = TASKS["classification"], torch.randn(2, 200)
+    targets = task.targets({"labels": torch.tensor([156, 3], dtype=torch.uint8)})
     expected = nn.functional.cross_entropy(logits, torch.tensor([156, 3]), reduction="sum")
-    assert head.hard_loss_sum(logits, targets).item() == pytest.approx(expected.item())
-    assert int(head.labelled(targets)) == 2
-    shifted = HEADS["causal_lm"].targets({"labels": torch.tensor([[1, 2, 3]], dtype=torch.uint8)})
+    assert task.hard_loss_sum(logits, targets).item() == pytest.approx(expected.item())
+    assert int(task.labelled(targets)) == 2
+    shifted = TASKS["causal_lm"].targets({"labels": torch.tensor([[1, 2, 3]], dtype=torch.uint8)})
     assert shifted.tolist() == [[2, 3, IGNORED]]
 
 
@@ -179,17 +179,17 @@ def test_a_later_batch_is_named_too(task, tmp_path):
 @pytest.mark.parametrize("task", LATER)
 @pytest.mark.parametrize("mode", ["step", "log"])
 def test_where_nothing_looks_the_row_is_nan_and_the_finite_check_names_labels(task, mode, monkeypatch):
-    head, targets = HEADS[task], LATER[task][1]
+    task, targets = TASKS[task], LATER[task][1]
     logits = torch.zeros(targets.shape, requires_grad=True)
-    monkeypatch.setattr(type(head), "check_labels", lambda *_: None)  # as on an accelerator, where looking waits
-    loss = head.hard_loss_sum(logits, targets)
+    monkeypatch.setattr(type(task), "check_labels", lambda *_: None)  # as on an accelerator, where looking waits
+    loss = task.hard_loss_sum(logits, targets)
     assert loss.isnan()
     loss.backward()
     assert logits.grad[0].isfinite().all()
     watch = FiniteWatch(mode, 0)
 
     def see():
-        watch.see(loss, logits, None, 3, fault=lambda: head.fault({"labels": targets}, targets.shape[-1]))
+        watch.see(loss, logits, None, 3, fault=lambda: task.fault({"labels": targets}, targets.shape[-1]))
         watch.raise_noted()
 
     with pytest.raises(RuntimeError, match=r"`labels` is another number in rows \[1.* of the batch; expected .*Corr"):
@@ -205,14 +205,14 @@ class OnAnotherDevice(torch.Tensor):
 
 
 def test_a_class_id_out_of_range_is_nan_where_looking_would_wait():
-    head, logits = HEADS["classification"], torch.randn(3, 5, requires_grad=True)
+    task, logits = TASKS["classification"], torch.randn(3, 5, requires_grad=True)
     targets = torch.tensor([1, 5, IGNORED])
     with pytest.raises(ValueError, match="`labels` is 5 at position 1"):
-        head.hard_loss_sum(logits, targets)
-    total = head.hard_loss_sum(logits, targets.as_subclass(OnAnotherDevice))
+        task.hard_loss_sum(logits, targets)
+    total = task.hard_loss_sum(logits, targets.as_subclass(OnAnotherDevice))
     assert total.isnan()
-    right = head.hard_loss_sum(logits, torch.tensor([1, 4, IGNORED]).as_subclass(OnAnotherDevice))
-    assert right.item() == pytest.approx(head.hard_loss_sum(logits, torch.tensor([1, 4, IGNORED])).item())
+    right = task.hard_loss_sum(logits, torch.tensor([1, 4, IGNORED]).as_subclass(OnAnotherDevice))
+    assert right.item() == pytest.approx(task.hard_loss_sum(logits, torch.tensor([1, 4, IGNORED])).item())
 
 
 # ---- the logits decide, not the config ----

@@ -13,13 +13,13 @@ from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaForC
 
 from kd_trainer import DistillationTrainer
 from kd_trainer.diagnostics import trial
-from kd_trainer.tasks.heads import HEADS
 from kd_trainer.tasks.inputs import begins_next, real_tokens, token_mask
+from kd_trainer.tasks.kinds import TASKS
 from tests.helpers import tiny
 from tests.tasks import test_seq2seq
 
 T = 2.0
-CAUSAL = HEADS["causal_lm"]
+CAUSAL = TASKS["causal_lm"]
 
 
 def rows(count: int = 6, seed: int = 3) -> list[torch.Tensor]:
@@ -251,10 +251,10 @@ def test_a_decoder_padded_on_the_left(tmp_path):
     wide, mask = F.pad(labels, (2, 0), value=-100), torch.ones(3, 6, dtype=torch.long)
     wide[:, 1] = 1  # a label at a position that the mask calls padding
     mask[:, :2] = 0
-    head, counts = HEADS["seq2seq_lm"], []
+    task, counts = TASKS["seq2seq_lm"], []
     for given in ({"decoder_attention_mask": mask}, {}):
         made = {**batch, "labels": wide, **given}
-        counts.append(int(head.soft_mask(made, head.targets(made), "labels").sum()))
+        counts.append(int(task.soft_mask(made, task.targets(made), "labels").sum()))
     assert counts == [3 * 4, 3 * 5]
     found = measured(pair, [{**batch, "labels": wide, "decoder_attention_mask": mask}], tmp_path)
     assert all(torch.isfinite(torch.tensor(value)) for value in found.values())

@@ -77,7 +77,7 @@ def test_alpha_zero_is_the_stock_trainer(kind, tmp_path):
     got = ours(tmp_path, kind, kd_alpha=0.0)
     for trainer in (expected, got):
         trainer.train()
-    assert got._plan.head.name == "multiple_choice"
+    assert got._plan.task.name == "multiple_choice"
     assert tiny.logged(got, "loss") == pytest.approx(tiny.logged(expected, "loss"), rel=1e-4)
     assert torch.allclose(tiny.weights(got.model), tiny.weights(expected.model), atol=1e-5)
     assert (got.predict(rows(5, seed=3)).predictions == expected.predict(rows(5, seed=3)).predictions).all()

@@ -14,7 +14,7 @@ from transformers import (
     MistralConfig,
 )
 
-from kd_trainer.tasks.heads import HEADS
+from kd_trainer.tasks.kinds import TASKS
 from tests.helpers import tiny
 
 STEPS = {"max_steps": 20, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
@@ -160,7 +160,7 @@ def test_no_position_predicts_the_next_sequence(told_by):
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     batch = collator([{"input_ids": [1] * length} for length in (3, 1, 2, 2)])
     batch = {"input_ids": batch["input_ids"], told_by: batch[told_by]}
-    attended = HEADS["causal_lm"].attended(batch)
+    attended = TASKS["causal_lm"].attended(batch)
     assert attended.int().tolist() == [[1, 1, 0, 0, 1, 0, 1, 0]]
 
 

@@ -12,12 +12,12 @@ from transformers import BertForSequenceClassification
 from kd_trainer import DistillationTrainer
 from kd_trainer.losses.divergences import DIVERGENCES
 from kd_trainer.losses.modules import SoftTargetLoss
-from kd_trainer.tasks.heads import HEADS
+from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.tasks.resolve import by_problem_type
 from kd_trainer.training.objective import Objective
 from tests.helpers import tiny
 
-TASKS = ["multi_label_classification", "regression", "question_answering"]
+ROW_TASKS = ["multi_label_classification", "regression", "question_answering"]
 T = 2.0
 
 
@@ -28,7 +28,7 @@ def batch_of(task: str, count: int = 6) -> dict[str, torch.Tensor]:
 def logits_of(task: str, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         outputs = model(**{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")})
-    return HEADS[task].logits(outputs, "model").double()
+    return TASKS[task].logits(outputs, "model").double()
 
 
 # ---- which head ----
@@ -49,7 +49,7 @@ def logits_of(task: str, model: torch.nn.Module, batch: dict[str, torch.Tensor])
 )
 def test_labels_are_of_the_kind_that_upstream_takes_them_for(config, labels, task):
     model = BertForSequenceClassification(tiny.bert_config(**config))
-    assert by_problem_type(HEADS["classification"], model, None, labels) is HEADS[task]
+    assert by_problem_type(TASKS["classification"], model, None, labels) is TASKS[task]
     ours = model.config.problem_type  # trap 40
     if labels is not None:
         model.config.problem_type = config.get("problem_type")
@@ -59,7 +59,7 @@ def test_labels_are_of_the_kind_that_upstream_takes_them_for(config, labels, tas
 
 def test_kd_task_names_the_kind_where_the_config_does_not():
     model = BertForSequenceClassification(tiny.bert_config())
-    assert by_problem_type(HEADS["regression"], model, "regression", None) is HEADS["regression"]
+    assert by_problem_type(TASKS["regression"], model, "regression", None) is TASKS["regression"]
     assert model.config.problem_type == "regression"
 
 
@@ -73,7 +73,7 @@ def test_a_plain_module_takes_kd_task(tmp_path):
 # ---- the hard loss is the model's own ----
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ROW_TASKS)
 def test_alpha_zero_is_the_stock_trainer(task, tmp_path):  # trap 37
     ours = tiny.trainer(task, tmp_path, kd_alpha=0.0, max_steps=8, eval_strategy="steps", eval_steps=4)
     stock = tiny.stock_trainer(task, tmp_path, max_steps=8, eval_strategy="steps", eval_steps=4)
@@ -133,7 +133,7 @@ def written_out(task: str, z_s: torch.Tensor, z_t: torch.Tensor, batch: dict[str
     return total
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ROW_TASKS)
 def test_soft_loss_written_out(task, tmp_path):
     student, teacher = tiny.models(task)
     batch = batch_of(task)
@@ -153,7 +153,7 @@ def test_every_divergence_has_a_finite_gradient(task, divergence, tmp_path):
     assert grads.abs().max() > 0
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ROW_TASKS)
 def test_gradient_by_finite_differences(task):
     torch.manual_seed(0)
     shape = {"regression": (3, 2), "multi_label_classification": (3, 4), "question_answering": (3, 2, 4)}[task]
@@ -169,9 +169,9 @@ def test_gradient_by_finite_differences(task):
         },
     }[task]
     objective, soft_loss = Objective(0.4, T), SoftTargetLoss(temperature=T, reduction="sum")
-    counts = objective.count(HEADS[task], batch)
+    counts = objective.count(TASKS[task], batch)
     assert float(counts.hard) == 2
-    assert torch.autograd.gradcheck(lambda z: objective(HEADS[task], soft_loss, z, z_t, batch, counts).total, (z_s,))
+    assert torch.autograd.gradcheck(lambda z: objective(TASKS[task], soft_loss, z, z_t, batch, counts).total, (z_s,))
 
 
 class Uncertain(torch.nn.Module):
@@ -210,7 +210,7 @@ def test_a_negative_variance_is_named(tmp_path):
 # ---- rows without labels, padding, predictions ----
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ROW_TASKS)
 def test_rows_with_and_without_labels_in_one_batch(task, tmp_path):
     student, teacher = tiny.models(task)
     batch = batch_of(task)
@@ -230,7 +230,7 @@ def test_rows_with_and_without_labels_in_one_batch(task, tmp_path):
     torch.testing.assert_close(soft.compute_loss(student, unlabelled), soft.compute_loss(student, batch))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ROW_TASKS)
 def test_padding_changes_no_soft_loss(task, tmp_path):
     run = tiny.trainer(task, tmp_path, kd_alpha=1.0)
     batch = batch_of(task)
@@ -238,7 +238,7 @@ def test_padding_changes_no_soft_loss(task, tmp_path):
     torch.testing.assert_close(run.compute_loss(run.model, wider), run.compute_loss(run.model, batch))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ROW_TASKS)
 def test_predictions_are_upstreams(task, tmp_path):  # traps 12 and 37
     ours, stock = tiny.trainer(task, tmp_path, kd_alpha=0.0), tiny.stock_trainer(task, tmp_path)
     found, expected = (run.predict(tiny.rows(task, 5)) for run in (ours, stock))
@@ -249,7 +249,7 @@ def test_predictions_are_upstreams(task, tmp_path):  # traps 12 and 37
             torch.testing.assert_close(torch.tensor(one), torch.tensor(other))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ROW_TASKS)
 def test_training_brings_the_student_to_the_teacher(task, tmp_path):
     run = tiny.trainer(task, tmp_path, kd_alpha=1.0, max_steps=40, learning_rate=0.01)
     run.train()

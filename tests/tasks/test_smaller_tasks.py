@@ -207,7 +207,7 @@ def test_the_smaller_lists_train_and_alpha_zero_is_the_stock_trainer(name, tmp_p
     expected = run(Trainer, tiny.stock_arguments(tmp_path, max_steps=3))
     args = tiny.arguments(tmp_path, max_steps=3, kd_alpha=0.0, kd_reduction="tokenmean")
     got = run(DistillationTrainer, args, teacher_model=teacher)
-    assert got._plan.head.name == task
+    assert got._plan.task.name == task
     assert tiny.logged(got, "loss") == pytest.approx(tiny.logged(expected, "loss"), rel=1e-4)
     assert torch.allclose(tiny.weights(got.model), tiny.weights(expected.model), atol=1e-5)
     mixed = run(DistillationTrainer, tiny.arguments(tmp_path, max_steps=2), teacher_model=teacher)

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from kd_trainer import DistillationTrainer
-from kd_trainer.tasks.heads import HEADS
-from kd_trainer.tasks.resolve import head_for
+from kd_trainer.tasks.kinds import TASKS
+from kd_trainer.tasks.resolve import task_for
 from tests.helpers import tiny
 from tests.helpers.tiny_generative import wav2vec2_config
 
@@ -117,9 +117,9 @@ def soft_by_hand(kind: str, batch: dict[str, Any], temperature: float) -> tuple[
 
 @pytest.mark.parametrize("kind", BUILDS)
 def test_speech_recognition_is_recognised(kind):
-    head = head_for(pair(kind)[0], None, False)
-    assert head.name == "ctc"
-    assert head_for(pair(kind)[0], "ctc", False).frames is not None
+    task = task_for(pair(kind)[0], None, False)
+    assert task.name == "ctc"
+    assert task_for(pair(kind)[0], "ctc", False).frames is not None
 
 
 # Upstream's loss of a Parakeet needs a mask.
@@ -220,9 +220,9 @@ def test_a_cache_is_refused(tmp_path):
 
 
 def test_frames_that_nobody_can_count_are_refused(tmp_path):
-    head = HEADS["ctc"].of_model(tiny.Plain())
+    task = TASKS["ctc"].of_model(tiny.Plain())
     with pytest.raises(ValueError, match="`kd_task` is 'ctc'; expected a task whose frames the model can count"):
-        head.sequences({"input_values": torch.zeros(2, 100)})
+        task.sequences({"input_values": torch.zeros(2, 100)})
 
 
 # ---- one class a frame ----
@@ -263,7 +263,7 @@ def test_one_class_a_frame_with_alpha_zero_is_the_stock_trainer(tmp_path):
     got = frame_trainer(tmp_path, kd_alpha=0.0, kd_reduction="tokenmean")
     for trainer in (expected, got):
         trainer.train()
-    assert got._plan.head.name == "audio_frame_classification"
+    assert got._plan.task.name == "audio_frame_classification"
     assert tiny.logged(got, "loss") == pytest.approx(tiny.logged(expected, "loss"), rel=1e-4)
     assert torch.allclose(tiny.weights(got.model), tiny.weights(expected.model), atol=1e-5)
 

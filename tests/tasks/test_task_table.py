@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from kd_trainer.tasks.resolve import OTHER_PURPOSES, auto_class_of, head_for
+from kd_trainer.tasks.resolve import OTHER_PURPOSES, auto_class_of, task_for
 
 # transformers' lists by the task that their models have; "seq2seq_lm or causal_lm" by the model's config.
 TASKS = {
@@ -47,7 +47,7 @@ def short(name: str) -> str:
 
 def test_every_list_has_an_answer():
     known = {f"MODEL_FOR_{name}_MAPPING" for name in TASKS} | set(OTHER_PURPOSES)
-    assert set(names_of_lists()) <= known, "say in HEADS or OTHER_PURPOSES what its models are"
+    assert set(names_of_lists()) <= known, "say in TASKS or OTHER_PURPOSES what its models are"
 
 
 def listed(name: str) -> list[tuple[Any, type]]:
@@ -89,8 +89,8 @@ def answers(name: str, expected: set[str]) -> dict[str, str]:
     for config, model in listed(f"MODEL_FOR_{name}_MAPPING"):
         allowed = EXCEPTIONS.get(model.__name__, expected)
         try:
-            head = head_for(without_weights(config, model), None, False)
-            found = "unknown" if head is None else head.name
+            task = task_for(without_weights(config, model), None, False)
+            found = "unknown" if task is None else task.name
         except ValueError as error:
             found = "refused" if "expected a model with class logits" in str(error) else str(error)
         if found not in allowed:
@@ -113,4 +113,4 @@ def test_models_for_other_purposes_are_refused(name):
         if auto_class_of(made) is not None:
             continue
         with pytest.raises(ValueError, match=r"`model` is a .* for .*; expected a model with class logits"):
-            head_for(made, None, False)
+            task_for(made, None, False)

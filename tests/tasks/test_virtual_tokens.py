@@ -224,7 +224,7 @@ def test_the_image_of_git_is_in_front(tmp_path):
     got = trainers(DistillationTrainer, tiny.arguments(tmp_path, **REDUCED, kd_alpha=0.0), teacher_model=teacher)
     for trainer in (expected, got):
         trainer.train()
-    assert got._plan.head.name == "causal_lm"
+    assert got._plan.task.name == "causal_lm"
     assert tiny.logged(got, "loss") == pytest.approx(tiny.logged(expected, "loss"), rel=1e-4)
     soft = {}
     for implementation in ("full", "fused"):

@@ -22,7 +22,7 @@ from kd_trainer.losses.sparse_targets import Samples, TopK
 from kd_trainer.losses.tile import tile_loss
 from kd_trainer.losses.tile_sparse import sparse_tile_loss
 from kd_trainer.losses.tile_types import Setting
-from kd_trainer.tasks.heads import HEADS
+from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.training.finite_watch import FiniteWatch
 from tests.helpers import tiny
 from tests.losses.test_tile import compiler
@@ -293,11 +293,11 @@ def re_message(said: str) -> bool:
 
 def test_batches_with_and_without_a_fault_are_noted_alike():
     watch, logits = FiniteWatch("log", 0), torch.zeros(2, 3)
-    head = HEADS["classification"]
+    task = TASKS["classification"]
     for batch in ({}, {"labels": torch.tensor([1, 2])}, {"labels": torch.tensor([1, 7])}, {}):
         bad = "labels" in batch and bool((batch["labels"] > 2).any())
         loss = torch.tensor(torch.nan if bad else 1.0)
-        watch.see(loss, logits, None, 4, fault=lambda batch=batch: head.fault(batch, 3))
+        watch.see(loss, logits, None, 4, fault=lambda batch=batch: task.fault(batch, 3))
     with pytest.raises(RuntimeError, match=r"`labels` is another number in rows \[1\].*step 4"):
         watch.raise_noted()
 

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from kd_trainer import DIVERGENCES, DistillationTrainer, SoftTargetLoss
-from kd_trainer.tasks.heads import HEADS
 from kd_trainer.tasks.inputs import vocabulary_rows
+from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.teachers.compatibility import check_same_tokens, class_order, common_ids, vocabulary_line
 from kd_trainer.training.objective import Objective
 from tests.helpers import tiny
@@ -368,10 +368,10 @@ def test_the_loss_over_common_ids_written_out(task, positions, sizes):
     labels[0, 1] = labels[1, 3] = -100
     labels[0, 2] = sizes[0] - 1  # of the student alone, where it has more
     inputs = {"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": labels}
-    head, objective = HEADS[task], Objective(0.6, 2.0, reduction="tokenmean", positions=positions)
-    counts = objective.count(head, inputs)
+    task, objective = TASKS[task], Objective(0.6, 2.0, reduction="tokenmean", positions=positions)
+    counts = objective.count(task, inputs)
     soft_loss = SoftTargetLoss(temperature=2.0, reduction="sum")
-    parts = objective(head, soft_loss, z_s, z_t, inputs, counts, common_ids=8)
+    parts = objective(task, soft_loss, z_s, z_t, inputs, counts, common_ids=8)
 
     soft, hard, same, n_soft, n_hard = 0.0, 0.0, 0, 0, 0
     for row in range(2):
@@ -399,23 +399,23 @@ def test_ids_left_out_get_no_gradient_from_the_soft_loss(divergence, dtype):
     z_s = torch.randn(2, 5, 11, generator=generator).to(dtype).requires_grad_()
     z_t = torch.randn(2, 5, 8, generator=generator).to(dtype)
     inputs = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
-    head, objective = HEADS["masked_lm"], Objective(1.0, 1.5, divergence, reduction="tokenmean")
+    task, objective = TASKS["masked_lm"], Objective(1.0, 1.5, divergence, reduction="tokenmean")
     soft_loss = SoftTargetLoss(temperature=1.5, divergence=divergence, reduction="sum")
-    objective(head, soft_loss, z_s, z_t, inputs, objective.count(head, inputs), common_ids=8).total.backward()
+    objective(task, soft_loss, z_s, z_t, inputs, objective.count(task, inputs), common_ids=8).total.backward()
     assert not z_s.grad[..., 8:].any()
     assert z_s.grad[..., :8].any(-1).all()
 
 
-@pytest.mark.parametrize("task", [name for name in HEADS if name != "question_answering"])
+@pytest.mark.parametrize("task", [name for name in TASKS if name != "question_answering"])
 def test_no_head_takes_other_sizes_unasked(task):
-    head = HEADS[task]
-    shape = (2, 5) if head.token_level else (2,)
+    task = TASKS[task]
+    shape = (2, 5) if task.token_level else (2,)
     student, teacher = torch.zeros(*shape, 8), torch.zeros(*shape, 11)
     for common in (None, 7, 11):
         with pytest.raises(ValueError, match=r"giving logits of shape \(.*11\); expected the student's shape"):
-            head.check_shapes(student, teacher, None, common)
+            task.check_shapes(student, teacher, None, common)
     with pytest.raises(ValueError, match="giving logits of shape"):
-        head.check_shapes(student, torch.zeros(3, *shape[1:], 11), None, 8)
+        task.check_shapes(student, torch.zeros(3, *shape[1:], 11), None, 8)
 
 
 def padded_pair(task: str, ours: int, theirs: int):

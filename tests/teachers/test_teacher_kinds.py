@@ -265,7 +265,7 @@ def test_a_lora_student_with_a_teacher_by_path(tmp_path):
     run = run_with(with_adapters(), str(tmp_path / "teacher"), tmp_path, max_steps=1)
     run.train()
     assert torch.equal(tiny.weights(run.teacher.model), tiny.weights(base(7)))
-    assert run._plan.head.name == "causal_lm"
+    assert run._plan.task.name == "causal_lm"
 
 
 def test_the_start_block_says_so(tmp_path, capsys):

@@ -105,7 +105,7 @@ def test_alpha_zero_is_the_stock_sft_trainer(kind, packing, tokenizer, tmp_path)
 def test_sft_counts_the_completion_alone(kind, tokenizer, tmp_path):
     run = sft(tokenizer, tmp_path, kind)
     batch = next(iter(run.get_train_dataloader()))
-    counts = run._objective(training=True)[0].count(run._plan_of(batch).head, batch)
+    counts = run._objective(training=True)[0].count(run._plan_of(batch).task, batch)
     labels = batch["labels"][:, 1:]
     assert int(counts.hard) == int(counts.soft) == int((labels != -100).sum())
     if "completion" in kind:

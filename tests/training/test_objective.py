@@ -1,4 +1,4 @@
-"""`objective.py`: the loss of a micro-batch, written out in float64 loops, for every head, reduction and choice."""
+"""`objective.py`: the loss of a micro-batch, written out in float64 loops, for every task, reduction and choice."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from kd_trainer.losses.modules import SoftTargetLoss
-from kd_trainer.tasks.heads import HEADS, Head
+from kd_trainer.tasks.kinds import TASKS, Task
 from kd_trainer.training.objective import Counts, Objective, scheduled
 
 IGNORED, CLASSES, T = -100, 4, 2.0
-# The heads of tokens and rows; the others: test_row_tasks.py and test_speech_frames.py.
-SOFTMAX = [name for name, head in HEADS.items() if head.softmax and type(head) is Head]
+# The tasks of tokens and rows; the others: test_row_tasks.py and test_speech_frames.py.
+SOFTMAX = [name for name, task in TASKS.items() if task.softmax and type(task) is Task]
 ROWS = ("classification", "multiple_choice")
 
 
@@ -89,9 +89,9 @@ def test_value_and_counts_written_out():
         objective, soft_loss = build(alpha, reduction=reduction, positions=positions)
         batch, z_s, z_t = batch_of(name, labelled=labelled), logits_of(name, 0), logits_of(name, 1)
         hard, soft, expected = written_out(name, batch, z_s, z_t, reduction=reduction, positions=positions)
-        counts = objective.count(HEADS[name], batch)
+        counts = objective.count(TASKS[name], batch)
         assert tuple(int(c) for c in counts[:4]) == (*expected[:3], 1)
-        parts = objective(HEADS[name], soft_loss, z_s, z_t, batch, counts)
+        parts = objective(TASKS[name], soft_loss, z_s, z_t, batch, counts)
         assert parts.soft.item() == pytest.approx(soft, rel=1e-12)
         total = alpha * soft
         if labelled:
@@ -107,7 +107,7 @@ def test_label_smoothing_written_out(name):
     objective, soft_loss = build(label_smoothing=0.2)
     batch, z_s, z_t = batch_of(name), logits_of(name, 0), logits_of(name, 1)
     hard, _, _ = written_out(name, batch, z_s, z_t, reduction="batchmean", positions="labels", smoothing=0.2)
-    parts = objective(HEADS[name], soft_loss, z_s, z_t, batch, objective.count(HEADS[name], batch))
+    parts = objective(TASKS[name], soft_loss, z_s, z_t, batch, objective.count(TASKS[name], batch))
     assert parts.hard.item() == pytest.approx(hard, rel=1e-12)
 
 
@@ -115,8 +115,8 @@ def test_agreement_is_the_share_of_counted_positions_with_the_same_top_class():
     z_s = torch.tensor([[[2.0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]], [[0.0, 0, 0, 1], [1, 0, 0, 0], [1, 0, 0, 0]]])
     z_t = torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]], [[0.0, 0, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0]]])
     objective, soft_loss = build()
-    head, batch = HEADS["token_classification"], batch_of("token_classification")
-    parts = objective(head, soft_loss, z_s, z_t, batch, objective.count(head, batch))
+    task, batch = TASKS["token_classification"], batch_of("token_classification")
+    parts = objective(task, soft_loss, z_s, z_t, batch, objective.count(task, batch))
     assert parts.agreement == pytest.approx(2 / 4)  # labelled: (0, 0) yes, (0, 2) no, (1, 0) yes, (1, 1) no
     assert isinstance(parts.agreement, float)
 
@@ -125,16 +125,16 @@ def test_agreement_is_the_share_of_counted_positions_with_the_same_top_class():
 def test_gradient_by_finite_differences(name, reduction, positions, alpha):
     objective, soft_loss = build(alpha, reduction=reduction, positions=positions)
     batch, z_t = batch_of(name), logits_of(name, 1)
-    counts = objective.count(HEADS[name], batch)
+    counts = objective.count(TASKS[name], batch)
     z_s = logits_of(name, 0).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: objective(HEADS[name], soft_loss, z, z_t, batch, counts).total, (z_s,))
+    assert torch.autograd.gradcheck(lambda z: objective(TASKS[name], soft_loss, z, z_t, batch, counts).total, (z_s,))
 
 
 def test_the_hard_loss_has_no_graph_at_alpha_one():
     objective, soft_loss = build(1.0)
     batch, z_s = batch_of("classification"), logits_of("classification", 0).requires_grad_()
-    head = HEADS["classification"]
-    parts = objective(head, soft_loss, z_s, logits_of("classification", 1), batch, objective.count(head, batch))
+    task = TASKS["classification"]
+    parts = objective(task, soft_loss, z_s, logits_of("classification", 1), batch, objective.count(task, batch))
     assert not parts.hard.requires_grad
     assert parts.total is parts.soft  # a weight of one multiplies nothing
 
@@ -142,8 +142,8 @@ def test_the_hard_loss_has_no_graph_at_alpha_one():
 def test_without_teacher_logits_there_is_no_soft_loss():
     objective, soft_loss = build(0.0)
     batch, z_s = batch_of("causal_lm"), logits_of("causal_lm", 0)
-    counts = objective.count(HEADS["causal_lm"], batch)
-    parts = objective(HEADS["causal_lm"], soft_loss, z_s, None, batch, counts)
+    counts = objective.count(TASKS["causal_lm"], batch)
+    parts = objective(TASKS["causal_lm"], soft_loss, z_s, None, batch, counts)
     assert parts.soft is None
     assert parts.agreement is None
     assert parts.total is parts.hard
@@ -153,11 +153,11 @@ def test_without_teacher_logits_there_is_no_soft_loss():
 @pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
 def test_splitting_a_batch_changes_nothing(name, reduction):
     objective, soft_loss = build(reduction=reduction)
-    head, batch, z_s, z_t = HEADS[name], batch_of(name), logits_of(name, 0), logits_of(name, 1)
-    whole = objective(head, soft_loss, z_s, z_t, batch, objective.count(head, batch))
+    task, batch, z_s, z_t = TASKS[name], batch_of(name), logits_of(name, 0), logits_of(name, 1)
+    whole = objective(task, soft_loss, z_s, z_t, batch, objective.count(task, batch))
     each = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(z_s.shape[0])]
-    counts = Counts(*(sum(c) for c in zip(*(objective.count(head, b)[:3] for b in each), strict=True)))
-    parts = [objective(head, soft_loss, z_s[i : i + 1], z_t[i : i + 1], b, counts) for i, b in enumerate(each)]
+    counts = Counts(*(sum(c) for c in zip(*(objective.count(task, b)[:3] for b in each), strict=True)))
+    parts = [objective(task, soft_loss, z_s[i : i + 1], z_t[i : i + 1], b, counts) for i, b in enumerate(each)]
     for field in ("total", "hard", "soft", "agreement"):
         together = sum(getattr(part, field).item() for part in parts)
         assert together == pytest.approx(getattr(whole, field).item(), rel=1e-6), field
@@ -165,15 +165,15 @@ def test_splitting_a_batch_changes_nothing(name, reduction):
 
 def test_the_scale_multiplies_every_part_once():
     objective, soft_loss = build()
-    head, batch, z_s, z_t = (
-        HEADS["causal_lm"],
+    task, batch, z_s, z_t = (
+        TASKS["causal_lm"],
         batch_of("causal_lm"),
         logits_of("causal_lm", 0),
         logits_of("causal_lm", 1),
     )
-    counts = objective.count(head, batch)
-    one = objective(head, soft_loss, z_s, z_t, batch, counts)
-    two = objective(head, soft_loss, z_s, z_t, batch, counts._replace(scale=2))
+    counts = objective.count(task, batch)
+    one = objective(task, soft_loss, z_s, z_t, batch, counts)
+    two = objective(task, soft_loss, z_s, z_t, batch, counts._replace(scale=2))
     for a, b in zip(one[:4], two[:4], strict=True):
         assert b.item() == pytest.approx(2 * a.item())
 
@@ -185,7 +185,7 @@ def test_all_masked_is_zero_with_a_gradient_path(name):
         batch = batch_of(name)
         batch["labels"] = torch.full_like(batch["labels"], IGNORED)
         z_s = logits_of(name, 0).requires_grad_()
-        parts = objective(HEADS[name], soft_loss, z_s, logits_of(name, 1), batch, objective.count(HEADS[name], batch))
+        parts = objective(TASKS[name], soft_loss, z_s, logits_of(name, 1), batch, objective.count(TASKS[name], batch))
         parts.total.backward()
         assert torch.isfinite(z_s.grad).all()
         if name in ROWS and alpha > 0:
@@ -199,7 +199,7 @@ def test_nothing_at_all_is_zero_with_a_gradient_path():
     objective, soft_loss = build(0.0)
     z_s = logits_of("classification", 0).requires_grad_()
     batch = batch_of("classification", labelled=False)
-    parts = objective(HEADS["classification"], soft_loss, z_s, None, batch, Counts(0, 3, 3))
+    parts = objective(TASKS["classification"], soft_loss, z_s, None, batch, Counts(0, 3, 3))
     parts.total.backward()
     assert parts.total.item() == 0
     assert (z_s.grad == 0).all()
@@ -210,15 +210,15 @@ def test_nothing_at_all_is_zero_with_a_gradient_path():
 @pytest.mark.parametrize("name", [name for name in SOFTMAX if name not in ROWS])
 def test_uncounted_positions_may_hold_anything(name, positions, bad):
     objective, soft_loss = build(positions=positions)
-    head, batch = HEADS[name], batch_of(name)
-    counts = objective.count(head, batch)
-    counted = head.soft_mask(batch, head.targets(batch), positions) | (head.targets(batch) != IGNORED)
+    task, batch = TASKS[name], batch_of(name)
+    counts = objective.count(task, batch)
+    counted = task.soft_mask(batch, task.targets(batch), positions) | (task.targets(batch) != IGNORED)
     results = []
     for value in (1.0, bad):
         z_s, z_t = logits_of(name, 0), logits_of(name, 1)
         z_s[~counted], z_t[~counted] = value, value
         z_s.requires_grad_()
-        parts = objective(head, soft_loss, z_s, z_t, batch, counts)
+        parts = objective(task, soft_loss, z_s, z_t, batch, counts)
         parts.total.backward()
         results.append((parts.total.item(), parts.agreement.item(), z_s.grad[counted]))
         assert (z_s.grad[~counted] == 0).all()
@@ -228,26 +228,26 @@ def test_uncounted_positions_may_hold_anything(name, positions, bad):
 
 
 def test_an_infinite_term_of_weight_zero_is_not_added():
-    head, batch = HEADS["classification"], {"x": torch.zeros(1, 1), "labels": torch.tensor([0])}
+    task, batch = TASKS["classification"], {"x": torch.zeros(1, 1), "labels": torch.tensor([0])}
     z_s, z_t = torch.tensor([[0.0, -math.inf]]), torch.tensor([[0.0, 0.0]])
     objective, soft_loss = build(0.0)
-    parts = objective(head, soft_loss, z_s, z_t, batch, objective.count(head, batch))
+    parts = objective(task, soft_loss, z_s, z_t, batch, objective.count(task, batch))
     assert parts.soft.item() == math.inf
     assert parts.total.item() == 0.0
     objective, _ = build(1.0)
     batch["labels"] = torch.tensor([1])
-    parts = objective(head, soft_loss, z_s, torch.tensor([[0.0, -math.inf]]), batch, objective.count(head, batch))
+    parts = objective(task, soft_loss, z_s, torch.tensor([[0.0, -math.inf]]), batch, objective.count(task, batch))
     assert parts.hard.item() == math.inf
     assert parts.total.item() == 0.0
 
 
 def test_low_precision_logits_are_summed_in_float32():
     objective, soft_loss = build()
-    head, batch = HEADS["classification"], batch_of("classification")
+    task, batch = TASKS["classification"], batch_of("classification")
     z_s, z_t = (logits_of("classification", i).bfloat16() for i in range(2))
-    counts = objective.count(head, batch)
-    parts = objective(head, soft_loss, z_s, z_t, batch, counts)
-    exact = objective(head, soft_loss, z_s.double(), z_t.double(), batch, counts)
+    counts = objective.count(task, batch)
+    parts = objective(task, soft_loss, z_s, z_t, batch, counts)
+    exact = objective(task, soft_loss, z_s.double(), z_t.double(), batch, counts)
     assert parts.total.dtype == torch.float32
     assert parts.total.item() == pytest.approx(exact.total.item(), rel=1e-5)
 
@@ -299,4 +299,4 @@ def test_without_an_end_nothing_moves(schedule):
     ],
 )
 def test_formula(objective, task, formula):
-    assert objective.formula(None if task is None else HEADS[task]) == formula
+    assert objective.formula(None if task is None else TASKS[task]) == formula

@@ -356,7 +356,7 @@ def test_the_shift_is_read_off_the_model(tmp_path):
     teacher = bart_lm(24)
     for name, shifted in (("bart", False), ("unshifted", False), ("by items", True)):
         trainer = run(name, tmp_path, teacher=teacher, kd_alpha=1.0, kd_temperature=1.0, max_steps=1)
-        assert trainer._plan.head.shifted is shifted
+        assert trainer._plan.task.shifted is shifted
         batch = tiny.pad(tiny.rows("causal_lm", 4))
         labels = batch["labels"]
         if shifted:

@@ -16,40 +16,40 @@ from kd_trainer import DistillationTrainer
 from kd_trainer.training.logs import perplexity
 from tests.helpers import tiny
 
-HEADS = ["causal_lm", "masked_lm", "seq2seq_lm"]
+TASKS = ["causal_lm", "masked_lm", "seq2seq_lm"]
 COUNT = 21  # fills no batch of 4 or 8
 
 
-def pair(head: str) -> tuple[nn.Module, nn.Module]:
+def pair(task: str) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    if head == "causal_lm":
+    if task == "causal_lm":
         return tiny.models("causal_lm")
-    if head == "masked_lm":
+    if task == "masked_lm":
         return tuple(BertForMaskedLM(tiny.bert_config(h, initializer_range=0.5)) for h in (16, 24))  # type: ignore[return-value]
     config = {"vocab_size": tiny.VOCAB, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0,
               "decoder_start_token_id": 0, "pad_token_id": 0}  # fmt: skip
     return tuple(T5ForConditionalGeneration(T5Config(d_model=h, **config)) for h in (16, 24))  # type: ignore[return-value]
 
 
-def data(head: str, seed: int = 2) -> list[dict[str, Any]]:
-    return tiny.rows("causal_lm" if head == "causal_lm" else "token_classification", COUNT, seed)
+def data(task: str, seed: int = 2) -> list[dict[str, Any]]:
+    return tiny.rows("causal_lm" if task == "causal_lm" else "token_classification", COUNT, seed)
 
 
-def trainer(head: str, output_dir: Any, **kwargs: Any) -> DistillationTrainer:
-    return tiny.trainer("causal_lm", output_dir, pair=pair(head), data=data(head, seed=1), **kwargs)
+def trainer(task: str, output_dir: Any, **kwargs: Any) -> DistillationTrainer:
+    return tiny.trainer("causal_lm", output_dir, pair=pair(task), data=data(task, seed=1), **kwargs)
 
 
-def by_hand(head: str, model: nn.Module) -> float:
+def by_hand(task: str, model: nn.Module) -> float:
     """Row by row, without padding, in float64."""
     model, total, count = copy.deepcopy(model).double().eval(), 0.0, 0
-    for row in data(head):
+    for row in data(task):
         inputs = {k: torch.tensor([v]) for k, v in row.items()}
         labels = inputs.pop("labels")
-        if head == "seq2seq_lm":
+        if task == "seq2seq_lm":
             inputs["decoder_input_ids"] = model._shift_right(labels)  # type: ignore[operator]
         with torch.no_grad():
             logits = model(**inputs).logits
-        if head == "causal_lm":
+        if task == "causal_lm":
             logits, labels = logits[:, :-1], labels[:, 1:]
         total += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
         count += int((labels != -100).sum())
@@ -58,11 +58,11 @@ def by_hand(head: str, model: nn.Module) -> float:
 
 @pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
 @pytest.mark.parametrize("batch", [1, 4, 8, 21])
-@pytest.mark.parametrize("head", HEADS)
-def test_perplexity_is_per_token_whatever_the_batches(head, batch, reduction, tmp_path):
-    run = trainer(head, tmp_path, kd_reduction=reduction, per_device_eval_batch_size=batch)
-    metrics = run.evaluate(data(head))
-    assert metrics["eval_perplexity"] == pytest.approx(by_hand(head, run.model), rel=1e-5)
+@pytest.mark.parametrize("task", TASKS)
+def test_perplexity_is_per_token_whatever_the_batches(task, batch, reduction, tmp_path):
+    run = trainer(task, tmp_path, kd_reduction=reduction, per_device_eval_batch_size=batch)
+    metrics = run.evaluate(data(task))
+    assert metrics["eval_perplexity"] == pytest.approx(by_hand(task, run.model), rel=1e-5)
     assert metrics["eval_perplexity"] != pytest.approx(math.exp(metrics["eval_loss"]), rel=1e-2)
 
 

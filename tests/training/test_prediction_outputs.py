@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kd_trainer import Seq2SeqDistillationTrainer, Seq2SeqDistillationTrainingArguments
-from kd_trainer.tasks.heads import HEADS
+from kd_trainer.tasks.kinds import TASKS
 from tests.helpers import tiny
 from tests.helpers.config_run import SPEECH, bart, distilbert
 from tests.tasks import test_multiple_choice, test_speech_frames
@@ -120,7 +120,7 @@ def same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("task", "gives"),
     # In a tuple, the two logits of question answering are not told apart.
-    [c for c in itertools.product([*HEADS, "plain"], ["mapping", "tuple"]) if c != ("question_answering", "tuple")],
+    [c for c in itertools.product([*TASKS, "plain"], ["mapping", "tuple"]) if c != ("question_answering", "tuple")],
 )
 def test_what_is_no_tensor_is_no_prediction(task, gives, labelled, tmp_path):
     data = rows(task, labelled=labelled)

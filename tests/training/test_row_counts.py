@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from kd_trainer import DistillationTrainer
 from kd_trainer.diagnostics.batch_changes import pieces_of
-from kd_trainer.tasks.heads import HEADS
 from kd_trainer.tasks.inputs import main_input
+from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.training.objective import Objective
 from tests.helpers import tiny
 
@@ -56,7 +56,7 @@ def test_the_input_is_found_behind_anything(before, name):
     batch = {**columns, name: INPUT[name]}
     assert main_input(batch) is INPUT[name]
     assert main_input({"nested": [columns, {name: INPUT[name]}]}) is INPUT[name]
-    assert Objective(0.5, 1.0).count(HEADS["classification"], batch).rows == ROWS
+    assert Objective(0.5, 1.0).count(TASKS["classification"], batch).rows == ROWS
 
 
 def test_rows_of_flattened_patches_alone():

@@ -33,7 +33,7 @@ def toy_loss(batch: Any, outputs: Any, teacher: Any) -> torch.Tensor | None:
     return (squares * attended(batch.inputs)).sum(-1) if squares.dim() == 2 else squares
 
 
-def toy_count(head: Any, inputs: Any) -> torch.Tensor:
+def toy_count(task: Any, inputs: Any) -> torch.Tensor:
     return attended(inputs).sum()
 
 
@@ -166,7 +166,7 @@ def test_a_process_whose_rows_all_repeat_logs_as_many_numbers(toy, tmp_path):
     batch = next(iter(run.get_train_dataloader()))
     plan = run._plan_of(batch)
     objective, _ = run._objective(training=False)
-    counts = objective.count(plan.head, batch)
+    counts = objective.count(plan.task, batch)
     state = SimpleNamespace(end_of_dataloader=True, remainder=1)
     other = SimpleNamespace(gradient_state=state, process_index=1)
     own = own_rows(other, objective, plan, batch, counts)

@@ -1,6 +1,6 @@
-"""`Head`: which logits, which labels, which positions count, which shift, which hard loss a kind of task has.
+"""`Task`: which logits, which labels, which positions count, which shift, which hard loss a kind of task has.
 
-For: `heads.py`, which has the kinds and their table. Leaves the soft loss to `losses/modules.py` and the weighing to
+For: `kinds.py`, which has the kinds and their table. Leaves the soft loss to `losses/modules.py` and the weighing to
 `training/objective.py`. This class is every task whose labels are classes, a row or a position each.
 Shapes: B rows, S positions, C classes or vocabulary entries; logits are [B, C] or [B, S, C].
 """
@@ -33,23 +33,23 @@ class Fault(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Head:
+class Task:
     """How one kind of task is read.
 
     Args:
-        name: its name in `HEADS` and in `kd_task`.
+        name: its name in `TASKS` and in `kd_task`.
         token_level: logits are [B, S, C] and every position is a row of its own; else [B, C].
         shifted: the logits at position i are compared with the label at i + 1 (decoder-only language models).
-        auto_classes: transformers' Auto classes whose models have this head; the first one loads a teacher by path.
+        auto_classes: transformers' Auto classes whose models have this task; the first one loads a teacher by path.
         label_names: the columns of a batch that hold the targets.
         widths, at_least: likely numbers of classes and the least, where a model returns several tensors; see `Wanted`.
     """
 
     name: str
-    token_level: bool
-    shifted: bool
-    auto_classes: tuple[str, ...]
-    label_names: tuple[str, ...] = ("labels",)
+    token_level: bool = field(default=False, kw_only=True)
+    shifted: bool = field(default=False, kw_only=True)
+    auto_classes: tuple[str, ...] = field(default=(), kw_only=True)
+    label_names: tuple[str, ...] = field(default=("labels",), kw_only=True)
     widths: tuple[int, ...] = field(default=(), compare=False)
     at_least: int = field(default=0, compare=False)
 
@@ -82,19 +82,19 @@ class Head:
         """Whether a position is computed from those before it alone."""
         return self.name == "causal_lm"
 
-    def is_same_task(self, other: Head) -> bool:
-        """Whether the other head is of the same entry of `HEADS`, however its labels are read."""
+    def is_same_task(self, other: Task) -> bool:
+        """Whether the other task is of the same entry of `TASKS`, however its labels are read."""
         return self.name == other.name
 
-    def of_model(self, model: Any) -> Head:
-        """The head as this student has it; most are the same for every one."""
+    def of_model(self, model: Any) -> Task:
+        """The task as this student has it; most are the same for every one."""
         return self
 
-    def with_label_names(self, names: Sequence[str], batch: Mapping[str, Any]) -> Head:
-        """The head that reads its targets where they stand: `names` are the trainer's `label_names`.
+    def with_label_names(self, names: Sequence[str], batch: Mapping[str, Any]) -> Task:
+        """The task that reads its targets where they stand: `names` are the trainer's `label_names`.
 
         The usual columns win where `names` has them. Of other names the one counts that the batch holds; several, of
-        which none is usual, leave the head without targets (the model's own loss may still read them).
+        which none is usual, leave the task without targets (the model's own loss may still read them).
         """
         if set(self.label_names) <= set(names):
             return self
@@ -312,7 +312,7 @@ class Head:
     def check_shapes(
         self, student: Tensor, teacher: Tensor | None, targets: Tensor | None, common_ids: int | None = None
     ) -> None:
-        """Raises ValueError where logits and labels do not fit each other or this head; never cuts or broadcasts.
+        """Raises ValueError where logits and labels do not fit each other or this task; never cuts or broadcasts.
 
         With `common_ids` (see `compatibility.common_ids`) the vocabularies may differ, if the smaller has so many ids.
         """

@@ -1,6 +1,6 @@
-"""The kinds of `Head`, and the table of tasks.
+"""The kinds of `Task`, and the table of tasks.
 
-For: the trainer, which knows no task. A new task is a new entry of `HEADS`.
+For: the trainer, which knows no task. A new task is a new entry of `TASKS`.
 Shapes: B rows, S positions, C classes or vocabulary entries, D outputs of a regression; logits are [B, C] or [B, S, C].
 """
 
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..losses import IGNORE_INDEX, SoftTargetLoss, divide
 from ..validation import fail, message
-from .head import Fault, Head, class_labels, signed, wide
 from .inputs import main_input, real_tokens, token_mask
 from .logits import logits_of
+from .task import Fault, Task, class_labels, signed, wide
 
 
 @dataclass(frozen=True)
-class NumbersHead(Head):
+class NumbersTask(Task):
     """Labels that are numbers, of the logits' shape; a row is labelled as a whole or not at all."""
 
     softmax: ClassVar[bool] = False
@@ -85,7 +85,7 @@ _ROUNDING = 1e-4  # by which the probabilities of a file may leave [0, 1]
 
 
 @dataclass(frozen=True)
-class MultiLabelHead(NumbersHead):
+class MultiLabelTask(NumbersTask):
     """Several yes/no labels a row: logits and labels [B, C], labels floating (as upstream's loss wants them).
 
     Hard loss of a row: the mean over its labels of the binary cross-entropy. Soft loss: the mean over its labels of
@@ -132,7 +132,7 @@ class MultiLabelHead(NumbersHead):
 
 
 @dataclass(frozen=True)
-class RegressionHead(NumbersHead):
+class RegressionTask(NumbersTask):
     """Numbers instead of classes: outputs and labels [B, D], labels [B] where D is 1. Temperature has no meaning.
 
     Hard loss of a row: the mean over D of (z_s - y)². Soft loss: of (z_s - z_t)², or, where the teacher's outputs hold
@@ -201,7 +201,7 @@ class RegressionHead(NumbersHead):
 
 
 @dataclass(frozen=True)
-class QuestionAnsweringHead(Head):
+class QuestionAnsweringTask(Task):
     """Extractive answers: a distribution over the positions for the start and one for the end, logits [B, 2, S].
 
     Both losses of a row are means over start and end. A start or end beyond the sequence is no label, as upstream has
@@ -313,7 +313,7 @@ class QuestionAnsweringHead(Head):
 
 
 @dataclass(frozen=True)
-class FrameHead(Head):
+class FrameTask(Task):
     """Classes of each frame of speech: logits [B, F, C] of the student's frames; labels [B, F, C], a 1 for each frame.
 
     Hard loss of a frame: the cross-entropy of its class, padding included, as upstream has it. With `kd_positions`
@@ -331,7 +331,7 @@ class FrameHead(Head):
     )
     frames: Callable[[Tensor], Tensor] | None = None
 
-    def of_model(self, model: Any) -> Head:
+    def of_model(self, model: Any) -> Task:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         names = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
         return replace(self, frames=next((getattr(model, name) for name in names if hasattr(model, name)), None))
@@ -363,7 +363,7 @@ class FrameHead(Head):
 
 
 @dataclass(frozen=True)
-class CTCHead(FrameHead):
+class CTCTask(FrameTask):
     """Speech recognition by CTC: logits [B, F, V], labels [B, L] of fewer tokens than frames, -100 where padded.
 
     The hard loss is the model's own, which sums over the alignments. Soft loss: T² D of each frame of real samples.
@@ -382,14 +382,12 @@ class CTCHead(FrameHead):
         return 0 if labels is None else (labels != IGNORE_INDEX).reshape(len(labels), -1).any(-1).sum()
 
 
-HEADS = {
-    head.name: head
-    for head in (
-        Head(
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
             "classification",
-            False,
-            False,
-            (
+            auto_classes=(
                 "AutoModelForSequenceClassification",
                 "AutoModelForImageClassification",
                 "AutoModelForAudioClassification",
@@ -398,34 +396,33 @@ HEADS = {
             ),
         ),
         # A classification over the choices of a row: inputs are [B, choices, S].
-        Head("multiple_choice", False, False, ("AutoModelForMultipleChoice",)),
-        Head("token_classification", True, False, ("AutoModelForTokenClassification",)),
-        Head("causal_lm", True, True, ("AutoModelForCausalLM",)),
+        Task("multiple_choice", auto_classes=("AutoModelForMultipleChoice",)),
+        Task("token_classification", token_level=True, auto_classes=("AutoModelForTokenClassification",)),
+        Task("causal_lm", token_level=True, shifted=True, auto_classes=("AutoModelForCausalLM",)),
         # Before masked_lm: upstream lists BART, mBART and MVP under both, and they are trained as encoder-decoders.
         # Its Auto classes list decoders too, whose labels are shifted: see `resolve.auto_class_of`.
-        Head(
+        Task(
             "seq2seq_lm",
-            True,
-            False,
-            (
+            token_level=True,
+            auto_classes=(
                 "AutoModelForSeq2SeqLM",
                 "AutoModelForSpeechSeq2Seq",
                 "AutoModelForImageTextToText",
                 "AutoModelForMultimodalLM",
             ),
         ),
-        Head("masked_lm", True, False, ("AutoModelForMaskedLM",)),
-        FrameHead("audio_frame_classification", True, False, ("AutoModelForAudioFrameClassification",)),
-        CTCHead("ctc", True, False, ("AutoModelForCTC",)),
-        QuestionAnsweringHead(
+        Task("masked_lm", token_level=True, auto_classes=("AutoModelForMaskedLM",)),
+        FrameTask(
+            "audio_frame_classification", token_level=True, auto_classes=("AutoModelForAudioFrameClassification",)
+        ),
+        CTCTask("ctc", token_level=True, auto_classes=("AutoModelForCTC",)),
+        QuestionAnsweringTask(
             "question_answering",
-            False,
-            False,
-            ("AutoModelForQuestionAnswering", "AutoModelForDocumentQuestionAnswering"),
+            auto_classes=("AutoModelForQuestionAnswering", "AutoModelForDocumentQuestionAnswering"),
             label_names=("start_positions", "end_positions"),
         ),
         # Most models of these two have the Auto classes of "classification": see `by_problem_type`.
-        MultiLabelHead("multi_label_classification", False, False, ("AutoModelForVisualQuestionAnswering",)),
-        RegressionHead("regression", False, False, ()),
+        MultiLabelTask("multi_label_classification", auto_classes=("AutoModelForVisualQuestionAnswering",)),
+        RegressionTask("regression"),
     )
 }

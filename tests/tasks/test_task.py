@@ -1,4 +1,4 @@
-"""`head.py`, `heads.py`: the head of every model, targets and masks by hand, the hard loss against the models' own."""
+"""`task.py`, `kinds.py`: the task of every model, targets and masks by hand, the hard loss against the models' own."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
 from kd_trainer.data.mlp import MLPConfig, MLPForImageClassification
-from kd_trainer.tasks.head import check_label_range
-from kd_trainer.tasks.heads import HEADS
 from kd_trainer.tasks.inputs import Accepted, accepted_inputs, check_batch, main_input, model_inputs
+from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.tasks.logits import logits_of
-from kd_trainer.tasks.resolve import auto_class_of, head_for, head_from_logits
+from kd_trainer.tasks.resolve import auto_class_of, task_for, task_from_logits
+from kd_trainer.tasks.task import check_label_range
 from tests.helpers import tiny
 
 IGNORED = -100
@@ -96,23 +96,23 @@ MODELS = {
 }
 
 
-# ---- which head ----
+# ---- which task ----
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_class_of_a_model_tells_head_and_auto_class(name):
-    build, head, auto_class = MODELS[name]
+    build, task, auto_class = MODELS[name]
     model = build()
     known = auto_class_of(model)
     assert known is not None
-    assert (known[0].name, known[1].__name__) == (head, auto_class)
-    assert head_for(model, None, False) is HEADS[head]
+    assert (known[0].name, known[1].__name__) == (task, auto_class)
+    assert task_for(model, None, False) is TASKS[task]
 
 
 def test_every_head_has_a_model_above():
     by_labels = {"multi_label_classification", "regression"}  # of the classifiers above: see test_row_tasks.py
     of_speech = {"ctc", "audio_frame_classification"}  # see test_speech_frames.py
-    assert {head for _, head, _ in MODELS.values()} == set(HEADS) - by_labels - of_speech
+    assert {task for _, task, _ in MODELS.values()} == set(TASKS) - by_labels - of_speech
 
 
 class OwnHead(BertModel):
@@ -125,23 +125,23 @@ class OwnHead(BertModel):
 @pytest.mark.parametrize("model", [OwnHead(tiny.bert_config()), tiny.Plain()])
 def test_models_that_no_head_fits_have_none(model):
     assert auto_class_of(model) is None
-    assert head_for(model, None, False) is None
-    assert head_for(model, None, True) is HEADS["causal_lm"]  # a loss that upstream shifts is a causal one
+    assert task_for(model, None, False) is None
+    assert task_for(model, None, True) is TASKS["causal_lm"]  # a loss that upstream shifts is a causal one
 
 
-@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("task", TASKS)
 def test_kd_task_wins(task):
-    assert head_for(tiny.models("classification")[0], task, False) == HEADS[task]
-    assert head_for(tiny.Plain(), task, True) == HEADS[task]
+    assert task_for(tiny.models("classification")[0], task, False) == TASKS[task]
+    assert task_for(tiny.Plain(), task, True) == TASKS[task]
 
 
 def test_the_logits_of_a_plain_module_tell_its_head():
-    assert head_from_logits(torch.zeros(2, 3)) is HEADS["classification"]
-    assert head_from_logits(torch.zeros(2, 3, 4)) is HEADS["token_classification"]
+    assert task_from_logits(torch.zeros(2, 3)) is TASKS["classification"]
+    assert task_from_logits(torch.zeros(2, 3, 4)) is TASKS["token_classification"]
     with pytest.raises(
         ValueError, match=r"of shape \(2,\); expected \[batch, classes\] or \[batch, sequence, classes\]"
     ):
-        head_from_logits(torch.zeros(2))
+        task_from_logits(torch.zeros(2))
 
 
 # ---- targets and masks by hand ----
@@ -153,65 +153,65 @@ IDS = torch.arange(8).reshape(2, 4)
 
 @pytest.mark.parametrize("name", ["token_classification", "masked_lm", "seq2seq_lm"])
 def test_only_decoders_shift(name):
-    assert HEADS[name].targets({"labels": LABELS}).tolist() == LABELS.tolist()
+    assert TASKS[name].targets({"labels": LABELS}).tolist() == LABELS.tolist()
 
 
 def test_causal_targets_are_the_next_labels():
-    head = HEADS["causal_lm"]
+    task = TASKS["causal_lm"]
     expected = [[IGNORED, 6, 7, IGNORED], [9, IGNORED, IGNORED, IGNORED]]
-    assert head.targets({"labels": LABELS}).tolist() == expected
-    assert head.targets({"labels": LABELS, "shift_labels": LABELS + 0}).tolist() == LABELS.tolist()
-    assert head.targets({"labels": LABELS, "shift_labels": None}).tolist() == expected
-    assert head.targets({"input_ids": IDS}) is None
+    assert task.targets({"labels": LABELS}).tolist() == expected
+    assert task.targets({"labels": LABELS, "shift_labels": LABELS + 0}).tolist() == LABELS.tolist()
+    assert task.targets({"labels": LABELS, "shift_labels": None}).tolist() == expected
+    assert task.targets({"input_ids": IDS}) is None
 
 
 def test_classification_targets_are_a_vector():
-    assert HEADS["classification"].targets({"labels": torch.tensor([[3], [IGNORED]])}).tolist() == [3, IGNORED]
+    assert TASKS["classification"].targets({"labels": torch.tensor([[3], [IGNORED]])}).tolist() == [3, IGNORED]
 
 
-@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.softmax])
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.softmax])
 def test_float_labels_are_refused(name):
     with pytest.raises(
         TypeError, match=r"`labels` is of dtype torch.float32 and shape \(2, 4\).*Cast the column to int64"
     ):
-        HEADS[name].targets({"labels": LABELS.float()})
+        TASKS[name].targets({"labels": LABELS.float()})
 
 
 def test_attended_positions_by_hand():
     batch = {"input_ids": IDS, "attention_mask": MASK}
-    assert HEADS["classification"].attended(batch) is None
+    assert TASKS["classification"].attended(batch) is None
     for name in ("token_classification", "masked_lm"):
-        assert HEADS[name].attended(batch).int().tolist() == MASK.tolist()
-        assert HEADS[name].attended({"input_ids": IDS}) is None
+        assert TASKS[name].attended(batch).int().tolist() == MASK.tolist()
+        assert TASKS[name].attended({"input_ids": IDS}) is None
     # a prediction counts where it is made at a token AND is about a token
-    assert HEADS["causal_lm"].attended(batch).int().tolist() == [[1, 1, 1, 0], [0, 1, 0, 0]]
-    assert HEADS["causal_lm"].attended({"input_ids": IDS}).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 0]]
+    assert TASKS["causal_lm"].attended(batch).int().tolist() == [[1, 1, 1, 0], [0, 1, 0, 0]]
+    assert TASKS["causal_lm"].attended({"input_ids": IDS}).int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 0]]
 
 
 def test_attended_positions_of_an_encoder_decoder_are_the_decoders():
-    head, batch = HEADS["seq2seq_lm"], {"input_ids": torch.ones(2, 9), "attention_mask": torch.ones(2, 9)}
-    assert head.attended({**batch, "decoder_attention_mask": MASK}).int().tolist() == MASK.tolist()
+    task, batch = TASKS["seq2seq_lm"], {"input_ids": torch.ones(2, 9), "attention_mask": torch.ones(2, 9)}
+    assert task.attended({**batch, "decoder_attention_mask": MASK}).int().tolist() == MASK.tolist()
     # without a mask of its own the decoder's padding stands in the labels alone
-    assert head.attended({**batch, "labels": LABELS}).tolist() == (LABELS != IGNORED).tolist()
-    assert head.attended({**batch, "decoder_input_ids": IDS}) is None
-    assert head.sequences({**batch, "decoder_input_ids": IDS}) is IDS
+    assert task.attended({**batch, "labels": LABELS}).tolist() == (LABELS != IGNORED).tolist()
+    assert task.attended({**batch, "decoder_input_ids": IDS}) is None
+    assert task.sequences({**batch, "decoder_input_ids": IDS}) is IDS
 
 
 def test_soft_positions():
-    head, batch = HEADS["token_classification"], {"attention_mask": MASK, "labels": LABELS}
-    targets = head.targets(batch)
+    task, batch = TASKS["token_classification"], {"attention_mask": MASK, "labels": LABELS}
+    targets = task.targets(batch)
     # a label at padding is predicted at no real token
-    assert head.soft_mask(batch, targets, "labels").tolist() == ((LABELS != IGNORED) & MASK.bool()).tolist()
-    assert head.soft_mask({"labels": LABELS}, targets, "labels").tolist() == (LABELS != IGNORED).tolist()
-    assert head.soft_mask(batch, targets, "attended").int().tolist() == MASK.tolist()
-    assert head.soft_mask({"attention_mask": MASK}, None, "labels").int().tolist() == MASK.tolist()
-    assert HEADS["classification"].soft_mask({"labels": torch.tensor([1])}, torch.tensor([1]), "labels") is None
+    assert task.soft_mask(batch, targets, "labels").tolist() == ((LABELS != IGNORED) & MASK.bool()).tolist()
+    assert task.soft_mask({"labels": LABELS}, targets, "labels").tolist() == (LABELS != IGNORED).tolist()
+    assert task.soft_mask(batch, targets, "attended").int().tolist() == MASK.tolist()
+    assert task.soft_mask({"attention_mask": MASK}, None, "labels").int().tolist() == MASK.tolist()
+    assert TASKS["classification"].soft_mask({"labels": torch.tensor([1])}, torch.tensor([1]), "labels") is None
 
 
 def test_sequences_without_labels_are_the_students_inputs():
-    head = HEADS["causal_lm"]
+    task = TASKS["causal_lm"]
     batch = {"teacher_input_ids": torch.ones(2, 9), "inputs_embeds": torch.ones(2, 4, 3)}
-    assert head.sequences(batch).shape == (2, 4)
+    assert task.sequences(batch).shape == (2, 4)
     assert main_input(batch) is batch["inputs_embeds"]
     with pytest.raises(ValueError, match=r"`inputs` is a batch with the keys labels; expected at least one tensor"):
         main_input({"labels": LABELS})
@@ -221,50 +221,50 @@ def test_sequences_without_labels_are_the_students_inputs():
 
 
 def own_loss_case(name: str):
-    """(model, batch, head): right-padded text with labels at some positions."""
+    """(model, batch, task): right-padded text with labels at some positions."""
     torch.manual_seed(0)
-    build, head, _ = MODELS[name]
+    build, task, _ = MODELS[name]
     model = build().eval()
     ids = torch.randint(3, tiny.VOCAB, (3, 7))
     mask = torch.ones_like(ids)
     mask[1, 5:] = 0
-    labels = ids.clone() if head in ("causal_lm", "masked_lm", "seq2seq_lm") else ids % tiny.CLASSES
+    labels = ids.clone() if task in ("causal_lm", "masked_lm", "seq2seq_lm") else ids % tiny.CLASSES
     labels[mask == 0] = IGNORED
     labels[0, 2:4] = IGNORED
-    if head == "classification":
+    if task == "classification":
         labels = labels[:, 0]
-    return model, {"input_ids": ids, "attention_mask": mask, "labels": labels}, HEADS[head]
+    return model, {"input_ids": ids, "attention_mask": mask, "labels": labels}, TASKS[task]
 
 
 @pytest.mark.parametrize("name", ["bert", "bert tokens", "bert masked", "llama", "gpt2", "t5", "bart"])
 def test_hard_loss_is_the_models_own(name):
-    model, batch, head = own_loss_case(name)
+    model, batch, task = own_loss_case(name)
     with torch.no_grad():
         outputs = model(**batch)
-    targets = head.targets(batch)
-    ours = head.hard_loss_sum(outputs.logits, targets) / (targets != IGNORED).sum()
+    targets = task.targets(batch)
+    ours = task.hard_loss_sum(outputs.logits, targets) / (targets != IGNORED).sum()
     assert ours.item() == pytest.approx(outputs.loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bert", "bert tokens", "llama", "t5"])
 def test_label_smoothing_is_the_stock_smoothers(name):
-    model, batch, head = own_loss_case(name)
+    model, batch, task = own_loss_case(name)
     with torch.no_grad():
         outputs = model(**batch)
-    targets = head.targets(batch)
-    ours = head.hard_loss_sum(outputs.logits, targets, 0.2) / (targets != IGNORED).sum()
-    stock = LabelSmoother(epsilon=0.2)(outputs, batch["labels"].clone(), shift_labels=head.shifted)
+    targets = task.targets(batch)
+    ours = task.hard_loss_sum(outputs.logits, targets, 0.2) / (targets != IGNORED).sum()
+    stock = LabelSmoother(epsilon=0.2)(outputs, batch["labels"].clone(), shift_labels=task.shifted)
     assert ours.item() == pytest.approx(stock.item(), rel=1e-6)
 
 
 def test_hard_loss_is_computed_in_float32_or_wider():
     logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, IGNORED])
-    head = HEADS["classification"]
-    assert head.hard_loss_sum(logits.bfloat16(), labels).dtype == torch.float32
-    exact = head.hard_loss_sum(logits.bfloat16().double(), labels)
+    task = TASKS["classification"]
+    assert task.hard_loss_sum(logits.bfloat16(), labels).dtype == torch.float32
+    exact = task.hard_loss_sum(logits.bfloat16().double(), labels)
     assert exact.dtype == torch.float64
-    assert head.hard_loss_sum(logits.bfloat16(), labels).item() == pytest.approx(exact.item(), rel=1e-6)
-    assert head.hard_loss_sum(logits, labels.int()).item() == pytest.approx(
+    assert task.hard_loss_sum(logits.bfloat16(), labels).item() == pytest.approx(exact.item(), rel=1e-6)
+    assert task.hard_loss_sum(logits, labels.int()).item() == pytest.approx(
         F.cross_entropy(logits[:3], labels[:3], reduction="sum").item()
     )
 
@@ -278,22 +278,22 @@ def test_a_label_outside_the_classes_is_named(wrong):
     with pytest.raises(ValueError, match=expected):
         check_label_range(labels, 5)
     with pytest.raises(ValueError, match=expected):
-        HEADS["classification"].hard_loss_sum(torch.zeros(3, 5), labels)
+        TASKS["classification"].hard_loss_sum(torch.zeros(3, 5), labels)
     check_label_range(torch.tensor([0, 4, IGNORED]), 5)
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    head, logits = HEADS["classification"], torch.zeros(4, 5)
-    head.check_shapes(logits, logits, torch.zeros(4))
-    head.check_shapes(logits, None, None)
+    task, logits = TASKS["classification"], torch.zeros(4, 5)
+    task.check_shapes(logits, logits, torch.zeros(4))
+    task.check_shapes(logits, None, None)
     with pytest.raises(ValueError, match=r"`model` is giving logits of shape \(4, 5\); expected 3 dimensions.*kd_task"):
-        HEADS["causal_lm"].check_shapes(logits, None, None)
+        TASKS["causal_lm"].check_shapes(logits, None, None)
     with pytest.raises(
         ValueError, match=r"`teacher_model` is giving logits of shape \(4, 6\); expected the student's shape \(4, 5\)"
     ):
-        head.check_shapes(logits, torch.zeros(4, 6), None)
+        task.check_shapes(logits, torch.zeros(4, 6), None)
     with pytest.raises(ValueError, match=r"`labels` is of shape \(3,\); expected \(4,\)"):
-        head.check_shapes(logits, None, torch.zeros(3))
+        task.check_shapes(logits, None, torch.zeros(3))
 
 
 # ---- inputs ----
