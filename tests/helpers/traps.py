@@ -82,8 +82,8 @@ TRAPS = {
     8: Trap(
         "T5 never shifts",
         "kd_trainer/tasks/kinds.py",
-        '"seq2seq_lm",\n            True,\n            False,',
-        '"seq2seq_lm",\n            True,\n            True,',
+        '"seq2seq_lm",\n            token_level=True,',
+        '"seq2seq_lm",\n            token_level=True,\n            shifted=True,',
         "tests/training/test_trainer.py tests/tasks/test_seq2seq.py -k never_shift",
     ),
     9: Trap(
