@@ -19,7 +19,7 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 from .cache import CachedCollator, CachedTeacher
 from .diagnostics.check import Inspection, examine
-from .diagnostics.findings import Finding, has_errors
+from .diagnostics.results import CheckResult, has_errors
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
 from .tasks import PackingWatch, UnsupportedHead, accepted_inputs, model_inputs, unchanged_attributes
@@ -31,7 +31,7 @@ from .training import bases as bases
 from .training.arguments import refuse_borrowed_names
 from .training.checkpoints import Checkpoints
 from .training.finite_watch import FiniteWatch
-from .training.logs import Evaluation, Window, logged_row, named, with_existence, with_existence_of
+from .training.logs import Evaluation, MetricsBuffer, logged_row, named, with_existence, with_existence_of
 from .training.objective import Counts, Objective, Parts
 from .training.own_loss import OwnHardLoss
 from .training.processes import refuse_lone_processes, unwrapped
@@ -110,7 +110,7 @@ class DistillationMixin(_InFrontOf):
         self._started = False
         self._teacher_outputs = TeacherOutputs(cache.at_hand)
         self._predicting = self._loss_only = False  # in a `prediction_step`; in one whose outputs are thrown away
-        self._window = Window(self.args.device)
+        self._metrics = MetricsBuffer(self.args.device)
         self._evaluation: Evaluation | None = None
         finite_mode = self._run_settings.finite_mode(self.args.device.type)
         self._finite, self._packing = FiniteWatch(finite_mode, self.args.process_index), PackingWatch()
@@ -174,7 +174,7 @@ class DistillationMixin(_InFrontOf):
         self._run_settings.read(self.args)
         self._run_settings.require_teacher(self.teacher)
 
-    def check(self, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
+    def check(self, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[CheckResult]:
         """Looks for what would stop or spoil a training, runs one batch through both models, prints a table.
 
         `kd_run` "check" does it from any script. Nothing is trained, and weights, random numbers and trainer are
@@ -193,7 +193,7 @@ class DistillationMixin(_InFrontOf):
     @contextmanager
     def _inspected(self) -> Iterator[Inspection]:
         """What `check` needs of the trainer; afterwards the trainer is what it was."""
-        own = unchanged_attributes(self, "teacher", "_plan", "_window", "_finite")
+        own = unchanged_attributes(self, "teacher", "_plan", "_metrics", "_finite")
         with own, unchanged_attributes(self._setup, "each_alone"):
             mode = "off" if self._finite.mode == "off" else "step"
             self._finite, self._setup.each_alone = FiniteWatch(mode, self.args.process_index), not is_sharded(self)
@@ -201,7 +201,7 @@ class DistillationMixin(_InFrontOf):
                 self, self._run_settings, self._setup.refused, self._loss_shifts_labels, self._setup.withheld_columns,
                 lambda: self._signature_columns, lambda batch: self._setup.first_batch(batch, self.teacher),
                 lambda: self._plan, partial(setattr, self, "_plan"),
-                partial(setattr, self, "_window"),
+                partial(setattr, self, "_metrics"),
             )  # fmt: skip
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -222,7 +222,7 @@ class DistillationMixin(_InFrontOf):
         if DistillationArguments.of(self.args).kd_run == "cache":
             self.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
             raise SystemExit(0)
-        self._started, self._window = False, Window(self.args.device)
+        self._started, self._metrics = False, MetricsBuffer(self.args.device)
         self._finite = FiniteWatch(self._finite.mode, self._finite.process)
         try:
             result = super().train(self._checkpoints.resume_from(resume_from_checkpoint), *args, **kwargs)
@@ -269,22 +269,22 @@ class DistillationMixin(_InFrontOf):
         self._follow_settings()
         if self.kd_args.kd_run == "check":
             raise SystemExit(int(has_errors(self.check(batch=batches[0]))))
-        fit = self._plan_of(batches[0])
+        plan = self._plan_of(batches[0])
         objective, _ = self._objective(training=True)
         for batch in batches:
-            self._packing.look(fit.task, batch, objective.reduction)
-        counts = objective.count_all(fit.task, batches)
-        if fit.takes_num_items(self._run_settings.always_hard) and num_items is None:
+            self._packing.look(plan.task, batch, objective.reduction)
+        counts = objective.count_all(plan.task, batches)
+        if plan.takes_num_items(self._run_settings.always_hard) and num_items is None:
             num_items = super()._get_num_items_in_batch(batches, device)
-        by_items = fit.by_num_items and self._run_settings.always_hard and num_items is not None
+        by_items = plan.by_num_items and self._run_settings.always_hard and num_items is not None
         counts = counts._replace(num_items=num_items, micro_batches=len(batches), by_num_items=by_items)
         if not self._started:
             self._started = True
-            self._packing.look(fit.task, batches[0], objective.reduction, now=True)
+            self._packing.look(plan.task, batches[0], objective.reduction, now=True)
             if self.is_world_process_zero():
                 last, notes = self._objective(training=False)[0], bases.not_logged(type(self))
-                print_start(fit, objective, last, batches[0], counts, self.label_names, notes)
-        self._window.steps += 1
+                print_start(plan, objective, last, batches[0], counts, self.label_names, notes)
+        self._metrics.steps += 1
         return batches, self._over_processes(counts, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
@@ -326,29 +326,29 @@ class DistillationMixin(_InFrontOf):
         Returns:
             The loss, or the loss and a mapping with the keys that the student returns for a batch with labels.
         """
-        fit = self._plan_of(inputs)
-        training = self._is_training_step(fit.student)
+        plan = self._plan_of(inputs)
+        training = self._is_training_step(plan.student)
         objective, soft_loss = self._objective(training=training)
         if not isinstance(num_items_in_batch, Counts):
-            self._packing.look(fit.task, inputs, objective.reduction)
-        takes_items = fit.takes_num_items(self._run_settings.always_hard)
-        counts = counts_of(num_items_in_batch, fit, objective, inputs, self._scale() if takes_items else None)
-        inputs = fit.task.with_decoder_inputs(fit.student, inputs)
-        several = not training and self._evaluation is not None and self.args.world_size > 1 and not fit.own_loss
+            self._packing.look(plan.task, inputs, objective.reduction)
+        takes_items = plan.takes_num_items(self._run_settings.always_hard)
+        counts = counts_of(num_items_in_batch, plan, objective, inputs, self._scale() if takes_items else None)
+        inputs = plan.task.with_decoder_inputs(plan.student, inputs)
+        several = not training and self._evaluation is not None and self.args.world_size > 1 and not plan.own_loss
         alone = several and self._same_batch() == 1  # else processes share rows in another way
-        own = own_rows(self.accelerator, objective, fit, inputs, counts) if alone else None
-        batch = MicroBatch(fit, objective, soft_loss, model, inputs, counts, training, own)
-        fused = fit.heads is not None and (not return_outputs or self._loss_only)
+        own = own_rows(self.accelerator, objective, plan, inputs, counts) if alone else None
+        batch = MicroBatch(plan, objective, soft_loss, model, inputs, counts, training, own)
+        fused = plan.heads is not None and (not return_outputs or self._loss_only)
         result = self._fused_loss(batch) if fused else None
         if result is None:
             own_loss = None
-            if fit.own_loss:
+            if plan.own_loss:
                 own_loss = OwnHardLoss(self.compute_loss_func, self.model_accepts_loss_kwargs, self._scale())
-            teacher = None if self._run_settings.always_hard and training else fit.teacher
+            teacher = None if self._run_settings.always_hard and training else plan.teacher
             result = batch.full(self._teacher_outputs.logits(teacher, batch, self.accelerator), own_loss)
         self._finite.see(
             result.parts.total, result.student, result.teacher, self.state.global_step, of=result.of,
-            fault=lambda: fit.task.fault(inputs, result.classes),
+            fault=lambda: plan.task.fault(inputs, result.classes),
         )  # fmt: skip
         self._collect(result.logged, result.counts, training)
         total = result.parts.total
@@ -356,12 +356,12 @@ class DistillationMixin(_InFrontOf):
 
     def _fused_loss(self, batch: MicroBatch) -> BatchLoss | None:
         """The loss without logits; None, and full logits from now on, where a head does more than is known."""
-        fit, teacher_head = batch.fit, cast(tuple, batch.fit.heads)[1]
+        plan, teacher_head = batch.plan, cast(tuple, batch.plan.heads)[1]
         try:
-            with self._teacher_outputs.hidden(fit.teacher, batch, self.accelerator, teacher_head) as output:
+            with self._teacher_outputs.hidden(plan.teacher, batch, self.accelerator, teacher_head) as output:
                 return None if output is None else batch.fused(output)
         except UnsupportedHead as reason:
-            self._plan = fit.with_full_logits(reason, self.kd_args.kd_loss_implementation)
+            self._plan = plan.with_full_logits(reason, self.kd_args.kd_loss_implementation)
             return None
 
     def _collect(self, parts: Parts, counts: Counts, training: bool) -> None:
@@ -370,7 +370,7 @@ class DistillationMixin(_InFrontOf):
             return
         row = logged_row(parts, counts)
         if training:
-            self._window.add(row)
+            self._metrics.add(row)
         elif self._evaluation is not None:
             self._evaluation.add(row, counts, self._objective(training=False)[0])
             if self._plan is not None and (self._plan.task.token_level or self._plan.own_loss):
@@ -454,29 +454,29 @@ class DistillationMixin(_InFrontOf):
                 release_memory()
         return output
 
-    def _evaluated(self, evaluation: Evaluation, fit: Plan, prefix: str) -> dict[str, float]:
+    def _evaluated(self, evaluation: Evaluation, plan: Plan, prefix: str) -> dict[str, float]:
         objective, _ = self._objective(training=False)
-        several, own_loss = self.args.world_size > 1, fit.own_loss
+        several, own_loss = self.args.world_size > 1, plan.own_loss
         return evaluation.logged(
-            prefix, self.accelerator, fit.task, objective, fit.student, own_loss=own_loss, several=several
+            prefix, self.accelerator, plan.task, objective, plan.student, own_loss=own_loss, several=several
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`; the window's own log (it has `loss` and `learning_rate`) gets the parts of that loss.
+        """`Trainer.log`; the training's own log (it has `loss` and `learning_rate`) gets the parts of that loss.
 
         Only that log is gathered over the processes, so a script may log by itself on one process.
         """
-        sums = self._window.sums() if "loss" in logs and "learning_rate" in logs else None
+        sums = self._metrics.sums() if "loss" in logs and "learning_rate" in logs else None
         if sums is not None:
             self._finite.raise_noted()
             self._packing.raise_noted()
-            both = self.accelerator.reduce(with_existence(sums, self._window.exists), reduction="mean")
-            mean = both[0] / max(self._window.steps, 1)
+            both = self.accelerator.reduce(with_existence(sums, self._metrics.exists), reduction="mean")
+            mean = both[0] / max(self._metrics.steps, 1)
             objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
             logs.update(named(objective, mean.tolist(), both[1].tolist()))
             if self.kd_args.kd_schedule != "constant":
                 logs.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
-            self._window = Window(self.args.device)
+            self._metrics = MetricsBuffer(self.args.device)
         super().log(logs, start_time)
 
     # ---- columns and the model card ----

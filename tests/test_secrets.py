@@ -22,7 +22,7 @@ from kd_trainer import (
     parse_args,
 )
 from kd_trainer.cache.identity import output_kwargs
-from kd_trainer.diagnostics.findings import refused
+from kd_trainer.diagnostics.results import refused
 from kd_trainer.redaction import hidden, is_secret_name, scrub, secrets_in
 from kd_trainer.validation import fail, message
 from tests.cache.test_cached_teacher import cache

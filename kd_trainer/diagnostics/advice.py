@@ -26,12 +26,12 @@ from ..tasks import (
 from ..teachers import Classes, LiveTeacher, listed, positions_of
 from ..training import Objective, Plan
 from ..validation import fail
-from .findings import Finding, error, ok, warning
+from .results import CheckResult, error, ok, warning
 
 _CUT_FROM = 32  # tokens; of shorter rows several are as long as the longest by chance
 
 
-def about_student(student: nn.Module, *, fp16: bool) -> list[Finding]:
+def about_student(student: nn.Module, *, fp16: bool) -> list[CheckResult]:
     """Size, trained parameters, newly initialised ones, dtype; `fp16`: training in mixed float16."""
     parameters = dict(student.named_parameters())
     trained = [name for name, p in parameters.items() if p.requires_grad]
@@ -58,7 +58,7 @@ def about_student(student: nn.Module, *, fp16: bool) -> list[Finding]:
 
 def about_teacher(
     teacher: LiveTeacher | CachedTeacher | None, student: nn.Module, device: torch.device, *, called: bool, mixed: bool
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Size, mode, dtype and output head of the teacher as given; `called`: whether training calls it."""
     if teacher is None:
         return [] if called else [ok("teacher", "none: kd_alpha is 0, the loss is the labels' alone")]
@@ -99,7 +99,7 @@ def newly_initialised(model: nn.Module) -> list[str]:
     return fresh if len(fresh) < len(names) else []
 
 
-def about_classes(found: Classes) -> list[Finding]:
+def about_classes(found: Classes) -> list[CheckResult]:
     """Whether class i is known to mean the same in both, by their names: see `compatibility.match_classes`."""
     student, teacher = found.student, found.teacher
     if found.order is not None:
@@ -115,7 +115,7 @@ def about_classes(found: Classes) -> list[Finding]:
     return [ok("classes", f"the same {len(student)} names in the same order")]
 
 
-def about_tokens(batch: Mapping[str, Any], known_by: str | None) -> list[Finding]:
+def about_tokens(batch: Mapping[str, Any], known_by: str | None) -> list[CheckResult]:
     """How the tokens of both models were compared: see `compatibility.check_same_tokens`."""
     if TEACHER_PREFIX + "input_ids" in batch:
         return [ok("tokens", "the teacher reads its own, in teacher_input_ids")]
@@ -149,7 +149,7 @@ def check_student_ids(student: nn.Module, batch: Mapping[str, Any]) -> None:
 
 def about_labels(
     classes: int | None, task: Task, objective: Objective, batch: Mapping[str, Any], pad_id: int | None
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Share of the batch with a label, their classes, and settings that do not fit them; raises as training would.
 
     Args:
@@ -175,21 +175,21 @@ def about_labels(
     if at_padding:
         found += f"; {at_padding} first ones of a text are predicted before it: as upstream, the hard loss counts them"
     none = int((targets == IGNORE_INDEX).all(-1).sum())
-    findings = []
+    results = []
     if none and objective.positions == "labels":
         fix = 'Set kd_positions to "attended" to have a soft loss there.'
-        findings.append(warning("labels", f"{found}; {none} of {rows} rows have none at all", fix))
+        results.append(warning("labels", f"{found}; {none} of {rows} rows have none at all", fix))
     stray = _labels_at_padding(task, batch, targets, pad_id)
     if stray:
         fix = f"Let the collator write {IGNORE_INDEX} there."
-        findings.append(warning("labels", f"{found}, {stray} of them at padding", fix))
-    findings = findings or [ok("labels", found)]
+        results.append(warning("labels", f"{found}, {stray} of them at padding", fix))
+    results = results or [ok("labels", found)]
     if objective.reduction == "batchmean":
         larger = float(divide(torch.as_tensor(float(counts.soft)), rows))
         found = f"batchmean sums over the tokens of a row: the loss is about {larger:.0f} times the stock Trainer's"
         fix = 'Set {"kd_reduction": "tokenmean"} for its scale and its learning rates.'
-        findings.append(warning("reduction", found, fix))
-    return findings
+        results.append(warning("reduction", found, fix))
+    return results
 
 
 def _labels_at_padding(task: Task, batch: Mapping[str, Any], targets: Tensor, pad_id: int | None) -> int:
@@ -203,7 +203,7 @@ def _labels_at_padding(task: Task, batch: Mapping[str, Any], targets: Tensor, pa
 
 def _row_labels(
     task: Task, objective: Objective, targets: Tensor, classes: int | None, rows: int, hard: float
-) -> list[Finding]:
+) -> list[CheckResult]:
     found = f"{hard:g} of {rows} rows have one"
     if task.softmax:
         seen = targets[targets != IGNORE_INDEX].unique().tolist()
@@ -218,13 +218,13 @@ def _row_labels(
 
 def about_lengths(
     student: nn.Module, teacher: nn.Module | None, task: Task, tokenizer: Any, batch: Mapping[str, Any]
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Lengths of the rows compared with the models' positions and the length at which texts are cut."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         return []
     teacher_ids = batch.get(TEACHER_PREFIX + "input_ids", ids)
-    findings, known = [], {}
+    results, known = [], {}
     for side, model, read in (("student", student, ids), ("teacher", teacher, teacher_ids)):
         positions, learned = (None, False) if model is None else positions_of(model)
         if positions is None:
@@ -233,12 +233,12 @@ def about_lengths(
         found = f"a row of {longest} positions; the {side} has {positions}"
         if longest > positions and learned:
             fix = f"Cut the texts: max_length={positions}, truncation=True in the tokenizer's call."
-            findings.append(error("lengths", found, fix))
+            results.append(error("lengths", found, fix))
         elif longest > positions:
             fix = f"Cut the texts to {positions}, or take a {side} made for longer ones."
-            findings.append(warning("lengths", f"{found} and was never trained beyond", fix))
-    if findings:
-        return findings
+            results.append(warning("lengths", f"{found} and was never trained beyond", fix))
+    if results:
+        return results
     limit = getattr(tokenizer, "model_max_length", None)
     limit = limit if isinstance(limit, int) and 0 < limit < 10**9 else None
     least = min(known.values(), default=None)
@@ -271,13 +271,13 @@ def _longest(ids: Tensor, task: Task, batch: Mapping[str, Any]) -> int:
     return max(ids.shape[1], decoded)
 
 
-def about_images(student: nn.Module, teacher: nn.Module | None, batch: Mapping[str, Any]) -> list[Finding]:
+def about_images(student: nn.Module, teacher: nn.Module | None, batch: Mapping[str, Any]) -> list[CheckResult]:
     """Size of the images compared with the configs."""
     pixels = batch.get("pixel_values")
     if not isinstance(pixels, Tensor) or pixels.dim() < 4:
         return []
     teacher_pixels = batch.get(TEACHER_PREFIX + "pixel_values", pixels)
-    findings = []
+    results = []
     for side, model, read in (("student", student, pixels), ("teacher", teacher, teacher_pixels)):
         size = getattr(getattr(model, "config", None), "image_size", None)
         wanted = (size, size) if isinstance(size, int) else tuple(size or ())
@@ -286,13 +286,13 @@ def about_images(student: nn.Module, teacher: nn.Module | None, batch: Mapping[s
             where = "pixel_values" if side == "student" else "teacher_pixel_values"
             fix = f"Give the {side} images from its own image processor, in the column {where}."
             found = f"{got[0]} x {got[1]}; the {side} was made for {wanted[0]} x {wanted[1]}"
-            findings.append(warning("images", found, fix))
-    return findings or [ok("images", f"{pixels.shape[-2]} x {pixels.shape[-1]}, as the configs say")]
+            results.append(warning("images", found, fix))
+    return results or [ok("images", f"{pixels.shape[-2]} x {pixels.shape[-1]}, as the configs say")]
 
 
 def about_columns(
     dataset: Any, kept: Sequence[str] | None, batch: Mapping[str, Any], read: Iterable[str], pad_id: int | None
-) -> list[Finding]:
+) -> list[CheckResult]:
     """Columns that are removed or that neither model reads, and a missing mask.
 
     Args:
@@ -305,39 +305,39 @@ def about_columns(
     found = f"read: {', '.join(sorted(set(batch) & {*read, *NOT_INPUTS}))}"
     found += f"; removed before the collator: {', '.join(removed)}" if removed else ""
     found += f"; read by neither model: {', '.join(unread)}" if unread else ""
-    findings = [ok("columns", found)]
+    results = [ok("columns", found)]
     ids = batch.get("input_ids")
     if isinstance(ids, Tensor) and "attention_mask" not in batch and pad_id is not None and bool((ids == pad_id).any()):
         found = f"there is no attention_mask, and input_ids hold the padding token ({pad_id}): it is read as text"
-        findings.append(warning("columns", found, "Keep the attention_mask of the tokenizer in the dataset."))
-    return findings
+        results.append(warning("columns", found, "Keep the attention_mask of the tokenizer in the dataset."))
+    return results
 
 
-def about_settings(args: Any, task: Task, objective: Objective) -> list[Finding]:
+def about_settings(args: Any, task: Task, objective: Objective) -> list[CheckResult]:
     """Settings that are allowed but rarely intended."""
-    findings = []
+    results = []
     if task.tempered and objective.alpha > 0 and not 1 <= objective.temperature <= 20:
         effect = "sharpens" if objective.temperature < 1 else "flattens almost wholly"
         found = f"kd_temperature {objective.temperature:g} {effect} both distributions"
-        findings.append(warning("temperature", found, "Take one from 1 to 20."))
+        results.append(warning("temperature", found, "Take one from 1 to 20."))
     best = getattr(args, "metric_for_best_model", None)
     if getattr(args, "load_best_model_at_end", False) and best in (None, "loss", "eval_loss"):
         fix = 'Set metric_for_best_model to "hard_loss" or your own metric if the task alone shall decide.'
-        findings.append(ok("best model", "chosen by eval_loss, the mixture of hard and soft loss", fix))
-    return findings
+        results.append(ok("best model", "chosen by eval_loss, the mixture of hard and soft loss", fix))
+    return results
 
 
-def about_path(fit: Plan, student: nn.Module, wanted: str) -> list[Finding]:
+def about_path(plan: Plan, student: nn.Module, wanted: str) -> list[CheckResult]:
     """Whether the loss is computed from logits and why, and the other notes of the plan."""
-    path = [note for note in fit.notes if note.startswith(("full logits", "the loss is computed inside"))]
-    others = [ok("note", note) for note in fit.notes if note not in path]
+    path = [note for note in plan.notes if note.startswith(("full logits", "the loss is computed inside"))]
+    others = [ok("note", note) for note in plan.notes if note not in path]
     if path:
         return [ok("loss path", path[-1]), *others]
     rows, why = vocabulary_rows(student, written=True), "there is no teacher in the loss"
     if wanted == "full":
         why = "kd_loss_implementation asks for them"
-    elif not fit.task.over_tokens:
-        why = f"the task {fit.task.name} has few classes"
+    elif not plan.task.over_tokens:
+        why = f"the task {plan.task.name} has few classes"
     elif rows is not None and rows < SMALL_VOCABULARY:
         why = f"a vocabulary of {rows:,} ids is small"
     return [ok("loss path", f"full logits: {why}"), *others]

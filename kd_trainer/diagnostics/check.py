@@ -22,16 +22,18 @@ from ..tasks import (
     unchanged_buffers,
     unchanged_modes,
 )
-from ..training import WITH_MODELS, WITHOUT_MODELS, FirstBatch, classes_of_logits, is_sharded, plan, tokens
+from ..training import WITH_MODELS, WITHOUT_MODELS, FirstBatch, classes_of_logits, is_sharded, make_plan, tokens
 from ..validation import fail
 from . import advice as advice
-from .findings import Finding, Findings, has_errors, print_findings, refused, warning
 from .inspection import Inspection as Inspection
+from .results import CheckResult, Results, has_errors, print_results, refused, warning
 from .trial import Trial, batches, run
 
 
-def examine(inspection: Inspection, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[Finding]:
-    """All findings, the same list on every process; every process must call it, and the first one prints them.
+def examine(
+    inspection: Inspection, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None
+) -> list[CheckResult]:
+    """All results, the same list on every process; every process must call it, and the first one prints them.
 
     Args:
         evaluate: whether the teacher is measured on the evaluation data.
@@ -39,72 +41,72 @@ def examine(inspection: Inspection, *, evaluate: bool = True, batch: Mapping[str
     """
     trainer = inspection.trainer
     with _as_it_was(trainer):
-        findings = Findings(trainer.accelerator, trainer.args.device)
-        findings.rows += [refused("setup", refusal) for refusal in inspection.refusals]
-        _look_at_models(inspection, findings)
+        results = Results(trainer.accelerator, trainer.args.device)
+        results.rows += [refused("setup", refusal) for refusal in inspection.refusals]
+        _look_at_models(inspection, results)
         if batch is None:
-            with findings.attempt("data"):
+            with results.attempt("data"):
                 batch = _first_batch(trainer)
         trial = None
-        if findings.everywhere(batch is not None):
-            trial = _look_at_batch(inspection, findings, cast(Mapping, batch))
-        if findings.everywhere(trial is not None):
-            run(cast(Trial, trial), findings, evaluate)
-        rows = findings.of_all_processes()
+        if results.everywhere(batch is not None):
+            trial = _look_at_batch(inspection, results, cast(Mapping, batch))
+        if results.everywhere(trial is not None):
+            run(cast(Trial, trial), results, evaluate)
+        rows = results.of_all_processes()
     release_memory()
     if trainer.is_world_process_zero():
-        print_findings(rows)
+        print_results(rows)
     trainer.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended with 1
     return rows
 
 
-def _look_at_models(inspection: Inspection, findings: Findings) -> None:
+def _look_at_models(inspection: Inspection, results: Results) -> None:
     trainer, settings = inspection.trainer, inspection.settings
     student, teacher, args = trainer.unwrapped_student(), trainer.teacher, trainer.args
-    with findings.attempt("settings"):
+    with results.attempt("settings"):
         settings.read(args)
         if not inspection.refusals:  # else the teacher is missing for a reason that already has a row
             settings.require_teacher(teacher)
-    findings.add("student", advice.about_student, student, fp16=args.fp16)
+    results.add("student", advice.about_student, student, fp16=args.fp16)
     use = {"called": not settings.always_hard, "mixed": trainer.accelerator.mixed_precision != "no"}
-    findings.add("teacher", advice.about_teacher, teacher, student, args.device, **use)
+    results.add("teacher", advice.about_teacher, teacher, student, args.device, **use)
     task = task_for(student, settings.kd.kd_task, inspection.loss_shifts_labels)
-    with findings.attempt("classes"):
+    with results.attempt("classes"):
         compared = teacher and teacher.compare_classes(student, task, remap=settings.kd.kd_remap_labels)
         if compared:
-            findings.rows += advice.about_classes(compared)
+            results.rows += advice.about_classes(compared)
 
 
-def _look_at_batch(inspection: Inspection, findings: Findings, batch: Mapping[str, Any]) -> Trial | None:
+def _look_at_batch(inspection: Inspection, results: Results, batch: Mapping[str, Any]) -> Trial | None:
     """The list of checks, and advice on the batch; None where the models could not be run on it."""
-    trainer, setup, before = inspection.trainer, inspection.first_batch(batch), len(findings.rows)
-    passed = {check: findings.passes(what, partial(check, setup)) for what, check in WITHOUT_MODELS}
+    trainer, setup, before = inspection.trainer, inspection.first_batch(batch), len(results.rows)
+    passed = {check: results.passes(what, partial(check, setup)) for what, check in WITHOUT_MODELS}
     if passed[tokens] and trainer.teacher is not None and trainer.teacher.has_own_weights:
-        findings.rows += advice.about_tokens(batch, setup.known_by)
-    with findings.attempt("student's tokens"):
+        results.rows += advice.about_tokens(batch, setup.known_by)
+    with results.attempt("student's tokens"):
         advice.check_student_ids(setup.student, batch)
-    _look_closer(inspection, setup, findings)
+    _look_closer(inspection, setup, results)
     if is_sharded(trainer) and not trainer.is_in_train:
         fix = 'Set {"kd_run": "check"}: trainer.train() then checks with the student as training shards it.'
-        findings.rows.append(warning("loss", "the models were not run: the student is not sharded yet", fix))
+        results.rows.append(warning("loss", "the models were not run: the student is not sharded yet", fix))
         return None
     # On a GPU an index out of range ends the process.
-    fits = findings.everywhere(all(passed.values()) and not has_errors(findings.rows[before:]))
-    fits = fits and all(findings.passes(what, partial(check, setup)) for what, check in WITH_MODELS)
+    fits = results.everywhere(all(passed.values()) and not has_errors(results.rows[before:]))
+    fits = fits and all(results.passes(what, partial(check, setup)) for what, check in WITH_MODELS)
     if fits and setup.task_by_logits:
-        _look_closer(inspection, setup, findings)
+        _look_closer(inspection, setup, results)
     if setup.known_task is not None:
-        with findings.attempt("reduction"):
+        with results.attempt("reduction"):
             PackingWatch().look(setup.known_task, batch, setup.kd.kd_reduction, now=True)
     if not fits:
         return None
-    fit = plan(setup)
-    inspection.use_plan(fit)
+    plan = make_plan(setup)
+    inspection.use_plan(plan)
     model = trainer.model_wrapped if setup.sharded else trainer.model
-    return Trial(inspection, setup, fit, model, setup.prepared())
+    return Trial(inspection, setup, plan, model, setup.prepared())
 
 
-def _look_closer(inspection: Inspection, setup: FirstBatch, findings: Findings) -> None:
+def _look_closer(inspection: Inspection, setup: FirstBatch, results: Results) -> None:
     """Advice on a batch of a known task."""
     trainer, task, batch, student = inspection.trainer, setup.known_task, setup.batch, setup.student
     if task is None:
@@ -112,12 +114,12 @@ def _look_closer(inspection: Inspection, setup: FirstBatch, findings: Findings) 
     teacher_model, tokenizer = getattr(trainer.teacher, "model", None), trainer.processing_class
     objective, pad_id = inspection.objective(training=True)[0], advice.pad_id_of(tokenizer, student)
 
-    def labels() -> list[Finding]:
+    def labels() -> list[CheckResult]:
         # On a GPU an index out of range ends the process.
-        classes = None if has_errors(findings.rows) else classes_of_logits(setup)
+        classes = None if has_errors(results.rows) else classes_of_logits(setup)
         return advice.about_labels(classes, task, objective, batch, pad_id)
 
-    def columns() -> list[Finding]:
+    def columns() -> list[CheckResult]:
         accepted = accepted_inputs(student, label_names=trainer.label_names, withheld=inspection.withheld_columns())
         read = set(model_inputs(batch, accepted)) | (set(batch) & accepted.targets)
         if trainer.teacher is not None:
@@ -127,11 +129,11 @@ def _look_closer(inspection: Inspection, setup: FirstBatch, findings: Findings) 
         kept = inspection.kept_columns() if trainer.args.remove_unused_columns else None
         return advice.about_columns(trainer.train_dataset, kept, batch, read, pad_id)
 
-    findings.add("task", advice.about_settings, trainer.args, task, objective)
-    findings.add("labels", labels)
-    findings.add("lengths", advice.about_lengths, student, teacher_model, task, tokenizer, batch)
-    findings.add("images", advice.about_images, student, teacher_model, batch)
-    findings.add("columns", columns)
+    results.add("task", advice.about_settings, trainer.args, task, objective)
+    results.add("labels", labels)
+    results.add("lengths", advice.about_lengths, student, teacher_model, task, tokenizer, batch)
+    results.add("images", advice.about_images, student, teacher_model, batch)
+    results.add("columns", columns)
 
 
 def _first_batch(trainer: Any) -> dict[str, Any]:

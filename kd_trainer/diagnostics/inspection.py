@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..losses import SoftTargetLoss
-from ..training import FirstBatch, Objective, Plan, Settings, Window
+from ..training import FirstBatch, MetricsBuffer, Objective, Plan, Settings
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Inspection:
         kept_columns: columns that `remove_unused_columns` keeps.
         first_batch: what the checks take, for a batch.
         plan, use_plan: reads and sets the plan by which `trainer.compute_loss` computes.
-        use_window: sets the buffer that receives the parts of the loss of a training step.
+        use_metrics: sets the buffer that receives the parts of the loss of a training step.
     """
 
     trainer: Any
@@ -38,7 +38,7 @@ class Inspection:
     first_batch: Callable[[Mapping[str, Any]], FirstBatch]
     plan: Callable[[], Plan | None]
     use_plan: Callable[[Plan], None]
-    use_window: Callable[[Window], None]
+    use_metrics: Callable[[MetricsBuffer], None]
 
     def objective(self, *, training: bool) -> tuple[Objective, SoftTargetLoss]:
         return self.settings.objective(self.trainer.state, training=training)

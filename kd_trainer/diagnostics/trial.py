@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from ..losses import IGNORE_INDEX, divide
 from ..tasks import behind_front, main_input, model_inputs, unchanged_attributes, vocabulary_rows
 from ..teachers import LiveTeacher, positions_of
-from ..training import Counts, FirstBatch, Plan, Window
+from ..training import Counts, FirstBatch, MetricsBuffer, Plan
 from .advice import about_path, pad_id_of
 from .batch_changes import padded, pieces_of, starts_padded
-from .findings import Finding, Findings, error, has_errors, ok, warning
 from .inspection import Inspection
 from .memory import COLUMNS, estimate_memory
+from .results import CheckResult, Results, error, has_errors, ok, warning
 
 _EVALUATED = 50  # batches of the evaluation data
 _WARM = 10.0  # seconds: a step that took longer is not run a second time for a better measure
@@ -41,7 +41,7 @@ class Trial(NamedTuple):
 
     inspection: Inspection
     setup: FirstBatch
-    fit: Plan
+    plan: Plan
     model: nn.Module  # the student as the accelerator wrapped it
     batch: dict[str, Any]  # prepared, with the inputs of a decoder
 
@@ -66,53 +66,53 @@ class Trial(NamedTuple):
 
     def logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Of student and live teacher; without gradient."""
-        task, live = self.fit.task, cast(LiveTeacher, self.setup.live)
+        task, live = self.plan.task, cast(LiveTeacher, self.setup.live)
         teacher_logits = live(batch, self.trainer.accelerator, self.model, read=task.logits)
         with torch.no_grad(), self.precision:
-            logits = task.logits(self.model(**model_inputs(batch, self.fit.accepted)), "model")
-            logits = behind_front(logits, self.fit.student, batch)
+            logits = task.logits(self.model(**model_inputs(batch, self.plan.accepted)), "model")
+            logits = behind_front(logits, self.plan.student, batch)
         return logits, teacher_logits.to(logits.device)
 
 
-def run(trial: Trial, findings: Findings, evaluate: bool) -> None:
+def run(trial: Trial, results: Results, evaluate: bool) -> None:
     """Adds the rows of all passes, or that of the step alone where it fails."""
-    before = len(findings.rows)
-    findings.add("loss", _step, trial, findings)
-    if not findings.everywhere(not has_errors(findings.rows[before:])):
+    before = len(results.rows)
+    results.add("loss", _step, trial, results)
+    if not results.everywhere(not has_errors(results.rows[before:])):
         return
     plan = cast(Plan, trial.inspection.plan())  # with full logits where the step has fallen back to them
-    findings.rows += about_path(plan, trial.fit.student, trial.setup.kd.kd_loss_implementation)
-    findings.add("memory", _memory, trial, findings.memory_peak)
-    findings.add("split", _split, trial, findings)
-    findings.add("padding", _padding, trial, findings)
-    findings.add("soft and hard", _shares, trial)
+    results.rows += about_path(plan, trial.plan.student, trial.setup.kd.kd_loss_implementation)
+    results.add("memory", _memory, trial, results.memory_peak)
+    results.add("split", _split, trial, results)
+    results.add("padding", _padding, trial, results)
+    results.add("soft and hard", _shares, trial)
     if evaluate:
-        findings.add("teacher's quality", _teacher_quality, trial, findings)
+        results.add("teacher's quality", _teacher_quality, trial, results)
 
 
-def _step(trial: Trial, findings: Findings) -> list[Finding]:
+def _step(trial: Trial, results: Results) -> list[CheckResult]:
     """The loss of a training step and its gradient."""
-    trainer, fit = trial.trainer, trial.fit
-    fit.student.train()
+    trainer, plan = trial.trainer, trial.plan
+    plan.student.train()
     # No gradient of a sharded student, or where upstream sets up activation checkpointing in `train`.
     backward = trial.whole and not _checkpoints_activations(trainer.args)
     objective, _ = trial.inspection.objective(training=True)
-    counts = objective.count(fit.task, trial.batch)
+    counts = objective.count(plan.task, trial.batch)
     memory_peak = _watch_memory(trainer.args.device)
 
     def step() -> tuple[Tensor, dict[str, float]]:
-        window = Window(trainer.args.device)
-        trial.inspection.use_window(window)
-        fit.student.zero_grad(set_to_none=True)
+        metrics = MetricsBuffer(trainer.args.device)
+        trial.inspection.use_metrics(metrics)
+        plan.student.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(backward), unchanged_attributes(trainer, "is_in_train"):
             trainer.is_in_train = True  # a loss in eval mode is one of training too
             loss = trial.loss(trial.batch, counts)
         if backward:
             loss.backward()
-        return loss, window.named(objective)  # no parts where a subclass has its own compute_loss
+        return loss, metrics.named(objective)  # no parts where a subclass has its own compute_loss
 
     seconds, (loss, parts) = _timed(trainer.args.device, step, once=not trial.whole)
-    findings.memory_peak = memory_peak() if backward else None
+    results.memory_peak = memory_peak() if backward else None
     shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
     found = f"{loss.item():.4f} of one batch: {shown}"
     if not math.isfinite(loss.item()):
@@ -121,14 +121,14 @@ def _step(trial: Trial, findings: Findings) -> list[Finding]:
     rows = [ok("loss", found)]
     if trial.whole:
         rows += _seconds(trial, seconds, backward)
-    return [*rows, *_gradient(trainer.args, fit.student)] if backward else rows
+    return [*rows, *_gradient(trainer.args, plan.student)] if backward else rows
 
 
 def _checkpoints_activations(args: Any) -> bool:
     return any(getattr(args, name, False) for name in ("activation_checkpointing", "gradient_checkpointing"))
 
 
-def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
+def _seconds(trial: Trial, whole: float, backward: bool) -> list[CheckResult]:
     trainer, count = trial.trainer, main_input(trial.batch).shape[0]
     live, teacher = trial.setup.live, 0.0
     if live is not None and not trial.inspection.settings.always_hard:
@@ -140,7 +140,7 @@ def _seconds(trial: Trial, whole: float, backward: bool) -> list[Finding]:
     return [ok("time", found + (f", {teacher:.3g} s for the teacher's forward" if teacher else ""))]
 
 
-def _gradient(args: Any, student: nn.Module) -> list[Finding]:
+def _gradient(args: Any, student: nn.Module) -> list[CheckResult]:
     trained = [(name, p.grad) for name, p in student.named_parameters() if p.requires_grad]
     unused = [name for name, gradient in trained if gradient is None]
     norms = [gradient.detach().float().norm() for _, gradient in trained if gradient is not None]
@@ -162,9 +162,9 @@ def _gradient(args: Any, student: nn.Module) -> list[Finding]:
     return rows
 
 
-def _memory(trial: Trial, measured_peak: int | None) -> list[Finding]:
+def _memory(trial: Trial, measured_peak: int | None) -> list[CheckResult]:
     """The estimated and measured memory of a training step, and what the device has."""
-    trainer, fit, args = trial.trainer, trial.fit, trial.trainer.args
+    trainer, plan, args = trial.trainer, trial.plan, trial.trainer.args
     if trial.setup.live is None or not trial.whole:
         return []
     on_gpu, peak, measured = args.device.type == "cuda", measured_peak or 0, ""
@@ -173,7 +173,7 @@ def _memory(trial: Trial, measured_peak: int | None) -> list[Finding]:
         measured = f"; measured: {what} at the peak of a forward and backward, without optimizer"
     try:
         memory = estimate_memory(
-            fit.student,
+            plan.student,
             trial.setup.live.model,
             backend="single" if args.world_size == 1 else "ddp",
             processes=args.world_size,
@@ -181,8 +181,8 @@ def _memory(trial: Trial, measured_peak: int | None) -> list[Finding]:
             mixed_precision=trainer.accelerator.mixed_precision,
             gradient_checkpointing=_checkpoints_activations(args),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            kd_task=fit.task.name,
-            kd_loss_implementation="full" if fit.heads is None else "fused",
+            kd_task=plan.task.name,
+            kd_loss_implementation="full" if plan.heads is None else "fused",
             device="cuda" if on_gpu else "cpu",
         )
     except Exception as reason:  # of an unusual model; a check must not fail for that
@@ -223,22 +223,22 @@ def _amount(count: float) -> str:
     return f"{count / max(size, 2**10):.3g} {unit}"
 
 
-def _split(trial: Trial, findings: Findings) -> list[Finding]:
+def _split(trial: Trial, results: Results) -> list[CheckResult]:
     """The batch at once and as two micro-batches of one optimizer step."""
     rows = len(main_input(trial.batch))
-    least = 4 if _batch_norms(trial.fit.student) else 2  # batch norm refuses a single row
+    least = 4 if _batch_norms(trial.plan.student) else 2  # batch norm refuses a single row
     parts = pieces_of(trial.batch, (rows + 1) // 2) if rows >= least else None
-    if not findings.everywhere(parts is not None and len(parts) == 2):
+    if not results.everywhere(parts is not None and len(parts) == 2):
         return [ok("split", "not tried: the batch cannot be cut into rows")]
-    with _as_in_training_without_dropout(trial.fit.student):
+    with _as_in_training_without_dropout(trial.plan.student):
         whole, halves = _losses(trial, [trial.batch], trial.batch), _losses(trial, cast(list, parts), trial.batch)
     found = f"1 x {rows} rows {whole:.6f}, 2 x {(rows + 1) // 2} {halves:.6f}"
     return [_compared(trial, "split", found, whole, halves, _causes(trial))]
 
 
-def _padding(trial: Trial, findings: Findings) -> list[Finding]:
+def _padding(trial: Trial, results: Results) -> list[CheckResult]:
     """The batch as it is and with more padding on either side, each divided by its own counts."""
-    task, student, teacher = trial.fit.task, trial.fit.student, trial.trainer.teacher
+    task, student, teacher = trial.plan.task, trial.plan.student, trial.trainer.teacher
     if teacher is not None and teacher.model is None:
         return []  # what a cache holds is joined to the batch as it is
     ids = trial.batch.get("input_ids")
@@ -248,10 +248,10 @@ def _padding(trial: Trial, findings: Findings) -> list[Finding]:
     tokenizer = trial.trainer.processing_class
     pad_id = pad_id_of(tokenizer, student) or 0
     usual = "left" if getattr(tokenizer, "padding_side", "right") == "left" or starts_padded(trial.batch) else "right"
-    rows: list[Finding] = []
+    rows: list[CheckResult] = []
     for side in (usual, "right" if usual == "left" else "left"):
         changed = padded(trial.batch, task, more, pad_id, left=side == "left") if more > 0 else None
-        if not findings.everywhere(changed is not None):
+        if not results.everywhere(changed is not None):
             return rows
         with _as_in_training_without_dropout(student):
             plain, wider = (_losses(trial, [batch], batch) for batch in (trial.batch, cast(dict, changed)))
@@ -270,24 +270,24 @@ def _padding(trial: Trial, findings: Findings) -> list[Finding]:
 
 def _losses(trial: Trial, batches: list[dict[str, Any]], whole: Mapping[str, Any]) -> float:
     objective, _ = trial.inspection.objective(training=False)
-    counts = objective.count(trial.fit.task, whole)
+    counts = objective.count(trial.plan.task, whole)
     with torch.no_grad():
         return sum(float(trial.loss(batch, counts)) for batch in batches)
 
 
-def _compared(trial: Trial, what: str, found: str, one: float, other: float, causes: str) -> Finding:
+def _compared(trial: Trial, what: str, found: str, one: float, other: float, causes: str) -> CheckResult:
     difference = abs(one - other) / max(abs(one), abs(other), 1e-12)
-    halves = {p.dtype for p in trial.fit.student.parameters()} & {torch.float16, torch.bfloat16}
+    halves = {p.dtype for p in trial.plan.student.parameters()} & {torch.float16, torch.bfloat16}
     room = 2e-2 if halves or trial.trainer.accelerator.mixed_precision != "no" else 1e-4
     found = f"{found}: relative difference {difference:.1e}"
     return ok(what, found) if difference <= room else warning(what, found, causes)
 
 
 def _causes(trial: Trial) -> str:
-    norms = ", ".join([*_batch_norms(trial.fit.student)][:3])
+    norms = ", ".join([*_batch_norms(trial.plan.student)][:3])
     if norms:
         return f"Batch norm ({norms}) looks at the other rows: small micro-batches train otherwise."
-    if getattr(getattr(trial.fit.student, "config", None), "output_router_logits", False):
+    if getattr(getattr(trial.plan.student, "config", None), "output_router_logits", False):
         return "The load-balancing loss of the experts is a mean over micro-batches: small ones train otherwise."
     return "A model looks at the other rows of its batch (experts of limited capacity?): small ones train otherwise."
 
@@ -306,22 +306,22 @@ def _batch_norms(student: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in student.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
 
 
-def _shares(trial: Trial) -> list[Finding]:
+def _shares(trial: Trial) -> list[CheckResult]:
     """The shares of soft and hard loss in the gradient at the student's logits."""
-    fit, batch = trial.fit, trial.batch
+    plan, batch = trial.plan, trial.batch
     objective, soft_loss = trial.inspection.objective(training=True)
     if trial.setup.live is None or not 0 < objective.alpha < 1:
         return []
-    counts = objective.count(fit.task, batch)
+    counts = objective.count(plan.task, batch)
     squares = [0.0, 0.0]
-    with _as_in_training_without_dropout(fit.student):
+    with _as_in_training_without_dropout(plan.student):
         for piece in _for_logits(trial, batch):
             logits, teacher_logits = trial.logits(piece)
             for i, alpha in enumerate((1.0, 0.0)):  # of one term alone, before its weight
                 alone = dataclasses.replace(objective, alpha=alpha)
                 leaf = logits.detach().float().requires_grad_()
                 teacher = teacher_logits if alpha else None
-                parts = alone(fit.task, soft_loss, leaf, teacher, piece, counts, common_ids=fit.common_ids)
+                parts = alone(plan.task, soft_loss, leaf, teacher, piece, counts, common_ids=plan.common_ids)
                 (gradient,) = torch.autograd.grad(parts.total, leaf)
                 squares[i] += gradient.square().sum().item()
     soft, hard = map(math.sqrt, squares)
@@ -338,28 +338,28 @@ def _shares(trial: Trial) -> list[Finding]:
 
 def _for_logits(trial: Trial, batch: dict[str, Any]) -> list[dict[str, Any]]:
     """The batch in pieces whose logits take little memory; whole where all processes have to call together."""
-    classes = vocabulary_rows(trial.fit.student, written=True) if trial.fit.task.over_tokens else None
+    classes = vocabulary_rows(trial.plan.student, written=True) if trial.plan.task.over_tokens else None
     if classes is None or not trial.whole:
         return [batch]
-    positions = trial.fit.task.sequences(batch).shape[-1]
+    positions = trial.plan.task.sequences(batch).shape[-1]
     return pieces_of(batch, _AT_ONCE // max(positions * classes, 1)) or [batch]
 
 
-def _teacher_quality(trial: Trial, findings: Findings) -> list[Finding]:
+def _teacher_quality(trial: Trial, results: Results) -> list[CheckResult]:
     """Hard loss and accuracy of the teacher and of the student as it starts, on batches of the evaluation data."""
-    trainer, fit = trial.trainer, trial.fit
+    trainer, plan = trial.trainer, trial.plan
     if trial.setup.live is None:
         return []
     dataset = trainer.eval_dataset
     if dataset is None:
         return [ok("teacher's quality", "not measured: there is no eval_dataset")]
     sums = None
-    with findings.attempt("teacher's quality"):
-        fit.student.eval()
+    with results.attempt("teacher's quality"):
+        plan.student.eval()
         loader = trainer.get_eval_dataloader(next(iter(dataset)) if isinstance(dataset, dict) else None)
         pieces = (_for_logits(trial, trial.setup.prepared(given)) for given in batches(loader, _EVALUATED))
         sums = sum((_measured(trial, piece) for piece in itertools.chain(*pieces)), torch.zeros(6))
-    if not findings.everywhere(sums is not None):
+    if not results.everywhere(sums is not None):
         return []
     sums = cast(Tensor, sums).to(trainer.args.device)
     labelled, *sums = trainer.accelerator.reduce(sums, reduction="sum").tolist()
@@ -367,10 +367,10 @@ def _teacher_quality(trial: Trial, findings: Findings) -> list[Finding]:
         return [ok("teacher's quality", "not measured: the evaluation data has no labels")]
     student_loss, teacher_loss, student_right, teacher_right, same = (divide(total, labelled) for total in sums)
     found = f"hard loss {teacher_loss:.4f}, of the student as it starts {student_loss:.4f}"
-    if fit.task.softmax:
+    if plan.task.softmax:
         found += f"; right {teacher_right:.1%} and {student_right:.1%}, the same {same:.1%}"
     found += f" ({labelled:.0f} labels of the evaluation data)"
-    better = teacher_loss < student_loss or (fit.task.softmax and teacher_right > student_right)
+    better = teacher_loss < student_loss or (plan.task.softmax and teacher_right > student_right)
     if better or not trainer.teacher.has_own_weights:  # a student may start as its own base
         return [ok("teacher's quality", found)]
     fix = "It is no better than where the student starts: check its weights, the order of the classes and the inputs."
@@ -379,7 +379,7 @@ def _teacher_quality(trial: Trial, findings: Findings) -> list[Finding]:
 
 def _measured(trial: Trial, batch: dict[str, Any]) -> Tensor:
     """Sums: labels, hard loss of student and teacher, correct predictions of both, equal predictions."""
-    task, sums = trial.fit.task, torch.zeros(6)
+    task, sums = trial.plan.task, torch.zeros(6)
     targets = task.targets(batch)
     student, teacher = trial.logits(batch)
     if targets is None:

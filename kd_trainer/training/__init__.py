@@ -8,10 +8,10 @@ from .arguments import (
 )
 from .checkpoints import newest_resumable
 from .interrupt import ResumableInterrupt
-from .logs import Window
+from .logs import MetricsBuffer
 from .objective import Counts, Objective
 from .settings import Settings
-from .setup import Plan, Setup, plan
+from .setup import Plan, Setup, make_plan
 from .setup_checks import (
     WITH_MODELS,
     WITHOUT_MODELS,
@@ -28,17 +28,17 @@ __all__ = [
     "DistillationArguments",
     "DistillationTrainingArguments",
     "FirstBatch",
+    "MetricsBuffer",
     "Objective",
     "Plan",
     "ResumableInterrupt",
     "Seq2SeqDistillationTrainingArguments",
     "Settings",
     "Setup",
-    "Window",
     "classes_of_logits",
     "is_sharded",
+    "make_plan",
     "newest_resumable",
     "parse_args",
-    "plan",
     "tokens",
 ]

@@ -138,7 +138,7 @@ class DistillationArguments:
     kd_run: str = field(
         default="train",
         metadata={
-            "help": "What trainer.train() does: train, check (print a table of findings, then end with 0 or 1), or "
+            "help": "What trainer.train() does: train, check (print a table of results, then end with 0 or 1), or "
             "cache (build the teacher cache in teacher_cache_dir, then end)."
         },
     )

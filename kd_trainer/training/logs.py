@@ -26,7 +26,7 @@ def logged_row(parts: Parts, counts: Counts) -> Row:
     return tuple([value.detach() if isinstance(value, Tensor) else value for value in row])
 
 
-class Window:
+class MetricsBuffer:
     """The logged numbers since the last log, kept on the device: no synchronisation before `sums` is read."""
 
     def __init__(self, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class Window:
         return named(objective, values, [not math.isnan(value) for value in values]) if values else {}
 
     def sums(self) -> Tensor | None:
-        """Sums over the window, one for each entry of a row; None where nothing was added.
+        """Sums since the last log, one for each entry of a row; None where nothing was added.
 
         A number that some rows lack counts 0 there; one that all of them lack is NaN.
         """
@@ -78,7 +78,7 @@ class Evaluation:
 
     def __init__(self, device: torch.device) -> None:
         # Of each batch: the sum of each term, what it is over, then agreements, what they are over, labels and rows.
-        self.sums = Window(device)
+        self.sums = MetricsBuffer(device)
         # Tasks by position: the parts of every batch and whether they exist, repeated and gathered as upstream's loss.
         self.rows: list[Tensor] = []
 

@@ -168,8 +168,8 @@ class Objective:
         """
         targets = task.targets(inputs)
         sparse = teacher if isinstance(teacher, (TopK, Samples)) else None
-        taught = teacher if isinstance(teacher, Tensor) else None
-        task.check_shapes(student_logits, taught, targets, common_ids)
+        teacher_logits = teacher if isinstance(teacher, Tensor) else None
+        task.check_shapes(student_logits, teacher_logits, targets, common_ids)
         mask = task.soft_mask(inputs, targets, self.positions)
         chosen, logits, labels = student_logits, student_logits, targets
         if task.token_level and targets is not None:  # padding's NaN would reach the gradient: 0 * NaN
@@ -182,19 +182,20 @@ class Objective:
                 chosen = logits if same_rows else select_positions(logits, within)
             else:
                 chosen = select_positions(student_logits, mask)
-            taught = None if taught is None else select_positions(taught, mask)
+            teacher_logits = None if teacher_logits is None else select_positions(teacher_logits, mask)
             if sparse is not None and mask is not None:
                 sparse = type(sparse)(*(select_positions(x, mask) for x in sparse))
             elif sparse is not None:
                 chosen = student_logits
         if common_ids is not None and teacher is not None:
-            chosen, taught = chosen[..., :common_ids], None if taught is None else taught[..., :common_ids]
+            chosen = chosen[..., :common_ids]
+            teacher_logits = None if teacher_logits is None else teacher_logits[..., :common_ids]
         hard_count, soft_count = self._denominators(counts)
 
         plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not task.softmax
         plain = plain or takes_own
-        if taught is not None and not plain and is_small(chosen, taught):
-            parts = self._small_batch(chosen, taught, labels, float(soft_count), float(hard_count), counts)
+        if teacher_logits is not None and not plain and is_small(chosen, teacher_logits):
+            parts = self._small_batch(chosen, teacher_logits, labels, float(soft_count), float(hard_count), counts)
             if parts is not None:
                 return parts
         hard = soft = agreement = None
@@ -207,9 +208,10 @@ class Objective:
         known = targets if soft_loss.needs_labels else None
         if known is not None and task.token_level:
             known = (known if mask is None else select_positions(known, mask)).reshape(chosen.shape[:-1])
-        if taught is not None:
-            soft = divide(task.soft_loss_sum(soft_loss, chosen, taught, inputs, known), soft_count) * counts.scale
-            same = task.agreement_sum(chosen, taught, inputs)
+        if teacher_logits is not None:
+            soft_sum = task.soft_loss_sum(soft_loss, chosen, teacher_logits, inputs, known)
+            soft = divide(soft_sum, soft_count) * counts.scale
+            same = task.agreement_sum(chosen, teacher_logits, inputs)
             agreement = None if same is None else divide(same, counts.soft) * counts.scale
         if sparse is not None:
             soft_sum, same = self._sparse_sums(chosen, sparse, class_labels(soft_loss, chosen, known))
@@ -217,16 +219,16 @@ class Objective:
             agreement = divide(same, counts.soft) * counts.scale
         return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
 
-    def _sparse_sums(self, student_logits: Tensor, taught: Sparse, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _sparse_sums(self, student_logits: Tensor, sparse: Sparse, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """(T^2 * sum of D(p, q), number of equal top classes) where the teacher is given sparsely."""
-        if isinstance(taught, TopK):
+        if isinstance(sparse, TopK):
             nats = top_k_divergence(
-                student_logits, taught, temperature=self.temperature, divergence=self.divergence, beta=self.beta,
+                student_logits, sparse, temperature=self.temperature, divergence=self.divergence, beta=self.beta,
                 labels=labels,
             )  # fmt: skip
-            top = taught.ids[..., 0]
+            top = sparse.ids[..., 0]
         else:
-            nats, top = sampled_forward_kl(student_logits, taught, temperature=self.temperature), taught.top
+            nats, top = sampled_forward_kl(student_logits, sparse, temperature=self.temperature), sparse.top
         return nats.sum() * self.temperature**2, (student_logits.argmax(-1) == top).sum()
 
     def fused(
@@ -243,7 +245,7 @@ class Objective:
         """The same from final hidden states [B, S, H], without logits: see `fused_linear_distillation`.
 
         Args:
-            teacher: what it said of [B, S] positions.
+            teacher: its outputs for [B, S] positions.
             weights: the student's output head, by that function's argument names.
             inputs, counts, common_ids: as in `__call__`. Of the result, `parts` makes `Parts`.
         """

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..losses import IGNORE_INDEX, select_positions
 from ..tasks import Accepted, Task, behind_front, model_inputs, text_config
 from ..validation import fail
-from .router_loss import router_weight
+from .terms import aux_weight
 
 MOST_ROWS = 8  # of the batch that is looked at
 MOST_ROWS_OF_TOKENS, MOST_POSITIONS = 2, 64  # of a language model: more would hold large logits
@@ -105,9 +105,9 @@ class OwnHardLoss(NamedTuple):
             labels["num_items_in_batch"] = counts.num_items
         return labels
 
-    def __call__(self, fit: Any, outputs: Any, inputs: Mapping[str, Any], counts: Any) -> Tensor | None:
+    def __call__(self, plan: Any, outputs: Any, inputs: Mapping[str, Any], counts: Any) -> Tensor | None:
         """The hard loss, divided as upstream's `compute_loss` and `training_step` divide it; None without labels."""
-        if all(inputs.get(name) is None for name in fit.accepted.targets):
+        if all(inputs.get(name) is None for name in plan.accepted.targets):
             return None
         if self.function is not None:
             loss = self.function(outputs, inputs.get("labels"), num_items_in_batch=counts.num_items)
@@ -117,10 +117,10 @@ class OwnHardLoss(NamedTuple):
                 fix = "Return it whenever labels are given, or set kd_hard_loss to task."
                 shown = "a model that returns no loss for a batch with labels"
                 fail("model", shown, "the loss that it returned for the first batch", fix, error=RuntimeError)
-            loss = without_extras(found, outputs, fit.student, None, router_weight(fit.student))
-        targets = fit.task.targets(inputs)
-        if targets is not None and fit.task.softmax:  # upstream's mean over no label is NaN
-            loss = torch.where(fit.task.labelled(targets) > 0, loss, torch.zeros_like(loss))
+            loss = without_extras(found, outputs, plan.student, None, aux_weight(plan.student))
+        targets = plan.task.targets(inputs)
+        if targets is not None and plan.task.softmax:  # upstream's mean over no label is NaN
+            loss = torch.where(plan.task.labelled(targets) > 0, loss, torch.zeros_like(loss))
         if counts.num_items is not None and (self.function is not None or self.takes_num_items):
             return loss * self.scale
         return loss if self.function is not None else loss / counts.micro_batches
@@ -368,11 +368,11 @@ def piece_of(batch: Mapping[str, Any], task: Task) -> dict[str, Any]:
         decoded = {name for name in tensors if name.startswith("decoder_")} | set(task.label_names)
         cut = decoded if task.encoder_decoder else _OF_TEXT | set(task.label_names)
         if task.encoder_decoder or set(batch) <= cut:
-            changed |= _window({name: value for name, value in changed.items() if name in cut}, task)
+            changed |= _some_positions({name: value for name, value in changed.items() if name in cut}, task)
     return {**batch, **changed}
 
 
-def _window(columns: Mapping[str, Tensor], task: Task) -> dict[str, Tensor]:
+def _some_positions(columns: Mapping[str, Tensor], task: Task) -> dict[str, Tensor]:
     """Some positions of each: from the first label on, and one before it, so that a shift finds its position."""
     lengths = {value.shape[1] if value.dim() == 2 else 0 for value in columns.values()}
     if len(lengths) != 1 or max(lengths) <= MOST_POSITIONS:

@@ -36,9 +36,9 @@ from ..teachers import (
 )
 from ..validation import fail, quoted, warn
 from .arguments import DistillationArguments
-from .router_loss import notes_on_own_losses
 from .settings import Settings
 from .setup_checks import WITH_MODELS, WITHOUT_MODELS, FirstBatch
+from .terms import notes_on_own_losses
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
         return self._replace(heads=None, notes=(*self.notes, line))
 
 
-def plan(first: FirstBatch) -> Plan:
+def make_plan(first: FirstBatch) -> Plan:
     """What the checks have found, for the loss; after all of them."""
     trainer, teacher, hard = first.trainer, first.teacher, first.hard
     assert hard is not None and first.accepted is not None  # noqa: PT018
@@ -122,7 +122,7 @@ class Setup:
 
     @contextmanager
     def refusals_wait(self) -> Iterator[None]:
-        """With kd_run "check" an error inside waits for the table of findings."""
+        """With kd_run "check" an error inside waits for the table of results."""
         try:
             yield
         except (ValueError, TypeError) as refusal:
@@ -187,7 +187,7 @@ class Setup:
         first = self.first_batch(batch, teacher)
         for _, check in (*WITHOUT_MODELS, *WITH_MODELS):
             check(first)
-        return plan(first)
+        return make_plan(first)
 
     def _holds(self, known: Plan, teacher: Teacher | None) -> bool:
         if known.model is not self._trainer.model or known.teacher is not teacher:

@@ -63,8 +63,8 @@ from ..teachers import compatibility as compatibility
 from ..validation import fail
 from .arguments import DistillationArguments
 from .own_loss import Comparison, HardLoss, agreed, choose
-from .router_loss import check_router, router_weight
 from .settings import Settings
+from .terms import aux_weight, check_aux_loss
 
 
 @dataclass
@@ -417,7 +417,7 @@ def compare_losses(first: FirstBatch, accepted: Accepted) -> HardLoss | None:
 
     with as_in_training(student):
         counts_shifted = trainer._loss_shifts_labels if trainer.model_accepts_loss_kwargs else None
-        weight = router_weight(student)
+        weight = aux_weight(student)
         found = Comparison(forward, student, first.task, accepted, weight, counts_shifted).look(batch)
     if accelerator.is_fsdp2:
         reshard(called)
@@ -435,7 +435,7 @@ def compare_losses(first: FirstBatch, accepted: Accepted) -> HardLoss | None:
 # each other; each of the others needs all before it.
 WITHOUT_MODELS: tuple[tuple[str, Check], ...] = (
     ("data", lambda first: check_batch(first.batch)),
-    ("student", lambda first: check_router(first.student)),
+    ("student", lambda first: check_aux_loss(first.student)),
     ("first batch", columns),
     ("task", task),
     ("shared memory", memory),

@@ -99,7 +99,7 @@ def put_card_section(folder: Any, summary: Mapping[str, Any], history: Sequence[
 
 
 def print_start(
-    fit: Plan,
+    plan: Plan,
     first: Objective,
     last: Objective,
     batch: Mapping[str, Any],
@@ -112,14 +112,14 @@ def print_start(
     Args:
         batch: the first one; of its columns `label_names` hold labels.
     """
-    labelled = fit.task.targets(batch) is not None
-    labelled |= fit.own_loss and any(batch.get(name) is not None for name in label_names)
-    model = None if fit.teacher is None else fit.teacher.model
-    cached = None if fit.teacher is None or model is not None else fit.teacher.describe()
-    block = start_block(fit.student, model, fit.task, first, last, counts, labelled=labelled, cached=cached)
-    hard = [f"hard loss: {fit.hard_loss}"] if fit.hard_loss else []
+    labelled = plan.task.targets(batch) is not None
+    labelled |= plan.own_loss and any(batch.get(name) is not None for name in label_names)
+    model = None if plan.teacher is None else plan.teacher.model
+    cached = None if plan.teacher is None or model is not None else plan.teacher.describe()
+    block = start_block(plan.student, model, plan.task, first, last, counts, labelled=labelled, cached=cached)
+    hard = [f"hard loss: {plan.hard_loss}"] if plan.hard_loss else []
     leave_progress_bar()
-    print("\n".join([block, *("[kd_trainer] " + note for note in (*hard, *fit.notes, *notes))]), flush=True)
+    print("\n".join([block, *("[kd_trainer] " + note for note in (*hard, *plan.notes, *notes))]), flush=True)
 
 
 def summary_of(

@@ -46,7 +46,7 @@ class OwnRows(NamedTuple):
 
 
 def own_rows(
-    accelerator: Any, objective: Objective, fit: Plan, inputs: dict[str, Any], counts: Counts
+    accelerator: Any, objective: Objective, plan: Plan, inputs: dict[str, Any], counts: Counts
 ) -> OwnRows | None:
     """A batch of an evaluation without its repeated rows; None where it has none.
 
@@ -61,20 +61,20 @@ def own_rows(
         return None
     cut = {k: v[:own] if isinstance(v, Tensor) and v.shape[:1] == (rows,) else v for k, v in inputs.items()}
     none = Counts(0, 0, 0, added=(0,) * len(objective.added))
-    return OwnRows(cut, objective.count(fit.task, cut) if own else none, own)
+    return OwnRows(cut, objective.count(plan.task, cut) if own else none, own)
 
 
-def counts_of(given: Any, fit: Plan, objective: Objective, inputs: Mapping[str, Any], scale: int | None) -> Counts:
+def counts_of(given: Any, plan: Plan, objective: Objective, inputs: Mapping[str, Any], scale: int | None) -> Counts:
     """The denominators of a batch: those of its optimizer step, or of an evaluation its own.
 
     Args:
         given: num_items_in_batch as upstream passes it.
         scale: where upstream's number divides the hard loss, by what upstream has multiplied it; else None.
     """
-    counts = given if given is not None else objective.count(fit.task, inputs)
+    counts = given if given is not None else objective.count(plan.task, inputs)
     if scale is not None and not isinstance(counts, Counts):  # of an evaluation
-        items = given if fit.own_loss else given / scale
-        counts = objective.count(fit.task, inputs)._replace(num_items=items, by_num_items=not fit.own_loss)
+        items = given if plan.own_loss else given / scale
+        counts = objective.count(plan.task, inputs)._replace(num_items=items, by_num_items=not plan.own_loss)
     if not isinstance(counts, Counts):
         fix = "Call super().get_batch_samples(...), or pass num_items_in_batch=None to count this batch alone."
         fail("num_items_in_batch", counts, "the Counts of get_batch_samples, or None", fix, error=TypeError)
@@ -90,7 +90,7 @@ class TeacherOutputs:
 
     def __init__(self, at_hand: Callable[[], LiveTeacher | None]) -> None:
         self._at_hand = at_hand
-        self._told_uncached = False
+        self._warned_uncached = False
 
     def logits(self, teacher: Teacher | None, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
         """The teacher's logits, or the few numbers that a cache holds instead; None where there is nothing."""
@@ -98,7 +98,7 @@ class TeacherOutputs:
             return None
         output = self._given(teacher, batch, accelerator)
         if output is None and not batch.training and (live := self._at_hand()) is not None:
-            return live.output(batch.inputs, accelerator, batch.model, read=batch.fit.task.logits)
+            return live.output(batch.inputs, accelerator, batch.model, read=batch.plan.task.logits)
         if output is None or output.hidden is None:
             return output
         head = output.head
@@ -127,20 +127,20 @@ class TeacherOutputs:
 
     def _given(self, teacher: Teacher, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
         """The teacher's own output; None, with one warning, for evaluation data that is not in its cache."""
-        output = teacher.output(batch.inputs, accelerator, batch.model, read=batch.fit.task.logits)
+        output = teacher.output(batch.inputs, accelerator, batch.model, read=batch.plan.task.logits)
         if output is None and batch.training:
             fix = "Let the Trainer make the dataloader, or train with the live teacher."
-            shown = "a batch without what the teacher said"
+            shown = "a batch without teacher outputs"
             expected = "the columns that the trainer's own dataloader adds from the teacher cache"
             fail("inputs", shown, expected, fix, error=RuntimeError)
-        if output is None and not self._told_uncached and self._at_hand() is None:
-            self._told_uncached = True
+        if output is None and not self._warned_uncached and self._at_hand() is None:
+            self._warned_uncached = True
             warn(
                 logger,
                 "[kd_trainer] there is no teacher cache of this evaluation data: its loss is the hard loss alone. "
                 "Where the teacher is at hand, call trainer.build_teacher_cache(dataset), or give it as eval_dataset.",
             )
-        order = batch.fit.class_order
+        order = batch.plan.class_order
         return output if output is None or order is None else output.reordered(order)
 
 
@@ -168,7 +168,7 @@ class MicroBatch:
         own: in an evaluation the batch without repeated rows, which are logged once; None where none is repeated.
     """
 
-    fit: Plan
+    plan: Plan
     objective: Objective
     soft_loss: SoftTargetLoss
     model: nn.Module
@@ -178,7 +178,7 @@ class MicroBatch:
     own: OwnRows | None = None
 
     def _run(self, labels: Mapping[str, Any]) -> Any:
-        return self.model(**model_inputs(self.inputs, self.fit.accepted), **labels)
+        return self.model(**model_inputs(self.inputs, self.plan.accepted), **labels)
 
     def _added(self, outputs: Any, teacher: TeacherOutput | None) -> list[Tensor | None]:
         """The losses of the terms beside hard and soft."""
@@ -190,36 +190,36 @@ class MicroBatch:
         Args:
             own_loss: takes the hard loss where it is the model's own; None for the task's formula.
         """
-        fit = self.fit
-        outputs = self._run({} if own_loss is None else own_loss.labels(fit.accepted, self.inputs, self.counts))
-        logits = behind_front(fit.task.logits(outputs, "model"), fit.student, self.inputs)
-        hard = None if own_loss is None else own_loss(fit, outputs, self.inputs, self.counts)
+        plan = self.plan
+        outputs = self._run({} if own_loss is None else own_loss.labels(plan.accepted, self.inputs, self.counts))
+        logits = behind_front(plan.task.logits(outputs, "model"), plan.student, self.inputs)
+        hard = None if own_loss is None else own_loss(plan, outputs, self.inputs, self.counts)
         teacher = None if teacher is None else teacher.to(logits.device)
-        terms = partial(self.objective, fit.task, self.soft_loss, common_ids=fit.common_ids)
+        terms = partial(self.objective, plan.task, self.soft_loss, common_ids=plan.common_ids)
         parts = terms(logits, _target(teacher), self.inputs, self.counts, own_hard=hard, takes_own=own_loss is not None)
         losses = self._added(outputs, teacher)
-        parts = self.objective.with_added(losses, fit.student, parts, self.inputs, self.counts)
+        parts = self.objective.with_added(losses, plan.student, parts, self.inputs, self.counts)
         logged, counts = parts, self.counts
         if self.own is not None:
             logged, counts, rows = parts.zeroed(), self.own.counts, self.own.rows
             if rows:
                 first = None if teacher is None else teacher.each(lambda tensor: tensor[:rows])
                 logged = terms(logits[:rows], _target(first), self.own.inputs, counts)
-                logged = self.objective.with_added(losses, fit.student, logged, self.own.inputs, counts)
+                logged = self.objective.with_added(losses, plan.student, logged, self.own.inputs, counts)
         seen = None if teacher is None else teacher.logits
         return BatchLoss(parts, logged, counts, outputs, logits, seen, logits.shape[-1])
 
     def fused(self, teacher: TeacherOutput) -> BatchLoss:
         """The same without logits; raises `UnsupportedHead` where a model does more with its logits than is known."""
-        assert self.fit.heads is not None
-        fit, student_head, once = self.fit, self.fit.heads[0], []
+        assert self.plan.heads is not None
+        plan, student_head, once = self.plan, self.plan.heads[0], []
 
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
-            hidden = behind_front(hidden, fit.student, self.inputs)
+            hidden = behind_front(hidden, plan.student, self.inputs)
             if teacher.positions != hidden.shape[:-1]:
                 raise UnsupportedHead("student and teacher give hidden states for different positions")
             here, side = teacher.to(hidden.device), student_side(student_head, weight, bias)
-            sums = partial(self.objective.fused, fit.task, weights=side, common_ids=fit.common_ids)
+            sums = partial(self.objective.fused, plan.task, weights=side, common_ids=plan.common_ids)
             if self.own is not None and self.own.rows:
                 rows = self.own.rows
                 first = here.each(lambda tensor: tensor[:rows])
@@ -227,8 +227,8 @@ class MicroBatch:
             return sums(hidden, here, inputs=self.inputs, counts=self.counts)
 
         computed, outputs, hidden = student_loss(lambda: self._run({}), student_head, loss)
-        parts_of = partial(self.objective.parts, labelled=fit.task.targets(self.inputs) is not None)
-        with_added = partial(self.objective.with_added, self._added(outputs, teacher), fit.student)
+        parts_of = partial(self.objective.parts, labelled=plan.task.targets(self.inputs) is not None)
+        with_added = partial(self.objective.with_added, self._added(outputs, teacher), plan.student)
         parts = with_added(parts_of(computed, self.counts), self.inputs, self.counts)
         logged, counts = parts, self.counts
         if self.own is not None:

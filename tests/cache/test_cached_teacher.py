@@ -716,7 +716,7 @@ def test_a_dataloader_of_the_scripts_own_is_told(built, tmp_path):
     trainer = reader(built, tmp_path, "logits")
     batch = tiny.pad(tiny.rows("causal_lm", 4))
     trainer.model.train()
-    with pytest.raises(RuntimeError, match="a batch without what the teacher said"):
+    with pytest.raises(RuntimeError, match="a batch without teacher outputs"):
         trainer.compute_loss(trainer.model, batch)
 
 

@@ -1,4 +1,4 @@
-"""`trainer.check()` and `kd_run` "check": every finding once, the numbers in them, and that nothing is left behind."""
+"""`trainer.check()` and `kd_run` "check": every result once, the numbers in them, and that nothing is left behind."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from transformers import (
 from kd_trainer import DistillationTrainer
 from kd_trainer.diagnostics import trial
 from kd_trainer.diagnostics.advice import about_teacher, newly_initialised
-from kd_trainer.diagnostics.findings import Finding, has_errors, print_findings, refused
+from kd_trainer.diagnostics.results import CheckResult, has_errors, print_results, refused
 from kd_trainer.teachers.errors import positions_of
 from kd_trainer.teachers.live import ADAPTER_OFF, LiveTeacher
 from tests.helpers import backend_run, launch, tiny
 from tests.tasks import test_seq2seq
 from tests.teachers import test_compatibility
-from tests.training import test_router_loss as test_moe
+from tests.training import test_aux_loss as test_moe
 
 CHECK = {"kd_run": "check"}
 
 
-def row_of(findings: list[Finding], what: str, status: str | None = None) -> Finding:
-    rows = [f for f in findings if f.what == what and status in (None, f.status)]
-    assert rows, f"no row {what!r} among {findings}"
+def row_of(results: list[CheckResult], what: str, status: str | None = None) -> CheckResult:
+    rows = [f for f in results if f.what == what and status in (None, f.status)]
+    assert rows, f"no row {what!r} among {results}"
     return rows[0]
 
 
@@ -692,14 +692,14 @@ def test_every_finding(name, tmp_path, capsys):
     wanted = CASES[name]
     trainer = wanted.trainer(tmp_path)
     before = tiny.weights(trainer.model)
-    findings = trainer.check()
-    finding = row_of(findings, wanted.what, wanted.status)
-    same = [f for f in findings if f.what == wanted.what and f.status == wanted.status]
+    results = trainer.check()
+    result = row_of(results, wanted.what, wanted.status)
+    same = [f for f in results if f.what == wanted.what and f.status == wanted.status]
     assert any(re.search(wanted.found, f.found) and re.search(wanted.mend, f.mend) for f in same), same
-    assert finding.mend or finding.status == "ok"
-    assert f"[kd_trainer] {sum(f.status == 'error' for f in findings)} error" in capsys.readouterr().out
+    assert result.mend or result.status == "ok"
+    assert f"[kd_trainer] {sum(f.status == 'error' for f in results)} error" in capsys.readouterr().out
     assert torch.equal(tiny.weights(trainer.model), before)
-    said = [f.found for f in findings]
+    said = [f.found for f in results]
     assert len(set(said)) == len(said), "told twice"
 
 
@@ -737,14 +737,14 @@ def test_training_raises_the_first_refusal_and_check_collects_all(tmp_path):
 
 
 def test_a_refused_teacher_does_not_hide_the_rest(tmp_path):
-    findings = permuted_labels(tmp_path).check()
-    assert "soft_loss" in row_of(findings, "loss", "ok").found
-    assert row_of(findings, "split").status == "ok"
-    assert [f.status for f in findings].count("error") == 1
-    findings = packed_rows_with_batchmean(tmp_path).check()
-    assert row_of(findings, "split").status == "ok"
-    findings = no_teacher(tmp_path).check()
-    assert row_of(findings, "labels").status == "ok"
+    results = permuted_labels(tmp_path).check()
+    assert "soft_loss" in row_of(results, "loss", "ok").found
+    assert row_of(results, "split").status == "ok"
+    assert [f.status for f in results].count("error") == 1
+    results = packed_rows_with_batchmean(tmp_path).check()
+    assert row_of(results, "split").status == "ok"
+    results = no_teacher(tmp_path).check()
+    assert row_of(results, "labels").status == "ok"
 
 
 def test_an_error_of_another_kind_names_the_place_and_leaves_a_traceback(caplog):
@@ -798,13 +798,13 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_cut(kind, tmp_path):
         trainer = build(tmp_path, pair, tiny.rows("causal_lm"), kd_reduction="tokenmean")
     else:
         trainer = tiny.trainer(kind, tmp_path)
-    findings = trainer.check(evaluate=False)
-    assert not has_errors(findings)
+    results = trainer.check(evaluate=False)
+    assert not has_errors(results)
     for what in ("split", "padding"):
         if kind == "plain" and what == "padding":
-            assert not [f for f in findings if f.what == what]
+            assert not [f for f in results if f.what == what]
             continue
-        row = row_of(findings, what, "ok")
+        row = row_of(results, what, "ok")
         values = [float(value) for value in re.findall(r" (\d+\.\d{6})", row.found)]
         if (kind, what) == ("question_answering", "padding"):
             assert values[0] != values[1]
@@ -1026,7 +1026,7 @@ def test_the_student_is_as_it_was(tmp_path):
     trainer.model.norm.train()
     trainer.model.linear.weight.grad = gradient = torch.ones_like(trainer.model.linear.weight)
     state = copy.deepcopy(trainer.model.state_dict())
-    kept = {name: getattr(trainer, name) for name in ("_plan", "_window", "_finite", "teacher", "model", "optimizer")}
+    kept = {name: getattr(trainer, name) for name in ("_plan", "_metrics", "_finite", "teacher", "model", "optimizer")}
     loaders, running = list(trainer.accelerator._dataloaders), trainer.accelerator.gradient_state.dataloader_references
     trainer.check()
     assert [m.training for m in trainer.model.modules()] == [False, False, True]
@@ -1048,19 +1048,19 @@ def test_the_config_is_as_it_was(tmp_path):
 
 def test_activation_checkpointing_is_left_to_training(tmp_path):
     trainer = tiny.trainer("causal_lm", tmp_path, gradient_checkpointing=True)
-    findings = trainer.check()
-    assert "student's forward and the loss" in row_of(findings, "time").found
-    assert not [f for f in findings if f.what == "gradient"]
+    results = trainer.check()
+    assert "student's forward and the loss" in row_of(results, "time").found
+    assert not [f for f in results if f.what == "gradient"]
 
 
 def test_a_slow_step_is_run_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(trial, "_WARM", 0.0)
     trainer = odd(tmp_path, lambda linear, x: (calls.append(len(x)), linear(x))[1])
-    findings = trainer.check(evaluate=False)
+    results = trainer.check(evaluate=False)
     # How many classes its logits have; the step; the batch and its halves; the logits.
     assert calls == [8, 8, 8, 4, 4, 8]
-    assert row_of(findings, "time")
+    assert row_of(results, "time")
 
 
 # ---- the table ----
@@ -1069,11 +1069,11 @@ def test_a_slow_step_is_run_once(tmp_path, monkeypatch):
 def test_the_table():
     shown = io.StringIO()
     rows = [
-        Finding("ok", "student", "small"),
-        Finding("warning", "labels", "few [of them]", "Write more."),
-        Finding("error", "trained", "x" * 200, "Mend it."),
+        CheckResult("ok", "student", "small"),
+        CheckResult("warning", "labels", "few [of them]", "Write more."),
+        CheckResult("error", "trained", "x" * 200, "Mend it."),
     ]
-    print_findings(rows, Console(file=shown, width=60, highlight=False))
+    print_results(rows, Console(file=shown, width=60, highlight=False))
     lines = [line.strip() for line in shown.getvalue().splitlines()]
     assert lines[1].split() == ["Check", "Status", "Found"]
     assert "student   ok        small" in lines

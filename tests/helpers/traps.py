@@ -217,7 +217,7 @@ TRAPS = {
     27: Trap(
         "the weighted parts are the logged loss",
         "kd_trainer/trainer.py",
-        "mean = both[0] / max(self._window.steps, 1)",
+        "mean = both[0] / max(self._metrics.steps, 1)",
         "mean = both[0] / self.args.logging_steps",
         "tests/training/test_trainer.py -k resuming_inside",
     ),

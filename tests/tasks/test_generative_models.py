@@ -205,8 +205,8 @@ def test_a_cache_gives_what_the_live_teacher_gives(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["vision-encoder-decoder", "paligemma"])
 def test_check_finds_nothing_wrong(name, tmp_path):
-    findings = ours(name, tmp_path).check()
-    assert not [row for row in findings if row.status == "error"], findings
+    results = ours(name, tmp_path).check()
+    assert not [row for row in results if row.status == "error"], results
 
 
 @pytest.mark.parametrize("name", ["llava", "smolvlm", "whisper"])

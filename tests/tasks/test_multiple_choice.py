@@ -131,5 +131,5 @@ def test_rows_without_a_label_have_a_soft_loss(tmp_path):
 
 
 def test_check_finds_nothing_wrong(tmp_path):
-    findings = ours(tmp_path).check()
-    assert not [row for row in findings if row.status == "error"], findings
+    results = ours(tmp_path).check()
+    assert not [row for row in results if row.status == "error"], results

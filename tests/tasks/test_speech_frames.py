@@ -192,8 +192,8 @@ def test_the_formula_cannot_be_asked_for(tmp_path):
 
 
 def test_check_finds_nothing_wrong(tmp_path):
-    findings = ours(tmp_path, "wav2vec2", kd_reduction="tokenmean").check()
-    assert not [row for row in findings if row.status == "error"], findings
+    results = ours(tmp_path, "wav2vec2", kd_reduction="tokenmean").check()
+    assert not [row for row in results if row.status == "error"], results
 
 
 def test_other_frame_rates_are_refused(tmp_path):

@@ -89,7 +89,7 @@ def test_accumulation_changes_nothing(task, count, reduction, toy, tmp_path):
 
 
 def test_it_is_there_without_logits_too(toy, tmp_path):
-    toy(loss=lambda batch, outputs, teacher: batch.fit.student.lm_head.weight.square().sum())
+    toy(loss=lambda batch, outputs, teacher: batch.plan.student.lm_head.weight.square().sum())
     run = tiny.trainer("causal_lm", tmp_path, kd_loss_implementation="fused", kd_reduction="tokenmean")
     run.train()
     metrics = run.evaluate()

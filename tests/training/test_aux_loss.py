@@ -12,7 +12,7 @@ from torch import nn
 from transformers import NllbMoeConfig, SwitchTransformersConfig
 
 from kd_trainer import DistillationTrainer, DistillationTrainingArguments
-from kd_trainer.training.router_loss import router_weight
+from kd_trainer.training.terms import aux_weight
 from tests.helpers import tiny
 
 # Where a class keeps its weight differs: JetMoe has aux_loss_coef, the others router_aux_loss_coef.
@@ -117,7 +117,7 @@ def test_a_step_has_the_mean_over_its_micro_batches_by_their_rows(reduction, tmp
     _, counts = run.get_batch_samples(iter(batches), 2, run.args.device)
     with torch.no_grad():
         losses = [run.compute_loss(run.model, b, num_items_in_batch=counts).item() for b in batches]
-    hard, soft, aux, _, _ = run._window.sums().tolist()
+    hard, soft, aux, _, _ = run._metrics.sums().tolist()
     assert aux == pytest.approx(expected, rel=1e-5)
     assert sum(losses) == pytest.approx(0.3 * hard + 0.7 * soft + WEIGHT * expected, rel=1e-5)
     with torch.no_grad():  # gradients are averaged over two processes: the whole loss is doubled
@@ -184,7 +184,7 @@ def test_it_is_the_config_that_asks(tmp_path):
 def test_a_vision_language_model_keeps_the_weight_in_its_text_config():
     student = nn.Identity()
     student.config = transformers.Qwen3VLMoeConfig(text_config={"router_aux_loss_coef": 0.25})
-    assert router_weight(student) == 0.25
+    assert aux_weight(student) == 0.25
 
 
 def test_the_start_block_says_what_is_added_and_what_is_left_out(tmp_path, capsys):

@@ -25,7 +25,7 @@ _WIDTH = 110  # of the table where there is no terminal
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """A row of the table.
 
     Args:
@@ -46,10 +46,10 @@ class Finding(NamedTuple):
         return self.fix
 
 
-ok, warning, error = partial(Finding, "ok"), partial(Finding, "warning"), partial(Finding, "error")
+ok, warning, error = partial(CheckResult, "ok"), partial(CheckResult, "warning"), partial(CheckResult, "error")
 
 
-def refused(what: str, exception: BaseException) -> Finding:
+def refused(what: str, exception: BaseException) -> CheckResult:
     """The row of an exception: one of this package with its own fix, or any other."""
     text = exception.args[0] if exception.args else ""
     if isinstance(text, Message):
@@ -65,7 +65,7 @@ def refused(what: str, exception: BaseException) -> Finding:
     return error(what, text + place, fix)
 
 
-def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
+def print_results(results: Sequence[CheckResult], console: Console | None = None) -> None:
     """Prints the table, each fix below what was found, and the number of errors and warnings."""
     leave_progress_bar()
     if console is None:
@@ -75,26 +75,26 @@ def print_findings(findings: Sequence[Finding], console: Console | None = None) 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("Check", "Status", "Found"):
         table.add_column(name, overflow="fold")
-    for finding in findings:
-        text = Text(finding.found)
-        if finding.fix:
-            text.append(f"\n-> {finding.fix}", style="italic")
-        table.add_row(finding.what, Text(finding.status, style=_STYLES[finding.status]), text)
+    for result in results:
+        text = Text(result.found)
+        if result.fix:
+            text.append(f"\n-> {result.fix}", style="italic")
+        table.add_row(result.what, Text(result.status, style=_STYLES[result.status]), text)
     console.print(table)
-    counts = {status: sum(finding.status == status for finding in findings) for status in ("error", "warning")}
+    counts = {status: sum(result.status == status for result in results) for status in ("error", "warning")}
     summary = ", ".join(f"{count} {status}{'' if count == 1 else 's'}" for status, count in counts.items())
     console.print(Text(f"[kd_trainer] {summary}"))
 
 
-def has_errors(findings: Iterable[Finding]) -> bool:
-    return any(finding.status == "error" for finding in findings)
+def has_errors(results: Iterable[CheckResult]) -> bool:
+    return any(result.status == "error" for result in results)
 
 
-class Findings:
+class Results:
     """The rows of this process, and what the processes have to agree on."""
 
     def __init__(self, accelerator: Any, device: torch.device) -> None:
-        self.rows: list[Finding] = []
+        self.rows: list[CheckResult] = []
         self.memory_peak: int | None = None  # bytes, measured in the step
         self._accelerator, self._device = accelerator, device
 
@@ -108,7 +108,7 @@ class Findings:
             if row.found not in {known.found for known in self.rows}:
                 self.rows.append(row)
 
-    def add(self, what: str, look: Callable[..., list[Finding]], *args: Any, **options: Any) -> None:
+    def add(self, what: str, look: Callable[..., list[CheckResult]], *args: Any, **options: Any) -> None:
         """The rows that `look` returns, or the row of its exception."""
         with self.attempt(what):
             self.rows += look(*args, **options)
@@ -127,7 +127,7 @@ class Findings:
         agreed = self._accelerator.reduce(torch.tensor(float(here), device=self._device), reduction="sum")
         return int(agreed) == self._accelerator.num_processes
 
-    def of_all_processes(self) -> list[Finding]:
+    def of_all_processes(self) -> list[CheckResult]:
         """The first process's rows, and warnings and errors that only other processes have."""
         from accelerate.utils import gather_object
 
