@@ -62,8 +62,8 @@ if TYPE_CHECKING:
     from .training.arguments import DistillationTrainingArguments as DistillationTrainingArguments
     from .training.arguments import Seq2SeqDistillationTrainingArguments as Seq2SeqDistillationTrainingArguments
     from .training.arguments import parse_args as parse_args
+    from .training.checkpoints import ResumableInterrupt as ResumableInterrupt
     from .training.checkpoints import newest_resumable as newest_resumable
-    from .training.interrupt import ResumableInterrupt as ResumableInterrupt
 
 __version__ = "0.1.0"
 
@@ -118,8 +118,7 @@ _HOME = {
         "Seq2SeqDistillationTrainingArguments",
         "parse_args",
     ],
-    "training.checkpoints": ["newest_resumable"],
-    "training.interrupt": ["ResumableInterrupt"],
+    "training.checkpoints": ["ResumableInterrupt", "newest_resumable"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -6,9 +6,8 @@ nothing else; formulas stand in the files below.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,11 +17,11 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import RemoveColumnsCollator
 
 from .cache import CachedCollator, CachedTeacher
-from .diagnostics.check import Inspection, examine
+from .diagnostics.check import Inspection, LossOfPlan, examine
 from .diagnostics.results import CheckResult, has_errors
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
-from .tasks import PackingWatch, UnsupportedHead, accepted_inputs, model_inputs, unchanged_attributes
+from .tasks import PackingWatch, accepted_inputs, model_inputs, unchanged_attributes
 from .tasks.inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
 from .teachers.teacher import Teacher
@@ -31,13 +30,13 @@ from .training import bases as bases
 from .training.arguments import refuse_borrowed_names
 from .training.checkpoints import Checkpoints
 from .training.finite_watch import FiniteWatch
-from .training.logs import Evaluation, MetricsBuffer, logged_row, named, with_existence, with_existence_of
-from .training.objective import Counts, Objective, Parts
+from .training.logs import Evaluation, MetricsBuffer, logged_row
+from .training.objective import Counts, Objective
 from .training.own_loss import OwnHardLoss
-from .training.processes import refuse_lone_processes, unwrapped
 from .training.start_block import print_start, put_card_section, summary_of, write_summary
-from .training.step_loss import BatchLoss, MicroBatch, TeacherOutputs, counts_of, own_rows
+from .training.step_loss import MicroBatch, TeacherOutputs, counts_of, counts_of_step, own_rows
 from .training.teacher_cache import TeacherCache
+from .training.terms import TermModules
 
 if TYPE_CHECKING:  # at run time the mixin has no base of its own, so that it fits in front of any Trainer class
     _InFrontOf = Trainer
@@ -83,14 +82,14 @@ class DistillationMixin(_InFrontOf):
             bases.refuse_no_trainer(type(self))
         refuse_borrowed_names(kwargs)
         if args is not None:
-            refuse_lone_processes(args)
+            bases.refuse_lone_processes(args)
         try:
             super().__init__(model, args, *trainer_args, **kwargs)
         except TypeError as error:  # SFTTrainer builds its own class of arguments from the fields of ours
             if "'kd_" not in str(error) and "'teacher_" not in str(error):
                 raise
             raise TypeError(bases.no_room_for_fields(type(self), DistillationMixin, args)) from error
-        refuse_lone_processes(self.args)  # which upstream makes where none are given
+        bases.refuse_lone_processes(self.args)  # which upstream makes where none are given
         self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
         self._run_settings = Settings(self.args)
         self._setup = Setup(self, self._run_settings, self._is_training_step)
@@ -107,7 +106,7 @@ class DistillationMixin(_InFrontOf):
         if self.kd_args.teacher_cache_dir is not None and cache.given is not None:
             cache.identity()
         self._plan: Plan | None = None
-        self._started = False
+        self._started, self._term_modules = False, TermModules()
         self._teacher_outputs = TeacherOutputs(cache.at_hand)
         self._predicting = self._loss_only = False  # in a `prediction_step`; in one whose outputs are thrown away
         self._metrics = MetricsBuffer(self.args.device)
@@ -124,7 +123,7 @@ class DistillationMixin(_InFrontOf):
 
     def unwrapped_student(self) -> nn.Module:
         """The student without what processes and compilers put around it."""
-        return unwrapped(cast(nn.Module, self.model), self.accelerator)
+        return bases.unwrapped(cast(nn.Module, self.model), self.accelerator)
 
     def _is_training_step(self, student: nn.Module) -> bool:
         """Whether a loss is for a training step, whatever mode the student is in: it may stay in eval mode."""
@@ -142,16 +141,12 @@ class DistillationMixin(_InFrontOf):
         return self._plan
 
     def build_teacher_cache(self, dataset: Any = None, *, name: str | None = None) -> CachedTeacher:
-        """Asks the teacher once about all training and evaluation data and keeps what it said in `teacher_cache_dir`.
+        """Runs the teacher once on all training and evaluation data and writes its outputs to `teacher_cache_dir`.
 
-        `train()` does it where `teacher_cache_dir` is set, and `kd_run` "cache" from any script. What is there already
-        is checked and kept; an interrupted building goes on. Every process must call it: they share the work.
+        `train()` does it where `teacher_cache_dir` is set, and `kd_run` "cache" from any script. Finished parts are
+        checked and kept; an interrupted build goes on. Every process must call it: they share the work.
 
-        Args:
-            dataset, name: further data, such as that of `predict`; this and the errors: see `TeacherCache.build`.
-
-        Returns:
-            The cached teacher, which from now on is the trainer's.
+        It returns the cached teacher, which replaces the trainer's. Arguments and errors: see `TeacherCache.build`.
         """
         self.teacher, self._plan = (cached := self._teacher_cache.build(self.teacher, dataset, name)), None
         if self.args.device.type == "cuda":
@@ -187,22 +182,28 @@ class DistillationMixin(_InFrontOf):
         Returns:
             The rows: `status` ("ok", "warning" or "error"), `what` was looked at, what was `found`, how to `fix` it.
         """
-        with self._inspected() as inspection:
+
+        def compute_loss(model: nn.Module, batch: dict, counts: Counts | None, plan: Plan) -> LossOfPlan:
+            self._plan, self._metrics = plan, MetricsBuffer(self.args.device)
+            return LossOfPlan(self.compute_loss(model, batch, num_items_in_batch=counts), self._metrics, self._plan)
+
+        setup, mode = self._setup, "off" if self._finite.mode == "off" else "step"
+        inspection = Inspection(
+            self, self._run_settings, setup.refused, self._loss_shifts_labels, setup.withheld_columns,
+            lambda: self._signature_columns, lambda batch: setup.first_batch(batch, self.teacher), compute_loss,
+        )  # fmt: skip
+        unchanged = unchanged_attributes(self, "teacher", "_plan", "_metrics", "_finite")
+        with unchanged, unchanged_attributes(setup, "each_alone"), self._with_term_modules():
+            self._finite, setup.each_alone = FiniteWatch(mode, self.args.process_index), not is_sharded(self)
             return examine(inspection, evaluate=evaluate, batch=batch)
 
-    @contextmanager
-    def _inspected(self) -> Iterator[Inspection]:
-        """What `check` needs of the trainer; afterwards the trainer is what it was."""
-        own = unchanged_attributes(self, "teacher", "_plan", "_metrics", "_finite")
-        with own, unchanged_attributes(self._setup, "each_alone"):
-            mode = "off" if self._finite.mode == "off" else "step"
-            self._finite, self._setup.each_alone = FiniteWatch(mode, self.args.process_index), not is_sharded(self)
-            yield Inspection(
-                self, self._run_settings, self._setup.refused, self._loss_shifts_labels, self._setup.withheld_columns,
-                lambda: self._signature_columns, lambda batch: self._setup.first_batch(batch, self.teacher),
-                lambda: self._plan, partial(setattr, self, "_plan"),
-                partial(setattr, self, "_metrics"),
-            )  # fmt: skip
+    def _with_term_modules(self) -> AbstractContextManager[None]:
+        return self._term_modules.on(self.unwrapped_student(), self.teacher, self._run_settings.added)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's, which creates the optimizer; before, the terms add their modules (projectors) to the student."""
+        with self._with_term_modules():
+            return super()._inner_training_loop(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results.
@@ -229,8 +230,7 @@ class DistillationMixin(_InFrontOf):
         finally:
             release_memory()
             ResumableInterrupt.restore_all(self.callback_handler.callbacks)
-        self._finite.raise_noted()
-        self._packing.raise_noted()
+        self._raise_noted()
         if self.teacher is not None and not self._run_settings.always_hard and self.is_world_process_zero():
             write_summary(self.args.output_dir, self.summary())
         return result
@@ -273,11 +273,9 @@ class DistillationMixin(_InFrontOf):
         objective, _ = self._objective(training=True)
         for batch in batches:
             self._packing.look(plan.task, batch, objective.reduction)
-        counts = objective.count_all(plan.task, batches)
-        if plan.takes_num_items(self._run_settings.always_hard) and num_items is None:
+        if num_items is None and plan.takes_num_items(self._run_settings.always_hard):
             num_items = super()._get_num_items_in_batch(batches, device)
-        by_items = plan.by_num_items and self._run_settings.always_hard and num_items is not None
-        counts = counts._replace(num_items=num_items, micro_batches=len(batches), by_num_items=by_items)
+        counts = counts_of_step(plan, objective, batches, num_items, always_hard=self._run_settings.always_hard)
         if not self._started:
             self._started = True
             self._packing.look(plan.task, batches[0], objective.reduction, now=True)
@@ -285,21 +283,15 @@ class DistillationMixin(_InFrontOf):
                 last, notes = self._objective(training=False)[0], bases.not_logged(type(self))
                 print_start(plan, objective, last, batches[0], counts, self.label_names, notes)
         self._metrics.steps += 1
-        return batches, self._over_processes(counts, device)
+        if not self.args.average_tokens_across_devices or self.args.world_size == 1:
+            return batches, counts
+        return batches, counts.over_processes(self.accelerator, device, self._same_batch(), self._scale())
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         """Upstream's where the hard loss is divided by it. Else None: `get_batch_samples` counts for training, and
         evaluation counts its own batch without a collective."""
         needed = self._plan is not None and self._plan.takes_num_items(self._run_settings.always_hard)
         return super()._get_num_items_in_batch(batch_samples, device) if needed else None
-
-    def _over_processes(self, counts: Counts, device: torch.device) -> Counts:
-        """The counts summed over the processes: one reduce a step."""
-        if not self.args.average_tokens_across_devices or self.args.world_size == 1:
-            return counts
-        local = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts.each])
-        summed = self.accelerator.reduce(local, reduction="sum").div(self._same_batch())
-        return counts.with_each(*summed.unbind(), scale=self._scale())
 
     def _same_batch(self) -> int:  # processes that share each batch
         return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
@@ -337,45 +329,27 @@ class DistillationMixin(_InFrontOf):
         several = not training and self._evaluation is not None and self.args.world_size > 1 and not plan.own_loss
         alone = several and self._same_batch() == 1  # else processes share rows in another way
         own = own_rows(self.accelerator, objective, plan, inputs, counts) if alone else None
-        batch = MicroBatch(plan, objective, soft_loss, model, inputs, counts, training, own)
-        fused = plan.heads is not None and (not return_outputs or self._loss_only)
-        result = self._fused_loss(batch) if fused else None
-        if result is None:
-            own_loss = None
-            if plan.own_loss:
-                own_loss = OwnHardLoss(self.compute_loss_func, self.model_accepts_loss_kwargs, self._scale())
-            teacher = None if self._run_settings.always_hard and training else plan.teacher
-            result = batch.full(self._teacher_outputs.logits(teacher, batch, self.accelerator), own_loss)
+        own_loss = None
+        if plan.own_loss:
+            own_loss = OwnHardLoss(self.compute_loss_func, self.model_accepts_loss_kwargs, self._scale())
+        teacher = None if self._run_settings.always_hard and training else plan.teacher
+        batch = MicroBatch(plan, objective, soft_loss, model, teacher, inputs, counts, training, own)
+        needs_logits = return_outputs and not self._loss_only
+        result = batch.loss(self._teacher_outputs, self.accelerator, own_loss, needs_logits=needs_logits)
+        self._plan, total = batch.plan, result.parts.total
         self._finite.see(
-            result.parts.total, result.student, result.teacher, self.state.global_step, of=result.of,
+            total, result.student, result.teacher, self.state.global_step, of=result.of,
             fault=lambda: plan.task.fault(inputs, result.classes),
         )  # fmt: skip
-        self._collect(result.logged, result.counts, training)
-        total = result.parts.total
+        if training:
+            self._metrics.add(logged_row(result.parts, result.counts))
+        elif self._evaluation is not None:
+            self._evaluation.add(result.parts, result.counts, objective, batch.plan, self._gathered)
         return (total, as_mapping(result.outputs, total)) if return_outputs else total
 
-    def _fused_loss(self, batch: MicroBatch) -> BatchLoss | None:
-        """The loss without logits; None, and full logits from now on, where a head does more than is known."""
-        plan, teacher_head = batch.plan, cast(tuple, batch.plan.heads)[1]
-        try:
-            with self._teacher_outputs.hidden(plan.teacher, batch, self.accelerator, teacher_head) as output:
-                return None if output is None else batch.fused(output)
-        except UnsupportedHead as reason:
-            self._plan = plan.with_full_logits(reason, self.kd_args.kd_loss_implementation)
-            return None
-
-    def _collect(self, parts: Parts, counts: Counts, training: bool) -> None:
-        """Keeps the terms on the device: those of a training step, or each row of an evaluation once."""
-        if not training and self._evaluation is None:
-            return
-        row = logged_row(parts, counts)
-        if training:
-            self._metrics.add(row)
-        elif self._evaluation is not None:
-            self._evaluation.add(row, counts, self._objective(training=False)[0])
-            if self._plan is not None and (self._plan.task.token_level or self._plan.own_loss):
-                values = with_existence_of(row, parts.total.device)
-                self._evaluation.rows.append(self.gather_function(values.repeat(self.args.eval_batch_size, 1)))
+    def _gathered(self, values: Tensor) -> Tensor:
+        """Numbers of an evaluation batch, gathered over the processes as upstream gathers its loss."""
+        return self.gather_function(values.repeat(self.args.eval_batch_size, 1))
 
     # ---- evaluation and logs ----
 
@@ -432,12 +406,9 @@ class DistillationMixin(_InFrontOf):
         return loss, tokens, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's, with hard_loss, soft_loss and teacher_agreement beside the loss.
+        """Upstream's, with the terms, teacher_agreement and for language models perplexity beside the loss.
 
-        Of tasks with one answer a row they are sums over all rows divided by their counts; of tasks by position, and
-        where the hard loss is the model's own, they weigh batch by batch, as upstream's loss does. A row that
-        accelerate repeats counts once. Language models also get perplexity: exp of the mean hard loss per labelled
-        token over all batches; inf where that is too large a number; none without labels and with label smoothing.
+        What they are means over: see `Evaluation`. A row that accelerate repeats counts once.
         """
         self._follow_settings()
         outer, self._evaluation = self._evaluation, Evaluation(self.args.device)
@@ -446,7 +417,9 @@ class DistillationMixin(_InFrontOf):
             self._packing.raise_noted()
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
             if self._plan is not None and output.metrics is not None:
-                output.metrics.update(self._evaluated(self._evaluation, self._plan, f"{prefix}_"))
+                plan, objective, several = self._plan, self._objective(training=False)[0], self.args.world_size > 1
+                logged = self._evaluation.logged(f"{prefix}_", self.accelerator, plan, objective, several=several)
+                output.metrics.update(logged)
         finally:
             self._evaluation = outer
             self._teacher_cache.release_at_hand()
@@ -454,28 +427,22 @@ class DistillationMixin(_InFrontOf):
                 release_memory()
         return output
 
-    def _evaluated(self, evaluation: Evaluation, plan: Plan, prefix: str) -> dict[str, float]:
-        objective, _ = self._objective(training=False)
-        several, own_loss = self.args.world_size > 1, plan.own_loss
-        return evaluation.logged(
-            prefix, self.accelerator, plan.task, objective, plan.student, own_loss=own_loss, several=several
-        )
+    def _raise_noted(self) -> None:
+        self._finite.raise_noted()
+        self._packing.raise_noted()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`; the training's own log (it has `loss` and `learning_rate`) gets the parts of that loss.
 
         Only that log is gathered over the processes, so a script may log by itself on one process.
         """
-        sums = self._metrics.sums() if "loss" in logs and "learning_rate" in logs else None
-        if sums is not None:
-            self._finite.raise_noted()
-            self._packing.raise_noted()
-            both = self.accelerator.reduce(with_existence(sums, self._metrics.exists), reduction="mean")
-            mean = both[0] / max(self._metrics.steps, 1)
+        if "loss" in logs and "learning_rate" in logs:
+            self._raise_noted()
             objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
-            logs.update(named(objective, mean.tolist(), both[1].tolist()))
-            if self.kd_args.kd_schedule != "constant":
-                logs.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
+            means = self._metrics.means(self.accelerator, objective)
+            if means and self.kd_args.kd_schedule != "constant":
+                means.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
+            logs.update(means)
             self._metrics = MetricsBuffer(self.args.device)
         super().log(logs, start_time)
 
@@ -532,7 +499,7 @@ class DistillationMixin(_InFrontOf):
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """A `Trainer` that distils: everything as `Trainer`, plus `teacher_model`.
+    """A `Trainer` with distillation: its arguments, and `teacher_model`.
 
     Example::
 
@@ -542,10 +509,9 @@ class DistillationTrainer(DistillationMixin, Trainer):
 
 
 class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
-    """A `Seq2SeqTrainer` that distils: everything as `Seq2SeqTrainer`, plus `teacher_model`.
+    """A `Seq2SeqTrainer` with distillation: its arguments (else a TypeError), and `teacher_model`.
 
-    With `predict_with_generate` the predictions are upstream's generated tokens and `eval_loss` is the distillation
-    loss on the labels, as without. `args` that are no `Seq2SeqTrainingArguments` are a TypeError.
+    With `predict_with_generate` the predictions are the generated tokens; `eval_loss` is the distillation loss still.
 
     Example::
 

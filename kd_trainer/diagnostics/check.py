@@ -26,6 +26,7 @@ from ..training import WITH_MODELS, WITHOUT_MODELS, FirstBatch, classes_of_logit
 from ..validation import fail
 from . import advice as advice
 from .inspection import Inspection as Inspection
+from .inspection import LossOfPlan as LossOfPlan
 from .results import CheckResult, Results, has_errors, print_results, refused, warning
 from .trial import Trial, batches, run
 
@@ -101,7 +102,6 @@ def _look_at_batch(inspection: Inspection, results: Results, batch: Mapping[str,
     if not fits:
         return None
     plan = make_plan(setup)
-    inspection.use_plan(plan)
     model = trainer.model_wrapped if setup.sharded else trainer.model
     return Trial(inspection, setup, plan, model, setup.prepared())
 

@@ -7,10 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
 
 from ..losses import SoftTargetLoss
-from ..training import FirstBatch, MetricsBuffer, Objective, Plan, Settings
+from ..training import Counts, FirstBatch, MetricsBuffer, Objective, Plan, Settings
+
+
+class LossOfPlan(NamedTuple):
+    """A loss that was computed by a plan.
+
+    Args:
+        metrics: its parts, of a training step.
+        plan: the same, or one with full logits where the output heads do more than is known.
+    """
+
+    loss: Tensor
+    metrics: MetricsBuffer
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -25,8 +40,7 @@ class Inspection:
         withheld_columns: columns that stay for the teacher and that the student's `**kwargs` do not get.
         kept_columns: columns that `remove_unused_columns` keeps.
         first_batch: what the checks take, for a batch.
-        plan, use_plan: reads and sets the plan by which `trainer.compute_loss` computes.
-        use_metrics: sets the buffer that receives the parts of the loss of a training step.
+        compute_loss: `trainer.compute_loss` by a plan: (wrapped student, batch, counts, plan).
     """
 
     trainer: Any
@@ -36,9 +50,7 @@ class Inspection:
     withheld_columns: Callable[[], set[str]]
     kept_columns: Callable[[], Sequence[str] | None]
     first_batch: Callable[[Mapping[str, Any]], FirstBatch]
-    plan: Callable[[], Plan | None]
-    use_plan: Callable[[Plan], None]
-    use_metrics: Callable[[MetricsBuffer], None]
+    compute_loss: Callable[[nn.Module, dict[str, Any], Counts | None, Plan], LossOfPlan]
 
     def objective(self, *, training: bool) -> tuple[Objective, SoftTargetLoss]:
         return self.settings.objective(self.trainer.state, training=training)

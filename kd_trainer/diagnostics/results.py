@@ -96,6 +96,7 @@ class Results:
     def __init__(self, accelerator: Any, device: torch.device) -> None:
         self.rows: list[CheckResult] = []
         self.memory_peak: int | None = None  # bytes, measured in the step
+        self.plan: Any = None  # of the step: with full logits where the output heads do more than is known
         self._accelerator, self._device = accelerator, device
 
     @contextmanager

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from ..losses import IGNORE_INDEX, divide
 from ..tasks import behind_front, main_input, model_inputs, unchanged_attributes, vocabulary_rows
 from ..teachers import LiveTeacher, positions_of
-from ..training import Counts, FirstBatch, MetricsBuffer, Plan
+from ..training import Counts, FirstBatch, Plan
 from .advice import about_path, pad_id_of
 from .batch_changes import padded, pieces_of, starts_padded
-from .inspection import Inspection
+from .inspection import Inspection, LossOfPlan
 from .memory import COLUMNS, estimate_memory
 from .results import CheckResult, Results, error, has_errors, ok, warning
 
@@ -60,9 +60,9 @@ class Trial(NamedTuple):
         accelerator = self.trainer.accelerator
         return accelerator.autocast() if self.whole and accelerator.mixed_precision != "no" else nullcontext()
 
-    def loss(self, batch: Mapping[str, Any], counts: Counts | None = None) -> Tensor:
+    def loss(self, batch: Mapping[str, Any], counts: Counts | None = None) -> LossOfPlan:
         with self.precision:
-            return self.trainer.compute_loss(self.model, dict(batch), num_items_in_batch=counts)
+            return self.inspection.compute_loss(self.model, dict(batch), counts, self.plan)
 
     def logits(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Of student and live teacher; without gradient."""
@@ -80,8 +80,8 @@ def run(trial: Trial, results: Results, evaluate: bool) -> None:
     results.add("loss", _step, trial, results)
     if not results.everywhere(not has_errors(results.rows[before:])):
         return
-    plan = cast(Plan, trial.inspection.plan())  # with full logits where the step has fallen back to them
-    results.rows += about_path(plan, trial.plan.student, trial.setup.kd.kd_loss_implementation)
+    trial = trial._replace(plan=cast(Plan, results.plan))
+    results.rows += about_path(trial.plan, trial.plan.student, trial.setup.kd.kd_loss_implementation)
     results.add("memory", _memory, trial, results.memory_peak)
     results.add("split", _split, trial, results)
     results.add("padding", _padding, trial, results)
@@ -100,19 +100,18 @@ def _step(trial: Trial, results: Results) -> list[CheckResult]:
     counts = objective.count(plan.task, trial.batch)
     memory_peak = _watch_memory(trainer.args.device)
 
-    def step() -> tuple[Tensor, dict[str, float]]:
-        metrics = MetricsBuffer(trainer.args.device)
-        trial.inspection.use_metrics(metrics)
+    def step() -> LossOfPlan:
         plan.student.zero_grad(set_to_none=True)
         with torch.set_grad_enabled(backward), unchanged_attributes(trainer, "is_in_train"):
             trainer.is_in_train = True  # a loss in eval mode is one of training too
-            loss = trial.loss(trial.batch, counts)
+            computed = trial.loss(trial.batch, counts)
         if backward:
-            loss.backward()
-        return loss, metrics.named(objective)  # no parts where a subclass has its own compute_loss
+            computed.loss.backward()
+        return computed
 
-    seconds, (loss, parts) = _timed(trainer.args.device, step, once=not trial.whole)
+    seconds, (loss, metrics, results.plan) = _timed(trainer.args.device, step, once=not trial.whole)
     results.memory_peak = memory_peak() if backward else None
+    parts = metrics.named(objective)  # none where a subclass has its own compute_loss
     shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
     found = f"{loss.item():.4f} of one batch: {shown}"
     if not math.isfinite(loss.item()):
@@ -272,7 +271,7 @@ def _losses(trial: Trial, batches: list[dict[str, Any]], whole: Mapping[str, Any
     objective, _ = trial.inspection.objective(training=False)
     counts = objective.count(trial.plan.task, whole)
     with torch.no_grad():
-        return sum(float(trial.loss(batch, counts)) for batch in batches)
+        return sum(float(trial.loss(batch, counts).loss) for batch in batches)
 
 
 def _compared(trial: Trial, what: str, found: str, one: float, other: float, causes: str) -> CheckResult:

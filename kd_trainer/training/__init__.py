@@ -6,8 +6,7 @@ from .arguments import (
     Seq2SeqDistillationTrainingArguments,
     parse_args,
 )
-from .checkpoints import newest_resumable
-from .interrupt import ResumableInterrupt
+from .checkpoints import ResumableInterrupt, newest_resumable
 from .logs import MetricsBuffer
 from .objective import Counts, Objective
 from .settings import Settings

@@ -5,12 +5,16 @@ For: `trainer.py`. Refusals name the class or the option, and what to write inst
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+from torch import nn
 from transformers import Seq2SeqTrainingArguments, Trainer
+from transformers.utils import is_sagemaker_mp_enabled
 
 from ..validation import fail, message
+from .arguments import has_accelerator
 
 # Upstream names without a promise of stability that the package relies on; a test looks each of them up.
 UPSTREAM_NAMES = {
@@ -54,6 +58,9 @@ REPLACED = {
     "trl.trainer.sft_trainer.SFTTrainer": "SFTTrainer's entropy, mean_token_accuracy and num_tokens are not logged; "
     "include_num_input_tokens_seen counts tokens, teacher_agreement and eval_perplexity tell how good the student is",
 }
+
+# Variables in which a launcher puts the number of processes that it started, as accelerate reads them.
+_LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 # What helps with the trainers of other libraries, whose losses are not a task's loss on logits.
 _LIBRARIES = {
@@ -142,6 +149,28 @@ def check_generation_arguments(args: Any) -> None:
         fix = "Build the arguments with that class; it has the same fields and those of generation."
         shown, expected = f"of type {type(args).__name__}", "Seq2SeqDistillationTrainingArguments"
         fail("args", shown, expected, fix, error=TypeError)
+
+
+def unwrapped(model: nn.Module, accelerator: Any) -> nn.Module:
+    """A model without what processes and compilers put around it."""
+    # accelerate's own search reads the metadata of installed packages first, which costs more than a small step.
+    wrapped = hasattr(model, "module") or hasattr(model, "_orig_mod")
+    return accelerator.unwrap_model(model) if wrapped else model
+
+
+def refuse_lone_processes(args: Any) -> None:
+    """Raises ValueError where a launcher started several processes and each would train the whole job alone."""
+    started = {name: int(value) for name in _LAUNCHED if (value := os.environ.get(name, "")).isdigit()}
+    name = max(started, key=lambda each: started[each], default="")
+    if not name or started[name] < 2 or args.world_size > 1 or is_sagemaker_mp_enabled():
+        return
+    because = f"{name} is {started[name]} and the arguments see one process: each would train the whole job alone "
+    because += "and write over the files of the others"
+    if has_accelerator() and args.device.type != "mps":
+        mend = f"Start the script with accelerate launch or torchrun, or unset {name}; on the CPU set use_cpu."
+        fail(name, started[name], "1, the number of processes that the arguments see", mend, because=because)
+    mend = "Set use_cpu to true in the arguments (those of kd_trainer have it where there is no accelerator)."
+    fail("use_cpu", args.use_cpu, "true for several processes on the CPU", mend, because=because)
 
 
 def not_logged(cls: type) -> list[str]:

@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or known not to be: a manifest written last, checked before anything is read.
+"""Checkpoints that are whole or known not to be (a manifest, written last), and Ctrl-C that writes one.
 
-For: `trainer.py`, which owns a `Checkpoints`. Leaves what is in a checkpoint to upstream. The stock Trainer resumes
-from a checkpoint that a kill has cut, with a fresh optimizer or other random numbers, and says nothing.
+For: `trainer.py`, which owns a `Checkpoints`; `ResumableInterrupt` is for any `Trainer`. What is in a checkpoint is
+upstream's. The stock Trainer resumes from a checkpoint that a kill has cut, with a fresh optimizer or other random
+numbers, without a warning.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -18,11 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..files import digest, write_atomically
 from ..validation import fail, message, warn
-from .processes import on_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +107,20 @@ def rotate(output_dir: Path, limit: int | None, newest: Path, best: str | None) 
     for folder in folders[:surplus]:
         begin(folder)  # from here on it is no checkpoint any more, however far the deletion comes
         _delete(folder)
+
+
+def on_main_process(accelerator: Any, call: Callable[[], Any]) -> Any:
+    """What `call` returns on the main process; its ValueError or RuntimeError is raised on every process."""
+    result: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            result[0] = call()
+        except (ValueError, RuntimeError) as error:
+            result[1] = error
+    broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
 
 
 class Checkpoints(NamedTuple):
@@ -242,3 +260,66 @@ def _manifest(folder: Path) -> _Manifest | None:
         return _Manifest(read["processes"], read["resumable"], {folder / name: files[name] for name in files})
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError from error
+
+
+class ResumableInterrupt(TrainerCallback):
+    """The first Ctrl-C stops after the current optimizer step with a checkpoint; the second stops at once.
+
+    Training then ends with KeyboardInterrupt, so that the script does not go on as if it were complete. With several
+    processes the interrupt is left to the launcher, which stops them at different steps: there the last regular
+    checkpoint is the one to resume from.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._saved_at = -1
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._asked, self._saved_at = False, -1
+        self.restore()  # an earlier training that failed has not come to its end
+        if args.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            return
+        self._previous = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, self._on_interrupt)
+
+    def _on_interrupt(self, signum: int, frame: Any) -> None:
+        if self._asked:
+            self.restore()
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\n[kd_trainer] stopping after this step; press Ctrl-C again to stop at once", flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self._asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved_at = state.global_step
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.restore()
+        if self._asked:
+            self._asked = False
+            if self._saved_at == state.global_step:  # not so if it was pressed after the last step had ended
+                print(
+                    f"[kd_trainer] interrupted: {args.output_dir}/checkpoint-{state.global_step} is complete; go on "
+                    "with trainer.train(resume_from_checkpoint=True), or --resume_from_checkpoint true where the "
+                    "script has it",
+                    flush=True,
+                )
+            raise KeyboardInterrupt
+
+    def restore(self) -> None:
+        """Gives Ctrl-C back to whoever had it before; also for trainings that end with an error."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    @classmethod
+    def restore_all(cls, callbacks: Sequence[Any]) -> None:
+        """The same for those among some callbacks."""
+        for callback in callbacks:
+            if isinstance(callback, cls):
+                callback.restore()

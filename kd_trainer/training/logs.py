@@ -6,15 +6,15 @@ For: `trainer.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import divide
-from ..tasks import Task
 from .objective import Counts, Objective, Parts
+from .setup import Plan
 
 Row = tuple[Tensor | float | None, ...]  # numbers of one micro-batch, detached; None where one does not exist
 
@@ -54,6 +54,14 @@ class MetricsBuffer:
         values = [] if sums is None else sums.tolist()
         return named(objective, values, [not math.isnan(value) for value in values]) if values else {}
 
+    def means(self, accelerator: Any, objective: Objective) -> dict[str, float]:
+        """The means over optimizer steps and processes by their logged names; {} where nothing was added."""
+        sums = self.sums()
+        if sums is None:
+            return {}
+        mean, exists = accelerator.reduce(with_existence(sums, self.exists), reduction="mean")
+        return named(objective, (mean / max(self.steps, 1)).tolist(), exists.tolist())
+
     def sums(self) -> Tensor | None:
         """Sums since the last log, one for each entry of a row; None where nothing was added.
 
@@ -82,29 +90,35 @@ class Evaluation:
         # Tasks by position: the parts of every batch and whether they exist, repeated and gathered as upstream's loss.
         self.rows: list[Tensor] = []
 
-    def add(self, row: Row, counts: Counts, objective: Objective) -> None:
-        """Takes the `logged_row` of one batch as sums again."""
+    def add(
+        self, parts: Parts, counts: Counts, objective: Objective, plan: Plan, gather: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Takes the parts of one batch as sums again.
+
+        Args:
+            gather: gathers numbers over the processes as upstream gathers its loss.
+        """
+        row = logged_row(parts, counts)
         *means, agreement, labels = row
         sums = map(_times, means, objective.denominators(counts))
         over = objective.denominators(counts._replace(by_num_items=False))  # counted here, of each row once
         self.sums.add((*sums, *over, _times(agreement, counts.soft), counts.soft, labels, counts.rows))
+        if plan.task.token_level or plan.own_loss:
+            self.rows.append(gather(with_existence_of(row, parts.total.device)))
 
     def logged(
         self,
         prefix: str,
         accelerator: Any,
-        task: Task,
+        plan: Plan,
         objective: Objective,
-        student: nn.Module,
         *,
-        own_loss: bool,
         several: bool,
     ) -> dict[str, float]:
         """The terms by their logged names, and `perplexity` where it has a meaning, from the rows of all processes.
 
         Args:
             objective: with the values at the end of a schedule.
-            own_loss: the hard loss is the model's own, with its denominators, and need not be a log-likelihood.
             several: whether there are several processes, of which upstream's loss is no mean over each row once.
         """
         local = self.sums.sums()
@@ -114,6 +128,10 @@ class Evaluation:
         terms = objective.terms
         n = len(terms)
         sums, over, (same, compared, labelled, rows) = totals[:n], totals[n : 2 * n], totals[2 * n :]
+        task, own_loss = (
+            plan.task,
+            plan.own_loss,
+        )
         by_row = not task.token_level and not own_loss
         if by_row:
             means = [*map(divide, sums, over), divide(same, compared), labelled]
@@ -125,7 +143,7 @@ class Evaluation:
             return logged
         if several or (by_row and labelled < rows):
             found = [(term, logged.get(f"{prefix}{term.name}_loss")) for term in terms]
-            weights = [(term.weight_for(student), mean) for term, mean in found if mean is not None]
+            weights = [(term.weight_for(plan.student), mean) for term, mean in found if mean is not None]
             logged[f"{prefix}loss"] = sum(weight * mean for weight, mean in weights if weight)
         if task.over_tokens and objective.label_smoothing == 0 and labelled > 0:
             hard_sum = dict(zip((term.name for term in terms), sums, strict=True))["hard"]

@@ -66,6 +66,11 @@ class Counts(NamedTuple):
         """The same with the numbers of `each` replaced."""
         return self._replace(hard=hard, soft=soft, rows=rows, added=added, scale=scale)
 
+    def over_processes(self, accelerator: Any, device: torch.device, same_batch: int, scale: int) -> Counts:
+        """The counts summed over the processes, of which `same_batch` share each batch: one reduce a step."""
+        local = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in self.each])
+        return self.with_each(*accelerator.reduce(local, reduction="sum").div(same_batch).unbind(), scale=scale)
+
 
 class Parts(NamedTuple):
     """The loss of a micro-batch and what it is made of: each term before its weight, and the teacher's agreement.

@@ -25,7 +25,8 @@ class Settings:
 
     Attributes:
         kd: the arguments, checked.
-        always_hard: whether `kd_alpha` is constantly 0, so that training does not call the teacher.
+        added: the terms of the loss beside hard and soft.
+        always_hard: whether no term of training needs the teacher: `kd_alpha` is constantly 0 and nothing is captured.
     """
 
     kd: DistillationArguments
@@ -37,9 +38,10 @@ class Settings:
     def read(self, args: Any) -> None:
         """Reads the arguments: a script, a callback or a hyperparameter search may have changed them."""
         self.kd = DistillationArguments.of(args)
-        self.always_hard = self.kd.kd_alpha == 0 and self.kd.kd_schedule == "constant"
+        self.added = added_terms(self.kd)
+        soft = self.kd.kd_alpha != 0 or self.kd.kd_schedule != "constant"
+        self.always_hard = not soft and all(term.capture is None for term in self.added)
         self._smoothing = args.label_smoothing_factor
-        self._added = added_terms(self.kd)
         self._objectives: dict[tuple[float, float], tuple[Objective, SoftTargetLoss]] = {}
         self._last = self._values(args)
 
@@ -54,7 +56,7 @@ class Settings:
             cached: whether the teacher is read from a cache, which was built for a temperature.
 
         Returns:
-            Whether what the first batch told was told for other settings.
+            Whether the plan of the first batch was made for other settings.
         """
         now, before = self._values(args), self._last
         if now == before:
@@ -87,7 +89,7 @@ class Settings:
         temperature = scheduled(kd.kd_temperature, kd.kd_temperature_end, kd.kd_schedule, progress)
         if (alpha, temperature) not in self._objectives:
             divergence, beta = kd.kd_divergence, kd.kd_beta
-            settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, self._smoothing, self._added)
+            settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, self._smoothing, self.added)
             soft_loss = SoftTargetLoss(temperature=temperature, divergence=divergence, beta=beta, reduction="sum")
             self._objectives = {(alpha, temperature): (Objective(alpha, temperature, *settings), soft_loss)}
         return self._objectives[alpha, temperature]

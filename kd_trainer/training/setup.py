@@ -62,15 +62,16 @@ class Plan(NamedTuple):
     hard_loss: str = ""  # a line on where the hard loss comes from
     by_num_items: bool = False  # its sum is divided by upstream's num_items_in_batch: see `own_loss.HardLoss`
     required: frozenset[str] = frozenset()  # names of columns without which the student's forward cannot be called
+    implementation: str = "auto"  # `kd_loss_implementation`
 
     def takes_num_items(self, always_hard: bool) -> bool:
         """Whether upstream's num_items_in_batch divides the hard loss: one of the model's own, or, to be the stock
         Trainer with `kd_alpha` 0, a formula whose labels upstream counts otherwise."""
         return self.own_loss or (self.by_num_items and always_hard)
 
-    def with_full_logits(self, reason: UnsupportedHead, wanted: str) -> Plan:
-        """The plan without output heads, where a head does more than is known; `wanted`: `kd_loss_implementation`."""
-        line = full_logits(reason, wanted)
+    def with_full_logits(self, reason: UnsupportedHead) -> Plan:
+        """The plan without output heads, where a head does more than is known."""
+        line = full_logits(reason, self.implementation)
         warn(logger, "[kd_trainer] %s", line)
         return self._replace(heads=None, notes=(*self.notes, line))
 
@@ -79,7 +80,7 @@ def make_plan(first: FirstBatch) -> Plan:
     """What the checks have found, for the loss; after all of them."""
     trainer, teacher, hard = first.trainer, first.teacher, first.hard
     assert hard is not None and first.accepted is not None  # noqa: PT018
-    notes = [first.vocabularies, first.path, *notes_on_own_losses(first.student)]
+    notes = [first.vocabularies, first.path, *first.terms, *notes_on_own_losses(first.student)]
     if teacher is not None:
         notes = [teacher.note, *notes]
     if teacher is not None and teacher.start_tokens is not None:
@@ -93,6 +94,7 @@ def make_plan(first: FirstBatch) -> Plan:
         trainer.model, first.student, teacher, first.task, first.accepted, first.common_ids, first.heads,
         tuple(filter(None, notes)), first.known_by, first.class_order, first.asked, own_loss=hard.own,
         hard_loss=hard.line, by_num_items=hard.by_num_items, required=required_inputs(first.student),
+        implementation=first.kd.kd_loss_implementation,
     )  # fmt: skip
 
 

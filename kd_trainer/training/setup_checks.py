@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +67,25 @@ from .settings import Settings
 from .terms import aux_weight, check_aux_loss
 
 
+class Host(Protocol):
+    """What the checks use of the `Setup`: the columns of the data, and the hook on buffers shared with the teacher."""
+
+    each_alone: bool
+
+    def removed_columns(self) -> list[str]: ...
+
+    def withheld_columns(self) -> set[str]: ...
+
+    def watch_buffers(self, watch: Callable[[], Any] | None) -> None: ...
+
+
 @dataclass
 class FirstBatch:
     """A trainer and a batch, and what the checks have found so far; `Setup.first_batch` makes it."""
 
     trainer: Any
     settings: Settings
-    setup: Any  # the `Setup`, for the columns of the data and the hook on shared buffers
+    setup: Host
     batch: Mapping[str, Any]
     student: nn.Module
     teacher: Teacher | None
@@ -83,6 +95,7 @@ class FirstBatch:
     teacher_classes: int | None = None  # of the teacher's logits, or of its cache
     path: str = ""  # a line on whether and why the loss is computed from logits
     vocabularies: str = ""  # a line on vocabularies that differ in size
+    terms: tuple[str, ...] = ()  # lines on the added terms
     hard: HardLoss | None = None
     # As in `setup.Plan`.
     accepted: Accepted | None = None
@@ -238,6 +251,12 @@ def settings(first: FirstBatch) -> str | None:
         check_virtual_tokens(first.live.model, task, "teacher_model")
     objective, _ = first.settings.objective(first.trainer.state, training=True)
     return f"{task.name}: {objective.formula(task)}"
+
+
+def added_terms(first: FirstBatch) -> None:
+    """Each added term can be computed with these models."""
+    lines = [term.check(first) for term in first.settings.added if term.check is not None]
+    first.terms = tuple(line for line in lines if line is not None)
 
 
 # ---- what the models have to be run for ----
@@ -442,6 +461,7 @@ WITHOUT_MODELS: tuple[tuple[str, Check], ...] = (
     ("tokens", tokens),
     ("cache", cache),
     ("task", settings),
+    ("added terms", added_terms),
 )
 WITH_MODELS: tuple[tuple[str, Check], ...] = (
     ("first batch", outputs),

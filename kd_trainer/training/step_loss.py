@@ -1,17 +1,17 @@
 """The loss of one micro-batch: of full logits, or through the output heads without logits, in one form.
 
-For: `trainer.py`, whose `compute_loss` makes a `MicroBatch` and asks it. Formulas stand in `objective.py`.
+For: `trainer.py`, whose `compute_loss` makes a `MicroBatch` and takes its `loss`. Formulas stand in `objective.py`.
 Shapes: B rows, S positions, V classes; logits are [B, V] or [B, S, V].
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,19 @@ def own_rows(
     return OwnRows(cut, objective.count(plan.task, cut) if own else none, own)
 
 
+def counts_of_step(
+    plan: Plan, objective: Objective, batches: Sequence[Mapping[str, Any]], num_items: Any, *, always_hard: bool
+) -> Counts:
+    """The denominators of an optimizer step on this process.
+
+    Args:
+        num_items: upstream's num_items_in_batch, or None.
+    """
+    by_items = plan.by_num_items and always_hard and num_items is not None
+    counts = objective.count_all(plan.task, batches)
+    return counts._replace(num_items=num_items, micro_batches=len(batches), by_num_items=by_items)
+
+
 def counts_of(given: Any, plan: Plan, objective: Objective, inputs: Mapping[str, Any], scale: int | None) -> Counts:
     """The denominators of a batch: those of its optimizer step, or of an evaluation its own.
 
@@ -82,7 +95,7 @@ def counts_of(given: Any, plan: Plan, objective: Objective, inputs: Mapping[str,
 
 
 class TeacherOutputs:
-    """Asks the teacher about a batch, as logits or as hidden states, live or from a cache.
+    """Runs the teacher on a batch, for its logits or its hidden states, or reads its outputs from a cache.
 
     Args:
         at_hand: gives a live teacher for evaluation data that is not in the cache, or None.
@@ -92,13 +105,9 @@ class TeacherOutputs:
         self._at_hand = at_hand
         self._warned_uncached = False
 
-    def logits(self, teacher: Teacher | None, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
+    def logits(self, teacher: Teacher, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
         """The teacher's logits, or the few numbers that a cache holds instead; None where there is nothing."""
-        if teacher is None:
-            return None
-        output = self._given(teacher, batch, accelerator)
-        if output is None and not batch.training and (live := self._at_hand()) is not None:
-            return live.output(batch.inputs, accelerator, batch.model, read=batch.plan.task.logits)
+        output = self._output(teacher, batch, accelerator)
         if output is None or output.hidden is None:
             return output
         head = output.head
@@ -118,38 +127,48 @@ class TeacherOutputs:
             head: of a live teacher, whose weight is whole inside the context; None for a cache.
         """
         if head is None:
-            yield self._given(teacher, batch, accelerator)
+            yield self._output(teacher, batch, accelerator)
             return
-        hidden = teacher_hidden(lambda: teacher.outputs(batch.inputs, accelerator, batch.model), head)
+        forward = partial(teacher.outputs, batch.inputs, accelerator, batch.model)
+        hidden = teacher_hidden(lambda: batch.capture("teacher", teacher.model, forward), head)
         hidden = teacher.behind_front(hidden, batch.inputs)
         with whole_weight(head) as (weight, bias):
             yield TeacherOutput(hidden=hidden, head=teacher_side(head, weight, bias, hidden))
 
-    def _given(self, teacher: Teacher, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
-        """The teacher's own output; None, with one warning, for evaluation data that is not in its cache."""
-        output = teacher.output(batch.inputs, accelerator, batch.model, read=batch.plan.task.logits)
-        if output is None and batch.training:
+    def _output(self, teacher: Teacher, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
+        """The teacher's output; None, with one warning, for evaluation data for which there is none."""
+        output = _run(teacher, batch, accelerator)
+        if output is not None:
+            order = batch.plan.class_order
+            return output if order is None else output.reordered(order)
+        if batch.training:
             fix = "Let the Trainer make the dataloader, or train with the live teacher."
             shown = "a batch without teacher outputs"
             expected = "the columns that the trainer's own dataloader adds from the teacher cache"
             fail("inputs", shown, expected, fix, error=RuntimeError)
-        if output is None and not self._warned_uncached and self._at_hand() is None:
+        live = self._at_hand()
+        if live is not None:
+            return _run(live, batch, accelerator)
+        if not self._warned_uncached:
             self._warned_uncached = True
             warn(
                 logger,
                 "[kd_trainer] there is no teacher cache of this evaluation data: its loss is the hard loss alone. "
                 "Where the teacher is at hand, call trainer.build_teacher_cache(dataset), or give it as eval_dataset.",
             )
-        order = batch.plan.class_order
-        return output if output is None or order is None else output.reordered(order)
+        return None
+
+
+def _run(teacher: Teacher, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
+    forward = partial(teacher.output, batch.inputs, accelerator, batch.model, read=batch.plan.task.logits)
+    return forward() if teacher.model is None else batch.capture("teacher", teacher.model, forward)
 
 
 class BatchLoss(NamedTuple):
     """The loss of a micro-batch, and what is watched and logged of it."""
 
-    parts: Parts
-    logged: Parts  # of each row once, divided by `counts`
-    counts: Counts
+    parts: Parts  # in an evaluation of each row once
+    counts: Counts  # by which they are divided
     outputs: Any  # of the student
     student: Tensor  # logits, or hidden states, as `of` says
     teacher: Tensor | None
@@ -163,81 +182,112 @@ class MicroBatch:
 
     Args:
         model: the student as the accelerator wrapped it.
+        teacher: None where it is not called.
         inputs: the prepared batch; it is not changed.
         counts: of the whole optimizer step.
-        own: in an evaluation the batch without repeated rows, which are logged once; None where none is repeated.
+        own: in an evaluation the batch without repeated rows, which the loss leaves out; None where none is repeated.
+        captured: what the terms captured in the forwards, by side ("student" or "teacher") and name of the term.
     """
 
     plan: Plan
     objective: Objective
     soft_loss: SoftTargetLoss
     model: nn.Module
+    teacher: Teacher | None
     inputs: dict[str, Any]
     counts: Counts
     training: bool
     own: OwnRows | None = None
+    captured: dict[tuple[str, str], Any] = field(default_factory=dict)
 
-    def _run(self, labels: Mapping[str, Any]) -> Any:
-        return self.model(**model_inputs(self.inputs, self.plan.accepted), **labels)
+    def capture(self, side: str, model: nn.Module, forward: Callable[[], Any]) -> Any:
+        """forward() of `model`, inside the contexts in which the terms capture what they compare."""
+        captures = [(term.name, term.capture) for term in self.objective.added if term.capture is not None]
+        if not captures:
+            return forward()
+        with ExitStack() as stack:
+            for name, context in captures:
+                self.captured[side, name] = stack.enter_context(context(model))
+            return forward()
 
-    def _added(self, outputs: Any, teacher: TeacherOutput | None) -> list[Tensor | None]:
-        """The losses of the terms beside hard and soft."""
-        return [term.loss(self, outputs, teacher) for term in self.objective.added]
+    def loss(
+        self, teacher_outputs: TeacherOutputs, accelerator: Any, own_loss: OwnHardLoss | None, *, needs_logits: bool
+    ) -> BatchLoss:
+        """The loss: without logits where the plan has output heads and nothing else needs them, else of full logits.
 
-    def full(self, teacher: TeacherOutput | None, own_loss: OwnHardLoss | None) -> BatchLoss:
-        """The loss of full logits.
+        Where an output head turns out to do more than is known, `plan` is replaced by one with full logits.
 
         Args:
             own_loss: takes the hard loss where it is the model's own; None for the task's formula.
         """
-        plan = self.plan
-        outputs = self._run({} if own_loss is None else own_loss.labels(plan.accepted, self.inputs, self.counts))
-        logits = behind_front(plan.task.logits(outputs, "model"), plan.student, self.inputs)
-        hard = None if own_loss is None else own_loss(plan, outputs, self.inputs, self.counts)
-        teacher = None if teacher is None else teacher.to(logits.device)
-        terms = partial(self.objective, plan.task, self.soft_loss, common_ids=plan.common_ids)
-        parts = terms(logits, _target(teacher), self.inputs, self.counts, own_hard=hard, takes_own=own_loss is not None)
-        losses = self._added(outputs, teacher)
-        parts = self.objective.with_added(losses, plan.student, parts, self.inputs, self.counts)
-        logged, counts = parts, self.counts
-        if self.own is not None:
-            logged, counts, rows = parts.zeroed(), self.own.counts, self.own.rows
-            if rows:
-                first = None if teacher is None else teacher.each(lambda tensor: tensor[:rows])
-                logged = terms(logits[:rows], _target(first), self.own.inputs, counts)
-                logged = self.objective.with_added(losses, plan.student, logged, self.own.inputs, counts)
-        seen = None if teacher is None else teacher.logits
-        return BatchLoss(parts, logged, counts, outputs, logits, seen, logits.shape[-1])
+        if self.plan.heads is not None and not needs_logits:
+            try:
+                with teacher_outputs.hidden(self.teacher, self, accelerator, self.plan.heads[1]) as output:
+                    if output is not None:
+                        return self._fused(output)
+            except UnsupportedHead as reason:
+                self.plan = self.plan.with_full_logits(reason)
+        output = None if self.teacher is None else teacher_outputs.logits(self.teacher, self, accelerator)
+        return self._full(output, own_loss)
 
-    def fused(self, teacher: TeacherOutput) -> BatchLoss:
-        """The same without logits; raises `UnsupportedHead` where a model does more with its logits than is known."""
+    def _run_student(self, labels: Mapping[str, Any]) -> Any:
+        inputs = model_inputs(self.inputs, self.plan.accepted)
+        return self.capture("student", self.plan.student, lambda: self.model(**inputs, **labels))
+
+    def _first_rows(self) -> tuple[int | None, dict[str, Any], Counts]:
+        """How many rows have a part in the loss (None: all), the inputs of these, and what they are divided by."""
+        if self.own is None or self.own.rows == 0:
+            return None, self.inputs, self.counts
+        return self.own.rows, self.own.inputs, self.own.counts
+
+    def _finished(self, parts: Parts, outputs: Any, teacher: TeacherOutput | None) -> tuple[Parts, Counts, Any]:
+        """The parts with the added terms, what they are divided by, and the outputs."""
+        _, inputs, counts = self._first_rows()
+        losses = [term.loss(self, outputs, teacher) for term in self.objective.added]
+        parts = self.objective.with_added(losses, self.plan.student, parts, inputs, counts)
+        if self.own is not None and self.own.rows == 0:  # the processes have to gather as many numbers
+            return parts.zeroed(), self.own.counts, outputs
+        return parts, counts, outputs
+
+    def _full(self, teacher: TeacherOutput | None, own_loss: OwnHardLoss | None) -> BatchLoss:
+        plan, (rows, inputs, counts) = self.plan, self._first_rows()
+        outputs = self._run_student({} if own_loss is None else own_loss.labels(plan.accepted, self.inputs, counts))
+        logits = behind_front(plan.task.logits(outputs, "model"), plan.student, self.inputs)
+        hard = None if own_loss is None else own_loss(plan, outputs, inputs, counts)
+        teacher = None if teacher is None else teacher.to(logits.device)
+        student_logits, compared = _first(rows, logits, teacher)
+        target = None if compared is None else compared.sparse or compared.logits
+        parts = self.objective(
+            plan.task, self.soft_loss, student_logits, target, inputs, counts, common_ids=plan.common_ids,
+            own_hard=hard, takes_own=own_loss is not None,
+        )  # fmt: skip
+        seen = None if teacher is None else teacher.logits
+        return BatchLoss(*self._finished(parts, outputs, teacher), logits, seen, logits.shape[-1])
+
+    def _fused(self, teacher: TeacherOutput) -> BatchLoss:
+        """The same without logits. Raises UnsupportedHead where a model does more with its logits than is known."""
         assert self.plan.heads is not None
-        plan, student_head, once = self.plan, self.plan.heads[0], []
+        plan, head, (rows, inputs, counts) = self.plan, self.plan.heads[0], self._first_rows()
 
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
             hidden = behind_front(hidden, plan.student, self.inputs)
             if teacher.positions != hidden.shape[:-1]:
                 raise UnsupportedHead("student and teacher give hidden states for different positions")
-            here, side = teacher.to(hidden.device), student_side(student_head, weight, bias)
-            sums = partial(self.objective.fused, plan.task, weights=side, common_ids=plan.common_ids)
-            if self.own is not None and self.own.rows:
-                rows = self.own.rows
-                first = here.each(lambda tensor: tensor[:rows])
-                once.append(sums(hidden[:rows], first, inputs=self.own.inputs, counts=self.own.counts))
-            return sums(hidden, here, inputs=self.inputs, counts=self.counts)
+            hidden, compared = _first(rows, hidden, teacher.to(hidden.device))
+            weights = student_side(head, weight, bias)
+            return self.objective.fused(
+                plan.task, hidden, cast(TeacherOutput, compared), weights, inputs, counts, common_ids=plan.common_ids
+            )
 
-        computed, outputs, hidden = student_loss(lambda: self._run({}), student_head, loss)
-        parts_of = partial(self.objective.parts, labelled=plan.task.targets(self.inputs) is not None)
-        with_added = partial(self.objective.with_added, self._added(outputs, teacher), plan.student)
-        parts = with_added(parts_of(computed, self.counts), self.inputs, self.counts)
-        logged, counts = parts, self.counts
-        if self.own is not None:
-            counts = self.own.counts
-            logged = with_added(parts_of(once[0], counts), self.own.inputs, counts) if once else parts.zeroed()
+        computed, outputs, hidden = student_loss(lambda: self._run_student({}), head, loss)
+        parts = self.objective.parts(computed, counts, labelled=plan.task.targets(inputs) is not None)
         seen = teacher.logits if teacher.hidden is None else teacher.hidden
-        classes = student_head.module.out_features
-        return BatchLoss(parts, logged, counts, outputs, hidden, seen, classes, of="hidden states")
+        classes = head.module.out_features
+        return BatchLoss(*self._finished(parts, outputs, teacher), hidden, seen, classes, of="hidden states")
 
 
-def _target(teacher: TeacherOutput | None) -> Any:
-    return None if teacher is None else teacher.sparse or teacher.logits
+def _first(rows: int | None, student: Tensor, teacher: TeacherOutput | None) -> tuple[Tensor, TeacherOutput | None]:
+    """The first rows of both; all of them for None."""
+    if rows is None:
+        return student, teacher
+    return student[:rows], None if teacher is None else teacher.each(lambda tensor: tensor[:rows])

@@ -71,7 +71,7 @@ from ..files import write_atomically
 from ..tasks import same_random_numbers
 from ..teachers import ADAPTER_OFF, LiveTeacher, Teacher
 from ..validation import fail, message, warn
-from .processes import on_main_process
+from .checkpoints import on_main_process
 from .settings import Settings
 from .setup import Plan, Setup
 

@@ -23,7 +23,7 @@ from kd_trainer.cache import settings as cache_settings
 from kd_trainer.cache.formats import Format
 from kd_trainer.cache.store import CacheError
 from kd_trainer.data.tensor_rows import as_tensors, collate_tensors
-from kd_trainer.training.interrupt import ResumableInterrupt
+from kd_trainer.training.checkpoints import ResumableInterrupt
 from tests.cache.test_formats import encoded
 from tests.helpers import config_run, tiny
 

@@ -40,8 +40,8 @@ TRAPS = {
     2: Trap(
         "the same with unequal tokens in each micro-batch",
         "kd_trainer/training/step_loss.py",
-        "counts = given if given is not None else objective.count(fit.task, inputs)",
-        "counts = objective.count(fit.task, inputs)",
+        "counts = given if given is not None else objective.count(plan.task, inputs)",
+        "counts = objective.count(plan.task, inputs)",
         "tests/distributed/test_denominators.py -k accumulation",
     ),
     3: Trap(
@@ -210,15 +210,15 @@ TRAPS = {
     26: Trap(
         "one process may log by itself",
         "kd_trainer/trainer.py",
-        'if "loss" in logs and "learning_rate" in logs else None',
-        "if logs else None",
+        'if "loss" in logs and "learning_rate" in logs:',
+        "if logs:",
         "tests/training/test_trainer.py -k users_own_log",
     ),
     27: Trap(
         "the weighted parts are the logged loss",
-        "kd_trainer/trainer.py",
-        "mean = both[0] / max(self._metrics.steps, 1)",
-        "mean = both[0] / self.args.logging_steps",
+        "kd_trainer/training/logs.py",
+        "(mean / max(self.steps, 1)).tolist()",
+        "(mean / 3).tolist()",
         "tests/training/test_trainer.py -k resuming_inside",
     ),
     28: Trap(

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kd_trainer.training.interrupt import ResumableInterrupt
+from kd_trainer.training.checkpoints import ResumableInterrupt
 from tests.helpers import tiny
 
 STEPS, INTERRUPTED_AT = 6, 3

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from kd_trainer.training import terms
 from kd_trainer.training.logs import logged_row
@@ -127,6 +129,141 @@ def test_it_stands_in_the_formula_the_check_and_the_card(toy, tmp_path, capsys):
     card = card_section({"teacher": "t", **run.summary()}, run.state.log_history)
     assert formula in card
     assert "| eval_toy_loss |" in card
+
+
+# ---- a term that compares what the forwards of both models compute on the way ----
+
+
+class Kept:
+    """The last hidden state of a forward."""
+
+    hidden: torch.Tensor
+
+
+@contextmanager
+def last_hidden(model: torch.nn.Module):
+    kept = Kept()
+    projectors = getattr(model, "kd_projectors", {})
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        hidden = output[0]
+        kept.hidden = projectors["hidden"](hidden) if "hidden" in projectors else hidden
+
+    handle = model.base_model.register_forward_hook(keep)
+    try:
+        yield kept
+    finally:
+        handle.remove()
+
+
+def projector(student: torch.nn.Module, teacher: Any) -> torch.nn.Module:
+    return torch.nn.Linear(student.config.hidden_size, teacher.model.config.hidden_size)
+
+
+def hidden_loss(batch: Any, outputs: Any, teacher: Any) -> torch.Tensor | None:
+    if ("teacher", "hidden") not in batch.captured:
+        return None
+    student, teacher = (batch.captured[side, "hidden"].hidden.float() for side in ("student", "teacher"))
+    width = min(student.shape[-1], teacher.shape[-1])
+    squares = (student[..., :width] - teacher[..., :width]).square().mean(-1)
+    return (squares * attended(batch.inputs)).sum(-1)
+
+
+@pytest.fixture
+def features(monkeypatch):
+    """Adds the term: one entry."""
+
+    def add(**options: Any) -> None:
+        term = Term("hidden", WEIGHT, hidden_loss, toy_count, capture=last_hidden, **options)
+        monkeypatch.setattr(terms, "ADDED_TERMS", [*terms.ADDED_TERMS, lambda kd: term])
+
+    return add
+
+
+def hidden_states(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return model.eval().base_model(**inputs)[0].double()
+
+
+@pytest.mark.parametrize("implementation", ["full", "fused"])
+def test_a_term_of_hidden_states_is_their_difference(implementation, features, tmp_path):
+    features(check=lambda first: f"hidden states of {type(first.student).__name__}")
+    run = tiny.trainer(
+        "causal_lm", tmp_path, kd_loss_implementation=implementation, kd_reduction="tokenmean",
+        per_device_eval_batch_size=1000,
+    )  # fmt: skip
+    metrics, batch = run.evaluate(), tiny.pad(run.eval_dataset)
+    assert (run._plan.heads is not None) == (implementation == "fused")
+    student, teacher = (hidden_states(model, batch) for model in (run.model, run.teacher.model))
+    width = min(student.shape[-1], teacher.shape[-1])
+    squares = (student[..., :width] - teacher[..., :width]).square().mean(-1) * batch["attention_mask"]
+    assert metrics["eval_hidden_loss"] == pytest.approx(
+        (squares.sum() / batch["attention_mask"].sum()).item(), rel=1e-5
+    )
+    assert not run.model.base_model._forward_hooks
+    assert not run.teacher.model.base_model._forward_hooks
+    run.train()
+    entry = run.state.log_history[-2]
+    expected = 0.7 * entry["soft_loss"] + 0.3 * entry["hard_loss"] + WEIGHT * entry["hidden_loss"]
+    assert expected == pytest.approx(entry["loss"], rel=1e-5)
+    assert run.evaluate()["eval_hidden_loss"] < metrics["eval_hidden_loss"]
+
+
+def test_it_is_the_same_with_and_without_logits_and_for_any_split(features, tmp_path):
+    features()
+    weights = []
+    for name, size, implementation in (("a", 8, "full"), ("b", 8, "fused"), ("c", 2, "fused")):
+        run = tiny.trainer(
+            "causal_lm", tmp_path / name, kd_loss_implementation=implementation, max_steps=2, learning_rate=0.01,
+            per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, kd_reduction="tokenmean",
+        )  # fmt: skip
+        run.train()
+        weights.append(tiny.weights(run.model))
+    for other in weights[1:]:
+        torch.testing.assert_close(weights[0], other, rtol=1e-4, atol=1e-6)
+
+
+def test_it_has_the_teacher_run_though_alpha_is_zero(features, tmp_path):
+    features()
+    run = tiny.trainer("causal_lm", tmp_path, kd_alpha=0.0, kd_reduction="tokenmean")
+    run.train()
+    for entry in run.state.log_history[:-1]:
+        assert entry["hard_loss"] + WEIGHT * entry["hidden_loss"] == pytest.approx(entry["loss"], rel=1e-5)
+
+
+def test_its_module_trains_with_the_student_and_is_gone_afterwards(features, tmp_path, capsys):
+    features(module=projector, check=lambda first: f"a projector to width {first.teacher.model.config.hidden_size}")
+    run = tiny.trainer("causal_lm", tmp_path, kd_reduction="tokenmean", learning_rate=0.01)
+    names = [name for name, _ in run.model.named_parameters()]
+    found = [row.found for row in run.check(evaluate=False)]
+    line = f"a projector to width {run.teacher.model.config.hidden_size}"
+    assert line in found
+    assert any("hidden_loss" in row for row in found)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
+            weight = model.kd_projectors["hidden"].weight
+            trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            assert id(weight) in trained
+            seen.append(weight.detach().clone())
+
+    run.add_callback(Watch())
+    run.train()
+    assert not torch.equal(seen[0], seen[-1])
+    assert [name for name, _ in run.model.named_parameters()] == names
+    assert line in capsys.readouterr().out
+
+
+def test_a_term_that_does_not_fit_is_refused_before_the_first_step(features, tmp_path):
+    def check(first: Any) -> None:
+        raise ValueError("no hidden states")
+
+    features(check=check)
+    run = tiny.trainer("causal_lm", tmp_path)
+    assert any(row.what == "added terms" and row.status == "error" for row in run.check(evaluate=False))
+    with pytest.raises(ValueError, match="no hidden states"):
+        run.train()
 
 
 def test_a_term_that_no_batch_has_is_not_logged(toy, tmp_path):
