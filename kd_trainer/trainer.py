@@ -25,13 +25,11 @@ from .tasks import PackingWatch, accepted_inputs, model_inputs, unchanged_attrib
 from .tasks.inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
 from .teachers.teacher import Teacher
-from .training import DistillationArguments, Plan, ResumableInterrupt, Settings, Setup, is_sharded
+from .training import Counts, DistillationArguments, MetricsBuffer, Objective, Plan, Settings, Setup, is_sharded
 from .training import bases as bases
-from .training.arguments import refuse_borrowed_names
-from .training.checkpoints import Checkpoints
+from .training.checkpoints import Checkpoints, ResumableInterrupt
 from .training.finite_watch import FiniteWatch
-from .training.logs import Evaluation, MetricsBuffer, logged_row
-from .training.objective import Counts, Objective
+from .training.logs import Evaluation, logged_row
 from .training.own_loss import OwnHardLoss
 from .training.start_block import print_start, put_card_section, summary_of, write_summary
 from .training.step_loss import MicroBatch, TeacherOutputs, counts_of, counts_of_step, own_rows
@@ -51,14 +49,12 @@ class DistillationMixin(_InFrontOf):
         teacher_model: a module, a folder or a hub name, or "adapter_off": the student's own base, with the student's
             adapters switched off; or a `CachedTeacher`. None takes `args.teacher_model_name_or_path`. Needed unless
             `kd_alpha` is constantly 0.
-        everything else: as the `Trainer` class behind it.
 
     Raises:
-        TypeError: the mixin stands behind a `Trainer` class in the bases, in front of one whose own `compute_loss`
-            would never be called, or in front of none (a trainer of another library); or `alpha`/`temperature` are
-            passed.
-        ValueError: teacher and student do not fit (see `compatibility`), or an option of upstream that this loss
-            cannot honour (DataParallel, Ulysses sequence parallelism).
+        TypeError: the bases are in the wrong order, hold no `Trainer`, or one whose own `compute_loss` would never be
+            called; or `alpha`/`temperature` are passed.
+        ValueError: teacher and student do not fit (see `compatibility`); or an option of upstream that the loss does
+            not support (DataParallel, Ulysses sequence parallelism).
     """
 
     # The loss is divided once by the counts of the whole optimizer step: upstream must not divide again.
@@ -78,11 +74,7 @@ class DistillationMixin(_InFrontOf):
         teacher_model: nn.Module | CachedTeacher | str | Path | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(self, Trainer):
-            bases.refuse_no_trainer(type(self))
-        refuse_borrowed_names(kwargs)
-        if args is not None:
-            bases.refuse_lone_processes(args)
+        bases.check_call(self, args, kwargs)
         try:
             super().__init__(model, args, *trainer_args, **kwargs)
         except TypeError as error:  # SFTTrainer builds its own class of arguments from the fields of ours
@@ -90,7 +82,7 @@ class DistillationMixin(_InFrontOf):
                 raise
             raise TypeError(bases.no_room_for_fields(type(self), DistillationMixin, args)) from error
         bases.refuse_lone_processes(self.args)  # which upstream makes where none are given
-        self.label_smoother = None  # our hard loss is smoothed already: `Seq2SeqTrainer` would do it a second time
+        self.label_smoother = None  # the hard loss is smoothed already: `Seq2SeqTrainer` would do it again
         self._run_settings = Settings(self.args)
         self._setup = Setup(self, self._run_settings, self._is_training_step)
         with self._setup.refusals_wait():
@@ -103,7 +95,7 @@ class DistillationMixin(_InFrontOf):
         with self._setup.refusals_wait():
             cache.given = self._setup.named_teacher(teacher_model)
             self.teacher = self._setup.load(cache.given, cache.finished)
-        if self.kd_args.teacher_cache_dir is not None and cache.given is not None:
+        if cache.can_build:
             cache.identity()
         self._plan: Plan | None = None
         self._started, self._term_modules = False, TermModules()
@@ -129,7 +121,7 @@ class DistillationMixin(_InFrontOf):
         """Whether a loss is for a training step, whatever mode the student is in: it may stay in eval mode."""
         if self._evaluation is not None or self._predicting:
             return False
-        # Outside of `train` and `evaluate` the mode is all there is to tell; a DeepSpeed engine's own is always True.
+        # Outside of `train` and `evaluate` only the mode is known; that of a DeepSpeed engine is always True.
         return self.is_in_train or student.training
 
     # ---- before the first step ----
@@ -170,17 +162,17 @@ class DistillationMixin(_InFrontOf):
         self._run_settings.require_teacher(self.teacher)
 
     def check(self, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[CheckResult]:
-        """Looks for what would stop or spoil a training, runs one batch through both models, prints a table.
+        """Checks the setup, runs one batch through both models, and prints a table.
 
-        `kd_run` "check" does it from any script. Nothing is trained, and weights, random numbers and trainer are
-        afterwards what they were. Every process must call it; the first one prints.
+        `kd_run` "check" does it from any script. Nothing is trained: weights, random numbers and trainer are afterwards
+        what they were. Every process must call it; the first one prints.
 
         Args:
-            evaluate: whether the teacher is compared with the student as it starts, on up to 50 evaluation batches.
-            batch: looked at instead of the first one of the training data.
+            evaluate: whether teacher and untrained student are compared on up to 50 evaluation batches.
+            batch: used instead of the first one of the training data.
 
         Returns:
-            The rows: `status` ("ok", "warning" or "error"), `what` was looked at, what was `found`, how to `fix` it.
+            The rows: `status` ("ok", "warning" or "error"), `what` was checked, what was `found`, how to `fix` it.
         """
 
         def compute_loss(model: nn.Module, batch: dict, counts: Counts | None, plan: Plan) -> LossOfPlan:
@@ -211,16 +203,16 @@ class DistillationMixin(_InFrontOf):
         It resumes from whole checkpoints alone: True takes the newest; a named one that is not whole is a ValueError.
         With `kd_run` "check" it runs `check` instead, with "cache" `build_teacher_cache`, and raises SystemExit.
         """
-        if DistillationArguments.of(self.args).kd_run == "check":
-            if is_sharded(self):  # by training's own preparation: `get_batch_samples` checks
-                self.callback_handler.callbacks = []
-            else:
+        kd_run = DistillationArguments.of(self.args).kd_run
+        if kd_run == "check":
+            if not is_sharded(self):
                 raise SystemExit(int(has_errors(self.check())))
-        if self._teacher_cache.can_build and (not self._run_settings.always_hard or self.kd_args.kd_run == "cache"):
+            self.callback_handler.callbacks = []  # `get_batch_samples` checks, after training's own preparation
+        if self._teacher_cache.can_build and (not self._run_settings.always_hard or kd_run == "cache"):
             self.build_teacher_cache()
         elif self.teacher is not None:
             self._teacher_cache.check(self.teacher)
-        if DistillationArguments.of(self.args).kd_run == "cache":
+        if kd_run == "cache":
             self.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
             raise SystemExit(0)
         self._started, self._metrics = False, MetricsBuffer(self.args.device)
@@ -288,8 +280,7 @@ class DistillationMixin(_InFrontOf):
         return batches, counts.over_processes(self.accelerator, device, self._same_batch(), self._scale())
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Upstream's where the hard loss is divided by it. Else None: `get_batch_samples` counts for training, and
-        evaluation counts its own batch without a collective."""
+        """Upstream's where the hard loss is divided by it; else None, without a collective."""
         needed = self._plan is not None and self._plan.takes_num_items(self._run_settings.always_hard)
         return super()._get_num_items_in_batch(batch_samples, device) if needed else None
 
@@ -314,9 +305,7 @@ class DistillationMixin(_InFrontOf):
             model: the student as the accelerator wrapped it.
             inputs: a prepared batch; it is not changed.
             num_items_in_batch: the `Counts` that `get_batch_samples` made; None counts this batch alone.
-
-        Returns:
-            The loss, or the loss and a mapping with the keys that the student returns for a batch with labels.
+            return_outputs: whether a mapping with the keys that the student returns for labels is returned too.
         """
         plan = self._plan_of(inputs)
         training = self._is_training_step(plan.student)
@@ -327,11 +316,10 @@ class DistillationMixin(_InFrontOf):
         counts = counts_of(num_items_in_batch, plan, objective, inputs, self._scale() if takes_items else None)
         inputs = plan.task.with_decoder_inputs(plan.student, inputs)
         several = not training and self._evaluation is not None and self.args.world_size > 1 and not plan.own_loss
-        alone = several and self._same_batch() == 1  # else processes share rows in another way
-        own = own_rows(self.accelerator, objective, plan, inputs, counts) if alone else None
-        own_loss = None
-        if plan.own_loss:
-            own_loss = OwnHardLoss(self.compute_loss_func, self.model_accepts_loss_kwargs, self._scale())
+        several = several and self._same_batch() == 1  # else processes share rows in another way
+        own = own_rows(self.accelerator, objective, plan, inputs, counts) if several else None
+        function, takes_items = self.compute_loss_func, self.model_accepts_loss_kwargs
+        own_loss = OwnHardLoss(function, takes_items, self._scale()) if plan.own_loss else None
         teacher = None if self._run_settings.always_hard and training else plan.teacher
         batch = MicroBatch(plan, objective, soft_loss, model, teacher, inputs, counts, training, own)
         needs_logits = return_outputs and not self._loss_only
@@ -379,14 +367,12 @@ class DistillationMixin(_InFrontOf):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **gen_kwargs)
         with torch.no_grad():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        return loss.detach(), kept_outputs(outputs, self.model, ignore_keys), None
+        return loss.detach(), None if prediction_loss_only else kept_outputs(outputs, self.model, ignore_keys), None
 
     def _generation_step(
         self, model: nn.Module, inputs: dict[str, Any], ignore_keys: list[str] | None, **gen_kwargs: Any
     ) -> tuple[Any, Any, Any]:
-        """Upstream's generating step; where it asks the model for the model's own loss, ours is given."""
+        """Upstream's generating step, with the distillation loss in the place of the model's own."""
         inputs = self._prepare_inputs(inputs)
 
         def distilled(**_: Any) -> dict[str, Tensor]:
@@ -406,10 +392,7 @@ class DistillationMixin(_InFrontOf):
         return loss, tokens, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Upstream's, with the terms, teacher_agreement and for language models perplexity beside the loss.
-
-        What they are means over: see `Evaluation`. A row that accelerate repeats counts once.
-        """
+        """Upstream's, with the terms, teacher_agreement and perplexity beside the loss: see `Evaluation`."""
         self._follow_settings()
         outer, self._evaluation = self._evaluation, Evaluation(self.args.device)
         try:
@@ -417,8 +400,8 @@ class DistillationMixin(_InFrontOf):
             self._packing.raise_noted()
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
             if self._plan is not None and output.metrics is not None:
-                plan, objective, several = self._plan, self._objective(training=False)[0], self.args.world_size > 1
-                logged = self._evaluation.logged(f"{prefix}_", self.accelerator, plan, objective, several=several)
+                objective, _ = self._objective(training=False)
+                logged = self._evaluation.logged(f"{prefix}_", self.accelerator, self._plan, objective)
                 output.metrics.update(logged)
         finally:
             self._evaluation = outer
@@ -432,10 +415,7 @@ class DistillationMixin(_InFrontOf):
         self._packing.raise_noted()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`; the training's own log (it has `loss` and `learning_rate`) gets the parts of that loss.
-
-        Only that log is gathered over the processes, so a script may log by itself on one process.
-        """
+        """`Trainer.log`; only the log of training is gathered over the processes and gets the parts of the loss."""
         if "loss" in logs and "learning_rate" in logs:
             self._raise_noted()
             objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
@@ -512,12 +492,6 @@ class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
     """A `Seq2SeqTrainer` with distillation: its arguments (else a TypeError), and `teacher_model`.
 
     With `predict_with_generate` the predictions are the generated tokens; `eval_loss` is the distillation loss still.
-
-    Example::
-
-        args = Seq2SeqDistillationTrainingArguments("out", predict_with_generate=True, kd_reduction="tokenmean")
-        trainer = Seq2SeqDistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data)
-        trainer.train()
     """
 
     def __init__(self, model: Any = None, args: Any = None, *trainer_args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from transformers import Seq2SeqTrainingArguments, Trainer
 from transformers.utils import is_sagemaker_mp_enabled
 
 from ..validation import fail, message
-from .arguments import has_accelerator
+from .arguments import has_accelerator, refuse_borrowed_names
 
 # Upstream names without a promise of stability that the package relies on; a test looks each of them up.
 UPSTREAM_NAMES = {
@@ -98,6 +98,15 @@ def check_bases(cls: type, mixin: type) -> None:
             _advice(lost, fix),
             "DistillationMixin's would be used and this one never called",
         )
+
+
+def check_call(trainer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raises for a mixin without a `Trainer`, a borrowed name, or processes that would train alone."""
+    if not isinstance(trainer, Trainer):
+        refuse_no_trainer(type(trainer))
+    refuse_borrowed_names(kwargs)
+    if args is not None:
+        refuse_lone_processes(args)
 
 
 def refuse_no_trainer(cls: type, other: type | None = None) -> NoReturn:

@@ -112,14 +112,11 @@ class Evaluation:
         accelerator: Any,
         plan: Plan,
         objective: Objective,
-        *,
-        several: bool,
     ) -> dict[str, float]:
         """The terms by their logged names, and `perplexity` where it has a meaning, from the rows of all processes.
 
         Args:
             objective: with the values at the end of a schedule.
-            several: whether there are several processes, of which upstream's loss is no mean over each row once.
         """
         local = self.sums.sums()
         if local is None:  # a class in front has a compute_loss that does not call this one
@@ -141,7 +138,8 @@ class Evaluation:
             logged = named(objective, weighed[: n + 2], weighed[n + 2 :], prefix)
         if own_loss:
             return logged
-        if several or (by_row and labelled < rows):
+        # Of several processes upstream's loss is no mean over each row once.
+        if accelerator.num_processes > 1 or (by_row and labelled < rows):
             found = [(term, logged.get(f"{prefix}{term.name}_loss")) for term in terms]
             weights = [(term.weight_for(plan.student), mean) for term, mean in found if mean is not None]
             logged[f"{prefix}loss"] = sum(weight * mean for weight, mean in weights if weight)
