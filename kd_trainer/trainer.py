@@ -101,7 +101,7 @@ class DistillationMixin(_InFrontOf):
         self._started, self._term_modules = False, TermModules()
         self._teacher_outputs = TeacherOutputs(cache.at_hand)
         self._predicting = self._loss_only = False  # in a `prediction_step`; in one whose outputs are thrown away
-        self._metrics = MetricsBuffer(self.args.device)
+        self._metrics_buffer = MetricsBuffer(self.args.device)
         self._evaluation: Evaluation | None = None
         finite_mode = self._run_settings.finite_mode(self.args.device.type)
         self._finite, self._packing = FiniteWatch(finite_mode, self.args.process_index), PackingWatch()
@@ -176,15 +176,16 @@ class DistillationMixin(_InFrontOf):
         """
 
         def compute_loss(model: nn.Module, batch: dict, counts: Counts | None, plan: Plan) -> LossOfPlan:
-            self._plan, self._metrics = plan, MetricsBuffer(self.args.device)
-            return LossOfPlan(self.compute_loss(model, batch, num_items_in_batch=counts), self._metrics, self._plan)
+            self._plan, self._metrics_buffer = plan, MetricsBuffer(self.args.device)
+            loss = self.compute_loss(model, batch, num_items_in_batch=counts)
+            return LossOfPlan(loss, self._metrics_buffer, self._plan)
 
         setup, mode = self._setup, "off" if self._finite.mode == "off" else "step"
         inspection = Inspection(
             self, self._run_settings, setup.refused, self._loss_shifts_labels, setup.withheld_columns,
             lambda: self._signature_columns, lambda batch: setup.first_batch(batch, self.teacher), compute_loss,
         )  # fmt: skip
-        unchanged = unchanged_attributes(self, "teacher", "_plan", "_metrics", "_finite")
+        unchanged = unchanged_attributes(self, "teacher", "_plan", "_metrics_buffer", "_finite")
         with unchanged, unchanged_attributes(setup, "each_alone"), self._with_term_modules():
             self._finite, setup.each_alone = FiniteWatch(mode, self.args.process_index), not is_sharded(self)
             return examine(inspection, evaluate=evaluate, batch=batch)
@@ -215,7 +216,7 @@ class DistillationMixin(_InFrontOf):
         if kd_run == "cache":
             self.accelerator.wait_for_everyone()  # a launcher ends the others when one has ended
             raise SystemExit(0)
-        self._started, self._metrics = False, MetricsBuffer(self.args.device)
+        self._started, self._metrics_buffer = False, MetricsBuffer(self.args.device)
         self._finite = FiniteWatch(self._finite.mode, self._finite.process)
         try:
             result = super().train(self._checkpoints.resume_from(resume_from_checkpoint), *args, **kwargs)
@@ -274,7 +275,7 @@ class DistillationMixin(_InFrontOf):
             if self.is_world_process_zero():
                 last, notes = self._objective(training=False)[0], bases.not_logged(type(self))
                 print_start(plan, objective, last, batches[0], counts, self.label_names, notes)
-        self._metrics.steps += 1
+        self._metrics_buffer.steps += 1
         if not self.args.average_tokens_across_devices or self.args.world_size == 1:
             return batches, counts
         return batches, counts.over_processes(self.accelerator, device, self._same_batch(), self._scale())
@@ -316,8 +317,8 @@ class DistillationMixin(_InFrontOf):
         counts = counts_of(num_items_in_batch, plan, objective, inputs, self._scale() if takes_items else None)
         inputs = plan.task.with_decoder_inputs(plan.student, inputs)
         several = not training and self._evaluation is not None and self.args.world_size > 1 and not plan.own_loss
-        several = several and self._same_batch() == 1  # else processes share rows in another way
-        own = own_rows(self.accelerator, objective, plan, inputs, counts) if several else None
+        apart = several and self._same_batch() == 1  # else processes share rows in another way
+        own = own_rows(self.accelerator, objective, plan, inputs, counts) if apart else None
         function, takes_items = self.compute_loss_func, self.model_accepts_loss_kwargs
         own_loss = OwnHardLoss(function, takes_items, self._scale()) if plan.own_loss else None
         teacher = None if self._run_settings.always_hard and training else plan.teacher
@@ -330,7 +331,7 @@ class DistillationMixin(_InFrontOf):
             fault=lambda: plan.task.fault(inputs, result.classes),
         )  # fmt: skip
         if training:
-            self._metrics.add(logged_row(result.parts, result.counts))
+            self._metrics_buffer.add(logged_row(result.parts, result.counts))
         elif self._evaluation is not None:
             self._evaluation.add(result.parts, result.counts, objective, batch.plan, self._gathered)
         return (total, as_mapping(result.outputs, total)) if return_outputs else total
@@ -419,11 +420,11 @@ class DistillationMixin(_InFrontOf):
         if "loss" in logs and "learning_rate" in logs:
             self._raise_noted()
             objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
-            means = self._metrics.means(self.accelerator, objective)
+            means = self._metrics_buffer.means(self.accelerator, objective)
             if means and self.kd_args.kd_schedule != "constant":
                 means.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
             logs.update(means)
-            self._metrics = MetricsBuffer(self.args.device)
+            self._metrics_buffer = MetricsBuffer(self.args.device)
         super().log(logs, start_time)
 
     # ---- columns and the model card ----

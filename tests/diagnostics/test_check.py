@@ -1026,7 +1026,10 @@ def test_the_student_is_as_it_was(tmp_path):
     trainer.model.norm.train()
     trainer.model.linear.weight.grad = gradient = torch.ones_like(trainer.model.linear.weight)
     state = copy.deepcopy(trainer.model.state_dict())
-    kept = {name: getattr(trainer, name) for name in ("_plan", "_metrics", "_finite", "teacher", "model", "optimizer")}
+    kept = {
+        name: getattr(trainer, name)
+        for name in ("_plan", "_metrics_buffer", "_finite", "teacher", "model", "optimizer")
+    }
     loaders, running = list(trainer.accelerator._dataloaders), trainer.accelerator.gradient_state.dataloader_references
     trainer.check()
     assert [m.training for m in trainer.model.modules()] == [False, False, True]

@@ -117,7 +117,7 @@ def test_a_step_has_the_mean_over_its_micro_batches_by_their_rows(reduction, tmp
     _, counts = run.get_batch_samples(iter(batches), 2, run.args.device)
     with torch.no_grad():
         losses = [run.compute_loss(run.model, b, num_items_in_batch=counts).item() for b in batches]
-    hard, soft, aux, _, _ = run._metrics.sums().tolist()
+    hard, soft, aux, _, _ = run._metrics_buffer.sums().tolist()
     assert aux == pytest.approx(expected, rel=1e-5)
     assert sum(losses) == pytest.approx(0.3 * hard + 0.7 * soft + WEIGHT * expected, rel=1e-5)
     with torch.no_grad():  # gradients are averaged over two processes: the whole loss is doubled

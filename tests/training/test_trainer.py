@@ -306,7 +306,7 @@ def test_teacher_agreement_is_the_share_of_equal_top_classes(tmp_path):
 
 def test_a_users_own_log_is_left_alone(tmp_path):  # trap 26
     run = tiny.trainer("plain", tmp_path)
-    run._metrics.add((torch.ones(()),) * 4)
+    run._metrics_buffer.add((torch.ones(()),) * 4)
     run.log({"loss": 1.0})
     assert set(run.state.log_history[-1]) <= {"loss", "epoch", "step"}
 
@@ -386,9 +386,9 @@ def test_bf16_teacher_computes_in_bf16_and_softmax_in_float32(tmp_path):  # trap
     run.train()
     assert set(seen) == {torch.bfloat16}
     assert math.isfinite(metrics["eval_loss"])
-    run._metrics.steps = 1
+    run._metrics_buffer.steps = 1
     run.compute_loss(run.model.train(), tiny.pad(tiny.rows("classification")[:4]))
-    assert run._metrics.sums().dtype == torch.float32
+    assert run._metrics_buffer.sums().dtype == torch.float32
 
 
 def test_constant_alpha_zero_does_not_call_the_teacher_in_training(tmp_path):

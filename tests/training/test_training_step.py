@@ -74,7 +74,7 @@ def test_a_student_in_train_mode_is_evaluated(tmp_path):
     found = run.evaluate()
     for name in ("eval_loss", "eval_soft_loss", "eval_hard_loss"):
         assert found[name] == pytest.approx(expected[name], rel=1e-6)
-    assert run._metrics.sums() is None
+    assert run._metrics_buffer.sums() is None
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm", "question_answering", "regression", "plain"])
