@@ -18,27 +18,27 @@ from kd_trainer.validation import check_choice, check_number, fail, message, nea
 
 def test_message_has_the_house_form():
     assert message("a", 3, "a number < 2", "Set it lower.") == "`a` is 3; expected a number < 2. Set it lower."
-    assert message("a", quoted("x"), "y", "Mend.") == "`a` is 'x'; expected y. Mend."
-    assert message("a", "of shape (2, 3)", "y", "Mend.") == "`a` is of shape (2, 3); expected y. Mend."
-    assert message("a", None, "y", "Mend.", because="of z") == "`a` is None; expected y, because of z. Mend."
+    assert message("a", quoted("x"), "y", "Fix.") == "`a` is 'x'; expected y. Fix."
+    assert message("a", "of shape (2, 3)", "y", "Fix.") == "`a` is of shape (2, 3); expected y. Fix."
+    assert message("a", None, "y", "Fix.", because="of z") == "`a` is None; expected y, because of z. Fix."
 
 
-def test_message_remembers_the_mend():
-    made = message("a", 3, "a number. Or two", "Mend. It.")
-    assert made.fix == "Mend. It."
-    assert pickle.loads(pickle.dumps(ValueError(made))).args[0].fix == "Mend. It."
+def test_message_remembers_the_fix():
+    made = message("a", 3, "a number. Or two", "Fix. It.")
+    assert made.fix == "Fix. It."
+    assert pickle.loads(pickle.dumps(ValueError(made))).args[0].fix == "Fix. It."
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError, FileNotFoundError])
 def test_fail_raises_the_kind_asked_for(error):
-    with pytest.raises(error, match=r"^`a` is 1; expected 2\. Mend\.$") as caught:
-        fail("a", 1, "2", "Mend.", error=error)
+    with pytest.raises(error, match=r"^`a` is 1; expected 2\. Fix\.$") as caught:
+        fail("a", 1, "2", "Fix.", error=error)
     assert type(caught.value) is error
 
 
 def test_fail_raises_a_value_error_by_default():
     with pytest.raises(ValueError, match="because z"):
-        fail("a", 1, "2", "Mend.", because="z")
+        fail("a", 1, "2", "Fix.", because="z")
 
 
 def test_nearest_names_the_closest_or_nothing():

@@ -129,5 +129,5 @@ def _places_of(mask: Tensor) -> Tensor:
 
 def fail_no_product(reader: TeacherReader) -> NoReturn:
     because = "the logits of " + type(reader.teacher.model).__name__ + " are more than its output head's product"
-    mend = "Set it to topk or logits."
-    fail("teacher_cache_format", "'hidden'", "another format with this teacher", mend, because=because)
+    fix = "Set it to topk or logits."
+    fail("teacher_cache_format", "'hidden'", "another format with this teacher", fix, because=because)

@@ -169,8 +169,8 @@ def check_rows_unseen(trainer: Any, reader: TeacherReader, reading: Reading, row
     behind = behind[len(behind) - len(alone) :]
     if len(alone) and float((behind - alone).abs().max()) > room * float(alone.abs().max()):
         shown = "one that makes one long row of several, and the teacher lets them see each other"
-        mend = "Use DataCollatorWithFlattening with its position_ids and a teacher that keeps to them, or pad the rows."
-        fail("data_collator", shown, "rows of which the teacher says the same in any company", mend)
+        fix = "Use DataCollatorWithFlattening with its position_ids and a teacher that keeps to them, or pad the rows."
+        fail("data_collator", shown, "rows of which the teacher says the same in any company", fix)
 
 
 def _uniform(settings: Mapping[str, Any], first_row: int, count: int) -> Tensor:
@@ -192,8 +192,8 @@ def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
             bad = not all(map(math.isfinite, values.aminmax()))
         if bad:
             shown = f"giving NaN or inf on rows {row_ids[0]} to {row_ids[-1]} of the data"
-            mend = "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs."
-            fail("teacher_model", shown, "finite outputs", mend)
+            fix = "Check its weights, its dtype (float16 overflows where bfloat16 does not) and the inputs."
+            fail("teacher_model", shown, "finite outputs", fix)
 
 
 @contextmanager
@@ -206,8 +206,8 @@ def translate_os_errors(folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
             expected = f"room for it ({shutil.disk_usage(there).free / 1e6:,.0f} MB are free)"
-            mend = "What is built stays: make room and run again, it goes on from there."
+            fix = "What is built stays: make room and run again, it goes on from there."
         else:
             expected = "a folder that this run may write to"
-            mend = "Set it to another folder. (One with a finished cache of the same data may be read-only.)"
-        raise RuntimeError(message("teacher_cache_dir", shown, expected, mend)) from error
+            fix = "Set it to another folder. (One with a finished cache of the same data may be read-only.)"
+        raise RuntimeError(message("teacher_cache_dir", shown, expected, fix)) from error

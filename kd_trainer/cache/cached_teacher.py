@@ -111,8 +111,8 @@ class CachedTeacher:
     def __init__(self, path: str | Path) -> None:
         if not isinstance(path, (str, Path)) or not str(path).strip():
             shown = path if path is None or isinstance(path, str) else f"of type {type(path).__name__}"
-            expected, mend = "the folder of a finished teacher cache, or a dataset of the hub", "Pass its path."
-            fail("path", shown, expected, mend, error=ValueError if isinstance(path, str) else TypeError)
+            expected, fix = "the folder of a finished teacher cache, or a dataset of the hub", "Pass its path."
+            fail("path", shown, expected, fix, error=ValueError if isinstance(path, str) else TypeError)
         self.path = _local(path)
         alone = is_finished(self.path)  # a part alone serves as what it is named, or else as the train data
         inside = sorted(self.path.iterdir()) if self.path.is_dir() else []
@@ -136,8 +136,8 @@ class CachedTeacher:
                               for m in (store.manifest, first.manifest))  # fmt: skip
                 if one != other:
                     shown = f"one whose part {str(store.folder)!r} has {what} {one}"
-                    mend = "Build one of them again in an empty folder, with the teacher and settings of the other."
-                    raise CacheError(message("teacher_cache", shown, f"{other}, as {str(first.folder)!r} has", mend))
+                    fix = "Build one of them again in an empty folder, with the teacher and settings of the other."
+                    raise CacheError(message("teacher_cache", shown, f"{other}, as {str(first.folder)!r} has", fix))
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _local(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), repo_type="dataset"))
     except Exception as error:  # of many kinds, offline too
-        mend = "Check the path for a typing error."
+        fix = "Check the path for a typing error."
         said = (str(error).splitlines() or [""])[0]
         expected = f"a folder, or a dataset of the hub ({type(error).__name__}: {said})"
-        raise CacheError(message("teacher_cache", repr(str(path)), expected, mend)) from error
+        raise CacheError(message("teacher_cache", repr(str(path)), expected, fix)) from error

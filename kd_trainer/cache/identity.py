@@ -237,9 +237,9 @@ def compare(where: Path, kept: Mapping[str, Any], asked: Mapping[str, tuple[str,
     Args:
         where: the cache; kept: its settings.
         asked: by path in the settings ("teacher.weights"): the argument to name, what of it is compared, its value
-            now and how to mend it.
+            now and how to fix it.
     """
-    for place, (argument, what, now, mend) in asked.items():
+    for place, (argument, what, now, fix) in asked.items():
         value: Any = kept
         for part in place.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -247,7 +247,7 @@ def compare(where: Path, kept: Mapping[str, Any], asked: Mapping[str, tuple[str,
             shown = f"one with {what} {_short(now)}"
             expected = f"{what} {_short(value)}, of which the teacher cache {str(where)!r} was built"
             other = "Or name another teacher_cache_dir: one is built there."
-            raise CacheError(message(argument, shown, expected, f"{mend} {other}"))
+            raise CacheError(message(argument, shown, expected, f"{fix} {other}"))
 
 
 def compare_teachers(where: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

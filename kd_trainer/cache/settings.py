@@ -129,8 +129,8 @@ def _format(trainer: Any, reader: TeacherReader, read: Read, known: Mapping[str,
     if name == "topk":
         classes, k = common_ids or classes, k or DEFAULT_K[name]
         if k >= classes:
-            expected, mend = f"1 to {classes - 1}, fewer than there are classes", "Lower it, or keep logits."
-            fail("teacher_cache_k", repr(k), expected, mend)
+            expected, fix = f"1 to {classes - 1}, fewer than there are classes", "Lower it, or keep logits."
+            fail("teacher_cache_k", repr(k), expected, fix)
         return Format(name, classes, k, float(kd.kd_temperature), asked or "float16"), extra
     if name == "hidden":
         if product is None:
@@ -167,10 +167,10 @@ def _tell_size(trainer: Any, settings: dict[str, Any], row_bytes: float) -> None
     there = sum(f.stat().st_size for f in (where / settings["part"]).rglob("*") if f.is_file())
     missing, free = (rows or 0) * row_bytes - there, shutil.disk_usage(parent).free
     if missing > free:
-        mend = "Make room, or keep less: teacher_cache_format topk or sampled, or a smaller teacher_cache_k."
+        fix = "Make room, or keep less: teacher_cache_format topk or sampled, or a smaller teacher_cache_k."
         shown = f"{str(where)!r} with {free / 1e6:,.0f} MB free"
         expected = f"about {missing / 1e6:,.0f} MB for {rows:,} rows of format {settings['format']}"
-        raise RuntimeError(message("teacher_cache_dir", shown, expected, mend))
+        raise RuntimeError(message("teacher_cache_dir", shown, expected, fix))
 
 
 def compare_settings(
@@ -216,10 +216,10 @@ def _compare_rows(trainer: Any, folder: Path, kept: dict[str, Any], data: str, d
     different = [row for row, signature in now if before.get(row, signature) != signature]
     if different:
         because = ROWS_DIFFER
-        mend = "Train on the data that the cache was built from, or name another teacher_cache_dir."
+        fix = "Train on the data that the cache was built from, or name another teacher_cache_dir."
         shown = f"one whose row {different[0]} differs from the one the teacher read"
         expected = f"the rows of the teacher cache {str(folder)!r}"
-        raise CacheError(message(data, shown, expected, mend, because=because))
+        raise CacheError(message(data, shown, expected, fix, because=because))
 
 
 def argument_of(part: str) -> str:

@@ -40,11 +40,6 @@ class CheckResult(NamedTuple):
     found: str
     fix: str = ""
 
-    @property
-    def mend(self) -> str:
-        """The former name of `fix`."""
-        return self.fix
-
 
 ok, warning, error = partial(CheckResult, "ok"), partial(CheckResult, "warning"), partial(CheckResult, "error")
 

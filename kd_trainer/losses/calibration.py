@@ -23,8 +23,8 @@ def fit_temperature(
 ) -> float:
     """argmin over T of mean -log softmax(logits/T)[label]: the temperature that calibrates a classifier.
 
-    When to use: on held-out data, to state or mend the calibration of a teacher or student (divide its logits by the
-    result; the predicted classes do not change). This is not the temperature of distillation.
+    When to use: on held-out data, to report or correct the calibration of a teacher or student (divide its logits by
+    the result; the predicted classes do not change). This is not the temperature of distillation.
 
     The negative log-likelihood is convex in 1/T, so its slope is searched by Newton steps kept inside a bracket, in
     float64, to about 1e-10. On perfectly separable data (every label has the largest logit) the likelihood

@@ -13,15 +13,15 @@ def check_logits(**named: Tensor) -> None:
     for argument, logits in named.items():
         check_tensor(argument, logits, "a tensor of logits [..., V]")
         if not logits.is_floating_point():
-            mend = "Pass the scores before the softmax, not class ids."
-            fail(argument, f"of dtype {logits.dtype}", "logits of a floating dtype", mend, error=TypeError)
+            fix = "Pass the scores before the softmax, not class ids."
+            fail(argument, f"of dtype {logits.dtype}", "logits of a floating dtype", fix, error=TypeError)
     (first, logits), *others = named.items()
     for argument, other in others:
         if logits.shape != other.shape:
             shown = f"of shape {list(logits.shape)} and `{argument}` of shape {list(other.shape)}"
-            mend = "Give both sides the same positions and the same classes, in the same order."
+            fix = "Give both sides the same positions and the same classes, in the same order."
             because = "a divergence compares them class by class"
-            fail(first, shown, "equal shapes [..., V]", mend, because=because)
+            fail(first, shown, "equal shapes [..., V]", fix, because=because)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         shown = f"of shape {list(logits.shape)}"
         fail(first, shown, "at least one class in the last dimension", "Pass logits [..., V].")

@@ -38,12 +38,12 @@ def _check_same_shape(**tensors: Tensor) -> None:
             )
 
 
-def _check(argument: str, valid: Tensor, value: Tensor, expected: str, mend: str) -> None:
+def _check(argument: str, valid: Tensor, value: Tensor, expected: str, fix: str) -> None:
     """Raises ValueError with the first offending value unless all of `valid` holds (NaN never does)."""
     if not bool(valid.all()):
         index = tuple(int(i) for i in (~valid).nonzero()[0])
         shown = f"{value[index].item():g} at index {list(index)}"
-        fail(argument, shown, expected, mend)
+        fail(argument, shown, expected, fix)
 
 
 def kl_bernoulli(p_probs: Tensor, q_probs: Tensor) -> Tensor:
@@ -354,5 +354,5 @@ def _check_rows(argument: str, probs: Tensor) -> None:
         if bool(rows.any()):
             row = int(rows.nonzero()[0])
             shown = f"no distribution: row {row} {trouble.format(total=totals[row].item())}"
-            mend = "Apply a softmax to logits, or divide each row by its sum; `validate=False` skips the check."
-            fail(argument, shown, "rows that are finite, non-negative and sum to 1", mend)
+            fix = "Apply a softmax to logits, or divide each row by its sum; `validate=False` skips the check."
+            fail(argument, shown, "rows that are finite, non-negative and sum to 1", fix)

@@ -141,8 +141,8 @@ class Divergence:
             if beta is not None:
                 having = ", ".join(f"'{name}'" for name, entry in DIVERGENCES.items() if entry.parameter is not None)
                 own = next((f" '{name}'" for name, entry in DIVERGENCES.items() if entry is self), "")
-                mend = f"Leave `{argument}` out, or choose one of {having}."
-                fail(argument, repr(beta), f"None with divergence{own}", mend, because="this divergence has no beta")
+                fix = f"Leave `{argument}` out, or choose one of {having}."
+                fail(argument, repr(beta), f"None with divergence{own}", fix, because="this divergence has no beta")
             return 0.0
         if beta is None:
             assert self.default is not None

@@ -243,8 +243,8 @@ def _check_types(g: FusedInputs) -> None:
             check_number(name, getattr(g, name), low=0)
     common = g.common_ids
     if common is not None and (isinstance(common, bool) or not isinstance(common, int)):
-        mend = "Count the ids that both share."
-        fail("common_ids", repr(common), "a whole number of ids, at least 1", mend, error=TypeError)
+        fix = "Count the ids that both share."
+        fail("common_ids", repr(common), "a whole number of ids, at least 1", fix, error=TypeError)
 
 
 def _check_shapes(g: FusedInputs) -> None:
@@ -263,12 +263,12 @@ def _check_shapes(g: FusedInputs) -> None:
         shown = " and ".join(given[1:]) + " given as well" if given else "None, and no other form is given"
         fail("teacher_hidden", shown, expected, "Leave the others out.", error=TypeError)
     if (g.teacher_hidden is None) != (g.teacher_weight is None):
-        mend = "Give both or neither."
+        fix = "Give both or neither."
         fail(
             "teacher_weight",
             "given alone" if given != ["teacher_hidden"] else "None",
             expected,
-            mend,
+            fix,
             error=TypeError,
         )
     vocabulary, owner = weight.shape[0], given[0]
@@ -279,8 +279,8 @@ def _check_shapes(g: FusedInputs) -> None:
         vocabulary = g.teacher_logits.shape[-1]
     if g.common_ids is None and vocabulary != weight.shape[0]:
         shown = f"of {vocabulary} ids where the student has {weight.shape[0]}"
-        mend = "If the first ids mean the same tokens in both, say how many: common_ids."
-        fail(owner, shown, "equal vocabularies", mend, because="they are compared id by id")
+        fix = "If the first ids mean the same tokens in both, say how many: common_ids."
+        fail(owner, shown, "equal vocabularies", fix, because="they are compared id by id")
     if g.common_ids is not None and not 1 <= g.common_ids <= min(vocabulary, weight.shape[0]):
         expected = f"1 to {min(vocabulary, weight.shape[0])}, the smaller vocabulary"
         fail("common_ids", repr(g.common_ids), expected, "Count the ids that both share.")
@@ -289,8 +289,8 @@ def _check_shapes(g: FusedInputs) -> None:
         columns[given[0]] = _check_sparse(given[0], forms[given[0]], positions, g.common_ids or weight.shape[0])
         if given[0] == "teacher_samples" and g.divergence != "forward_kl":
             because = "their estimate is unbiased only where the loss is linear in the teacher's probabilities"
-            mend = "Give teacher_top_k for the other divergences."
-            fail("divergence", repr(g.divergence), "'forward_kl' with teacher_samples", mend, because=because)
+            fix = "Give teacher_top_k for the other divergences."
+            fail("divergence", repr(g.divergence), "'forward_kl' with teacher_samples", fix, because=because)
     else:
         columns[given[0]] = forms[given[0]][..., 0] if forms[given[0]].dim() == 2 else forms[given[0]]
     for name, column in columns.items():
@@ -318,8 +318,8 @@ def _check_sparse(name: str, given: Any, positions: int, vocabulary: int) -> Ten
     if ids.is_floating_point() or ids.shape[1] < 1 or (samples and second.is_floating_point()):
         fail(name, f"with ids of {ids.dtype}, {ids.shape[1]} a row", "integer ids, at least one", "Cast to int64.")
     if not samples and ids.shape[1] > vocabulary:
-        mend = "Keep at most as many as there are."
-        fail(name, f"of {ids.shape[1]} ids a row", f"1 to {vocabulary} distinct ids", mend)
+        fix = "Keep at most as many as there are."
+        fail(name, f"of {ids.shape[1]} ids a row", f"1 to {vocabulary} distinct ids", fix)
     return last
 
 

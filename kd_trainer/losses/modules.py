@@ -251,5 +251,5 @@ def _check_ids(labels: Tensor, classes: int, ignore_index: int) -> None:
     lowest, highest = (int(x) for x in labels.aminmax())
     if lowest < 0 or highest >= classes:
         shown = f"{lowest if lowest < 0 else highest} at some position"
-        mend = f"Mark what has no label with {ignore_index}; check that the model has an output for every class."
-        fail("labels", shown, f"class ids in [0, {classes - 1}]", mend)
+        fix = f"Mark what has no label with {ignore_index}; check that the model has an output for every class."
+        fail("labels", shown, f"class ids in [0, {classes - 1}]", fix)

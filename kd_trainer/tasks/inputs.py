@@ -45,8 +45,8 @@ class WithTeacherColumns(list):
 def check_batch(batch: Any) -> None:
     """Raises where a batch is no mapping, or where its labels have a name under which nobody would look for them."""
     if not isinstance(batch, Mapping):
-        mend = "Let the data collator return a dict."
-        fail("inputs", f"a batch of type {type(batch).__name__}", "a mapping of columns", mend, error=TypeError)
+        fix = "Let the data collator return a dict."
+        fail("inputs", f"a batch of type {type(batch).__name__}", "a mapping of columns", fix, error=TypeError)
     misnamed = [name for name in ("label", "label_ids") if name in batch]
     if misnamed and "labels" not in batch:
         fail(

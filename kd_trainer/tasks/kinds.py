@@ -174,8 +174,8 @@ class RegressionTask(NumbersTask):
         try:
             return F.gaussian_nll_loss(student, mean, variance, reduction="none").mean(-1).sum()
         except ValueError as error:
-            shown, mend = f"{float(variance.min()):g} at least once", "Let it return exp of a log-variance."
-            told = message("variance", shown, "numbers >= 0 from the teacher", mend)
+            shown, fix = f"{float(variance.min()):g} at least once", "Let it return exp of a log-variance."
+            told = message("variance", shown, "numbers >= 0 from the teacher", fix)
             raise ValueError(told) from error
 
     def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -229,8 +229,8 @@ class QuestionAnsweringTask(Task):
         start, end = [*found, None, None][:2]
         if not isinstance(start, Tensor) or not isinstance(end, Tensor):
             expected = 'the logits of start and end: "start_logits" and "end_logits" [batch, sequence]'
-            mend = "Wrap the model so that its forward returns them, or set kd_task to its task."
-            fail(argument, f"a model that returns {offer}", expected, mend, error=TypeError)
+            fix = "Wrap the model so that its forward returns them, or set kd_task to its task."
+            fail(argument, f"a model that returns {offer}", expected, fix, error=TypeError)
         return torch.stack([start, end], 1)
 
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -240,8 +240,8 @@ class QuestionAnsweringTask(Task):
             return None
         for name, x in zip(self.label_names, both, strict=True):
             if x is not None and (x.is_floating_point() or x.dtype == torch.bool):
-                shown, mend = f"of dtype {x.dtype}", "Cast the column to int64."
-                fail(name, shown, "integer positions", mend, error=TypeError)
+                shown, fix = f"of dtype {x.dtype}", "Cast the column to int64."
+                fail(name, shown, "integer positions", fix, error=TypeError)
         positions = torch.stack([signed(x.reshape(-1)) for x in both if x is not None], 1)
         ids = inputs.get("input_ids")
         length = (main_input(inputs) if ids is None else ids).shape[1]

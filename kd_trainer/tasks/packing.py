@@ -46,5 +46,5 @@ class PackingWatch:
     @staticmethod
     def _refuse() -> NoReturn:
         because = "rows of a packed batch are no longer sequences"
-        expected, mend = "'tokenmean' with packed batches", "Set kd_reduction to tokenmean."
-        fail("kd_reduction", "'batchmean'", expected, mend, because=because)
+        expected, fix = "'tokenmean' with packed batches", "Set kd_reduction to tokenmean."
+        fail("kd_reduction", "'batchmean'", expected, fix, because=because)

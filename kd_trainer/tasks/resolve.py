@@ -226,7 +226,7 @@ def by_problem_type(task: Task, student: nn.Module, kd_task: str | None, labels:
         return task
     known = config.problem_type
     if known is not None and known not in PROBLEM_TYPES:
-        fail("problem_type", repr(known), "one of " + ", ".join(PROBLEM_TYPES), "Mend the student's config.")
+        fail("problem_type", repr(known), "one of " + ", ".join(PROBLEM_TYPES), "Fix the student's config.")
     if kd_task is not None:
         name = kd_task
         if known is not None and PROBLEM_TYPES[known] != name:

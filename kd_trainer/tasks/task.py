@@ -324,8 +324,8 @@ class Task:
                 "Set kd_task to the task that the model has.",
             )
         if self.softmax and not self.token_level and student.shape[-1] == 1:
-            mend, because = "Set num_labels, or problem_type to regression.", "the softmax of one class is always 1"
-            fail("num_labels", 1, "2 classes or more, or regression", mend, because=because)
+            fix, because = "Set num_labels, or problem_type to regression.", "the softmax of one class is always 1"
+            fail("num_labels", 1, "2 classes or more, or regression", fix, because=because)
         fits = teacher is None or teacher.shape == student.shape
         if teacher is not None and not fits and teacher.shape[:-1] == student.shape[:-1]:
             fits = common_ids == min(student.shape[-1], teacher.shape[-1])
@@ -373,7 +373,7 @@ def check_label_range(targets: Tensor, num_classes: int, name: str = "labels") -
             name,
             f"{int(flat[place])} at position {place} of the batch",
             f"0 to {num_classes - 1} (the logits have {num_classes} classes), or {IGNORE_INDEX} for no label",
-            f"Mend the label column; an unlabelled row is {IGNORE_INDEX}, not -1.",
+            f"Fix the label column; an unlabelled row is {IGNORE_INDEX}, not -1.",
         )
 
 

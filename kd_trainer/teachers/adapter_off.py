@@ -76,9 +76,9 @@ def check_adapters(student: nn.Module, *, over_tokens: bool) -> None:
     layers = _adapter_layers(student)
     own = "Give the teacher as a model of its own, e.g. by path."
     if not layers:
-        mend = f"Add adapters with peft first; a folder of that name is './{ADAPTER_OFF}'."
+        fix = f"Add adapters with peft first; a folder of that name is './{ADAPTER_OFF}'."
         shown = f"'{ADAPTER_OFF}' with a student of type {type(student).__name__}"
-        fail("teacher_model", shown, "a student with adapters in its layers (LoRA and its kin)", mend)
+        fail("teacher_model", shown, "a student with adapters in its layers (LoRA and its kin)", fix)
     adapters = adapter_parameters(student)
     moving = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in adapters]
     if moving:

@@ -46,8 +46,8 @@ def add_teacher_inputs(
     """
     if not hasattr(dataset, "map"):
         shown = dataset if dataset is None else f"of type {type(dataset).__name__}"
-        mend = "Make one of it: datasets.Dataset.from_list(rows)."
-        fail("dataset", shown, "a dataset of the datasets library", mend, error=TypeError)
+        fix = "Make one of it: datasets.Dataset.from_list(rows)."
+        fail("dataset", shown, "a dataset of the datasets library", fix, error=TypeError)
     _check_callable("teacher_tokenizer", teacher_tokenizer, "the teacher's tokenizer, or a callable like it")
     names = [columns] if isinstance(columns, str) else list(columns) if isinstance(columns, Sequence) else []
     if len(names) not in (1, 2):
@@ -63,8 +63,8 @@ def add_teacher_inputs(
             continue
         missing = [name for name in names if name not in there]
         if missing:
-            mend = "Add the teacher's inputs before the text is removed."
-            fail("columns", repr(missing[0]), f"a column of {split} ({', '.join(there)})", mend)
+            fix = "Add the teacher's inputs before the text is removed."
+            fail("columns", repr(missing[0]), f"a column of {split} ({', '.join(there)})", fix)
     cut: dict[str, Any] = {"max_length": max_length} if max_length is not None else {}
     limit = getattr(teacher_tokenizer, "model_max_length", 0)
     if max_length is not None or 0 < limit < 10**9:  # beyond it there is none
@@ -115,8 +115,8 @@ class TeacherCollator:
         batch = dict(self.base_collator(rows))
         names = set(taught[0])
         if any(set(row) != names for row in taught):
-            mend = "Add them to the whole dataset with add_teacher_inputs."
-            fail("features", "rows of which some lack teacher columns", "the same columns in all", mend)
+            fix = "Add them to the whole dataset with add_teacher_inputs."
+            fail("features", "rows of which some lack teacher columns", "the same columns in all", fix)
         tokens = names & {TEACHER_PREFIX + name for name in self._token_names()}
         for chosen, collate in ((tokens, self._pad), (names - tokens, self._stack)):
             if chosen:
@@ -129,8 +129,8 @@ class TeacherCollator:
 
     def _pad(self, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
         if self.teacher_tokenizer is None:
-            mend = "Give TeacherCollator the teacher's tokenizer."
-            fail("teacher_tokenizer", None, "a tokenizer, to pad teacher_input_ids", mend)
+            fix = "Give TeacherCollator the teacher's tokenizer."
+            fail("teacher_tokenizer", None, "a tokenizer, to pad teacher_input_ids", fix)
         return self.teacher_tokenizer.pad(rows, pad_to_multiple_of=self.pad_to_multiple_of, return_tensors="pt")
 
     @staticmethod

@@ -195,7 +195,7 @@ class LiveTeacher:
         """What the teacher's forward returns for the batch, without gradient, dropout and cache.
 
         Not under `torch.inference_mode`: its tensors cannot be saved for the backward pass of the soft loss, and the
-        copy that would mend this costs more than the mode saves.
+        copy that would avoid this costs more than the mode saves.
 
         Args:
             student: the student as the accelerator wrapped it; only an `AdapterOffTeacher` calls it.

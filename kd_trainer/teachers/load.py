@@ -49,8 +49,8 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
     """
     if isinstance(teacher_model, nn.Module):
         if init_kwargs:
-            mend = "Leave it out, or give the teacher by path."
-            fail("teacher_model_init_kwargs", quoted(init_kwargs), "nothing where the teacher is a module", mend)
+            fix = "Leave it out, or give the teacher by path."
+            fail("teacher_model_init_kwargs", quoted(init_kwargs), "nothing where the teacher is a module", fix)
         return teacher_model
     if not isinstance(teacher_model, (str, Path)):
         shown = f"of type {type(teacher_model).__name__}"
@@ -73,21 +73,21 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
         cause = error if scrub(str(error), secrets) == str(error) else None  # its traceback would show a secret
         said = f"{auto_class.__name__} can load ({type(error).__name__}: {line})"
         if init_kwargs and isinstance(error, (TypeError, RuntimeError, ImportError)):
-            expected, mend = f"arguments with which {said}", "Check their names and values."
-            raise ValueError(message("teacher_model_init_kwargs", quoted(init_kwargs), expected, mend)) from cause
-        mend = "Check the path for a typing error."
+            expected, fix = f"arguments with which {said}", "Check their names and values."
+            raise ValueError(message("teacher_model_init_kwargs", quoted(init_kwargs), expected, fix)) from cause
+        fix = "Check the path for a typing error."
         if any(Path(path).glob("*.bin")):
-            mend = (
+            fix = (
                 "Its weights are a pickle, which can run code: save them again as safetensors, or, if you trust "
                 'whoever made it, set teacher_model_init_kwargs to {"use_safetensors": false}.'
             )
         if "custom code" in str(error):
-            mend = (
+            fix = (
                 "It comes with code of its own: read it, and if you trust it, set teacher_model_init_kwargs to "
                 '{"trust_remote_code": true}.'
             )
         expected = f"a folder with config.json and safetensors weights, or a hub name, that {said}"
-        raise ValueError(message("teacher_model", repr(path), expected, mend)) from cause
+        raise ValueError(message("teacher_model", repr(path), expected, fix)) from cause
     if init_kwargs.get("device_map") is not None and getattr(model, "hf_device_map", None) is None:
         model.hf_device_map = {"": model.device}  # upstream notes a map of several devices only
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})

@@ -58,8 +58,8 @@ def _refuse_weights_of_one_process(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if getattr(plugin, "cpu_ram_efficient_loading", False) and accelerator.num_processes > 1:
         because = "only the first process loads weights, and FSDP 1 does not hand a teacher's on"
-        mend = 'Set it to false, or take FSDP 2 ("version": 2).'
-        fail("fsdp_config: cpu_ram_efficient_loading", True, "false with FSDP 1", mend, because=because)
+        fix = 'Set it to false, or take FSDP 2 ("version": 2).'
+        fail("fsdp_config: cpu_ram_efficient_loading", True, "false with FSDP 1", fix, because=because)
 
 
 def layer_classes(model: nn.Module) -> list[str]:

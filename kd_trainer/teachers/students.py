@@ -117,8 +117,8 @@ def _load(path: str | Path) -> PreTrainedModel:
     model_class = next((cls for name in named if (cls := getattr(transformers, name, None)) is not None), None)
     if model_class is None:
         because = f"its config names the architectures {named}"
-        mend = "Load it with its own class and pass the model."
-        fail("teacher", repr(str(path)), "a checkpoint of a class of transformers", mend, because=because)
+        fix = "Load it with its own class and pass the model."
+        fail("teacher", repr(str(path)), "a checkpoint of a class of transformers", fix, because=because)
     return model_class.from_pretrained(path)
 
 
@@ -126,14 +126,14 @@ def _check_teacher(model: Any) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        mend = "Give a transformers model, a folder or a hub name; of a PEFT model, `model.merge_and_unload()`."
-        fail("teacher", type(model).__name__, "a PreTrainedModel or a path", mend, error=TypeError)
+        fix = "Give a transformers model, a folder or a hub name; of a PEFT model, `model.merge_and_unload()`."
+        fail("teacher", type(model).__name__, "a PreTrainedModel or a path", fix, error=TypeError)
     if getattr(model, "quantization_method", None) is not None:
-        mend = "Load the teacher without quantization_config for this; the trainer may then use the quantised one."
-        fail("teacher", f"quantised ({model.quantization_method})", "weights that can be trained", mend)
+        fix = "Load the teacher without quantization_config for this; the trainer may then use the quantised one."
+        fail("teacher", f"quantised ({model.quantization_method})", "weights that can be trained", fix)
     if any(parameter.is_meta for parameter in model.parameters()):
-        mend = "Load it without offloading (device_map) for this."
-        fail("teacher", "a model with weights on the meta device", "weights in memory", mend)
+        fix = "Load it without offloading (device_map) for this."
+        fail("teacher", "a model with weights on the meta device", "weights in memory", fix)
 
 
 def _find_stacks(model: PreTrainedModel) -> list[_Stack]:

@@ -74,7 +74,7 @@ class DistillationArguments:
     the task's own loss on the labels. Every field stands with its default and its reason in the README's table.
 
     Raises:
-        ValueError, TypeError: a value out of its range or of another type; the message names field, value and mend.
+        ValueError, TypeError: a value out of its range or of another type; the message names field, value and fix.
 
     Example:
         >>> DistillationArguments(kd_alpha=0.5).kd_temperature
@@ -205,8 +205,8 @@ class DistillationArguments:
         if self.kd_beta is not None and entry.parameter is None:
             *others, last = (name for name, other in DIVERGENCES.items() if other.parameter is not None)
             expected = f"no value with kd_divergence {self.kd_divergence!r}, which has no beta"
-            mend = f"Leave it out, or choose kd_divergence {', '.join(others)} or {last}."
-            fail("kd_beta", repr(self.kd_beta), expected, mend)
+            fix = f"Leave it out, or choose kd_divergence {', '.join(others)} or {last}."
+            fail("kd_beta", repr(self.kd_beta), expected, fix)
         entry.check(self.kd_beta, "kd_beta")
 
     def _check_cache(self) -> None:
@@ -262,11 +262,11 @@ class DistillationArguments:
             try:
                 given = json.loads(given)
             except json.JSONDecodeError as error:
-                mend = 'Write it as \'{"dtype": "bfloat16"}\'.'
-                fail("teacher_model_init_kwargs", quoted(given), f"a JSON object ({error})", mend)
+                fix = 'Write it as \'{"dtype": "bfloat16"}\'.'
+                fail("teacher_model_init_kwargs", quoted(given), f"a JSON object ({error})", fix)
         if given is not None and not (isinstance(given, dict) and all(isinstance(name, str) for name in given)):
-            mend = 'Write it as {"dtype": "bfloat16"}.'
-            fail("teacher_model_init_kwargs", quoted(given), "a JSON object: names and values", mend, error=TypeError)
+            fix = 'Write it as {"dtype": "bfloat16"}.'
+            fail("teacher_model_init_kwargs", quoted(given), "a JSON object: names and values", fix, error=TypeError)
         self.teacher_model_init_kwargs = None if given is None else SecretiveDict(given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -337,14 +337,14 @@ def _as_declared(entry: Any, value: Any) -> Any:
             check_number(name, value)
     elif int in kinds:
         if isinstance(value, bool) or not isinstance(value, int):
-            mend = f"Give `{name}` as a whole number, not as {type(value).__name__}."
-            fail(name, quoted(value), "a whole number, at least 1", mend, error=TypeError)
+            fix = f"Give `{name}` as a whole number, not as {type(value).__name__}."
+            fail(name, quoted(value), "a whole number, at least 1", fix, error=TypeError)
     elif name in _FOLDERS:  # other texts are choices, which `check_choice` compares
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         kind = "a folder" if name == "teacher_cache_dir" else "a folder or a hub name"
         if not isinstance(value, str):
-            mend = f"Give `{name}` as text, not as {type(value).__name__}."
-            fail(name, quoted(value), kind, mend, error=TypeError)
+            fix = f"Give `{name}` as text, not as {type(value).__name__}."
+            fail(name, quoted(value), kind, fix, error=TypeError)
         if not value.strip():
             fail(name, quoted(value), kind, "Leave it out (null in JSON) for none.")
     return value
@@ -377,8 +377,8 @@ def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:
     """
     for cls in dataclass_types:
         if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-            mend = "Pass the class itself, e.g. DistillationTrainingArguments."
-            fail("dataclass_types", repr(cls), "classes of arguments (dataclasses)", mend, error=TypeError)
+            fix = "Pass the class itself, e.g. DistillationTrainingArguments."
+            fail("dataclass_types", repr(cls), "classes of arguments (dataclasses)", fix, error=TypeError)
     if argv is not None and (not isinstance(argv, (list, tuple)) or not all(isinstance(word, str) for word in argv)):
         fail("argv", quoted(argv), "a list of words", "Split the command line: shlex.split(text).", error=TypeError)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -402,12 +402,12 @@ def parse_args(*dataclass_types: Any, argv: list[str] | None = None) -> Any:
 
 def _read_json(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
-        mend = "Check the path; it is relative to the folder the script is started in."
-        fail("config file", repr(path), "an existing JSON file", mend, error=FileNotFoundError)
+        fix = "Check the path; it is relative to the folder the script is started in."
+        fail("config file", repr(path), "an existing JSON file", fix, error=FileNotFoundError)
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        fail("config file", repr(path), f"valid JSON ({error})", "Mend the file at that line.")
+        fail("config file", repr(path), f"valid JSON ({error})", "Fix the file at that line.")
     if not isinstance(content, dict):
         fail(
             "config file", repr(path), f"a JSON object, got a {type(content).__name__}", 'Write {"field": value, ...}.'
@@ -419,5 +419,5 @@ def _check_keys(given: dict[str, Any], known: set[str], what: str) -> None:
     refuse_borrowed_names(given, known)
     for name, value in given.items():
         if name not in known:
-            mend = nearest(name, known) or "Remove it."
-            fail(name, quoted(value), f"no such {what}: none of the argument classes has that field", mend)
+            fix = nearest(name, known) or "Remove it."
+            fail(name, quoted(value), f"no such {what}: none of the argument classes has that field", fix)

@@ -134,8 +134,8 @@ def check_options(args: Any, hard_loss: str, compute_loss_func: Any, accelerator
         expected = "'nll' (the default), the hard loss of the distillation"
         fail("loss_type", repr(loss_type), expected, "Leave it out; kd_alpha weighs the losses.")
     if args.n_gpu > 1:
-        mend = "Start the script with `accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
-        fail("n_gpu", args.n_gpu, "1 GPU for each process, not nn.DataParallel", mend)
+        fix = "Start the script with `accelerate launch`, or show it one GPU (CUDA_VISIBLE_DEVICES=0)."
+        fail("n_gpu", args.n_gpu, "1 GPU for each process, not nn.DataParallel", fix)
     if compute_loss_func is not None and hard_loss == "task":
         expected = "'auto' with a compute_loss_func, which is the hard loss then"
         fail("kd_hard_loss", "'task'", expected, "Leave out one of the two.")
@@ -148,8 +148,8 @@ def check_smoothing(factor: float, label_names: Sequence[str]) -> None:
     """Raises ValueError where upstream would not smooth the labels, which have other names."""
     if factor > 0 and {"labels", "start_positions"}.isdisjoint(label_names):
         expected = f"0 with the labels in {', '.join(map(repr, label_names))}"
-        mend = "Rename the column to 'labels', or set it to 0."
-        fail("label_smoothing_factor", factor, expected, mend, because="upstream smooths a column 'labels' alone")
+        fix = "Rename the column to 'labels', or set it to 0."
+        fail("label_smoothing_factor", factor, expected, fix, because="upstream smooths a column 'labels' alone")
 
 
 def check_generation_arguments(args: Any) -> None:
@@ -176,10 +176,10 @@ def refuse_lone_processes(args: Any) -> None:
     because = f"{name} is {started[name]} and the arguments see one process: each would train the whole job alone "
     because += "and write over the files of the others"
     if has_accelerator() and args.device.type != "mps":
-        mend = f"Start the script with accelerate launch or torchrun, or unset {name}; on the CPU set use_cpu."
-        fail(name, started[name], "1, the number of processes that the arguments see", mend, because=because)
-    mend = "Set use_cpu to true in the arguments (those of kd_trainer have it where there is no accelerator)."
-    fail("use_cpu", args.use_cpu, "true for several processes on the CPU", mend, because=because)
+        fix = f"Start the script with accelerate launch or torchrun, or unset {name}; on the CPU set use_cpu."
+        fail(name, started[name], "1, the number of processes that the arguments see", fix, because=because)
+    fix = "Set use_cpu to true in the arguments (those of kd_trainer have it where there is no accelerator)."
+    fail("use_cpu", args.use_cpu, "true for several processes on the CPU", fix, because=because)
 
 
 def not_logged(cls: type) -> list[str]:

@@ -144,16 +144,16 @@ class Checkpoints(NamedTuple):
         for name, reason in refused.items():
             warn(logger, "[kd_trainer] %s is passed over: %s.", name, reason)
         if whole is None:
-            mend = "Train from the start: leave resume_from_checkpoint out."
+            fix = "Train from the start: leave resume_from_checkpoint out."
             because = "; ".join(f"of {name}: {reason}" for name, reason in refused.items()) or None
             expected = f"a whole checkpoint in {Path(self.args.output_dir)}"
-            fail("resume_from_checkpoint", True, expected, mend, because=because)
+            fail("resume_from_checkpoint", True, expected, fix, because=because)
         flaw = None if named is True else not_resumable(whole)
         if flaw is not None:
             other, _ = newest_resumable(whole.parent)
-            mend = f"Resume from {other}, the newest whole one." if other else "There is no whole one beside it."
-            mend += " Its weights alone, where they are whole: from_pretrained, and train from the start."
-            fail("resume_from_checkpoint", repr(str(whole)), "a whole checkpoint", mend, because=flaw)
+            fix = f"Resume from {other}, the newest whole one." if other else "There is no whole one beside it."
+            fix += " Its weights alone, where they are whole: from_pretrained, and train from the start."
+            fail("resume_from_checkpoint", repr(str(whole)), "a whole checkpoint", fix, because=flaw)
         manifest, now = _manifest(whole), self.args.world_size
         if manifest is None:
             warn(logger, "[kd_trainer] %s has no %s: whether its files are whole is not known.", whole, MANIFEST)
@@ -202,8 +202,8 @@ class Checkpoints(NamedTuple):
         def check() -> None:
             reason = damage(Path(best))
             if reason is not None and (Path(best) / MANIFEST).exists():
-                mend = "The model as the training left it is in the trainer: save it with trainer.save_model()."
-                fail("best_model_checkpoint", repr(best), "a whole checkpoint", mend, because=reason)
+                fix = "The model as the training left it is in the trainer: save it with trainer.save_model()."
+                fail("best_model_checkpoint", repr(best), "a whole checkpoint", fix, because=reason)
 
         on_main_process(self.accelerator, check)
 
@@ -214,9 +214,9 @@ def _unwritten(folder: Path, error: Exception) -> str:
     shown = f"not written: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     whole, _ = newest_resumable(folder.parent)
     last = f"{whole.name} is whole: go on with" if whole else "There is no other; without one it starts anew:"
-    mend = f"{last} trainer.train(resume_from_checkpoint={bool(whole)}) when there is room."
+    fix = f"{last} trainer.train(resume_from_checkpoint={bool(whole)}) when there is room."
     expected = f"room and permission for it in {folder.parent} ({free:,.0f} MB are free)"
-    return message(folder.name, shown, expected, mend)
+    return message(folder.name, shown, expected, fix)
 
 
 def _by_step(output_dir: Path) -> list[Path]:

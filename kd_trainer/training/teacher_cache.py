@@ -356,8 +356,8 @@ class TeacherCache:
         if not may_write:
             name, reason = next(iter((reasons or {HEAD: "it is not as it was written"}).items()))
             shown = f"{str(store.folder)!r}, damaged in {name} ({reason}) and not to be written to"
-            mend = "Fetch the file again, or set it to another folder."
-            raise CacheError(message("teacher_cache_dir", shown, "a whole cache, or a folder to mend it in", mend))
+            fix = "Fetch the file again, or set it to another folder."
+            raise CacheError(message("teacher_cache_dir", shown, "a whole cache, or a folder to repair it in", fix))
         if self._trainer.is_world_process_zero():
             for name, reason in reasons.items():
                 warn(logger, "[kd_trainer] teacher cache %s: %s is built again: %s", store.folder, name, reason)

@@ -135,8 +135,8 @@ def required_aux_weight(student: nn.Module) -> float:
     """`aux_weight` of a student that returns an aux_loss; a ValueError where it has none."""
     weight = aux_weight(student)
     if weight is None:
-        mend = "Set model.router_aux_loss_coef; 0 leaves the loss out."
-        fail("router_aux_loss_coef", None, f"the weight of the aux_loss that {type(student).__name__} returns", mend)
+        fix = "Set model.router_aux_loss_coef; 0 leaves the loss out."
+        fail("router_aux_loss_coef", None, f"the weight of the aux_loss that {type(student).__name__} returns", fix)
     return weight
 
 

@@ -555,7 +555,7 @@ def test_a_cache_of_something_else_is_refused(case, built, tmp_path):
     with pytest.raises(ValueError, match="cache") as error:
         trainer.train()
     assert told in str(error.value)
-    assert str(error.value).count(". ") >= 1, "it says how to mend it"
+    assert str(error.value).count(". ") >= 1, "it says how to fix it"
 
 
 def test_another_tokenizer_is_refused(tmp_path):

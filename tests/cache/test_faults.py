@@ -125,7 +125,7 @@ def test_a_shard_damaged_after_it_was_checked_is_checked_again(change, caches):
 
 
 def test_a_shard_replaced_by_the_same_is_read_on(caches):
-    """As a run does that mends the cache beside this one."""
+    """As a run does that repairs the cache beside this one."""
     path = caches.copy("hidden") / "cache/train/data/data-00005.arrow"
     right, _ = losses(caches, "hidden", 16)
 
@@ -253,7 +253,7 @@ def test_a_full_disk_keeps_what_is_built(name, built, caches, tmp_path, monkeypa
     assert cache_kills.difference(cache_kills.content(tmp_path / "cache"), caches.files["hidden"]) == []
 
 
-def test_a_full_disk_while_a_damaged_cache_is_mended(caches, monkeypatch):
+def test_a_full_disk_while_a_damaged_cache_is_repaired(caches, monkeypatch):
     out = caches.copy("topk")
     cache_faults.flip(out / "cache/train/data/data-00003.arrow", random.Random(0))
     with monkeypatch.context() as until_there_is_room:

@@ -70,15 +70,15 @@ class Case(NamedTuple):
     status: str
     what: str
     found: str  # a pattern
-    mend: str  # a pattern
+    fix: str  # a pattern
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(status: str, what: str, found: str, mend: str = ""):
+def case(status: str, what: str, found: str, fix: str = ""):
     def add(trainer):
-        CASES[trainer.__name__.replace("_", " ")] = Case(trainer, status, what, found, mend)
+        CASES[trainer.__name__.replace("_", " ")] = Case(trainer, status, what, found, fix)
         return trainer
 
     return add
@@ -695,8 +695,8 @@ def test_every_finding(name, tmp_path, capsys):
     results = trainer.check()
     result = row_of(results, wanted.what, wanted.status)
     same = [f for f in results if f.what == wanted.what and f.status == wanted.status]
-    assert any(re.search(wanted.found, f.found) and re.search(wanted.mend, f.mend) for f in same), same
-    assert result.mend or result.status == "ok"
+    assert any(re.search(wanted.found, f.found) and re.search(wanted.fix, f.fix) for f in same), same
+    assert result.fix or result.status == "ok"
     assert f"[kd_trainer] {sum(f.status == 'error' for f in results)} error" in capsys.readouterr().out
     assert torch.equal(tiny.weights(trainer.model), before)
     said = [f.found for f in results]
@@ -723,7 +723,7 @@ def test_a_row_says_what_training_says(name, tmp_path, monkeypatch):
     monkeypatch.setitem(CHECK, "kd_run", "train")
     with pytest.raises((ValueError, TypeError)) as caught:
         wanted.trainer(tmp_path).train()
-    assert str(caught.value) == f"{row.found} {row.mend}"
+    assert str(caught.value) == f"{row.found} {row.fix}"
 
 
 def test_training_raises_the_first_refusal_and_check_collects_all(tmp_path):
@@ -732,7 +732,7 @@ def test_training_raises_the_first_refusal_and_check_collects_all(tmp_path):
     trainer = tiny.trainer("regression", tmp_path, data=data, kd_divergence="jsd")
     errors = [row for row in trainer.check() if row.status == "error"]
     assert [row.what for row in errors] == ["tokens", "task", "student's tokens"]
-    with pytest.raises(ValueError, match=re.escape(f"{errors[0].found} {errors[0].mend}")):
+    with pytest.raises(ValueError, match=re.escape(f"{errors[0].found} {errors[0].fix}")):
         trainer.train()
 
 
@@ -755,7 +755,7 @@ def test_an_error_of_another_kind_names_the_place_and_leaves_a_traceback(caplog)
     assert re.fullmatch(r"KeyError: 'x' \(test_check\.py, line \d+\)", row.found)
     assert caplog.records[0].exc_info
     row = refused("loss", torch.OutOfMemoryError("CUDA out of memory. Tried"))
-    assert "gradient_accumulation_steps" in row.mend
+    assert "gradient_accumulation_steps" in row.fix
 
 
 # ---- what it receives ----
@@ -864,7 +864,7 @@ def test_the_shares_of_a_language_model_do_not_depend_on_the_pieces_and_leave_ou
 
 def test_the_alpha_of_equal_shares_gives_equal_shares(tmp_path):
     row = row_of(a_soft_loss_that_rules(tmp_path).check(evaluate=False), "soft and hard")
-    alpha = float(re.search(r"kd_alpha ([\d.]+) would", row.mend)[1])
+    alpha = float(re.search(r"kd_alpha ([\d.]+) would", row.fix)[1])
     even = row_of(tiny.trainer("plain", tmp_path, kd_alpha=alpha).check(evaluate=False), "soft and hard")
     assert even.status == "ok"
     assert abs(int(re.search(r"(\d+)% of", even.found)[1]) - 50) <= 1
@@ -912,7 +912,7 @@ def test_a_large_teacher_in_float32_on_a_gpu_is_told_of_half_of_the_memory():
     teacher = LiveTeacher(nn.Linear(10_001, 10_000, device="meta"))
     settings = {"called": True, "mixed": False}
     rows = about_teacher(teacher, tiny.Plain(), torch.device("cuda"), **settings)
-    assert "bfloat16" in row_of(rows, "teacher's dtype", "ok").mend
+    assert "bfloat16" in row_of(rows, "teacher's dtype", "ok").fix
     for device, mixed in (("cpu", False), ("cuda", True)):
         rows = about_teacher(teacher, tiny.Plain(), torch.device(device), called=True, mixed=mixed)
         assert not [f for f in rows if f.what == "teacher's dtype"]
@@ -933,7 +933,7 @@ def test_several_processes_wait_for_unused_parameters(tmp_path):
     several = SimpleNamespace(max_grad_norm=0.0, world_size=2, ddp_find_unused_parameters=None)
     row = row_of(trial._gradient(several, trainer.model), "gradient", "warning")
     assert row.found == "2 trained parameters get none (spare.weight, spare.bias): DDP waits for them"
-    assert "ddp_find_unused_parameters" in row.mend
+    assert "ddp_find_unused_parameters" in row.fix
 
 
 # ---- nothing is left behind ----
@@ -1074,7 +1074,7 @@ def test_the_table():
     rows = [
         CheckResult("ok", "student", "small"),
         CheckResult("warning", "labels", "few [of them]", "Write more."),
-        CheckResult("error", "trained", "x" * 200, "Mend it."),
+        CheckResult("error", "trained", "x" * 200, "Fix it."),
     ]
     print_results(rows, Console(file=shown, width=60, highlight=False))
     lines = [line.strip() for line in shown.getvalue().splitlines()]
@@ -1203,7 +1203,7 @@ def test_a_step_that_does_not_fit_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(trial.psutil, "virtual_memory", lambda: SimpleNamespace(total=2**17))
     row = row_of(tiny.trainer("classification", tmp_path).check(evaluate=False), "memory", "warning")
     assert "of 128 KiB" in row.found
-    assert "gradient_accumulation_steps" in row.mend
+    assert "gradient_accumulation_steps" in row.fix
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of this process is not known here")

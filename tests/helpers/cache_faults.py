@@ -2,7 +2,7 @@
 
 `python tests/helpers/cache_faults.py --faults 50` draws faults and formats. After each, a training that reads the cache
 alone must give the losses of the undamaged one, or end with an error that names the file; and a run that has the
-teacher must mend the cache, byte for byte and without touching another shard, or say why it does not.
+teacher must repair the cache, byte for byte and without touching another shard, or say why it does not.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class Damage(NamedTuple):
 
     Args:
         told: in words; files: those that were changed, by their path in the cache.
-        mends: what a run with the teacher does: "shards" or "head" (builds these alone), "all" (builds that part),
+        repairs: what a run with the teacher does: "shards" or "head" (builds these alone), "all" (builds that part),
             "refuses", "leaves" (what neither it nor a training reads).
     """
 
     told: str
     files: list[str]
-    mends: str
+    repairs: str
 
 
 Fault = Callable[[Path, Path, random.Random], Damage]  # (cache, another teacher's cache of the same data, draw)
@@ -265,31 +265,31 @@ def alone(caches: Caches, kept: str, out: Path, damage: Damage) -> str:
 
 
 def with_teacher(caches: Caches, kept: str, out: Path, damage: Damage) -> str:
-    """What a run with the teacher makes of it; AssertionError where it is not what `damage.mends` says."""
+    """What a run with the teacher makes of it; AssertionError where it is not what `damage.repairs` says."""
     cache = out / "cache"
     stamps, before = _stamps(cache), content(cache)
     try:
         trainer(out, kept, ROWS).build_teacher_cache()
     except ValueError as error:
         told = str(error)
-        assert damage.mends == "refuses", told
+        assert damage.repairs == "refuses", told
         assert difference(content(cache), before) in ([], [".eval.lock"], [".train.lock"]), "refused, yet changed"
-        assert any(mend in told for mend in ("again", "Or name another teacher_cache_dir")), told
+        assert any(fix in told for fix in ("again", "Or name another teacher_cache_dir")), told
         return "refused"
-    assert damage.mends != "refuses", "not refused"
+    assert damage.repairs != "refuses", "not refused"
     wrong = difference(content(cache), caches.files[kept])
-    if damage.mends == "leaves":
+    if damage.repairs == "leaves":
         assert wrong == damage.files, wrong
         return "left as it is"
     assert wrong == [], f"not the bytes of the undamaged cache: {wrong}"
     rewritten = [name for name, stamp in _stamps(cache).items() if stamp != stamps.get(name)]
-    if damage.mends == "all":
+    if damage.repairs == "all":
         part = damage.files[0].split("/")[0]
         assert all(name.startswith(part) for name in rewritten), rewritten
         return f"{part} built again"
-    expected = sorted(damage.files) if damage.mends == "shards" else []
+    expected = sorted(damage.files) if damage.repairs == "shards" else []
     assert sorted(rewritten) == expected, f"built again: {rewritten} where {expected} were damaged"
-    return f"mended: {', '.join(Path(name).name for name in damage.files)} alone"
+    return f"repaired: {', '.join(Path(name).name for name in damage.files)} alone"
 
 
 def _stamps(cache: Path) -> dict[str, tuple[int, int]]:
@@ -327,8 +327,8 @@ def main() -> None:
             kept, name = draw_fault(draw, options.fault)
             try:
                 with redirect_stdout(None):
-                    damage, read, mended = one_fault(caches, draw, kept, name)
-                told = f"{' and '.join(damage.files)} {damage.told}: alone {read}; with the teacher {mended}"
+                    damage, read, repaired = one_fault(caches, draw, kept, name)
+                told = f"{' and '.join(damage.files)} {damage.told}: alone {read}; with the teacher {repaired}"
                 refused += read != RIGHT
             except AssertionError as error:
                 failed, told = failed + 1, f"FAILED: {error}"

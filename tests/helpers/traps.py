@@ -323,7 +323,7 @@ TRAPS = {
 
 
 def break_one(trap: Trap, copy: Path) -> list[str]:
-    """The tests that fail in `copy` of the project with the line broken; it is mended afterwards."""
+    """The tests that fail in `copy` of the project with the line broken; it is restored afterwards."""
     path = copy / trap.file
     whole = path.read_text(encoding="utf-8")
     assert whole.count(trap.line) == 1, f"{trap.file} has {whole.count(trap.line)} times {trap.line!r}"

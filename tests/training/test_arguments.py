@@ -134,7 +134,7 @@ def test_missing_broken_and_wrong_files(tmp_path):
         parse_args(DistillationArguments, argv=[str(tmp_path / "none.json")])
     broken = tmp_path / "broken.json"
     broken.write_text('{"kd_alpha": 0.5,}')
-    with pytest.raises(ValueError, match=r"expected valid JSON \(.*line 1 column 1\d.*\)\. Mend the file at that line"):
+    with pytest.raises(ValueError, match=r"expected valid JSON \(.*line 1 column 1\d.*\)\. Fix the file at that line"):
         parse_args(DistillationArguments, argv=[str(broken)])
     broken.write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"expected a JSON object, got a list"):

@@ -1,4 +1,4 @@
-"""Bad input through the public surface: each one clear error, in the house's form, naming the argument and the mend."""
+"""Bad input through the public surface: each one clear error, in the house's form, naming the argument and the fix."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from kd_trainer.data.tensor_rows import as_tensors, split_labelled
 from kd_trainer.training.bases import check_options
 from tests.helpers import tiny
 
-FORM = re.compile(r"`(?P<argument>[^`]+)` is .+; expected .+[^.]\. (?P<mend>[A-Z].+[.?])", re.DOTALL)
+FORM = re.compile(r"`(?P<argument>[^`]+)` is .+; expected .+[^.]\. (?P<fix>[A-Z].+[.?])", re.DOTALL)
 
 
 class Case(NamedTuple):
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
     do: Callable
     argument: str
-    mend: str  # a part of the mend
+    fix: str  # a part of the fix
     says: str = ""  # a part of the rest
     error: type[Exception] = ValueError
 
@@ -50,17 +50,17 @@ class Case(NamedTuple):
 CASES: dict[str, Case] = {}
 
 
-def case(argument: str, mend: str, says: str = "", error: type[Exception] = ValueError):
+def case(argument: str, fix: str, says: str = "", error: type[Exception] = ValueError):
     def add(do):
-        CASES[do.__name__.replace("_", " ")] = Case(do, argument, mend, says, error)
+        CASES[do.__name__.replace("_", " ")] = Case(do, argument, fix, says, error)
         return do
 
     return add
 
 
-def settings(argument: str, value, mend: str, says: str = "", error: type[Exception] = ValueError, **more):
+def settings(argument: str, value, fix: str, says: str = "", error: type[Exception] = ValueError, **more):
     CASES[f"{argument}={value!r} {more or ''}".strip()] = Case(
-        lambda tmp_path: tiny.arguments(tmp_path, **{argument: value}, **more), argument, mend, says, error
+        lambda tmp_path: tiny.arguments(tmp_path, **{argument: value}, **more), argument, fix, says, error
     )
 
 
@@ -119,7 +119,7 @@ def missing_JSON_file(tmp_path):
     parse_args(DistillationArguments, argv=[str(tmp_path / "none.json")])
 
 
-@case("config file", "Mend the file at that line", "valid JSON .*line 2")
+@case("config file", "Fix the file at that line", "valid JSON .*line 2")
 def broken_JSON(tmp_path):
     parse(tmp_path, '{"kd_alpha": 0.5,\n"kd_beta" 3}')
 
@@ -339,7 +339,7 @@ def another_task_than_the_config(tmp_path):
     train(tmp_path, *pair, kd_task="classification")
 
 
-@case("problem_type", "Mend the student's config", "'ranking'; expected one of single_label_classification")
+@case("problem_type", "Fix the student's config", "'ranking'; expected one of single_label_classification")
 def a_kind_of_labels_that_nobody_knows(tmp_path):
     config = tiny.bert_config()
     config.__dict__["problem_type"] = "ranking"
@@ -580,7 +580,7 @@ def test_one_clear_error(name, tmp_path):
     found = FORM.fullmatch(text)
     assert found, f"not in the house's form: {text}"
     assert found["argument"] == wanted.argument, text
-    assert re.search(wanted.mend, found["mend"], re.DOTALL), text
+    assert re.search(wanted.fix, found["fix"], re.DOTALL), text
     assert re.search(wanted.says, text, re.DOTALL), text
 
 

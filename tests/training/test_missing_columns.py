@@ -55,7 +55,7 @@ def test_a_column_that_upstream_removed(act, tmp_path):
     if act == "check":
         found = [row for row in made.check(evaluate=False) if row.status == "error"]
         assert [row.what for row in found] == ["first batch"]
-        said = f"{found[0].found} {found[0].mend}"
+        said = f"{found[0].found} {found[0].fix}"
     else:
         with pytest.raises(ValueError, match=MISSING.format("labels", "student", "'x'", "Reads")) as caught:
             getattr(made, act)()
