@@ -1,4 +1,4 @@
-"""Files written whole or not at all, their digests, and values as JSON has them."""
+"""Atomic writes of files, their digests, and the conversion of values to JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def digest(path: Path, *, sync: bool = False, by: Callable[[], Any] = hashlib.sha256) -> str:
-    """SHA-256 (or another digest) of a file's content, read in blocks; `sync`: which is on the disk afterwards."""
+    """SHA-256 (or another digest) of a file's content, read in blocks; `sync` flushes it to the disk first."""
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
@@ -38,7 +38,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """The same for what is written bit by bit: at the end it is synced and renamed; an exception leaves nothing.
+    """A file to write to in several steps: at the end it is synced and renamed; an exception leaves nothing behind.
 
     The file has the mode that the process's umask gives new files, or that of the file it replaces.
     """
@@ -59,7 +59,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _new_file(path: Path) -> tuple[int, Path]:
-    """An open file of a name of its own beside `path`; the system itself applies the umask."""
+    """A new temporary file beside `path`, opened; the system applies the umask."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
     while True:
         temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
@@ -68,7 +68,7 @@ def _new_file(path: Path) -> tuple[int, Path]:
 
 
 def as_json(value: Any) -> Any:
-    """The value as JSON has it: objects by their own `to_dict`, or by their name."""
+    """The value in JSON types: objects by their `to_dict`, or else as text."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):

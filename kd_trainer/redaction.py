@@ -1,7 +1,4 @@
-"""Secrets (tokens, keys, passwords) kept out of files, logs, cards and messages.
-
-For: all files that write or print values given by a user.
-"""
+"""Secrets (tokens, keys, passwords) removed from values before they reach a file, log, card or message."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ _WORDS = frozenset({"password", "passwd", "passphrase", "pwd", "secret", "secret
 _WORDS |= {"credential", "credentials", "authorization", "cookie"}
 _KEYS_OF = frozenset({"api", "access", "private", "secret", "auth", "account", "encryption", "ssh", "signing"})
 _KEYS_OF |= {"subscription"}
-# A tokenizer's own tokens, which are no secrets.
+# Words of a tokenizer's special tokens, which are no secrets.
 _OF_TEXT = frozenset({"bos", "eos", "pad", "unk", "sep", "cls", "mask", "image", "audio", "video", "start", "end"})
 _OF_TEXT |= {"prefix", "suffix", "special", "boi", "eoi"}
 
@@ -51,10 +48,10 @@ def is_secret_name(name: Any) -> bool:
 
 
 def scrub(text: str, secrets: Collection[str] = ()) -> str:
-    """The text without what looks like a secret in it: tokens of the hub, user names in URLs, `password=...`.
+    """The text with everything that looks like a secret replaced: hub tokens, user names in URLs, `password=...`.
 
     Args:
-        secrets: values that are known to be secret, see `secrets_in`.
+        secrets: known secrets, see `secrets_in`.
     """
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -71,11 +68,7 @@ def scrub(text: str, secrets: Collection[str] = ()) -> str:
 
 
 def hidden(value: Any, name: Any = None) -> Any:
-    """The value with every secret in it replaced, at any depth; other objects as they are.
-
-    Args:
-        name: of the value, where it has one.
-    """
+    """The value (called `name`, if given) with every secret in it replaced, at any depth; other objects unchanged."""
     if is_secret_name(name) and not (value is None or isinstance(value, bool) or value == ""):
         return HIDDEN
     if isinstance(value, str):
@@ -88,7 +81,9 @@ def hidden(value: Any, name: Any = None) -> Any:
         return {key: hidden(each, key) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         names = [None, *(each if isinstance(each, str) and each.startswith("--") else None for each in value)]
-        shown = [hidden(each, key) for key, each in zip(names, value, strict=False)]  # words of a command line too
+        shown = [
+            hidden(each, key) for key, each in zip(names, value, strict=False)
+        ]  # also for the words of a command line
         return shown if isinstance(value, list) else tuple(shown)
     if isinstance(value, (set, frozenset)):
         return {hidden(each) for each in value}
@@ -108,7 +103,7 @@ def secrets_in(value: Any, name: Any = None) -> Iterator[str]:
 
 
 class SecretiveDict(dict):
-    """A dict whose text and whose pickle hold no secrets; its values are whole, also in a copy."""
+    """A dict whose repr and pickle hold no secrets; the values themselves are kept, also in a copy."""
 
     def __repr__(self) -> str:
         return repr(hidden(dict(self)))

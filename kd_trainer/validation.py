@@ -1,7 +1,5 @@
 """Argument checks and the form of error messages.
 
-For: all files that check a value before training uses it.
-
 Every message reads: `argument` is VALUE; expected WHAT[, because CONSEQUENCE]. HOW TO FIX IT.
 """
 
@@ -19,7 +17,7 @@ from .redaction import hidden, scrub
 
 
 class Message(str):
-    """A message in the form above, with its last part."""
+    """A message in this form, and its `fix` alone."""
 
     fix: str = ""
 
@@ -28,7 +26,7 @@ def message(argument: str, shown: Any, expected: str, fix: str, *, because: str 
     """An error message without secrets.
 
     Args:
-        shown: of the value. Text is printed as it stands: a shape, a class name, `quoted(value)`; all else by its repr.
+        shown: the value. Text is printed as it is: a shape, a class name, `quoted(value)`; other objects by their repr.
     """
     shown, fix = hidden(shown, argument), scrub(fix)
     shown = shown if isinstance(shown, str) else repr(shown)
@@ -39,7 +37,7 @@ def message(argument: str, shown: Any, expected: str, fix: str, *, because: str 
 
 
 def quoted(value: Any) -> str:
-    """A value as Python writes it, without the secrets that it holds by name."""
+    """The repr of a value, without its secrets."""
     return repr(hidden(value))
 
 
@@ -82,12 +80,12 @@ def check_number(
 ) -> None:
     """Raises unless `value` is a finite real number inside the interval (ends included unless `open_*`).
 
-    TypeError for what is no number (bool and str are none), ValueError for NaN, infinities and what lies outside.
+    TypeError for bool, str and other types that are no number; ValueError for NaN, infinities and values outside.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value):
         above = low is None or (value > low if open_low else value >= low)
         below = high is None or (value < high if open_high else value <= high)
-        if above and below:  # first, since a loss checks its temperature at every step
+        if above and below:  # first: a loss checks its temperature at every step
             return
     if low is not None and high is not None:
         expected = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
@@ -106,7 +104,7 @@ def check_number(
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an int larger than every float
         return False
 
 
@@ -120,7 +118,7 @@ def check_tensor(argument: str, value: Any, expected: str = "a tensor") -> None:
 
 
 def check_temperature(argument: str, value: Any) -> None:
-    """Raises unless `value` is a temperature: > 0, and its square a normal number of float32."""
+    """Raises unless `value` is a temperature: > 0, and its square a normal number in float32."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-18 <= value <= 1e18:
         return
     check_number(argument, value, low=0, open_low=True)
@@ -128,18 +126,18 @@ def check_temperature(argument: str, value: Any) -> None:
     fail(argument, f"{value:g}", "a number from 1e-18 to 1e+18", "Usual are 1 to 10.", because=because)
 
 
-# Environment variables in which launchers write the number of a process.
+# Environment variables in which launchers write the rank of a process.
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of a launcher's processes, or the only one; known before any of them is set up."""
+    """Whether this is rank 0 of a launcher, or the only process; works before torch.distributed is set up."""
     ranks = [value for name in _RANKS if (value := os.environ.get(name, "")).isdigit()]
     return not ranks or int(ranks[0]) == 0
 
 
 def leave_progress_bar() -> None:
-    """Ends the line of a progress bar that is being drawn: what is printed next begins a line of its own."""
+    """Ends the line of a progress bar, so that the next output starts a new line."""
     bars = getattr(getattr(sys.modules.get("tqdm.std"), "tqdm", None), "_instances", ())
     for bar in list(bars):
         stream = getattr(bar, "fp", None)
@@ -153,7 +151,7 @@ def leave_progress_bar() -> None:
 
 
 def warn(logger: logging.Logger, text: str, *values: Any, **kwargs: Any) -> None:
-    """`logger.warning` in the first process alone, on a line of its own."""
+    """`logger.warning` in the first process only, on a new line."""
     if is_first_process():
         leave_progress_bar()
         logger.warning(text, *values, **kwargs)

@@ -114,10 +114,13 @@ def test_any_depth_and_the_words_of_a_command_line():
 
 
 def test_no_message_shows_a_secret():
-    told = [message("teacher_model_init_kwargs", KWARGS, "nothing", "Leave it out."), message("token", ODD, "no", "x")]
-    told.append(message("x", SECRET, f"y ({SECRET})", f"Use token={ODD}.", because=f"{SECRET} is wrong"))
-    assert not shows_a_secret("".join(told))
-    assert told[0].fix == "Leave it out."
+    messages = [
+        message("teacher_model_init_kwargs", KWARGS, "nothing", "Leave it out."),
+        message("token", ODD, "no", "x"),
+    ]
+    messages.append(message("x", SECRET, f"y ({SECRET})", f"Use token={ODD}.", because=f"{SECRET} is wrong"))
+    assert not shows_a_secret("".join(messages))
+    assert messages[0].fix == "Leave it out."
     with pytest.raises(ValueError, match="<hidden>") as error:
         fail("argv", ["--hub_token", ODD], "options", "Give them.")
     assert not shows_a_secret(str(error.value))
@@ -247,8 +250,8 @@ def test_a_run_with_a_token_leaves_it_nowhere(tmp_path, capsys, caplog):
         trainer.create_model_card()
         trainer.check()
         print(trainer.args, trainer.summary())
-    told = capsys.readouterr()
-    shown = {**files_of(tmp_path / "run"), **files_of(tmp_path / "cache"), "out": told.out, "err": told.err}
+    printed = capsys.readouterr()
+    shown = {**files_of(tmp_path / "run"), **files_of(tmp_path / "cache"), "out": printed.out, "err": printed.err}
     shown["log"] = caplog.text
     assert any(name.endswith("training_args.bin") for name in shown)
     assert any(name.endswith("tracked.txt") for name in shown)

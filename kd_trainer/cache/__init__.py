@@ -1,23 +1,22 @@
-"""Teacher outputs on disk: format, store, reading, building."""
+"""Teacher outputs on disk: formats, files, reading, building."""
 
-from .asking import TeacherReader
-from .build import ask, build_shards, translate_os_errors
-from .cached_teacher import EVAL, TEST, TRAIN, CachedTeacher, given_cache, open_part, part_of
+from .build import build_shards, encode_batch, translate_os_errors
+from .cached_teacher import EVAL, TEST, TRAIN, CachedTeacher, as_cached_teacher, open_part, part_of
 from .collator import CachedCollator
-from .formats import DTYPES, FORMATS, card, far_apart, format_of
+from .formats import DTYPES, FORMATS, card, format_of, outputs_differ
 from .identity import teacher_identity, tokenizer_identity
 from .manifest import CacheError, check_links, check_settings, head_of
-from .reading import NumberedRows, Read, Reading, numbered, reading_of
 from .settings import (
-    as_read,
     class_names,
     compare_settings,
-    computed,
-    features_of,
+    compute_precision,
+    consecutive_rows,
+    data_and_collator,
     known_by_position,
-    rows_of,
+    sample_rows,
     settings_of,
 )
+from .signed_collator import NumberedRows, SignedBatch, SignedCollator, signed_collator_of, with_row_ids
 from .store import (
     BUILDING,
     DATA,
@@ -33,6 +32,7 @@ from .store import (
     reopen,
     written_shards,
 )
+from .teacher_reader import TeacherReader
 
 __all__ = [
     "BUILDING",
@@ -47,13 +47,12 @@ __all__ = [
     "CachedCollator",
     "CachedTeacher",
     "NumberedRows",
-    "Read",
-    "Reading",
     "Rows",
+    "SignedBatch",
+    "SignedCollator",
     "Store",
     "TeacherReader",
-    "as_read",
-    "ask",
+    "as_cached_teacher",
     "begin",
     "build_shards",
     "card",
@@ -62,26 +61,27 @@ __all__ = [
     "class_names",
     "clean",
     "compare_settings",
-    "computed",
-    "far_apart",
-    "features_of",
+    "compute_precision",
+    "consecutive_rows",
+    "data_and_collator",
+    "encode_batch",
     "finish",
     "first_rows",
     "format_of",
-    "given_cache",
     "head_of",
     "is_finished",
     "known_by_position",
-    "numbered",
     "open_part",
+    "outputs_differ",
     "part_of",
     "read_manifest",
-    "reading_of",
     "reopen",
-    "rows_of",
+    "sample_rows",
     "settings_of",
+    "signed_collator_of",
     "teacher_identity",
     "tokenizer_identity",
     "translate_os_errors",
+    "with_row_ids",
     "written_shards",
 ]

@@ -1,8 +1,7 @@
-"""Building a teacher cache: the teacher once over the data, shard by shard, on any number of processes.
+"""Building a teacher cache: the teacher runs once over the data, shard by shard, on any number of processes.
 
-For: `training/teacher_cache.py`, which calls it from the trainer. A shard holds whole batches of consecutive rows, so
-that it is the same bytes whoever builds it and however often the building was interrupted. Letters: B rows, S
-positions, N kept positions, V classes, H hidden size.
+A shard holds whole batches of consecutive rows: its bytes depend neither on the number of processes nor on
+interruptions. Letters: B rows, S positions, N kept positions, V classes, H hidden size.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from tqdm.auto import tqdm
 from ..losses import bad_rows
 from ..tasks import TEACHER_PREFIX
 from ..validation import fail, message
-from .asking import TeacherReader, fail_no_product
 from .formats import SPARSE, encode, format_of, room_for, to_numpy
-from .reading import NumberedRows, Read, Reading, Taken
+from .signed_collator import NumberedBatch, NumberedRows, SignedBatch, SignedCollator
 from .store import Rows, joined, write_shard
+from .teacher_reader import TeacherReader, fail_without_linear_head
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +39,11 @@ SHARD_BYTES = 64 * 2**20
 def plan(
     rows: int, settings: Mapping[str, Any], have: set[int], rank: int, world: int, *, together: bool
 ) -> list[tuple[int, list[int]]]:
-    """(shard, rows) of each batch that a process asks the teacher for: missing shards in turns, one after the other.
+    """(shard, rows) of each batch of a process; the missing shards are distributed round-robin.
 
     Args:
-        together: whether each of the teacher's forwards needs all processes: then all have as many batches; those of
-            shard -1 only keep others company and are dropped.
+        together: whether each forward of the teacher needs all processes. Then padding batches (shard -1) give every
+            process the same number of forwards; their outputs are discarded.
     """
     per, size = settings["rows_per_shard"], settings["batch_rows"]
     missing = [index for index in range(-(-rows // per)) if index not in have]
@@ -55,12 +54,12 @@ def plan(
 
     mine = batches_of(rank)
     if together and missing:
-        company = (-1, list(range(min(size, rows))))
-        mine += [company] * (max(len(batches_of(who)) for who in range(world)) - len(mine))
+        padding = (-1, list(range(min(size, rows))))
+        mine += [padding] * (max(len(batches_of(who)) for who in range(world)) - len(mine))
     return mine
 
 
-def stream_batches(dataset: Any, settings: Mapping[str, Any], reading: Reading) -> Iterator[tuple[int, Any]]:
+def stream_batches(dataset: Any, settings: Mapping[str, Any], collate: SignedCollator) -> Iterator[tuple[int, Any]]:
     """(shard, collated batch) of a stream, in its order."""
     per, size = settings["rows_per_shard"], settings["batch_rows"]
     rows = iter(dataset)
@@ -69,23 +68,23 @@ def stream_batches(dataset: Any, settings: Mapping[str, Any], reading: Reading) 
             features = list(itertools.islice(rows, size))
             if not features:
                 return
-            yield index, reading(features)
+            yield index, collate(features)
 
 
 def build_shards(trainer: Any, reader: TeacherReader, dataset: Any, folder: Path, settings: dict[str, Any],
-                 reading: Reading, have: set[int], *, together: bool, part: str) -> None:  # fmt: skip
-    """Asks the teacher for the missing shards of this process and writes them; `have`: those that exist."""
+                 collate: SignedCollator, have: set[int], *, together: bool, part: str) -> None:  # fmt: skip
+    """Runs the teacher for the missing shards of this process and writes them; `have`: those that exist."""
     args = trainer.args
     rank, world = args.process_index, args.world_size
     todo: Iterable[tuple[int, Any]]
     if isinstance(dataset, IterableDataset):
-        own = (found for found in stream_batches(dataset, settings, reading) if found[0] not in have)
+        own = (found for found in stream_batches(dataset, settings, collate) if found[0] not in have)
         todo = own if together else (found for found in own if found[0] % world == rank)
         total = None
     else:
         mine = plan(len(dataset), settings, have, rank, world, together=together)
         batches = [batch for _, batch in mine]
-        options: dict[str, Any] = {"collate_fn": reading, "num_workers": args.dataloader_num_workers}
+        options: dict[str, Any] = {"collate_fn": collate, "num_workers": args.dataloader_num_workers}
         loader = DataLoader(cast(Any, NumberedRows(dataset)), batch_sampler=batches, **options)
         todo = zip((index for index, _ in mine), loader, strict=True)
         total = sum(len(batch) for index, batch in mine if index >= 0)
@@ -93,34 +92,34 @@ def build_shards(trainer: Any, reader: TeacherReader, dataset: Any, folder: Path
     with tqdm(total=total, desc=f"teacher cache: {part}", unit=" rows", disable=args.disable_tqdm or rank > 0) as bar:
         for index, reads in itertools.groupby(todo, key=operator.itemgetter(0)):
             parts: list[Rows] = []
-            for _, read in reads:
-                rows = ask(trainer, reader, settings, read)
+            for _, signed in reads:
+                rows = encode_batch(trainer, reader, settings, signed)
                 if index >= 0 and writes:
                     parts.append(rows)
                     bar.update(len(rows.row_ids))
-                del rows, read  # nothing is held while the teacher is asked for the next
+                del rows, signed  # free the memory before the next forward
             if parts:
                 with translate_os_errors(folder):
                     write_shard(folder, index, joined(parts))
 
 
-def ask(trainer: Any, reader: TeacherReader, settings: Mapping[str, Any], read: Read) -> Rows:
-    """What the teacher says of a batch, encoded."""
-    kept, (_, row_ids, _, counts, seen) = format_of(settings), read
-    inputs, positions = on_device(trainer, reader, read)
-    _check_columns(settings, reader, read.batch, inputs)
+def encode_batch(trainer: Any, reader: TeacherReader, settings: Mapping[str, Any], signed: SignedBatch) -> Rows:
+    """The teacher's outputs for a batch, encoded."""
+    kept, (_, row_ids, _, counts, seen) = format_of(settings), signed
+    inputs, positions = on_device(trainer, reader, signed)
+    _check_columns(settings, reader, signed.batch, inputs)
     total, done = int(counts.sum()), 0
     uniform = _uniform(settings, row_ids[0], total) if kept.name == "sampled" else torch.empty(0)
-    said: Iterator[Tensor]
+    outputs: Iterator[Tensor]
     columns: dict[str, Tensor] = {}
     if kept.name == "hidden":
         hidden = reader.hidden(inputs, positions)
         if hidden is None:
-            fail_no_product(reader)
-        said = iter([hidden])
+            fail_without_linear_head(reader)
+        outputs = iter([hidden])
     else:
-        said = reader.logits(inputs, positions)
-    for values in said:
+        outputs = reader.logits(inputs, positions)
+    for values in outputs:
         if kept.name in SPARSE:
             values = values[..., : kept.classes]
         columns = columns or room_for(kept, total, values)
@@ -135,42 +134,39 @@ def ask(trainer: Any, reader: TeacherReader, settings: Mapping[str, Any], read: 
 def _check_columns(
     settings: Mapping[str, Any], reader: TeacherReader, batch: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> None:
-    """Raises ValueError for a batch with columns that those which were looked at before had not."""
+    """Raises ValueError for a batch with columns that the sample batches do not have."""
     new = sorted(set(columns_read(batch, reader.teacher.inputs(inputs))) - set(settings["columns_read"]))
     if new:
-        shown = f"one that makes {', '.join(new)} in some batches and not in those of the rows that were looked at"
+        shown = f"one that makes {', '.join(new)} in some batches and not in those of the sample rows"
         because = "a teacher cache could not notice that they have changed"
         fix = "Give these columns in every batch, or train with the live teacher."
         fail("data_collator", shown, "the same columns in all batches", fix, because=because)
 
 
 def columns_read(batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
-    """The columns of the collated batch that the teacher reads, its own ones by their own names."""
+    """The columns of the collated batch that the teacher reads, `teacher_*` columns with their prefix."""
     own = [name for name in batch if name.startswith(TEACHER_PREFIX) and name.removeprefix(TEACHER_PREFIX) in inputs]
     shared = [name for name in batch if name in inputs and TEACHER_PREFIX + name not in batch]
-    made = (
-        ["labels"] if "decoder_input_ids" in inputs and "decoder_input_ids" not in batch and "labels" in batch else []
-    )
-    return sorted([*own, *shared, *made])
+    shifted = "labels" in batch and "decoder_input_ids" in inputs and "decoder_input_ids" not in batch
+    return sorted([*own, *shared, *(["labels"] if shifted else [])])
 
 
-def on_device(trainer: Any, reader: TeacherReader, read: Read) -> tuple[dict[str, Any], Tensor]:
+def on_device(trainer: Any, reader: TeacherReader, signed: SignedBatch) -> tuple[dict[str, Any], Tensor]:
     """A batch and its kept positions where the teacher reads them."""
-    inputs = reader.task.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(read.batch))
-    return inputs, read.mask.to(trainer.args.device)
+    inputs = reader.task.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(signed.batch))
+    return inputs, signed.mask.to(trainer.args.device)
 
 
-def check_rows_unseen(trainer: Any, reader: TeacherReader, reading: Reading, rows: Taken) -> None:
-    """Raises ValueError where the teacher says of the last of some rows, joined to one long row, something else than of
-    it alone: a cache would keep what came of that company."""
-    reads = reading(rows), reading(Taken(rows.row_ids[-1:], rows.features[-1:]))
-    behind, alone = (torch.cat([x.clone() for x in reader.logits(*on_device(trainer, reader, r))]) for r in reads)
+def check_packed_rows(trainer: Any, reader: TeacherReader, collate: SignedCollator, rows: NumberedBatch) -> None:
+    """Raises ValueError where the teacher's output for a packed row depends on the rows before it."""
+    batches = collate(rows), collate(NumberedBatch(rows.row_ids[-1:], rows.features[-1:]))
+    behind, alone = (torch.cat([x.clone() for x in reader.logits(*on_device(trainer, reader, b))]) for b in batches)
     room = 5e-2 if alone.dtype.itemsize < 4 else 1e-3
     behind = behind[len(behind) - len(alone) :]
     if len(alone) and float((behind - alone).abs().max()) > room * float(alone.abs().max()):
-        shown = "one that makes one long row of several, and the teacher lets them see each other"
-        fix = "Use DataCollatorWithFlattening with its position_ids and a teacher that keeps to them, or pad the rows."
-        fail("data_collator", shown, "rows of which the teacher says the same in any company", fix)
+        shown = "one that packs rows, and the teacher attends from one row to another"
+        fix = "Use DataCollatorWithFlattening with its position_ids and a teacher that uses them, or pad the rows."
+        fail("data_collator", shown, "rows whose teacher outputs do not depend on the other rows of the batch", fix)
 
 
 def _uniform(settings: Mapping[str, Any], first_row: int, count: int) -> Tensor:
@@ -180,7 +176,7 @@ def _uniform(settings: Mapping[str, Any], first_row: int, count: int) -> Tensor:
 
 
 def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
-    """Raises ValueError where the teacher said NaN or inf: it would be kept for ever."""
+    """Raises ValueError for NaN or inf in the teacher's outputs."""
     for name, values in columns.items():
         if name not in ("logits", "hidden", "entropy", "log_tail") or not len(values):
             continue
@@ -198,7 +194,7 @@ def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
 
 @contextmanager
 def translate_os_errors(folder: Path) -> Iterator[None]:
-    """Raises RuntimeError for an OSError inside, which only writes to the folder of a cache."""
+    """Raises RuntimeError, with what to do, for an OSError inside: a write to a cache's folder."""
     try:
         yield
     except OSError as error:
@@ -206,7 +202,7 @@ def translate_os_errors(folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
             expected = f"room for it ({shutil.disk_usage(there).free / 1e6:,.0f} MB are free)"
-            fix = "What is built stays: make room and run again, it goes on from there."
+            fix = "What is built stays: make room and run again, the building continues there."
         else:
             expected = "a folder that this run may write to"
             fix = "Set it to another folder. (One with a finished cache of the same data may be read-only.)"

@@ -1,7 +1,5 @@
-"""A teacher that has spoken before: its outputs, read from disk and joined to the batches by row.
+"""Cached teacher: reads precomputed outputs from disk and joins them to each batch by row id.
 
-For: the trainer. A dataset whose rows are numbered, a collator that adds to each batch what the teacher said of its
-rows, and `CachedTeacher`, which stands where the live teacher stood. Building is `build.py`'s business.
 Letters: B rows, S positions, N kept positions of a batch.
 """
 
@@ -21,16 +19,26 @@ from ..teachers import Classes, TeacherOutput, class_names, match_classes
 from ..validation import fail, message
 from .formats import Format, format_of, output
 from .manifest import check_links, check_settings
-from .store import BUILDING, HEAD, MANIFEST, CacheError, Store, damaged, foreign, is_finished, read_manifest
+from .store import (
+    BUILDING,
+    HEAD,
+    MANIFEST,
+    CacheError,
+    Store,
+    damage_message,
+    foreign_message,
+    is_finished,
+    read_manifest,
+)
 
 COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that the collator adds to a batch
-# Parts of a cache: its train data, its evaluation data (eval-NAME of several) and others that were asked about.
+# Parts of a cache: the train data, the evaluation data (eval-NAME of several) and further data such as that of predict.
 TRAIN, EVAL, TEST = "train", "eval", "test"
 
 
 def part_of(kind: str, name: Any) -> str:
-    """The folder of a named part: `kind`-name, where characters other than a-z, 0-9, "_", "." and "-" give way to "_"
-    and a hash keeps names apart, also where a file system does not tell capitals.
+    """The folder of a named part: `kind`-name. Characters other than a-z, 0-9, "_", "." and "-" become "_", and a hash
+    keeps such names distinct, also on file systems that ignore case.
 
     Example:
         >>> part_of("eval", "matched"), part_of("eval", "glue/dev")
@@ -47,11 +55,8 @@ def _is_part(folder: str) -> bool:
     return folder in (EVAL, TEST) or folder.startswith((EVAL + "-", TEST + "-"))
 
 
-# ---- rows of a batch ------------------------------------------------------------------------------------------------
-
-
 def open_part(folder: Path, root: Path | None = None) -> Store:
-    """A finished part of a cache, all settings of which were checked.
+    """A finished part of a cache, with every setting checked.
 
     Args:
         root: the folder above it that the user named: no link in the part may lead out of the part.
@@ -64,11 +69,8 @@ def open_part(folder: Path, root: Path | None = None) -> Store:
     return store
 
 
-# ---- the teacher ----------------------------------------------------------------------------------------------------
-
-
 def check_objective(kept: Format, divergence: str, temperatures: Sequence[float]) -> None:
-    """Raises ValueError where the loss asks for what the format does not hold."""
+    """Raises ValueError where the loss needs what the format does not hold."""
     other = "Or build a cache of format hidden or logits, which serve every setting."
     wrong = [t for t in temperatures if kept.temperature is not None and t != kept.temperature]
     if wrong:
@@ -81,17 +83,17 @@ def check_objective(kept: Format, divergence: str, temperatures: Sequence[float]
 
 
 class CachedTeacher:
-    """A teacher whose outputs were kept: `DistillationTrainer(teacher_model=CachedTeacher(path), ...)`.
+    """A teacher whose outputs are read from disk: `DistillationTrainer(teacher_model=CachedTeacher(path), ...)`.
 
     When to use: to train, any number of times, without the teacher in memory. With `teacher_cache_dir` the trainer
-    makes one by itself. Everything that has to be known of it stands in its manifest.
+    makes one by itself.
 
     Args:
         path: the folder of `trainer.build_teacher_cache()` (or of one of its parts), or the name of a dataset of the
             hub that holds such a folder.
 
     Attributes:
-        parts: by name ("train", "eval", "eval-NAME"), what was kept of that data.
+        parts: by name ("train", "eval", "eval-NAME"), the `Store` of that data.
 
     Raises:
         CacheError: nothing finished is there, a manifest was changed, or a part is of another teacher or format.
@@ -114,7 +116,7 @@ class CachedTeacher:
             expected, fix = "the folder of a finished teacher cache, or a dataset of the hub", "Pass its path."
             fail("path", shown, expected, fix, error=ValueError if isinstance(path, str) else TypeError)
         self.path = _local(path)
-        alone = is_finished(self.path)  # a part alone serves as what it is named, or else as the train data
+        alone = is_finished(self.path)  # a part alone: evaluation data by its name, else train data
         inside = sorted(self.path.iterdir()) if self.path.is_dir() else []
         folders = [self.path] if alone else [folder for folder in inside if is_finished(folder)]
         if not folders:
@@ -128,7 +130,7 @@ class CachedTeacher:
         self._head_device: torch.device | None = None
 
     def _check_alike(self) -> None:
-        """Raises CacheError where a part is not of the others' teacher and format: one head and format serve all."""
+        """Raises CacheError where the parts differ in teacher or format: one head and one format serve all."""
         first, *others = (self.parts[name] for name in sorted(self.parts, key=lambda name: name != TRAIN))
         for store in others:
             for what in ("format", "classes", "temperature", "dtype", "task", "head_sha256", "teacher"):
@@ -141,7 +143,7 @@ class CachedTeacher:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Of the train data, or of the first part."""
+        """The manifest of the train data, or of the first part."""
         return next(self.parts[name].manifest for name in (TRAIN, *self.parts) if name in self.parts)
 
     @property
@@ -150,7 +152,7 @@ class CachedTeacher:
 
     @property
     def accepted(self) -> frozenset[str]:
-        """Columns that the teacher read; the rows are known again by them."""
+        """Columns that the teacher read; the signatures of the rows are made of them."""
         return frozenset(name.removeprefix(TEACHER_PREFIX) for name in self.manifest["columns_read"])
 
     def describe(self) -> str:
@@ -163,18 +165,18 @@ class CachedTeacher:
         return f"{self.manifest['teacher']['name']}, read from {str(self.path)!r} ({shown}; {counted})"
 
     def identity(self) -> dict[str, Any]:
-        """`name` and `parameters` of the teacher, and more that tells it."""
+        """`name`, `parameters` and hashes of the teacher, see `teacher_identity`."""
         return self.manifest["teacher"]
 
     def prepare(self, device: torch.device, accelerator: Any = None) -> None:
-        """Nothing is run."""
+        """Nothing to do: no model is run."""
 
     def for_student(self, student: nn.Module, *, over_tokens: bool) -> CachedTeacher:
-        """Itself: it belongs to no student."""
+        """Itself: it depends on no student."""
         return self
 
     def release(self, student: nn.Module) -> None:
-        """It holds nothing on the device but an output head."""
+        """Nothing to do: only an output head is on the device."""
 
     def compare_classes(
         self, student: nn.Module, task: Task | None = None, *, remap: bool, compare: Any = match_classes
@@ -197,7 +199,7 @@ class CachedTeacher:
         *,
         read: Callable[[Any, str], Tensor] | None = None,
     ) -> TeacherOutput | None:
-        """What the teacher said of the batch; None where it was not asked about these rows."""
+        """The cached outputs of the batch's rows; None where the batch has no cached columns."""
         columns = {k[len(COLUMN_PREFIX) :]: v for k, v in batch.items() if k.startswith(COLUMN_PREFIX)}
         if not columns:
             return None
@@ -205,7 +207,7 @@ class CachedTeacher:
         return output(self.format, columns, self.head(device) if self.format.name == "hidden" else {})
 
     def head(self, device: torch.device) -> dict[str, Any]:
-        """The teacher's output head by the argument names of `fused_linear_distillation`; read once."""
+        """The teacher's output head by the argument names of `fused_linear_distillation`; read once for each device."""
         if self._head is None or self._head_device != device:
             self._head, self._head_device = self._read_head(device), device
         return self._head
@@ -218,17 +220,17 @@ class CachedTeacher:
         path, manifest = store.folder / HEAD, store.manifest
         if not store.head_is_whole():
             reason = "its content has changed since it was written" if path.is_file() else "the file is missing"
-            raise CacheError(damaged(str(path), reason))
+            raise CacheError(damage_message(str(path), reason))
         try:
             tensors = load_file(path, device=str(device))
         except SafetensorError as error:
-            raise CacheError(foreign(str(path), f"it is no safetensors file ({error})")) from error
+            raise CacheError(foreign_message(str(path), f"it is no safetensors file ({error})")) from error
         rows, bias = [manifest["vocabulary"]], tensors.get("bias")
         weight = tensors["weight"] if "weight" in tensors else torch.empty(0)
         if list(weight.shape) != [*rows, manifest["hidden_size"]] or (bias is not None and list(bias.shape) != rows):
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
             expected = f"{[*rows, manifest['hidden_size']]}, the weight of the manifest's vocabulary and hidden size"
-            raise CacheError(foreign(str(path), f"it has {shapes or 'no tensors'} instead of {expected}"))
+            raise CacheError(foreign_message(str(path), f"it has {shapes or 'no tensors'} instead of {expected}"))
         return {
             "teacher_weight": tensors["weight"],
             "teacher_bias": tensors.get("bias"),
@@ -253,13 +255,13 @@ class CachedTeacher:
         )
 
 
-def given_cache(given: Any) -> CachedTeacher | None:
-    """What was given as the teacher, where it is a cached one."""
+def as_cached_teacher(given: Any) -> CachedTeacher | None:
+    """The given teacher where it is a cached one, else None."""
     return given if isinstance(given, CachedTeacher) else None
 
 
 def _local(path: str | Path) -> Path:
-    """The folder itself, or that of a snapshot of the hub's dataset of this name."""
+    """The folder, or the local snapshot of the hub's dataset of this name."""
     folder = Path(path)
     if folder.exists() or str(path).count("/") != 1:
         return folder
@@ -267,8 +269,8 @@ def _local(path: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(str(path), repo_type="dataset"))
-    except Exception as error:  # of many kinds, offline too
+    except Exception as error:  # huggingface_hub raises many kinds, also offline
         fix = "Check the path for a typing error."
-        said = (str(error).splitlines() or [""])[0]
-        expected = f"a folder, or a dataset of the hub ({type(error).__name__}: {said})"
+        reason = (str(error).splitlines() or [""])[0]
+        expected = f"a folder, or a dataset of the hub ({type(error).__name__}: {reason})"
         raise CacheError(message("teacher_cache", repr(str(path)), expected, fix)) from error

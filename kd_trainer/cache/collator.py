@@ -11,16 +11,16 @@ import numpy as np
 from ..validation import message
 from .cached_teacher import COLUMN_PREFIX
 from .formats import check_columns, decode, format_of
-from .reading import ROWS_DIFFER, reading_of
-from .store import DATA, CacheError, Store, foreign
+from .signed_collator import ROWS_DIFFER, signed_collator_of
+from .store import DATA, CacheError, Store, foreign_message
 
 
 class CachedCollator:
-    """The script's collator, and behind it what the teacher said of the batch's rows in `teacher_cache_*` columns.
+    """Runs the script's collator and adds the rows' cached teacher outputs in `teacher_cache_*` columns.
 
     Args:
         collator: makes the batch.
-        store: the cache of the dataset whose rows come.
+        store: the cache of the dataset.
 
     Raises:
         CacheError: a row differs from the one that the teacher read, is not in the cache, or its shard is damaged.
@@ -30,13 +30,13 @@ class CachedCollator:
         self.collator, self.store = collator, store
 
     def around(self, wrap: Callable[[Any], Any]) -> CachedCollator:
-        """The same with what stands between: `wrap` makes a collator of the script's."""
+        """The same with `wrap(collator)` in place of the collator."""
         return CachedCollator(wrap(self.collator), self.store)
 
     def __call__(self, features: Any) -> dict[str, Any]:
         manifest = self.store.manifest
-        reading = reading_of(manifest, self.collator)
-        batch, row_ids, mask, counts, seen = reading(features)
+        collate = signed_collator_of(manifest, self.collator)
+        batch, row_ids, mask, counts, seen = collate(features)
         rows = self.store.take(row_ids)
         wrong = np.flatnonzero((rows.signatures != seen) | (rows.counts != counts))
         if len(wrong):
@@ -51,8 +51,8 @@ class CachedCollator:
             if name in decoded and decoded[name].numel() and int(decoded[name].max()) >= kept.classes:
                 reason = f"{name} are beyond the {kept.classes:,} classes of its manifest"
         if reason:
-            raise CacheError(foreign(str(self.store.folder / DATA), reason))
+            raise CacheError(foreign_message(str(self.store.folder / DATA), reason))
         for name, values in decoded.items():
             shape = manifest["shape"] if name == "logits" else None
-            batch[COLUMN_PREFIX + name] = reading.task.place_positions(values, mask, shape)
+            batch[COLUMN_PREFIX + name] = collate.task.place_positions(values, mask, shape)
         return batch

@@ -1,6 +1,5 @@
-"""The formats of a teacher cache: what the teacher said at some positions -> columns of numbers, and back.
+"""The formats of a teacher cache: teacher outputs at N positions -> columns of numbers, and back.
 
-For: `build.py`, which encodes, and `cached_teacher.py`, which decodes. Knows no files and no batches.
 Letters: N positions, V classes, H hidden size, k classes kept, n draws.
 
     logits     [N, V] in the teacher's dtype, or in half precision (relative error 2^-11 in float16, 2^-8 in bfloat16)
@@ -33,7 +32,7 @@ _INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.floa
 
 
 class Format(NamedTuple):
-    """How a cache keeps what the teacher said; all of it stands in the manifest.
+    """How a cache keeps the teacher outputs; the manifest holds all of it.
 
     Args:
         name: one of `FORMATS`.
@@ -60,7 +59,7 @@ class Format(NamedTuple):
 
 
 def format_of(manifest: Mapping[str, Any]) -> Format:
-    """The format that a manifest tells of."""
+    """The format in a manifest."""
     return Format(*(manifest[name] for name in ("format", "classes", "k", "temperature", "dtype")))
 
 
@@ -85,10 +84,10 @@ def check_format(name: str, k: int | None, dtype: str | None, *, softmax: bool, 
         fail("teacher_cache_dtype", repr(dtype), "'float16' with teacher_cache_format 'topk'", "Leave it out.")
 
 
-def room_for(kept: Format, count: int, said: Tensor) -> dict[str, Tensor]:
-    """Columns [count, width] for what `encode` makes of logits (or hidden states) [N, ...] such as these."""
+def room_for(kept: Format, count: int, outputs: Tensor) -> dict[str, Tensor]:
+    """Empty columns [count, width] for `encode`; `outputs`: logits (or hidden states) [N, ...] of the same width."""
     if kept.name not in SPARSE:
-        return {kept.name: torch.empty(count, said[:0].flatten(1).shape[1], dtype=DTYPES[kept.dtype])}
+        return {kept.name: torch.empty(count, outputs[:0].flatten(1).shape[1], dtype=DTYPES[kept.dtype])}
     assert kept.k is not None
     columns = {"ids": (kept.k, kept.id_dtype), "log_probs": (kept.k, torch.float16), "log_tail": (1, torch.float16)}
     if kept.name == "sampled":
@@ -96,24 +95,24 @@ def room_for(kept: Format, count: int, said: Tensor) -> dict[str, Tensor]:
     return {name: torch.empty(count, width, dtype=dtype) for name, (width, dtype) in columns.items()}
 
 
-def encode(kept: Format, said: Tensor, uniform: Tensor, out: Mapping[str, Tensor]) -> None:
-    """Logits (or hidden states) [N, ...] into columns of `room_for`; `uniform` [N] in [0, 1) draws samples."""
+def encode(kept: Format, outputs: Tensor, uniform: Tensor, out: Mapping[str, Tensor]) -> None:
+    """Writes logits (or hidden states) [N, ...] into columns of `room_for`; `uniform` [N] in [0, 1) draws samples."""
     if kept.name not in SPARSE:
-        out[kept.name].copy_(said.flatten(1))
+        out[kept.name].copy_(outputs.flatten(1))
         return
     assert kept.k is not None
     assert kept.temperature is not None
     found: TopK | Samples
     if kept.name == "sampled":
-        found = draw_samples(said, kept.k, temperature=kept.temperature, uniform=uniform)
+        found = draw_samples(outputs, kept.k, temperature=kept.temperature, uniform=uniform)
     else:
-        found = top_k(said, kept.k, temperature=kept.temperature)
+        found = top_k(outputs, kept.k, temperature=kept.temperature)
     for name, column in found._asdict().items():
         out[name].copy_(column.view(out[name].shape))
 
 
 def check_columns(kept: Format, columns: Mapping[str, np.ndarray], width: int) -> str | None:
-    """Why columns that were read are not such as `encode` makes, None where they are; before `decode`.
+    """The first difference between columns that were read and those that `encode` makes; None where they agree.
 
     Args:
         width: numbers of a position in the formats logits and hidden.
@@ -129,13 +128,13 @@ def check_columns(kept: Format, columns: Mapping[str, np.ndarray], width: int) -
     return None
 
 
-def far_apart(kept: Format, one: dict[str, np.ndarray], other: dict[str, np.ndarray], *, exact: bool,
+def outputs_differ(kept: Format, one: dict[str, np.ndarray], other: dict[str, np.ndarray], *, exact: bool,
               same_draws: bool) -> bool:  # fmt: skip
-    """Whether two encodings of the same rows are of different outputs, by more than rounding explains.
+    """Whether two encodings of the same rows differ by more than rounding.
 
     Args:
-        exact: whether both were computed in float32 without autocast on the same kind of device; else half precision is
-            granted, a relative difference of 3%.
+        exact: whether both were computed in float32 without autocast on the same kind of device; else a relative
+            difference of 3% is accepted, as in half precision.
         same_draws: whether samples were drawn with the same random numbers.
     """
     room = 2e-3 if exact and kept.dtype in ("float32", "float16") else 3e-2
@@ -163,7 +162,7 @@ def far_apart(kept: Format, one: dict[str, np.ndarray], other: dict[str, np.ndar
 
 
 def decode(kept: Format, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """Tensors [N, width] for a batch, all of integers: a backend that casts what is floating leaves them alone."""
+    """Tensors [N, width] for a batch, all of integers, which a backend that casts floating columns leaves alone."""
     if kept.name not in SPARSE:
         return {kept.name: torch.from_numpy(columns[kept.name].copy()).view(_INTEGERS[DTYPES[kept.dtype]])}
     ids = torch.from_numpy(columns["ids"].astype(np.int32))
@@ -172,7 +171,7 @@ def decode(kept: Format, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
         return {"ids": ids, "top": top, "entropy": _bits(torch.from_numpy(columns["entropy"].copy()))}
     values, tail = (torch.from_numpy(columns[name].astype(np.float32)) for name in ("log_probs", "log_tail"))
     buckets = torch.cat([values, tail], -1)
-    # What rounding made of the k + 1 probabilities sums to one again: else the divergence of equals is not 0.
+    # Rounded probabilities are normalised again: else the divergence of equal distributions is not 0.
     buckets = buckets - buckets.logsumexp(-1, keepdim=True)
     return {
         "ids": ids,
@@ -182,12 +181,12 @@ def decode(kept: Format, columns: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def output(kept: Format, columns: dict[str, Tensor], head: dict[str, Any]) -> TeacherOutput:
-    """What `decode` gave, aligned with a batch [..., width], as the loss takes it."""
+    """The columns of `decode`, aligned with a batch [..., width], as the input of the loss."""
     if kept.name not in SPARSE:
         values = columns[kept.name].view(DTYPES[kept.dtype])
         if kept.name == "logits":
             return TeacherOutput(logits=values)
-        return TeacherOutput(hidden=values.to(head["teacher_weight"].dtype), head=head)  # kept in less, it may be
+        return TeacherOutput(hidden=values.to(head["teacher_weight"].dtype), head=head)  # the cache may keep fewer bits
     if kept.name == "sampled":
         entropy = columns["entropy"].view(torch.float32).squeeze(-1)
         return TeacherOutput(sparse=Samples(columns["ids"], columns["top"].squeeze(-1), entropy))
@@ -207,7 +206,7 @@ def to_numpy(column: Tensor) -> np.ndarray:
 
 
 def card(settings: dict[str, Any]) -> str:
-    """README.md of a cache: what it holds and how to read it without this package."""
+    """README.md of a cache: its columns, and how to read it without this package."""
     kept = format_of(settings)
     temperature = "" if kept.temperature is None else f" at temperature {kept.temperature:g}"
     dtype = f"{kept.dtype} (as int16 of the same bits)" if kept.dtype == "bfloat16" else kept.dtype
@@ -232,7 +231,7 @@ configs:
   data_files: data/*.arrow
 ---
 
-# What a teacher said
+# Teacher outputs
 
 Outputs of `{settings["teacher"]["name"]}` for the task `{settings["task"]}`, kept for distillation: row by row and,
 where a row has several positions, position by position ({settings["positions"]}).
@@ -240,7 +239,7 @@ where a row has several positions, position by position ({settings["positions"]}
 - `row_id`: the row of the data that the teacher read; `signature`: a hash of that row
 {listed}
 
-`manifest.json` says of what they were made (teacher, tokenizer, data, settings) and has a hash of every shard.
+`manifest.json` holds the teacher, tokenizer, data and settings of the building, and a hash of every shard.
 
 ```python
 from datasets import load_dataset

@@ -1,7 +1,4 @@
-"""What a teacher cache was made of, as values that can be compared: teacher, tokenizer, collation, data.
-
-For: `build.py`, which notes them in the manifest and compares them before anything is read.
-"""
+"""Hashes and settings that identify a cache's teacher, tokenizer and collation, and their comparison."""
 
 from __future__ import annotations
 
@@ -28,11 +25,11 @@ from .manifest import CacheError, json_sha256
 
 
 def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Module) -> dict[str, Any]:
-    """By what a teacher is known again, as it is given to the trainer: by path it is not loaded.
+    """Hashes and settings that identify a teacher as it is given to the trainer; a path is not loaded.
 
     Of a module: hashes of its weights, its config, the classes of its modules and their public attributes (numbers,
-    texts, names of functions; of each name one, dropout aside). What none of these shows (a hook, a buffer that is not
-    saved, the code of a forward) shows in its outputs, which are compared with those of the cache on some rows.
+    texts, names of functions; one hash a name, without dropout). A hook, an unsaved buffer and the code of a forward
+    are in none of these; the outputs, compared with the cache on some rows, show them.
 
     Of a path: hashes of the files of weights and of its config, of its adapter and that adapter's base, of its code
     where that runs (`trust_remote_code`; not of code from another repository, for which name a revision), and the
@@ -87,7 +84,7 @@ def _listed(index: Path) -> set[str]:
         return set()
 
 
-# Arguments of from_pretrained that say where weights come from and go to, not what the teacher computes.
+# Arguments of from_pretrained for where weights come from and go to: they do not change the outputs.
 _NOT_OF_THE_OUTPUT = frozenset([
     "token", "use_auth_token", "cache_dir", "force_download", "resume_download", "local_files_only", "proxies",
     "mirror", "user_agent", "low_cpu_mem_usage", "device", "device_map", "max_memory", "offload_folder",
@@ -97,19 +94,19 @@ _NOT_OF_THE_OUTPUT = frozenset([
 
 
 def output_kwargs(init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of from_pretrained that can change what the teacher gives, as JSON values without secrets.
+    """The arguments of from_pretrained that can change the teacher's outputs, as JSON values without secrets.
 
     dtype (also by its old name torch_dtype), quantization_config, revision, variant, subfolder, attn_implementation,
-    trust_remote_code and whatever is not known to be without effect.
+    trust_remote_code, and all others that are not known to have no effect.
 
     Raises:
-        ValueError: a value that cannot be written down, so that another one could not be told from it.
+        ValueError: a value that JSON cannot hold: a change of it would not be noticed.
     """
     named = {"torch_dtype": "dtype"}
     kept = {named.get(name, name): value for name, value in init_kwargs.items() if name not in _NOT_OF_THE_OUTPUT}
     for name, value in kept.items():
         if opaque := _opaque(value):
-            because = "a teacher cache could not tell it from another one"
+            because = "a teacher cache could not notice a change of it"
             fix = "Give it as text, numbers, lists and objects of these."
             shown = f"one whose {name} has an object of type {opaque}"
             fail("teacher_model_init_kwargs", shown, "values that JSON can hold", fix, because=because)
@@ -125,7 +122,7 @@ def output_kwargs(init_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _opaque(value: Any) -> str | None:
-    """The type of an object in a value that has no text of its own; None where there is none."""
+    """The type of the first object in a value that JSON cannot hold; None where there is none."""
     if isinstance(value, Mapping):
         return next(filter(None, map(_opaque, value.values())), None)
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -135,7 +132,7 @@ def _opaque(value: Any) -> str | None:
 
 
 def _folder_of(path: str, init_kwargs: Mapping[str, Any]) -> Path | None:
-    """Where a teacher's files are on this machine; None where they are not."""
+    """The folder of a teacher's files on this machine; None where there is none."""
     folder = Path(path)
     if folder.is_dir():
         return folder / str(init_kwargs.get("subfolder", ""))
@@ -145,7 +142,7 @@ def _folder_of(path: str, init_kwargs: Mapping[str, Any]) -> Path | None:
     keep = {name: init_kwargs[name] for name in names if init_kwargs.get(name) is not None}
     try:
         return Path(str(cached_file(path, "config.json", **keep))).parent
-    except (OSError, ValueError):  # neither a folder here nor a name that the hub can be asked for
+    except (OSError, ValueError):  # neither a folder nor a repository of the hub
         return None
 
 
@@ -175,7 +172,7 @@ def _of_module(model: nn.Module, without: set[int]) -> dict[str, Any]:
     }
 
 
-# Of a config or a module: what changes no output of an eval forward.
+# Entries of a config or a module that change no output in eval mode.
 _WITHOUT_EFFECT = frozenset([
     "_name_or_path", "name_or_path", "transformers_version", "use_cache", "initializer_range",
     "gradient_checkpointing", "training", "warnings_issued",
@@ -188,7 +185,7 @@ def _of_config(config: Mapping[str, Any]) -> str:
 
 
 def _attributes(modules: list[tuple[str, nn.Module]]) -> dict[str, str]:
-    """Of each name of a public attribute a hash of its values in all modules."""
+    """By name of a public attribute: a hash of its values in all modules."""
     found: dict[str, list[list[str]]] = {}
     for path, module in modules:
         if "Dropout" in type(module).__name__:
@@ -201,7 +198,7 @@ def _attributes(modules: list[tuple[str, nn.Module]]) -> dict[str, str]:
 
 
 def _text_of(value: Any) -> str | None:
-    """A text of a setting that is the same in every run; None for what is none."""
+    """A setting as text that is the same in every run; None for other values."""
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, Enum)):
         return repr(value)
     if isinstance(value, (list, tuple)):
@@ -221,7 +218,7 @@ def tokenizer_identity(processing_class: Any) -> str | None:
 
 
 def collation(data_collator: Any, processing_class: Any) -> dict[str, Any]:
-    """What of the collation changes the teacher's answer: on which side is padded, and where texts are cut."""
+    """The settings of the collation that change the teacher's outputs: padding side, truncation, packing."""
     tokenizer = tokenizer_of(processing_class) or tokenizer_of(getattr(data_collator, "tokenizer", None))
     length = getattr(tokenizer, "model_max_length", None)
     return {
@@ -231,15 +228,15 @@ def collation(data_collator: Any, processing_class: Any) -> dict[str, Any]:
     }
 
 
-def compare(where: Path, kept: Mapping[str, Any], asked: Mapping[str, tuple[str, str, Any, str]]) -> None:
-    """Raises CacheError for the first part of a cache that is not what is asked.
+def compare(where: Path, kept: Mapping[str, Any], current: Mapping[str, tuple[str, str, Any, str]]) -> None:
+    """Raises CacheError for the first setting of a cache that differs from the current one.
 
     Args:
         where: the cache; kept: its settings.
-        asked: by path in the settings ("teacher.weights"): the argument to name, what of it is compared, its value
-            now and how to fix it.
+        current: by path in the settings ("teacher.weights"): the argument to name, what of it is compared, its current
+            value and how to fix it.
     """
-    for place, (argument, what, now, fix) in asked.items():
+    for place, (argument, what, now, fix) in current.items():
         value: Any = kept
         for part in place.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -251,26 +248,26 @@ def compare(where: Path, kept: Mapping[str, Any], asked: Mapping[str, tuple[str,
 
 
 def compare_teachers(where: Path, kept: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Raises CacheError where a cache is of another teacher than `teacher_identity` tells of.
+    """Raises CacheError where a cache is of another teacher than the one with this `teacher_identity`.
 
     Returns:
-        What could not be compared because the teacher is not on this machine, in a sentence; None where all was.
+        A clause that names what could not be compared because it is not on this machine; None where all was.
     """
     fix = "Give the teacher that the cache was built from, in the same way."
     teacher = kept.get("teacher", {})
-    asked = {"teacher.given": ("teacher_model", "given as a", now["given"], fix)}
+    current = {"teacher.given": ("teacher_model", "given as a", now["given"], fix)}
     if "init_kwargs" in now:
-        asked["teacher.init_kwargs"] = ("teacher_model_init_kwargs", "the value", now["init_kwargs"], "Set it so.")
+        current["teacher.init_kwargs"] = ("teacher_model_init_kwargs", "the value", now["init_kwargs"], "Set it so.")
     words = {"weights": "weights of SHA-256", "config": "a config of SHA-256", "classes": "module classes of SHA-256"}
     missing = [name for name in ("weights", "config") if now.get(name) is None]
     for name, what in words.items():
         if name in now and name not in missing:
-            asked[f"teacher.{name}"] = ("teacher_model", what, now[name], fix)
+            current[f"teacher.{name}"] = ("teacher_model", what, now[name], fix)
     attributes, noted = now.get("attributes", {}), teacher.get("attributes", {})
     for name in sorted(set(attributes) & set(noted) if isinstance(noted, Mapping) else ()):
         what = f"attributes {name!r} of its modules of SHA-256"
-        asked[f"teacher.attributes.{name}"] = ("teacher_model", what, attributes[name], fix)
-    compare(where, kept, asked)
+        current[f"teacher.attributes.{name}"] = ("teacher_model", what, attributes[name], fix)
+    compare(where, kept, current)
     if not missing:
         return None
     if teacher.get("name") != now["name"]:

@@ -1,7 +1,7 @@
-"""The manifest of a teacher cache: written with its own hash, refused where anything in it cannot be right.
+"""The manifest of a teacher cache: written with a hash, every value checked when it is read.
 
-A cache may come from a stranger. What its manifest names is read, written and removed, so every value is checked before
-it is used: plain file names, known types and sizes, no links out of the folder.
+A cache may be untrusted, and the files that its manifest names are read, written and removed. So every value is checked
+before use: plain file names, known types and sizes, no links out of the folder.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..validation import message
 from .formats import DTYPES, FORMATS, SPARSE
 from .signatures import KINDS
 
-LAYOUT = 4  # of the folder and its shards; another number is another program's
+LAYOUT = 4  # version of the folder and its shards
 _LARGEST = 2**53  # of a count or a number of bytes: beyond it a float no longer holds every integer
 BUILD_AGAIN = "Build the cache again in an empty folder, or fetch it again."
 
 
 class CacheError(ValueError):
-    """What is on disk is not what was written, or not what is asked of it."""
+    """A cache on disk is damaged, or does not fit the teacher, data or settings of the run."""
 
 
 def shard_name(index: int) -> str:
@@ -35,7 +35,7 @@ def shard_name(index: int) -> str:
 
 
 def shard_index(name: str) -> int | None:
-    """The index in the file name of a shard or of the note beside it; None where the name is no such name."""
+    """The index in the file name of a shard or of the note beside it; None for other names."""
     found = re.fullmatch(r"data-([0-9]{5,9})\.(arrow|json)", name)
     return int(found[1]) if found and Path(shard_name(int(found[1]))).stem == Path(name).stem else None
 
@@ -44,7 +44,7 @@ def shard_index(name: str) -> int | None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a manifest, finished or not, with a hash of all of it."""
+    """Writes a manifest, finished or not, with a hash of its content."""
     write_atomically(path, json.dumps({**content, "sha256": json_sha256(content)}, indent=2, sort_keys=True))
 
 
@@ -53,7 +53,7 @@ def json_sha256(content: Any) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` was given.
+    """Reads what `write_json` wrote.
 
     Raises:
         CacheError: it was changed or cut, or is of another layout.
@@ -71,8 +71,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CacheError(message("teacher_cache", shown, f"layout {LAYOUT}", fix))
     if content.pop("sha256", None) != json_sha256(content):
         because = "it was changed or cut"
-        told = message("teacher_cache", repr(str(path)), "the file as it was written", BUILD_AGAIN, because=because)
-        raise CacheError(told) from cause
+        text = message("teacher_cache", repr(str(path)), "the file as it was written", BUILD_AGAIN, because=because)
+        raise CacheError(text) from cause
     return content
 
 
@@ -112,7 +112,7 @@ def _links(folder: Path) -> Iterator[Path]:
 
 # ---- values ----
 
-Kind = tuple[Callable[[Any], bool], str]  # whether a value is of it, and in words what is expected
+Kind = tuple[Callable[[Any], bool], str]  # the check of a value, and the words for what is expected
 
 
 def _whole(low: int, high: int = _LARGEST) -> Kind:
@@ -191,7 +191,7 @@ FIELDS: dict[str, Kind] = {
     "rows_per_shard": _whole(1),
     "seed": _whole(-_LARGEST),
     "computed": _text(),
-}  # what the settings hold, by path
+}  # the settings, by path
 _OPTIONAL = {"shifted": _BOOLEAN, "label_names": _list_of(_text(), 1)}  # where they are not the task's usual ones
 _OF_A_SHARD = {"rows": _whole(1), "positions": _whole(0), "bytes": _whole(1), "xxh3": _digits(32)}
 _OF_A_MANIFEST = {"row_ids": FIELDS["row_ids"], "total_rows": _whole(1), "total_positions": _whole(0),
@@ -221,7 +221,7 @@ def _check(path: Path, content: Mapping[str, Any], fields: Mapping[str, Kind], *
 
 
 def check_settings(path: Path, settings: Mapping[str, Any], *, complete: bool) -> None:
-    """Raises CacheError for the first value of a cache's settings whose type or size cannot be right.
+    """Raises CacheError for the first setting of a cache with a wrong type or size.
 
     Args:
         path: the file that holds them; complete: whether every field has to be there.
@@ -247,14 +247,14 @@ def check_settings(path: Path, settings: Mapping[str, Any], *, complete: bool) -
 
 
 def head_of(settings: Mapping[str, Any]) -> Task:
-    """The task that a cache was built for, with the shift and the label columns of the student that was there."""
+    """The task of a cache, with the shift and the label columns of the student at its building."""
     task = TASKS[settings["task"]]
     names = tuple(settings.get("label_names", task.label_names))
     return replace(task, shifted=settings.get("shifted", task.shifted), label_names=names)
 
 
 def settings_of_task(task: Task) -> dict[str, Any]:
-    """What `head_of` reads."""
+    """The settings that `head_of` reads."""
     usual = TASKS[task.name]
     settings: dict[str, Any] = {"task": task.name}
     if task.shifted != usual.shifted:
@@ -263,7 +263,7 @@ def settings_of_task(task: Task) -> dict[str, Any]:
 
 
 def check_shard(path: Path, index: int, entry: Mapping[str, Any]) -> None:
-    """Raises CacheError unless an entry names the shard of this index, a plain file name, with numbers that can be."""
+    """Raises CacheError unless an entry has the file name of this index and valid numbers."""
     name = entry.get("name", _ABSENT)
     if name != shard_name(index):
         because = "a name in a manifest is a file in its own folder"
@@ -272,7 +272,7 @@ def check_shard(path: Path, index: int, entry: Mapping[str, Any]) -> None:
 
 
 def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises CacheError where the shards, the totals or a setting of a finished cache cannot be right."""
+    """Raises CacheError where the shards, the totals or a setting of a finished cache are invalid."""
     check_settings(path, manifest, complete=False)
     _check(path, manifest, _OF_A_MANIFEST, complete=True)
     for index, entry in enumerate(manifest["shards"]):

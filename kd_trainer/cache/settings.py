@@ -1,6 +1,6 @@
-"""What a teacher cache is built of: its settings, from what a trainer has, and their comparison with it later.
+"""The settings of a teacher cache: made from a trainer when it is built, and compared with a trainer later.
 
-The trainer is asked for its arguments, data, collator, tokenizer and student.
+Read of the trainer: arguments, data, collator, tokenizer, student.
 """
 
 from __future__ import annotations
@@ -22,22 +22,30 @@ from torch.utils.data import IterableDataset
 from .. import __version__
 from ..tasks import SMALL_VOCABULARY, TASKS, classes_have_names, count_parameters
 from ..validation import fail, message, warn
-from .asking import TeacherReader, fail_no_product
-from .build import SHARD_BYTES, check_rows_unseen, columns_read, on_device
+from .build import SHARD_BYTES, check_packed_rows, columns_read, on_device
 from .cached_teacher import TEST, check_objective, open_part
 from .formats import DEFAULT_K, DTYPES, Format, check_format, format_of
 from .identity import collation, compare, compare_teachers, tokenizer_identity
 from .manifest import LAYOUT, CacheError, settings_of_task
-from .reading import ROWS_DIFFER, NumberedRows, Read, Reading, have_ids, numbered, reading_of
+from .signed_collator import (
+    ROWS_DIFFER,
+    NumberedRows,
+    SignedBatch,
+    SignedCollator,
+    have_row_ids,
+    signed_collator_of,
+    with_row_ids,
+)
 from .store import MANIFEST
+from .teacher_reader import TeacherReader, fail_without_linear_head
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE_ROWS = 32  # looked at before a cache is built or read: evenly spread over the data
+_SAMPLE_ROWS = 32  # compared before a cache is built or read: evenly spread over the data
 
 
-def as_read(trainer: Any, dataset: Any) -> tuple[Any, Any]:
-    """The dataset and the collator as the training's dataloader has them."""
+def data_and_collator(trainer: Any, dataset: Any) -> tuple[Any, Any]:
+    """The dataset and the collator as in the training's dataloader."""
     if isinstance(dataset, datasets.Dataset):
         return trainer._remove_unused_columns(dataset), trainer.data_collator
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator)
@@ -51,8 +59,8 @@ def class_names(trainer: Any, task: Any) -> dict[str, str] | None:
     return {str(i): str(name) for i, name in names.items()} if names else None
 
 
-def computed(trainer: Any, teacher: nn.Module) -> str:
-    """In what precision, and on what, the teacher computes."""
+def compute_precision(trainer: Any, teacher: nn.Module) -> str:
+    """Dtype, autocast and kind of device of the teacher's forward, as text."""
     dtype = str(next((p.dtype for p in teacher.parameters()), torch.float32)).removeprefix("torch.")
     return f"{dtype} {trainer.accelerator.mixed_precision} {trainer.args.device.type}"
 
@@ -66,7 +74,7 @@ def settings_of(
     known: Mapping[str, Any],
     identity: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Everything that the manifest holds of a part that is to be built, and what prints its size on the main process.
+    """The settings of a part that is to be built, and a function for the main process that prints and checks its size.
 
     Args:
         sample: a batch of it.
@@ -74,20 +82,20 @@ def settings_of(
         identity: of the teacher, see `teacher_identity`.
     """
     kd, task = trainer.kd_args, reader.task
-    used, collator = as_read(trainer, dataset)
+    used, collator = data_and_collator(trainer, dataset)
     prepared = task.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(dict(sample)))
     columns = columns_read(sample, reader.teacher.inputs(prepared))
-    reading = Reading(collator, task, kd.kd_positions, columns)  # the first reading finds the kinds of the columns
-    read = reading(features_of(used))
-    if signed(read) != signed(reading(features_of(used))):
-        because = "what the teacher said of one reading would be taken for another"
+    collate = SignedCollator(collator, task, kd.kd_positions, columns)
+    signed = collate(sample_rows(used))
+    if row_signatures(signed) != row_signatures(collate(sample_rows(used))):
+        because = "the teacher output of one reading would be used for another"
         fix = "Apply it once, before the training (dataset.map), or train with the live teacher."
         shown = "one whose rows differ from one reading to the next (random augmentation, masking or padding)"
-        fail(argument_of(part), shown, "the same rows each time", fix, because=because)
-    kept, extra = _format(trainer, reader, reading(features_of(used, 1)), known)
-    if len(read.mask) < len(read.row_ids):
-        check_rows_unseen(trainer, reader, reading, numbered(features_of(used, 2)))
-    row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(read.counts.mean()) + 24
+        fail(dataset_argument(part), shown, "the same rows each time", fix, because=because)
+    kept, extra = _format(trainer, reader, collate(sample_rows(used, 1)), known)
+    if len(signed.mask) < len(signed.row_ids):
+        check_packed_rows(trainer, reader, collate, with_row_ids(sample_rows(used, 2)))
+    row_bytes = kept.bytes_a_position(extra["hidden_size"]) * float(signed.counts.mean()) + 24
     batch_rows = trainer.args.per_device_eval_batch_size
     settings = {
         **{"layout": LAYOUT, "kd_trainer": __version__, "part": part},
@@ -98,28 +106,30 @@ def settings_of(
         "teacher": {**identity} | {"parameters": count_parameters(reader.teacher.model)},
         "tokenizer": tokenizer_identity(trainer.processing_class),
         "collation": collation(trainer.data_collator, trainer.processing_class),
-        "dataset": {"rows": None if isinstance(used, IterableDataset) else len(used), "sample": signed(read)},
+        "dataset": {"rows": None if isinstance(used, IterableDataset) else len(used), "sample": row_signatures(signed)},
         "columns_read": columns,
-        "kinds": reading.kinds,
+        "kinds": collate.kinds,
         "row_ids": "position" if known_by_position(used) else "column",
         "batch_rows": batch_rows,
         "rows_per_shard": max(1, int(SHARD_BYTES / (row_bytes * batch_rows))) * batch_rows,
         "seed": trainer.args.seed,
-        "computed": computed(trainer, reader.teacher.model),
+        "computed": compute_precision(trainer, reader.teacher.model),
     }
-    return settings, partial(_tell_size, trainer, settings, row_bytes)
+    return settings, partial(_check_disk_space, trainer, settings, row_bytes)
 
 
-def _format(trainer: Any, reader: TeacherReader, read: Read, known: Mapping[str, Any]) -> tuple[Format, dict[str, Any]]:
-    """The format that is asked for, completed by what the teacher gives for some rows."""
+def _format(
+    trainer: Any, reader: TeacherReader, signed: SignedBatch, known: Mapping[str, Any]
+) -> tuple[Format, dict[str, Any]]:
+    """The format of the arguments, completed by the dimensions of the teacher's outputs."""
     kd, task, common_ids = trainer.kd_args, reader.task, known["common_ids"]
-    given = reader.dimensions(*on_device(trainer, reader, read))
+    given = reader.dimensions(*on_device(trainer, reader, signed))
     classes, product = given.shape[-1], reader.output_head
-    name, k, asked = _format_asked(trainer)
+    name, k, dtype = _requested_format(trainer)
     if name == "auto":
         large = task.over_tokens and classes >= SMALL_VOCABULARY and product is not None
         name = "hidden" if large else "logits"
-    check_format(name, k, asked, softmax=task.softmax, over_tokens=task.over_tokens, task=task.name)
+    check_format(name, k, dtype, softmax=task.softmax, over_tokens=task.over_tokens, task=task.name)
     extra: dict[str, Any] = {
         "shape": given.shape, "vocabulary": classes, "common_ids": common_ids, "known_by": known["known_by"],
         "hidden_size": 0, "head_dtype": None, "head_scale": 1.0, "head_softcap": None,
@@ -131,21 +141,21 @@ def _format(trainer: Any, reader: TeacherReader, read: Read, known: Mapping[str,
         if k >= classes:
             expected, fix = f"1 to {classes - 1}, fewer than there are classes", "Lower it, or keep logits."
             fail("teacher_cache_k", repr(k), expected, fix)
-        return Format(name, classes, k, float(kd.kd_temperature), asked or "float16"), extra
+        return Format(name, classes, k, float(kd.kd_temperature), dtype or "float16"), extra
     if name == "hidden":
         if product is None:
-            fail_no_product(reader)
+            fail_without_linear_head(reader)
         extra |= {"hidden_size": given.hidden_size, "head_dtype": given.hidden_dtype}
         extra |= {"head_scale": product.scale, "head_softcap": product.softcap}
     half = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
     own = given.logits_dtype
     if product is not None and (name == "hidden" or (product.scale == 1 and product.softcap is None)):
         own = half or given.hidden_dtype  # a product in half precision has no more digits
-    return Format(name, classes, None, None, asked or (own if own in DTYPES else "float32")), extra
+    return Format(name, classes, None, None, dtype or (own if own in DTYPES else "float32")), extra
 
 
-def _format_asked(trainer: Any) -> tuple[str, int | None, str | None]:
-    """Format, k and dtype of the arguments; "auto" keeps to what the other parts of the cache have."""
+def _requested_format(trainer: Any) -> tuple[str, int | None, str | None]:
+    """Format, k and dtype of the arguments; "auto" takes those of the other parts of the cache."""
     kd = trainer.kd_args
     others = sorted(Path(str(kd.teacher_cache_dir)).glob(f"*/{MANIFEST}"))
     if kd.teacher_cache_format != "auto" or not others:
@@ -154,15 +164,17 @@ def _format_asked(trainer: Any) -> tuple[str, int | None, str | None]:
     return kept["format"], kept["k"], None if kept["format"] == "sampled" else kept["dtype"]
 
 
-def _tell_size(trainer: Any, settings: dict[str, Any], row_bytes: float) -> None:
-    """Says what will be kept; raises RuntimeError where the disk has no room for it."""
+def _check_disk_space(trainer: Any, settings: dict[str, Any], row_bytes: float) -> None:
+    """Prints the size on disk; raises RuntimeError where there is no room for it."""
     rows, where = settings["dataset"]["rows"], Path(str(trainer.kd_args.teacher_cache_dir))
     position_bytes = format_of(settings).bytes_a_position(settings["hidden_size"])
     kept = settings["format"] + "".join(f", {n} {settings[n]:g}" for n in ("k", "temperature") if settings[n])
     kept += "" if settings["format"] == "sampled" else f", {settings['dtype']}"
     size = "a stream of rows" if rows is None else f"{rows:,} rows, about {rows * row_bytes / 1e6:,.1f} MB"
-    told = f"[kd_trainer] teacher cache {str(where / settings['part'])!r}: {kept}, {position_bytes:,g} bytes a position"
-    print(f"{told}; {size}", flush=True)
+    shown = (
+        f"[kd_trainer] teacher cache {str(where / settings['part'])!r}: {kept}, {position_bytes:,g} bytes a position"
+    )
+    print(f"{shown}; {size}", flush=True)
     parent = next(p for p in (where.absolute(), *where.absolute().parents) if p.exists())
     there = sum(f.stat().st_size for f in (where / settings["part"]).rglob("*") if f.is_file())
     missing, free = (rows or 0) * row_bytes - there, shutil.disk_usage(parent).free
@@ -176,13 +188,13 @@ def _tell_size(trainer: Any, settings: dict[str, Any], row_bytes: float) -> None
 def compare_settings(
     trainer: Any, folder: Path, kept: dict[str, Any], part: str, dataset: Any, identity: dict[str, Any] | None
 ) -> None:
-    """Raises CacheError where a cache was made of something else than what this trainer has.
+    """Raises CacheError where teacher, data or settings of a cache differ from the trainer's.
 
     Args:
         identity: of the teacher; None where there is no teacher to compare.
     """
-    kd, data = trainer.kd_args, argument_of(part)
-    asked: dict[str, tuple[str, str, Any, str]] = {}
+    kd, data = trainer.kd_args, dataset_argument(part)
+    current: dict[str, tuple[str, str, Any, str]] = {}
     if identity is not None:
         unknown = compare_teachers(folder, kept, identity)
         if unknown is not None:
@@ -191,17 +203,17 @@ def compare_settings(
     chosen = ("format", "the format", form), ("k", "the value", kd.teacher_cache_k)
     for name, what, value in (*chosen, ("dtype", "the dtype", kd.teacher_cache_dtype)):
         if value is not None:
-            asked[name] = (f"teacher_cache_{name}", what, value, "Set it so.")
+            current[name] = (f"teacher_cache_{name}", what, value, "Set it so.")
     if TASKS[kept["task"]].token_level:
-        asked["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
+        current["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
     vocabulary = tokenizer_identity(trainer.processing_class)
-    asked["tokenizer"] = ("processing_class", "a vocabulary of SHA-256", vocabulary, "Pass the same tokenizer.")
+    current["tokenizer"] = ("processing_class", "a vocabulary of SHA-256", vocabulary, "Pass the same tokenizer.")
     for name, value in collation(trainer.data_collator, trainer.processing_class).items():
-        asked[f"collation.{name}"] = ("data_collator", name, value, "Collate in the same way.")
-    by_position = kept["row_ids"] == "position"  # rows with numbers of their own may be fewer now
+        current[f"collation.{name}"] = ("data_collator", name, value, "Collate in the same way.")
+    by_position = kept["row_ids"] == "position"  # rows with ids may be fewer now
     if by_position and not isinstance(dataset, IterableDataset):
-        asked["dataset.rows"] = (data, "a number of rows of", len(dataset), "Train on the same rows.")
-    compare(folder, kept, asked)
+        current["dataset.rows"] = (data, "a number of rows of", len(dataset), "Train on the same rows.")
+    compare(folder, kept, current)
     ends = (kd.kd_temperature, kd.kd_temperature_end)
     check_objective(format_of(kept), kd.kd_divergence, [float(end) for end in ends if end is not None])
     if by_position:
@@ -209,9 +221,9 @@ def compare_settings(
 
 
 def _compare_rows(trainer: Any, folder: Path, kept: dict[str, Any], data: str, dataset: Any) -> None:
-    """Some rows as they are collated now, against what the teacher read; in training each is compared again."""
-    used, collator = as_read(trainer, dataset)
-    now = signed(reading_of(kept, collator)(features_of(used)))
+    """Raises CacheError where sample rows differ from those of the cache; training compares every row."""
+    used, collator = data_and_collator(trainer, dataset)
+    now = row_signatures(signed_collator_of(kept, collator)(sample_rows(used)))
     before = dict(kept["dataset"]["sample"])
     different = [row for row, signature in now if before.get(row, signature) != signature]
     if different:
@@ -222,34 +234,34 @@ def _compare_rows(trainer: Any, folder: Path, kept: dict[str, Any], data: str, d
         raise CacheError(message(data, shown, expected, fix, because=because))
 
 
-def argument_of(part: str) -> str:
-    """By which argument the data of a part came."""
+def dataset_argument(part: str) -> str:
+    """The argument that holds the data of a part."""
     kind = part.partition("-")[0]
     return "dataset" if kind == TEST else f"{kind}_dataset"
 
 
 def known_by_position(dataset: Any) -> bool:
-    """Whether a row is known by its place, not by a column of its own."""
+    """Whether rows are identified by their index, not by a column of row ids."""
     if isinstance(dataset, IterableDataset):
         return False
     rows = NumberedRows(dataset).__getitems__([0]).features
-    return not (isinstance(rows, list) and have_ids(rows))
+    return not (isinstance(rows, list) and have_row_ids(rows))
 
 
-def signed(read: Read) -> list[list[int]]:
+def row_signatures(signed: SignedBatch) -> list[list[int]]:
     """[row id, signature] of each row."""
-    return [[row, int(signature)] for row, signature in zip(read.row_ids, read.signatures, strict=True)]
+    return [[row, int(signature)] for row, signature in zip(signed.row_ids, signed.signatures, strict=True)]
 
 
-def rows_of(dataset: Any, first: int, count: int) -> Any:
-    """Consecutive rows as a dataloader would fetch them; of a stream the first ones."""
+def consecutive_rows(dataset: Any, first: int, count: int) -> Any:
+    """Consecutive rows as a dataloader fetches them; of a stream the first ones."""
     if isinstance(dataset, IterableDataset):
-        return features_of(dataset, count)
+        return sample_rows(dataset, count)
     return NumberedRows(dataset).__getitems__(list(range(first, first + count)))
 
 
-def features_of(dataset: Any, count: int | None = None) -> Any:
-    """Some rows (`_SAMPLE_ROWS`) as a dataloader would fetch them: evenly spread, or the first of a stream."""
+def sample_rows(dataset: Any, count: int | None = None) -> Any:
+    """`count` (default `_SAMPLE_ROWS`) rows as a dataloader fetches them: evenly spread, or the first of a stream."""
     count = count or _SAMPLE_ROWS
     if isinstance(dataset, IterableDataset):
         return list(itertools.islice(iter(dataset), count))

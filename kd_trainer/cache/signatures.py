@@ -1,7 +1,6 @@
-"""By what a teacher cache knows a row again: a hash of everything of it that the teacher reads, without the padding.
+"""Signatures of rows: a hash of everything that the teacher reads of a row, without the padding.
 
-For: `cached_teacher.py`, which collates rows, and `training/teacher_cache.py`, which notes how the columns of a batch
-belong to its rows. Letters: B rows, S positions of a batch.
+Letters: B rows, S positions of a batch.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from torch import Tensor
 from ..tasks import TEACHER_PREFIX, token_mask
 from ..validation import fail
 
-# How a column of a batch belongs to its rows. It is found once, from some rows collated together and each alone, so
-# that no shape decides it by chance in one batch and otherwise in the next.
+# How a column of a batch belongs to its rows. It is found once, from some rows collated together and each alone: shapes
+# alone could give another result in another batch.
 ROW = "row"  # an entry for each row: [B, ...] or a list of B
 TOKEN = "token"  # an entry for each token of each row: [B, S, ...]
 SECOND = "second"  # as token, with the rows second: [3, B, S]
 SHARED = "shared"  # the same for all rows: a number, a text, [1, S]
-OWN = "own"  # the entries of each row, one row behind the other: flattened patches
-KINDS = (ROW, TOKEN, SECOND, SHARED, OWN)
+CONCATENATED = "own"  # the rows' entries concatenated: flattened patches
+KINDS = (ROW, TOKEN, SECOND, SHARED, CONCATENATED)
 
 _OF_TOKENS = frozenset(
     ["input_ids", "token_type_ids", "position_ids", "inputs_embeds", "bbox", "langs", "mm_token_type_ids"]
@@ -49,11 +48,11 @@ def kinds_of(
     """How each column of a batch belongs to its rows, one of `KINDS`.
 
     Args:
-        whole: some rows, collated; alone: the same rows, each collated alone; None where they cannot be taken apart.
+        whole: some rows, collated; alone: the same rows, each collated alone; None where they cannot be separated.
         names: of the columns that the teacher reads.
 
     Raises:
-        ValueError: a column whose entries cannot be told apart by rows, so that a change of one would not be noticed.
+        ValueError: a column whose entries belong to no row: a change of a row would not be noticed.
     """
     columns = flat(whole, names)
     parts = None if alone is None else [flat(each, names) for each in alone]
@@ -65,7 +64,7 @@ def kinds_of(
 
 
 def _tokens(batch: Mapping[str, Any]) -> int | None:
-    """How many tokens the row has that was collated alone."""
+    """The number of tokens of a row collated alone."""
     mask = token_mask(batch.get("attention_mask"))
     if mask is not None:
         return mask.shape[1]
@@ -83,7 +82,7 @@ def _kind(name: str, value: Any, alone: list[Any] | None, rows: int, lengths: li
         if len(value) == rows and (alone is None or all(isinstance(a, (list, tuple)) and len(a) == 1 for a in alone)):
             return ROW
         if alone is not None and _equal([x for a in alone for x in (a or ())], list(value)):
-            return OWN
+            return CONCATENATED
     elif alone is None:
         if len(value) == rows:
             return TOKEN if by_name else ROW
@@ -99,8 +98,8 @@ def _kind(name: str, value: Any, alone: list[Any] | None, rows: int, lengths: li
         turned = value.dim() > 1 and whole_of_each and value.shape[1] == rows
         if turned and all(each.shape[1] == 1 and len(each) == len(value) for each in alone):
             return SECOND
-        if is_own(value, alone):
-            return OWN
+        if is_concatenation(value, alone):
+            return CONCATENATED
     refuse_column(name, value, rows)
 
 
@@ -108,12 +107,12 @@ def refuse_column(name: str, value: Any, rows: int) -> NoReturn:
     shape = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
     because = "a teacher cache could not notice that a row of the data has changed"
     fix = "Give it row by row, or train with the live teacher."
-    expected = "an entry of it for each row, or the rows' own entries one behind the other"
+    expected = "an entry of it for each row, or the rows' entries concatenated"
     fail("data_collator", f"one that makes {name} {shape} of {rows} rows", expected, fix, because=because)
 
 
-def is_own(value: Tensor, alone: Sequence[Any]) -> bool:
-    """Whether a tensor is those of the rows, one behind the other."""
+def is_concatenation(value: Tensor, alone: Sequence[Any]) -> bool:
+    """Whether a tensor is the concatenation of those of the rows."""
     there = [each for each in alone if isinstance(each, Tensor)]
     if not there or any(each.shape[1:] != value.shape[1:] for each in there):
         return False
@@ -126,7 +125,7 @@ def _is_mask(name: str) -> bool:
 
 
 def _begins(value: Tensor, part: Tensor) -> bool:
-    """Whether the only row of a tensor begins with that of another one."""
+    """Whether the only row of a tensor begins with that of `part`."""
     return value.dim() < 2 or _bytes(value[:, : part.shape[1]]) == _bytes(part)
 
 
@@ -148,35 +147,37 @@ def signatures(
     apart: bool = False,
     alone: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
 ) -> np.ndarray:
-    """[B] uint64: a hash of what the teacher reads of each row and of the positions that are kept.
+    """[B] uint64: a hash of the columns that the teacher reads of each row, and of its kept positions.
 
-    Padding does not enter: of the columns with an entry for each token, attended positions alone count; without a mask
-    all do, or those up to the last kept one where later ones cannot matter (`causal`).
+    Padding is left out: columns of tokens are hashed at attended positions; without a mask at all positions, or up to
+    the last kept one where later ones have no effect (`causal`).
 
     Args:
         mask: `kept_positions`, on CPU; names: the columns of the batch that the teacher reads.
         kinds: see `kinds_of`.
-        shifted: whether a kept position is that before its label.
+        shifted: whether a kept position is the one before its label.
         apart: whether the kept positions are those of a decoder and the other columns those of an encoder.
-        alone: gives the rows, each collated alone.
+        alone: returns the rows, each collated alone.
     """
     kept = mask.numpy()
     rows = len(kept)
     places = _Places(batch, kept, causal=causal, shifted=shifted, apart=apart)
     columns: list[tuple[bytes, Callable[[int], bytes]]] = []
     parts: list[dict[str, Any]] | None = None
-    values = {**dict.fromkeys((name for name, kind in kinds.items() if kind == OWN)), **flat(batch, names)}
+    values = {**dict.fromkeys((name for name, kind in kinds.items() if kind == CONCATENATED)), **flat(batch, names)}
     for name, value in sorted(values.items()):
         kind = kinds.get(name, ROW)
-        if name.endswith("attention_mask") and places.tell(name, value):
+        if name.endswith("attention_mask") and places.holds(name, value):
             continue
         by_rows = kind in (ROW, TOKEN) and isinstance(value, (Tensor, list, tuple)) and _length(value) == rows
         read: Callable[[int], bytes]
-        if kind == OWN or (kind in (ROW, TOKEN) and not by_rows):  # of rows that have several entries, or none
+        if kind == CONCATENATED or (kind in (ROW, TOKEN) and not by_rows):  # rows with several entries, or none
             if parts is None:
                 parts = [flat(each, names) for each in (() if alone is None else alone())]
             own = [each.get(name) for each in parts]
-            if value is not None and (len(own) != rows or (isinstance(value, Tensor) and not is_own(value, own))):
+            if value is not None and (
+                len(own) != rows or (isinstance(value, Tensor) and not is_concatenation(value, own))
+            ):
                 refuse_column(name, value, rows)
             read = lambda row, own=own: _of_any(own[row] if own else None)  # type: ignore[misc]  # noqa: E731
         elif isinstance(value, Tensor) and value.dim():
@@ -204,7 +205,7 @@ def signatures(
 
 
 class _Places:
-    """Which entries of a column are those of tokens, not of padding."""
+    """Which entries of a column belong to tokens, not to padding."""
 
     def __init__(self, batch: Mapping[str, Any], kept: np.ndarray, *, causal: bool, shifted: bool, apart: bool) -> None:
         self.kept, self.causal, self.apart = kept, causal, apart
@@ -212,13 +213,13 @@ class _Places:
                       for prefix in ("", TEACHER_PREFIX, "decoder_")}  # fmt: skip
         own = self.masks["decoder_" if apart else ""]
         self.within = own if own is not None and own.shape == kept.shape else None
-        last = kept.shape[1] - 1 - kept[:, ::-1].argmax(1)  # of a row without any kept one: all of it
+        last = kept.shape[1] - 1 - kept[:, ::-1].argmax(1)  # of a row without a kept position: all of it
         self.until = np.arange(kept.shape[1]) <= last[:, None] + shifted
 
     def of(self, name: str, value: Tensor) -> np.ndarray | None:
-        """Boolean [B, S]; None where all count."""
+        """Boolean [B, S]; None for all entries."""
         places: np.ndarray | None
-        if name == "labels":  # where there is none, they say nothing
+        if name == "labels":  # others are -100
             places = self.kept
         elif name.startswith("decoder_"):
             places = self.until if self.masks["decoder_"] is None else self.masks["decoder_"]
@@ -229,8 +230,8 @@ class _Places:
         size = value.shape[-1] if _square(name, value) else value.shape[1] if value.dim() > 1 else -1
         return places if places is not None and places.shape[1] == size else None
 
-    def tell(self, name: str, value: Any) -> bool:
-        """Whether the places hold all that a mask says: which tokens are padding."""
+    def holds(self, name: str, value: Any) -> bool:
+        """Whether a column is a plain mask of padding, which `pattern` holds already."""
         known = [f"{prefix}attention_mask" for prefix in self.masks]
         plain = isinstance(value, Tensor) and value.dim() == 2
         return name in known and plain and (value.dtype == torch.bool or bool(((value == 0) | (value == 1)).all()))
@@ -257,7 +258,7 @@ def _tokens_of(mask: Any, rows: int) -> np.ndarray | None:
 
 
 def _square(name: str, value: Tensor) -> bool:
-    """Whether a column is a mask of who reads whom: [B, S, S] or [B, heads, S, S]."""
+    """Whether a column is an attention mask [B, S, S] or [B, heads, S, S]."""
     return _is_mask(name.removeprefix(TEACHER_PREFIX)) and value.dim() > 2 and value.shape[-1] == value.shape[-2]
 
 
@@ -278,7 +279,7 @@ def _by_row(values: Tensor, places: np.ndarray | None, *, square: bool) -> Calla
 
 
 def _canonical(values: Tensor) -> np.ndarray:
-    """numpy's, with one zero and one NaN; dtypes that numpy lacks as float32."""
+    """As numpy, with one zero and one NaN; dtypes that numpy lacks as float32."""
     if values.is_floating_point():
         found = (values if values.dtype in (torch.float16, torch.float32, torch.float64) else values.float()).numpy()
         found = found + found.dtype.type(0)  # -0.0 is 0.0
@@ -294,7 +295,7 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def _of_any(value: Any) -> bytes:
-    """A text of a value that differs where the value does."""
+    """Bytes of a value that differ where the value does."""
     if isinstance(value, Tensor):
         return f"{value.dtype}{tuple(value.shape)}".encode() + _bytes(value)
     if isinstance(value, np.ndarray) and value.dtype != object:

@@ -1,6 +1,6 @@
 """Teacher outputs on disk: Arrow shards, memory-mapped, beside a manifest that holds their hashes.
 
-Knows rows, columns and files; `formats.py` knows what the numbers mean. A folder holds:
+The meaning of the columns is in `formats.py`. A folder holds:
 
     manifest.json      the settings, size and XXH3-128 of each shard; written last: a folder without it is unfinished
     building.json      the settings while it is unfinished
@@ -68,20 +68,20 @@ def joined(parts: Sequence[Rows]) -> Rows:
 
 
 def begin(folder: Path, settings: dict[str, Any], root: Path | None = None) -> dict[str, Any]:
-    """Notes the settings of an unfinished cache; returns those that were noted when it was begun, if it was.
+    """Writes the settings of an unfinished cache; returns those on disk where it was begun before.
 
     Args:
         root: the folder above it that the user named (see `check_links`).
 
     Raises:
-        CacheError: what was noted was changed, cannot be right or is of another layout; a link leads out of the folder.
+        CacheError: the settings on disk were changed, are invalid or of another layout; a link leads out of the folder.
     """
     check_links(folder, root)
     path = folder / BUILDING
     (folder / DATA).mkdir(parents=True, exist_ok=True)
     written = ((folder, (".*.json.*", f".{HEAD}.*", ".README.md.*")), (folder / DATA, (".data-*", ".state.json.*")))
     for left in [left for where, patterns in written for pattern in patterns for left in where.glob(pattern)]:
-        left.unlink(missing_ok=True)  # of a killed process; whoever builds holds the lock
+        left.unlink(missing_ok=True)  # of a killed process; the building process holds the lock
     if not path.exists():
         write_json(path, settings)
     noted = read_json(path)
@@ -108,7 +108,7 @@ def write_shard(folder: Path, index: int, rows: Rows) -> None:
 
 
 class _Hashed(io.RawIOBase):
-    """A file that is written on, and the size and hash of what was written."""
+    """Passes writes on to a file and keeps their size and hash."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size, self.xxh3 = file, 0, xxhash.xxh3_128()  # ten times as fast as SHA-256
@@ -123,7 +123,7 @@ class _Hashed(io.RawIOBase):
 
 
 def written_notes(folder: Path) -> dict[int, dict[str, Any]]:
-    """What is noted of the shards of an unfinished cache, by index; the shards themselves are not read."""
+    """The notes beside the shards of an unfinished cache, by index; the shards are not read."""
     found = {}
     for note in sorted((folder / DATA).glob("data-*.json")):
         index = shard_index(note.name)
@@ -152,7 +152,7 @@ def first_rows(folder: Path, count: int) -> tuple[int, Rows] | None:
 
 
 def reopen(folder: Path, manifest: Mapping[str, Any], damaged: set[int]) -> None:
-    """Makes an unfinished cache of a finished one, in which the damaged shards are missing."""
+    """Makes a finished cache unfinished, without the damaged shards."""
     for index, entry in enumerate(manifest["shards"]):
         note = (folder / DATA / entry["name"]).with_suffix(".json")
         if index in damaged:
@@ -165,7 +165,7 @@ def reopen(folder: Path, manifest: Mapping[str, Any], damaged: set[int]) -> None
 
 
 def damage(folder: Path, entry: Mapping[str, Any]) -> str | None:
-    """Why the shard is not the one that was written, None where it is; reads all of it."""
+    """How the shard differs from the one that was written; None where it is intact. Reads all of it."""
     path = folder / DATA / entry["name"]
     if not path.is_file():
         return "the file is missing"
@@ -175,7 +175,7 @@ def damage(folder: Path, entry: Mapping[str, Any]) -> str | None:
 
 
 def finish(folder: Path, settings: dict[str, Any], card: str) -> None:
-    """Writes what makes the folder a cache; the manifest last."""
+    """Writes the metadata of a finished cache; the manifest last."""
     import datasets
 
     shards = [entry for _, entry in sorted(written_notes(folder).items())]
@@ -200,7 +200,7 @@ def finish(folder: Path, settings: dict[str, Any], card: str) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Removes what a finished cache needs no more."""
+    """Removes the files of an unfinished cache."""
     for left in [folder / BUILDING, *(folder / DATA).glob("data-*.json")]:
         left.unlink(missing_ok=True)
 
@@ -219,8 +219,7 @@ def read_manifest(folder: Path, root: Path | None = None) -> dict[str, Any]:
         root: the folder above it that the user named (see `check_links`).
 
     Raises:
-        CacheError: there is none, it was changed, is of another layout or holds what cannot be right; a link leads out
-            of the folder.
+        CacheError: there is none, it was changed, is invalid or of another layout; a link leads out of the folder.
     """
     check_links(folder, root)
     if not is_finished(folder):
@@ -233,7 +232,7 @@ def read_manifest(folder: Path, root: Path | None = None) -> dict[str, Any]:
     return manifest
 
 
-def damaged(name: str, reason: str) -> str:
+def damage_message(name: str, reason: str) -> str:
     fix = (
         "Start a training with teacher_model and teacher_cache_dir: that shard alone is built again. Without the "
         "teacher, fetch the file again."
@@ -241,8 +240,8 @@ def damaged(name: str, reason: str) -> str:
     return message("teacher_cache", f"damaged in {name}", "the file as it was written", fix, because=reason)
 
 
-def foreign(name: str, reason: str) -> str:
-    """The message on a file that is as its manifest notes it, and not what this package writes."""
+def foreign_message(name: str, reason: str) -> str:
+    """The message for a file with the right hash that this package did not write."""
     shown = f"one whose {name} this package did not write"
     return message("teacher_cache", shown, "the file of a cache", BUILD_AGAIN, because=reason)
 
@@ -276,7 +275,7 @@ class Store:
         return self.manifest["total_rows"]
 
     def check(self, indices: Iterable[int]) -> dict[int, str]:
-        """Reads these shards whole; of the damaged ones, why. The others are read whole again only if they change."""
+        """Reads these shards whole; returns the damage by index. Intact ones are read again only if they change."""
         found = {}
         for index in indices:
             stamp = _stamp(self._paths[index])  # before it is read: a change meanwhile shows
@@ -287,7 +286,7 @@ class Store:
         return found
 
     def head_is_whole(self) -> bool:
-        """Whether the teacher's output head is as it was written."""
+        """Whether the file of the teacher's output head is intact."""
         path = self.folder / HEAD
         return path.is_file() and digest(path) == self.manifest.get("head_sha256")
 
@@ -311,28 +310,28 @@ class Store:
             place = self._places.get(row_id, -1)
         if not 0 <= place < len(self):
             fix = "Train on the rows that the cache was built from, or build one for these."
-            expected = f"a row of the teacher cache, which has {len(self):,}"
-            raise CacheError(message("train_dataset", f"asked for row {row_id}", expected, fix))
+            expected = f"rows of the teacher cache, which has {len(self):,}"
+            raise CacheError(message("train_dataset", f"one with row {row_id}", expected, fix))
         index = bisect.bisect_right(self._starts, place) - 1
         return index, place - self._starts[index]
 
     def _shard(self, index: int) -> _Shard:
-        """A shard, whose file is as it was checked: a mapped file that was cut must not be read."""
+        """A shard, checked again where its file has changed: reading a mapped file that was cut kills the process."""
         stamp = _stamp(self._paths[index])
         if stamp is None or stamp != self._checked.get(index):
             self._shards.pop(index, None)
             if reason := self.check([index]).get(index):
-                raise CacheError(damaged(self._paths[index], reason))
+                raise CacheError(damage_message(self._paths[index], reason))
         if index not in self._shards:
             shard = _mapped(Path(self._paths[index]), self.manifest["shards"][index])
             if shard.form() != next(iter(self._shards.values()), shard).form():
-                raise CacheError(foreign(self._paths[index], "its columns are not those of the other shards"))
+                raise CacheError(foreign_message(self._paths[index], "its columns are not those of the other shards"))
             self._shards[index] = shard
         return self._shards[index]
 
 
 class _Shard(NamedTuple):
-    """The rows of a shard; all of it is mapped: the system reads a page when it is used."""
+    """The rows of a shard, memory-mapped."""
 
     row_ids: np.ndarray
     signatures: np.ndarray
@@ -344,7 +343,7 @@ class _Shard(NamedTuple):
 
 
 def _gathered(rows: Sequence[tuple[_Shard, int]]) -> Rows:
-    """Copies of some rows of some shards, in this order."""
+    """Copies of rows of several shards, in this order."""
     spans = [(shard.columns, slice(shard.starts[row], shard.starts[row + 1])) for shard, row in rows]
     row_ids = np.array([shard.row_ids[row] for shard, row in rows])
     signatures = np.array([shard.signatures[row] for shard, row in rows])
@@ -354,7 +353,7 @@ def _gathered(rows: Sequence[tuple[_Shard, int]]) -> Rows:
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:
-    """Tells whether a file was written since: all that can be known without reading it; None where there is none."""
+    """Inode, size and time of a file, which change when it is written; None where there is none."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
@@ -363,7 +362,7 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
 
 
 def _mapped(path: Path, entry: Mapping[str, Any]) -> _Shard:
-    """Maps a shard; CacheError for a file that is as its manifest notes it and not what `write_shard` writes."""
+    """Maps a shard; CacheError where `write_shard` did not write it."""
     try:
         with pa.memory_map(str(path)) as file:
             (batch,) = pa.ipc.open_stream(file)
@@ -378,10 +377,10 @@ def _mapped(path: Path, entry: Mapping[str, Any]) -> _Shard:
         if not starts or any(not np.array_equal(each, starts[0]) for each in starts):
             raise ValueError("it has no columns, or columns of other positions than the first")
         if (batch.num_rows, int(starts[0][-1]) - int(starts[0][0])) != (entry["rows"], entry["positions"]):
-            raise ValueError("it has other rows or positions than its manifest says")
+            raise ValueError("its numbers of rows or positions are not those of the manifest")
         return _Shard(row_ids, signatures, starts[0], {name: _entries(name, c) for name, c in columns.items()})
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, pa.ArrowException) as error:
-        raise CacheError(foreign(str(path), (str(error).splitlines() or [type(error).__name__])[0])) from error
+        raise CacheError(foreign_message(str(path), (str(error).splitlines() or [type(error).__name__])[0])) from error
 
 
 def _entries(name: str, column: pa.ListArray) -> np.ndarray:

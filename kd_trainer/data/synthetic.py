@@ -25,9 +25,8 @@ def synthetic_classification(
 ) -> datasets.DatasetDict:
     """x = signal * mean[label] + noise, with mean and noise drawn from N(0, 1) per feature.
 
-    The class means are drawn once and shared by all splits. Every
-    split has its own random stream, row after row: a split with more rows begins with the rows of the smaller one, and
-    the size of one split changes no other.
+    The class means are drawn once and shared by all splits. Every split has its own random stream, row after row: a
+    larger split begins with the rows of a smaller one, and the size of one split changes no other.
 
     Args:
         num_train, num_validation, num_test: rows per split, each >= 1; default 500, 500, 2000.

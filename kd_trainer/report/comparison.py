@@ -49,7 +49,7 @@ _FIDELITY = (
     Column("train_seconds", "Training (s)", "Train s", ".1f"),
 )
 COLUMNS = (*_ACCURACY, *_FIDELITY)
-_WIDTH = 100  # characters, where there is no terminal to ask; a narrower terminal breaks the cells, never cuts them
+_WIDTH = 100  # characters, where the output is no terminal; a narrower terminal wraps the cells
 _CAPTIONS = {
     "learning_curves.png": "Learning curves: training loss and evaluation accuracy over the optimizer steps",
     "reliability.png": "Reliability: accuracy by confidence on the test data",
@@ -75,7 +75,7 @@ class Report:
 
 
 def _findings(rows: Sequence[Row]) -> list[str]:
-    """Sentences that follow from the numbers alone, also where they disappoint."""
+    """Sentences that follow from the numbers alone, good or bad."""
     accuracies = [value for row in rows if (value := row.mean("test_accuracy_percent")) is not None]
     if len(rows) > 1 and len(accuracies) == len(rows) and min(accuracies) >= 99.95:
         return [
@@ -137,7 +137,7 @@ def _spread(row: Row, baseline: Row) -> tuple[float | None, str]:
 
 
 def _missing(rows: Sequence[Row]) -> list[str]:
-    """Notes on numbers that are missing, and what would supply them."""
+    """Notes on missing numbers, and how to supply them."""
     notes = []
     if all(row.role != "teacher" for row in rows):
         notes.append("No run is named teacher: teacher=DIR gives compression, gap, agreement and KL.")
@@ -262,7 +262,7 @@ def _markdown(report: Report) -> str:
 
 
 def _json(report: Report) -> str:
-    """All numbers, per seed and over seeds, as strict JSON: what is no finite number is null."""
+    """All numbers, per seed and over seeds, as strict JSON: null where a number is not finite."""
     rows = [
         {
             "name": row.name,

@@ -45,7 +45,7 @@ _FEW_ROWS = 10
 
 
 def draw_all(rows: Sequence[Row]) -> dict[str, bytes]:
-    """Draws every picture that the data allows: file name -> PNG bytes, in the order of the report.
+    """Draws every picture for which there is data: file name -> PNG bytes, in the order of the report.
 
     Raises:
         ImportError: matplotlib is not installed; the message names the command that installs it.
@@ -271,7 +271,7 @@ def _agreement_by_class(figure: Any, axes: Any, shown: Sequence[Row]) -> None:
 
 
 def _temperature(rows: Sequence[Row], colors: dict[str, str]) -> Any:
-    """What the temperature does to the teacher's soft targets: on average, and on one row."""
+    """The teacher's soft targets at several temperatures: on average, and on one row."""
     from matplotlib import colormaps
 
     teachers = [row for row in rows if row.role == "teacher" and any(run.predictions for run in row.runs)]

@@ -1,6 +1,6 @@
 """Output folders of Trainer runs read as `Run`s, and compared with their teacher and baseline as `Row`s.
 
-What a folder does not hold is None, never guessed.
+What a folder does not hold is None.
 Shapes: N test rows, C classes; logits are [N, C], labels [N] with -100 = unlabelled.
 """
 
@@ -174,7 +174,7 @@ def load_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
     name = name or folder.resolve().name
     state = _read_json(found["trainer_state.json"])
     history = state.get("log_history") or []
-    # The Trainer's last log line holds the seconds for those who do not call save_metrics.
+    # For scripts without save_metrics: the Trainer's last log line holds the seconds.
     seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
     return Run(
         name="teacher" if name.lower() == "teacher" else name,

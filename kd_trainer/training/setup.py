@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..cache import CachedTeacher, given_cache
+from ..cache import CachedTeacher, as_cached_teacher
 from ..tasks import (
     Accepted,
     Heads,
@@ -146,7 +146,7 @@ class Setup:
         """The teacher of what was given; `finished_cache` may make a live one unnecessary."""
         kd = self.kd
         self._settings.require_teacher(given)
-        cached = given_cache(given)
+        cached = as_cached_teacher(given)
         if cached is not None:
             of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_cache_dir": kd.teacher_cache_dir}
             for name, value in of_another.items():

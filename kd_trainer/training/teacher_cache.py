@@ -31,13 +31,12 @@ from ..cache import (
     CachedTeacher,
     CacheError,
     NumberedRows,
-    Read,
-    Reading,
     Rows,
+    SignedBatch,
+    SignedCollator,
     Store,
     TeacherReader,
-    as_read,
-    ask,
+    as_cached_teacher,
     begin,
     build_shards,
     card,
@@ -46,25 +45,26 @@ from ..cache import (
     class_names,
     clean,
     compare_settings,
-    computed,
-    far_apart,
-    features_of,
+    compute_precision,
+    consecutive_rows,
+    data_and_collator,
+    encode_batch,
     finish,
     first_rows,
     format_of,
-    given_cache,
     is_finished,
     known_by_position,
-    numbered,
     open_part,
+    outputs_differ,
     part_of,
     read_manifest,
-    reading_of,
     reopen,
-    rows_of,
+    sample_rows,
     settings_of,
+    signed_collator_of,
     teacher_identity,
     translate_os_errors,
+    with_row_ids,
     written_shards,
 )
 from ..files import write_atomically
@@ -112,7 +112,9 @@ class TeacherCache:
     def can_build(self) -> bool:
         """Whether there are a folder and a teacher to ask."""
         return (
-            self._settings.kd.teacher_cache_dir is not None and self.given is not None and not given_cache(self.given)
+            self._settings.kd.teacher_cache_dir is not None
+            and self.given is not None
+            and not as_cached_teacher(self.given)
         )
 
     def build(self, teacher: Teacher | None, dataset: Any = None, name: str | None = None) -> CachedTeacher:
@@ -174,7 +176,7 @@ class TeacherCache:
 
     def _compared_identity(self) -> dict[str, Any] | None:
         """The same; None where there is no teacher but a cache."""
-        return None if given_cache(self.given) else self.identity()
+        return None if as_cached_teacher(self.given) else self.identity()
 
     @property
     def _student(self) -> nn.Module:
@@ -195,7 +197,7 @@ class TeacherCache:
     def _live_teacher(self) -> LiveTeacher:
         """The teacher itself, loaded where a finished cache had made that unnecessary."""
         if self._live is None:
-            given = self._module() if given_cache(self.given) else self.given
+            given = self._module() if as_cached_teacher(self.given) else self.given
             if given is None:
                 fix = "Call build_teacher_cache before train(), hold the module in the script, or give it by path."
                 shown = "a module that nothing holds any more"
@@ -256,7 +258,7 @@ class TeacherCache:
 
     def _prepare_part(self, part: str, dataset: Any, folder: Path, may_write: bool) -> Store:
         """Checks a finished part; builds what is missing of it, or damaged."""
-        used, collator = as_read(self._trainer, dataset)
+        used, collator = data_and_collator(self._trainer, dataset)
         if self._on_main_process(lambda: is_finished(folder)):
             store = open_part(folder, folder.parent)
             self._on_main_process(lambda: self._compare(folder, store.manifest, part, dataset))
@@ -267,14 +269,14 @@ class TeacherCache:
                 return store
         trainer = self._trainer
         tried = min(_TRIED_ROWS, trainer.args.per_device_eval_batch_size)
-        sample = dict(collator(numbered(features_of(used, tried)).features))
+        sample = dict(collator(with_row_ids(sample_rows(used, tried)).features))
         reader, plan = self._teacher_reader(sample)
         known = {"common_ids": plan.common_ids, "known_by": plan.known_by}
         settings, size = settings_of(trainer, part, dataset, reader, sample, known, self.identity())
         self._on_main_process(size)
         settings = self._on_main_process(lambda: self._begin(folder, settings, part, dataset))
-        reading = reading_of(settings, collator)
-        self._check_outputs_begun(reader, used, folder, settings, reading)
+        collate = signed_collator_of(settings, collator)
+        self._check_outputs_begun(reader, used, folder, settings, collate)
         if settings["format"] == "hidden":
             content = save(reader.head_tensors(getattr(torch, settings["head_dtype"])))
             self._on_main_process(translate_os_errors(folder)(lambda: write_atomically(folder / HEAD, content)))
@@ -282,7 +284,7 @@ class TeacherCache:
         together = reader.teacher.sharded
         try:
             have = self._on_main_process(lambda: written_shards(folder))
-            build_shards(trainer, reader, used, folder, settings, reading, have, together=together, part=part)
+            build_shards(trainer, reader, used, folder, settings, collate, have, together=together, part=part)
         except (ValueError, RuntimeError) as error:
             if together:  # the others wait inside a forward: their launcher ends them
                 raise
@@ -307,38 +309,47 @@ class TeacherCache:
             return
         by_position = manifest["row_ids"] == "position"
         count = min(_ASKED_AGAIN, manifest["batch_rows"], *([len(store)] if by_position else []))
-        read = reading_of(manifest, collator)(rows_of(used, 0, count) if by_position else features_of(used, count))
+        signed = signed_collator_of(manifest, collator)(
+            consecutive_rows(used, 0, count) if by_position else sample_rows(used, count)
+        )
         self._plan = None
-        reader, _ = self._teacher_reader(dict(read.batch))
-        stored = store.take(read.row_ids)
-        self._check_outputs(reader, store.folder, manifest, read, stored, same_draws=by_position)
+        reader, _ = self._teacher_reader(dict(signed.batch))
+        stored = store.take(signed.row_ids)
+        self._check_outputs(reader, store.folder, manifest, signed, stored, same_draws=by_position)
 
     def _check_outputs_begun(
-        self, reader: TeacherReader, used: Any, folder: Path, settings: dict[str, Any], reading: Reading
+        self, reader: TeacherReader, used: Any, folder: Path, settings: dict[str, Any], collate: SignedCollator
     ) -> None:
         """The same before an unfinished cache goes on."""
         found = self._on_main_process(lambda: first_rows(folder, min(_ASKED_AGAIN, settings["batch_rows"])))
         if found is None or (isinstance(used, IterableDataset) and found[0] > 0):
             return
         index, stored = found
-        read = reading(rows_of(used, index * settings["rows_per_shard"], len(stored.row_ids)))
-        if read.row_ids == stored.row_ids.tolist():
-            self._check_outputs(reader, folder, settings, read, stored, same_draws=True)
+        signed = collate(consecutive_rows(used, index * settings["rows_per_shard"], len(stored.row_ids)))
+        if signed.row_ids == stored.row_ids.tolist():
+            self._check_outputs(reader, folder, settings, signed, stored, same_draws=True)
 
     def _check_outputs(
-        self, reader: TeacherReader, folder: Path, kept: dict[str, Any], read: Read, stored: Rows, *, same_draws: bool
+        self,
+        reader: TeacherReader,
+        folder: Path,
+        kept: dict[str, Any],
+        signed: SignedBatch,
+        stored: Rows,
+        *,
+        same_draws: bool,
     ) -> None:
         """Raises CacheError where the teacher gives something else for some rows than what is kept of them."""
-        now = ask(self._trainer, reader, kept, read)
-        precision = computed(self._trainer, reader.teacher.model)
+        now = encode_batch(self._trainer, reader, kept, signed)
+        precision = compute_precision(self._trainer, reader.teacher.model)
         exact = precision == kept["computed"] and precision.startswith("float32 no ")
         if kept["labels"] != class_names(self._trainer, reader.task):
             return  # of other class names: it is told elsewhere
         columns = stored.columns, now.columns
-        if now.signatures.tolist() == stored.signatures.tolist() and far_apart(
+        if now.signatures.tolist() == stored.signatures.tolist() and outputs_differ(
             format_of(kept), *columns, exact=exact, same_draws=same_draws
         ):
-            rows = f"rows {read.row_ids[0]} to {read.row_ids[-1]}"
+            rows = f"rows {signed.row_ids[0]} to {signed.row_ids[-1]}"
             shown = f"one that gives other outputs for {rows} than those that are kept"
             built = f"the cache {str(folder)!r} was built (its weights and settings are the same)"
             fix = "Give that teacher, with the same hooks and code, or name another teacher_cache_dir."
@@ -393,10 +404,10 @@ class TeacherCache:
 
     def part_of(self, dataset: Any, teacher: Teacher | None) -> Store | None:
         """The part of the cache that was made of this dataset; CacheError where it is there and not whole."""
-        cached = given_cache(teacher)
+        cached = as_cached_teacher(teacher)
         if cached is None:
             return None
-        if not (self._compared or self._ready_parts or given_cache(self.given)):
+        if not (self._compared or self._ready_parts or as_cached_teacher(self.given)):
             self._compared = True  # a finished cache that is read without a training
             self.check(cached)
         for part, known in [*self._cache_parts(), *self._more_parts.items()]:
@@ -420,14 +431,14 @@ class TeacherCache:
     def _holds(self, store: Store, dataset: Any) -> bool:
         """Whether a part is of these rows, as far as some of them tell; each is compared when it is read."""
         kept = store.manifest
-        used, collator = as_read(self._trainer, dataset)
+        used, collator = data_and_collator(self._trainer, dataset)
         by_position = kept["row_ids"] == "position"
         if isinstance(used, IterableDataset) or known_by_position(used) != by_position:
             return False
         if by_position and len(used) != len(store):
             return False
         try:
-            read = reading_of(kept, collator)(features_of(used))
-            return store.take(read.row_ids).signatures.tolist() == read.signatures.tolist()
+            signed = signed_collator_of(kept, collator)(sample_rows(used))
+            return store.take(signed.row_ids).signatures.tolist() == signed.signatures.tolist()
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError):  # rows of another form
             return False

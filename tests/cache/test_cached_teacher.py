@@ -17,9 +17,9 @@ from torch import nn
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
 from kd_trainer import CachedTeacher, DistillationTrainer
-from kd_trainer.cache import asking
 from kd_trainer.cache import build as cache_build
 from kd_trainer.cache import settings as cache_settings
+from kd_trainer.cache import teacher_reader
 from kd_trainer.cache.formats import Format
 from kd_trainer.cache.store import CacheError
 from kd_trainer.data.tensor_rows import as_tensors, collate_tensors
@@ -294,7 +294,9 @@ def test_rows_that_see_each_other_are_refused(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "attention_mask"} for row in tiny.rows("causal_lm")]
     trainer = build("causal_lm", tmp_path / "run", data=rows, **cache(tmp_path / "cache", "hidden"))
     trainer.data_collator = DataCollatorWithFlattening(return_position_ids=False, return_flash_attn_kwargs=True)
-    with pytest.raises(ValueError, match=r"`data_collator` is one that makes one long row .* lets them see each other"):
+    with pytest.raises(
+        ValueError, match=r"`data_collator` is one that packs rows, and the teacher attends from one row to another"
+    ):
         trainer.train()
 
 
@@ -327,9 +329,9 @@ def test_it_knows_all_by_itself(built, tmp_path, capsys):
     trainer = reader(built, tmp_path, "hidden")
     assert losses(trainer) == pytest.approx(losses(live), rel=1e-5)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(live.evaluate()["eval_loss"], rel=1e-5)
-    told = capsys.readouterr().out
-    assert "LlamaForCausalLM, read from" in told
-    assert "(hidden; eval 21 rows, train 32 rows)" in told
+    text = capsys.readouterr().out
+    assert "LlamaForCausalLM, read from" in text
+    assert "(hidden; eval 21 rows, train 32 rows)" in text
     summary = trainer.summary()
     assert (summary["teacher"], summary["teacher_parameters"]) == (
         "LlamaForCausalLM",
@@ -426,10 +428,10 @@ def test_the_students_own_base(tmp_path):
 
 
 def test_a_cache_of_the_hub(built, tmp_path, monkeypatch):
-    asked, sent = [], []
+    downloaded, sent = [], []
 
     def download(name: str, *, repo_type: str) -> str:
-        asked.append((name, repo_type))
+        downloaded.append((name, repo_type))
         return str(built / "logits")
 
     class Api:
@@ -443,8 +445,8 @@ def test_a_cache_of_the_hub(built, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    teacher = CachedTeacher("someone/what-it-said")
-    assert asked == [("someone/what-it-said", "dataset")]
+    teacher = CachedTeacher("someone/outputs")
+    assert downloaded == [("someone/outputs", "dataset")]
     assert set(teacher.parts) == {"train", "eval"}
     assert teacher.push_to_hub("me/copy") == "done"
     assert (sent[0]["repo_type"], sent[0]["folder_path"]) == ("dataset", str(built / "logits"))
@@ -504,7 +506,7 @@ def changed_row() -> list[dict[str, Any]]:
     return rows
 
 
-# What is changed, and the beginning of what is told.
+# What is changed, and the beginning of the message.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weights": (
         {"pair": lambda: (tiny.models("causal_lm")[0], another_teacher())},
@@ -546,7 +548,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_cache_of_something_else_is_refused(case, built, tmp_path):
-    changes, told = REFUSED[case]
+    changes, text = REFUSED[case]
     given = {name: value() if callable(value) else value for name, value in changes.items()}
     settings = {**cache(built / "topk", "topk", 8), **given}
     if case == "format":
@@ -554,8 +556,8 @@ def test_a_cache_of_something_else_is_refused(case, built, tmp_path):
     trainer = build("causal_lm", tmp_path / "run", **settings)
     with pytest.raises(ValueError, match="cache") as error:
         trainer.train()
-    assert told in str(error.value)
-    assert str(error.value).count(". ") >= 1, "it says how to fix it"
+    assert text in str(error.value)
+    assert str(error.value).count(". ") >= 1, "no fix in it"
 
 
 def test_another_tokenizer_is_refused(tmp_path):
@@ -633,11 +635,11 @@ def test_a_teacher_that_says_nan_is_not_kept(tmp_path):
     ids=lambda kept: f"{kept.name} {kept.dtype}",
 )
 def test_a_single_number_that_is_not_finite_is_seen_in_every_format(kept, strange):
-    said = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
-    cache_build._check_finite(encoded(kept, said, torch.full((20,), 0.5, dtype=torch.float64)), [3, 4])
-    said[7, 11] = strange
+    outputs = torch.randn(20, 50, generator=torch.Generator().manual_seed(0))
+    cache_build._check_finite(encoded(kept, outputs, torch.full((20,), 0.5, dtype=torch.float64)), [3, 4])
+    outputs[7, 11] = strange
     with pytest.raises(ValueError, match="`teacher_model` is giving NaN or inf on rows 3 to 4 of the data"):
-        cache_build._check_finite(encoded(kept, said, torch.full((20,), 0.5, dtype=torch.float64)), [3, 4])
+        cache_build._check_finite(encoded(kept, outputs, torch.full((20,), 0.5, dtype=torch.float64)), [3, 4])
 
 
 def test_no_room_on_the_disk(tmp_path, monkeypatch):
@@ -651,7 +653,7 @@ def test_no_room_on_the_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "text"),
     [
         (
             {"teacher_cache_format": "topk"},
@@ -669,14 +671,14 @@ def test_no_room_on_the_disk(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(given, told, tmp_path):
+def test_settings_that_do_not_fit_are_refused(given, text, tmp_path):
     with pytest.raises(ValueError, match="teacher_cache") as error:
         tiny.arguments(tmp_path, **given)
-    assert told in str(error.value)
+    assert text in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("task", "form", "k", "told"),
+    ("task", "form", "k", "text"),
     [
         ("regression", "topk", None, "expected 'logits' for the task 'regression'"),
         ("classification", "hidden", None, "expected 'logits', 'topk' or 'sampled'"),
@@ -684,10 +686,10 @@ def test_settings_that_do_not_fit_are_refused(given, told, tmp_path):
         ("causal_lm", "topk", 37, "`teacher_cache_k` is 37; expected 1 to 36"),
     ],
 )
-def test_formats_that_do_not_fit_are_refused(task, form, k, told, tmp_path):
+def test_formats_that_do_not_fit_are_refused(task, form, k, text, tmp_path):
     with pytest.raises(ValueError, match="teacher_cache") as error:
         build(task, tmp_path / "run", **cache(tmp_path / "cache", form, k)).train()
-    assert told in str(error.value)
+    assert text in str(error.value)
 
 
 def test_hidden_states_of_a_teacher_that_changes_its_logits(tmp_path):
@@ -746,7 +748,7 @@ def test_check_with_a_cache(built, tmp_path):
 
 
 def test_half_precision_hidden_states(tmp_path):
-    """A bf16 teacher is kept in bf16: exactly what the live one says."""
+    """A bf16 teacher is kept in bf16: exactly the outputs of the live one."""
 
     def trainer(**more: Any) -> Any:
         student, teacher = tiny.models("causal_lm")
@@ -773,16 +775,16 @@ def test_autocast(tmp_path):
     assert cached.teacher.manifest["dtype"] == "bfloat16"
 
 
-def test_the_teachers_head_is_asked_only_for_what_is_counted(tmp_path, monkeypatch):
+def test_the_teachers_head_computes_only_what_is_counted(tmp_path, monkeypatch):
     """No logits of uncounted positions are made, and none at all for hidden states."""
     seen: list[int] = []
-    product = asking.OutputProjection.product
+    product = teacher_reader.OutputProjection.product
 
     def counting(self: Any, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(len(hidden))
         return product(self, hidden, *rest)
 
-    monkeypatch.setattr(asking.OutputProjection, "product", counting)
+    monkeypatch.setattr(teacher_reader.OutputProjection, "product", counting)
     trainer = build("causal_lm", tmp_path / "run", **cache(tmp_path / "cache", "topk", 5))
     trainer.eval_dataset = None
     trainer.build_teacher_cache()

@@ -20,7 +20,7 @@ from kd_trainer.losses.sparse_targets import Samples, TopK, draw_samples, top_k
 N, V = 40, 1000
 
 
-def said(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def outputs(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (3 * torch.randn(N, V, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
@@ -41,7 +41,7 @@ def there_and_back(kept: Format, values: torch.Tensor, head: dict | None = None)
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_logits_and_hidden_are_exact_in_their_own_dtype(dtype):
-    values = said(dtype=getattr(torch, dtype))
+    values = outputs(dtype=getattr(torch, dtype))
     kept = Format("logits", V, dtype=dtype)
     found, size = there_and_back(kept, values)
     assert torch.equal(found.logits, values)
@@ -54,8 +54,8 @@ def test_logits_and_hidden_are_exact_in_their_own_dtype(dtype):
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 2**-11), ("bfloat16", 2**-8)])
 def test_logits_in_half_precision_have_the_stated_error(dtype, error):
-    found, _ = there_and_back(Format("logits", V, dtype=dtype), said())
-    assert ((found.logits.float() - said()).abs() <= error * said().abs() + 1e-7).all()
+    found, _ = there_and_back(Format("logits", V, dtype=dtype), outputs())
+    assert ((found.logits.float() - outputs()).abs() <= error * outputs().abs() + 1e-7).all()
 
 
 @pytest.mark.parametrize("classes", [2, 256, 65_535, 65_536, 65_537, 151_936])
@@ -72,8 +72,8 @@ def test_the_last_id_of_any_vocabulary_comes_back(name, classes):
 @pytest.mark.parametrize("k", [1, 7, 64])
 def test_top_k_has_the_stated_errors_and_sums_to_one(k):
     kept = Format("topk", V, k, 2.0, "float16")
-    exact = top_k(said(), k, temperature=2.0)
-    found, size = there_and_back(kept, said())
+    exact = top_k(outputs(), k, temperature=2.0)
+    found, size = there_and_back(kept, outputs())
     assert isinstance(found.sparse, TopK)
     assert torch.equal(found.sparse.ids.long(), exact.ids)
     rounding = 2**-11 * exact.log_probs.abs() + 2**-11 * exact.log_tail.abs().unsqueeze(-1) + 1e-3
@@ -84,7 +84,7 @@ def test_top_k_has_the_stated_errors_and_sums_to_one(k):
 
 
 def test_classes_without_any_probability():
-    values = said()
+    values = outputs()
     values[3, 5:] = -torch.inf
     found, _ = there_and_back(Format("topk", V, 64, 1.0, "float16"), values)
     torch.testing.assert_close(found.sparse.log_probs[3].exp().sum(), torch.tensor(1.0))
@@ -92,8 +92,8 @@ def test_classes_without_any_probability():
 
 def test_samples_come_back_as_they_were_drawn():
     kept = Format("sampled", V, 50, 3.0)
-    exact = draw_samples(said(), 50, temperature=3.0, uniform=torch.linspace(0, 0.99, N))
-    found, size = there_and_back(kept, said())
+    exact = draw_samples(outputs(), 50, temperature=3.0, uniform=torch.linspace(0, 0.99, N))
+    found, size = there_and_back(kept, outputs())
     assert isinstance(found.sparse, Samples)
     assert torch.equal(found.sparse.ids.long(), exact.ids)
     assert torch.equal(found.sparse.top.long(), exact.top)
@@ -127,7 +127,7 @@ def there_and_back_empty(kept: Format):
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (("topk", None, "float16", False, False, "regression"), "`teacher_cache_format` is 'topk'; expected 'logits'"),
         (("hidden", None, "float32", True, False, "classification"), "where the task is no language model's"),
@@ -138,8 +138,8 @@ def there_and_back_empty(kept: Format):
         (("top-k", None, "float32", True, True, "causal_lm"), "Did you mean `topk`?"),
     ],
 )
-def test_formats_that_do_not_fit_are_refused(given, told):
+def test_formats_that_do_not_fit_are_refused(given, message):
     name, k, dtype, softmax, over_tokens, task = given
     with pytest.raises(ValueError, match="teacher_cache") as error:
         check_format(name, k, dtype, softmax=softmax, over_tokens=over_tokens, task=task)
-    assert told in str(error.value)
+    assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""A cache answers for its own teacher alone: whatever can change an output is told, and what cannot is not asked."""
+"""A cache is read for its own teacher alone: every setting that can change an output is compared, no other is."""
 
 from __future__ import annotations
 
@@ -226,16 +226,16 @@ def half_of_the_shards(path: Path) -> None:
 
 @pytest.mark.parametrize("lose", [without_weights, half_of_the_shards, shutil.rmtree], ids=lambda f: f.__name__)
 def test_a_cache_on_a_machine_without_the_teachers_weights(lose, saved, tmp_path, caplog):
-    """It is used, and one line says what was not compared; a config that is there is compared."""
+    """It is used, and one line names what was not compared; a config that is there is compared."""
     first = by_path(tmp_path, saved)
     expected = losses(first)
     lose(saved)
     with caplog.at_level(logging.WARNING):
         found = losses(by_path(tmp_path, saved))
     assert found == expected
-    told = [r.getMessage() for r in caplog.records if "not on this machine: the teacher cache" in r.getMessage()]
-    assert len(told) == 1
-    assert ("config" in told[0]) == (lose is shutil.rmtree)
+    messages = [r.getMessage() for r in caplog.records if "not on this machine: the teacher cache" in r.getMessage()]
+    assert len(messages) == 1
+    assert ("config" in messages[0]) == (lose is shutil.rmtree)
     with pytest.raises(CacheError, match=r"whose weights are not on this machine; expected the name .*CachedTeacher"):
         by_path(tmp_path, tmp_path / "another").train()
     if saved.exists():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_trainer import CachedTeacher
-from kd_trainer.cache.reading import NumberedRows, Reading
+from kd_trainer.cache.signed_collator import NumberedRows, SignedCollator
 from kd_trainer.cache.store import CacheError
 from kd_trainer.tasks.kinds import TASKS
 from tests.cache.test_cached_teacher import build, cache, losses
@@ -102,15 +102,15 @@ def test_what_belongs_to_no_row_is_refused(tmp_path):
         return {**patches(rows), "pixel_values": torch.tensor([row["features"] for row in rows]).repeat(2, 1)}
 
     trainer = trainer_of(tmp_path, rows_of_patches(), mixed, **cache(tmp_path / "cache", "logits"))
-    told = (
+    message = (
         r"`data_collator` is one that makes pixel_values \[48, 3\] of 24 rows; expected an entry .*, because a teacher"
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         trainer.train()
 
 
 def test_a_column_that_only_later_rows_have_is_refused(tmp_path):
-    """The rows that were looked at say nothing of it."""
+    """The sample rows do not show it."""
     data = [{**row, "images": []} for row in rows_of_patches(90)]
     data[1]["images"] = [[[1.0, 2.0]]]
     trainer = trainer_of(tmp_path, data, patches, **cache(tmp_path / "cache", "logits"))
@@ -126,7 +126,7 @@ def test_a_column_that_only_later_rows_have_is_refused(tmp_path):
 def seen(rows: list[dict[str, Any]], collate: Any, task: str = "classification", kinds: Any = None) -> tuple[Any, Any]:
     """(signatures of some rows, kinds), of columns that the teacher reads: all but labels."""
     columns = sorted(set(collate(rows)) - {"labels"})
-    reading = Reading(collate, TASKS[task], "labels", columns, kinds)
+    reading = SignedCollator(collate, TASKS[task], "labels", columns, kinds)
     found = reading(NumberedRows(rows).__getitems__(list(range(len(rows)))))
     return found.signatures, reading.kinds
 
@@ -163,7 +163,7 @@ SINGLE: dict[str, Any] = {
 
 @pytest.mark.parametrize("column", SINGLE)
 def test_a_column_of_any_form(column, monkeypatch):
-    """A change of one row changes that row's hash and no other; the company of a row changes nothing."""
+    """A change of one row changes that row's hash and no other; the other rows of the batch change nothing."""
     collate = stacked(extra=SINGLE[column])
     rows = [{"x": x} for x in (1, 2, 3, 4, 5, 6, 8)]
     before, kinds = seen(rows, collate)

@@ -40,7 +40,7 @@ def test_names_and_folders():
     "some", [["glue/dev", "GLUE/dev", "glue_dev"], ["../x", "", " "], ["1", "ü", "x" * 200]], ids=str
 )
 def test_evaluation_data_of_any_name_is_found(some, tmp_path):
-    """As many rows in each, so that no number of rows tells them apart."""
+    """As many rows in each, so that the number of rows does not identify them."""
     sets = {name: tiny.rows("classification", 9, seed=i + 3) for i, name in enumerate(some)}
     found = []
     for more in ({}, cache(tmp_path / "cache", "logits")):
@@ -98,7 +98,7 @@ def test_predict_after_a_cache_of_its_data(how, when, task, form, tmp_path, monk
     trainer.train()
     if when == "after":
         trainer.build_teacher_cache(data)
-    monkeypatch.setattr(trainer._setup, "load_live", lambda _: pytest.fail("the teacher was asked"))
+    monkeypatch.setattr(trainer._setup, "load_live", lambda _: pytest.fail("the teacher was run"))
     assert metrics(trainer, data) == pytest.approx(expected, rel=1e-4)
     assert metrics(trainer, held_out(task)) == pytest.approx(expected, rel=1e-4), "known by its rows"
     assert {p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()} == {"train", "eval", "test"}
@@ -125,7 +125,7 @@ def test_several_further_data(tmp_path):
 
 
 def test_the_module_that_the_script_holds_is_asked(tmp_path, caplog):
-    """Nothing is kept on disk; where the script has let it go, one line says what to do."""
+    """Nothing is kept on disk; where the script does not hold it, one log line names the fix."""
     student, teacher = tiny.models("classification")
     expected = live_metrics("classification", tmp_path / "live", held_out())
     trainer = build("classification", tmp_path / "run", pair=(student, teacher), **cache(tmp_path / "cache", "logits"))
@@ -138,9 +138,9 @@ def test_the_module_that_the_script_holds_is_asked(tmp_path, caplog):
         del teacher
         gc.collect()
         assert "test_soft_loss" not in metrics(trainer, held_out())
-    told = [r.getMessage() for r in caplog.records if "no teacher cache" in r.getMessage()]
-    assert len(told) == 1
-    assert "trainer.build_teacher_cache(dataset)" in told[0]
+    messages = [r.getMessage() for r in caplog.records if "no teacher cache" in r.getMessage()]
+    assert len(messages) == 1
+    assert "trainer.build_teacher_cache(dataset)" in messages[0]
     with pytest.raises(
         RuntimeError, match="`teacher_model` is a module that nothing holds any more; expected the teacher"
     ):

@@ -63,10 +63,10 @@ def one(row: int) -> Rows:
     )
 
 
-@pytest.mark.parametrize("asked", [[0], [7, 0, 5], [4], [3, 3, 6, 1], list(range(8))])
-def test_rows_come_back_in_any_order(tmp_path, asked):
-    found = Store(build(tmp_path)).take(asked)
-    expected = cache_store.joined([one(row) for row in asked])
+@pytest.mark.parametrize("row_ids", [[0], [7, 0, 5], [4], [3, 3, 6, 1], list(range(8))])
+def test_rows_come_back_in_any_order(tmp_path, row_ids):
+    found = Store(build(tmp_path)).take(row_ids)
+    expected = cache_store.joined([one(row) for row in row_ids])
     for name, values in expected.columns.items():
         assert found.columns[name].dtype == values.dtype
         np.testing.assert_array_equal(found.columns[name], values)
@@ -138,7 +138,7 @@ def test_rows_with_numbers_of_their_own(tmp_path):
         found.columns["ids"], np.concatenate([rows((7,)).columns["ids"], rows((40, 10)).columns["ids"][:0]])
     )
     np.testing.assert_array_equal(found.signatures, [rows((7,)).signatures[0], rows((40, 10)).signatures[0]])
-    with pytest.raises(CacheError, match="asked for row 8; expected a row of the teacher cache, which has 3"):
+    with pytest.raises(CacheError, match="one with row 8; expected rows of the teacher cache, which has 3"):
         store.take([8])
 
 
@@ -201,7 +201,7 @@ def flip(path: Path, at: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "message"),
     [
         (lambda p: flip(p, 0.0), "its content has changed"),
         (lambda p: flip(p, 0.5), "its content has changed"),
@@ -212,7 +212,7 @@ def flip(path: Path, at: float) -> None:
         (lambda p: p.write_bytes(p.with_name("data-00000.arrow").read_bytes()), "bytes where"),
     ],
 )
-def test_damage_is_found_when_a_shard_is_first_read(tmp_path, harm, told):
+def test_damage_is_found_when_a_shard_is_first_read(tmp_path, harm, message):
     store = Store(build(tmp_path))
     harm(tmp_path / "data/data-00001.arrow")
     np.testing.assert_array_equal(store.take([0]).columns["ids"], one(0).columns["ids"])
@@ -220,7 +220,7 @@ def test_damage_is_found_when_a_shard_is_first_read(tmp_path, harm, told):
         CacheError, match=r"damaged in .*data-00001\.arrow; expected the file as it was written"
     ) as error:
         store.take([0, 5])
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "that shard alone is built again" in str(error.value)
 
 
@@ -255,8 +255,8 @@ def test_an_edited_manifest_is_refused(tmp_path, edit):
 def test_another_layout_is_refused(layout, tmp_path):
     path = build(tmp_path) / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "layout": layout, "kd_trainer": "9.9"}))
-    told = rf"of layout {layout}, from kd_trainer 9\.9; expected layout 4\. .* build it again in an empty folder"
-    with pytest.raises(CacheError, match=told):
+    message = rf"of layout {layout}, from kd_trainer 9\.9; expected layout 4\. .* build it again in an empty folder"
+    with pytest.raises(CacheError, match=message):
         Store(tmp_path)
 
 

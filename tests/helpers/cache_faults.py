@@ -2,7 +2,7 @@
 
 `python tests/helpers/cache_faults.py --faults 50` draws faults and formats. After each, a training that reads the cache
 alone must give the losses of the undamaged one, or end with an error that names the file; and a run that has the
-teacher must repair the cache, byte for byte and without touching another shard, or say why it does not.
+teacher must repair the cache, byte for byte and without touching another shard, or report why it does not.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Damage(NamedTuple):
     """What was done to a cache.
 
     Args:
-        told: in words; files: those that were changed, by their path in the cache.
+        message: the damage in words; files: those that were changed, by their path in the cache.
         repairs: what a run with the teacher does: "shards" or "head" (builds these alone), "all" (builds that part),
             "refuses", "leaves" (what neither it nor a training reads).
     """
 
-    told: str
+    message: str
     files: list[str]
     repairs: str
 
@@ -98,8 +98,8 @@ _CHANGES = (flip, flip, cut, remove, empty, append, blank)
 
 def shard(cache: Path, other: Path, draw: random.Random) -> Damage:
     chosen = draw.choice(sorted(cache.glob(f"*/{DATA}/*.arrow")))
-    told = draw.choice(_CHANGES)(chosen, draw)
-    return Damage(told, [str(chosen.relative_to(cache))], "shards")
+    message = draw.choice(_CHANGES)(chosen, draw)
+    return Damage(message, [str(chosen.relative_to(cache))], "shards")
 
 
 def two_shards(cache: Path, other: Path, draw: random.Random) -> Damage:
@@ -127,8 +127,8 @@ def head(cache: Path, other: Path, draw: random.Random) -> Damage:
 
 def manifest(cache: Path, other: Path, draw: random.Random) -> Damage:
     path = cache / draw.choice(("train", "eval")) / MANIFEST
-    told = draw.choice((flip, cut, empty, append))(path, draw)
-    return Damage(told, [str(path.relative_to(cache))], "refuses")
+    message = draw.choice((flip, cut, empty, append))(path, draw)
+    return Damage(message, [str(path.relative_to(cache))], "refuses")
 
 
 _EDITS: dict[str, Any] = {
@@ -157,8 +157,8 @@ def manifest_of_another(cache: Path, other: Path, draw: random.Random) -> Damage
     part = draw.choice(("train", "eval"))
     source = draw.choice((other / part, cache / ("eval" if part == "train" else "train")))
     shutil.copy(source / MANIFEST, cache / part / MANIFEST)
-    told = "another teacher's" if source == other / part else "that of the other part"
-    return Damage(told, [f"{part}/{MANIFEST}"], "refuses")
+    message = "another teacher's" if source == other / part else "that of the other part"
+    return Damage(message, [f"{part}/{MANIFEST}"], "refuses")
 
 
 def part_of_another(cache: Path, other: Path, draw: random.Random) -> Damage:
@@ -257,24 +257,24 @@ def alone(caches: Caches, kept: str, out: Path, damage: Damage) -> str:
     for name, values in found.items():  # up to the error
         right = expected[name][: len(values)] if isinstance(values, list) else expected[name]
         assert values == right, f"WRONG NUMBERS before the error: {name} {values} where {right} are right"
-    told = str(error)
-    assert isinstance(error, ValueError), f"{type(error).__name__}: {told}"
+    message = str(error)
+    assert isinstance(error, ValueError), f"{type(error).__name__}: {message}"
     part = out / "cache" / damage.files[0].split("/")[0]
-    assert str(part) in told or any(Path(name).name in told for name in damage.files), f"names neither: {told}"
+    assert str(part) in message or any(Path(name).name in message for name in damage.files), f"names neither: {message}"
     return f"{type(error).__name__} after {len(found.get('loss', []))} steps"
 
 
 def with_teacher(caches: Caches, kept: str, out: Path, damage: Damage) -> str:
-    """What a run with the teacher makes of it; AssertionError where it is not what `damage.repairs` says."""
+    """The result of a run with the teacher; AssertionError where it differs from `damage.repairs`."""
     cache = out / "cache"
     stamps, before = _stamps(cache), content(cache)
     try:
         trainer(out, kept, ROWS).build_teacher_cache()
     except ValueError as error:
-        told = str(error)
-        assert damage.repairs == "refuses", told
+        message = str(error)
+        assert damage.repairs == "refuses", message
         assert difference(content(cache), before) in ([], [".eval.lock"], [".train.lock"]), "refused, yet changed"
-        assert any(fix in told for fix in ("again", "Or name another teacher_cache_dir")), told
+        assert any(fix in message for fix in ("again", "Or name another teacher_cache_dir")), message
         return "refused"
     assert damage.repairs != "refuses", "not refused"
     wrong = difference(content(cache), caches.files[kept])
@@ -293,7 +293,7 @@ def with_teacher(caches: Caches, kept: str, out: Path, damage: Damage) -> str:
 
 
 def _stamps(cache: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of each shard: another one was written anew."""
+    """Inode and time of each shard, which change when it is written."""
     shards = sorted(cache.glob(f"*/{DATA}/*.arrow"))
     return {str(f.relative_to(cache)): (f.stat().st_ino, f.stat().st_mtime_ns) for f in shards}
 
@@ -328,11 +328,11 @@ def main() -> None:
             try:
                 with redirect_stdout(None):
                     damage, read, repaired = one_fault(caches, draw, kept, name)
-                told = f"{' and '.join(damage.files)} {damage.told}: alone {read}; with the teacher {repaired}"
+                message = f"{' and '.join(damage.files)} {damage.message}: alone {read}; with the teacher {repaired}"
                 refused += read != RIGHT
             except AssertionError as error:
-                failed, told = failed + 1, f"FAILED: {error}"
-            print(f"fault {number}, {kept}, {name}: {told}", flush=True)
+                failed, message = failed + 1, f"FAILED: {error}"
+            print(f"fault {number}, {kept}, {name}: {message}", flush=True)
     print(
         f"{options.faults} faults: {options.faults - failed} as they should be (alone, {refused} are an error that "
         f"names the file or part and {options.faults - failed - refused} touch nothing that is read), {failed} not"

@@ -1,6 +1,6 @@
 """The building of a teacher cache that cache_kills.py kills: 33 shards of training data, 3 of evaluation data.
 
-A process can be told to kill itself at one of its file operations, so that a kill falls at an exact place.
+A process can kill itself at a given file operation, so that a kill falls at an exact place.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def whole(out: Path, kept: str, processes: int) -> tuple[dict[str, bytes], list[
 def survive(
     out: Path, kept: str, processes: int, draw: random.Random, places: list[list[str]], seconds: float, *, aimed: bool
 ) -> list[str]:
-    """Builds in `out` through one to three kills; says where each fell.
+    """Builds in `out` through one to three kills; returns where each fell.
 
     Args:
         places, seconds: of a building that was not killed (`whole`).
@@ -198,8 +198,8 @@ def main() -> None:
             fell = survive(out, kept, options.processes, draw, places, seconds, aimed=aimed)
             wrong = difference(content(out / "cache"), expected)
             identical, kills = identical + (not wrong), kills + len(fell)
-            told = f"NOT identical: {', '.join(wrong)}" if wrong else "identical"
-            print(f"building {number + 1}, {kept}: {'; '.join(fell)}: {told}", flush=True)
+            message = f"NOT identical: {', '.join(wrong)}" if wrong else "identical"
+            print(f"building {number + 1}, {kept}: {'; '.join(fell)}: {message}", flush=True)
     print(
         f"{options.kills} buildings, {options.processes} process(es), {kills} kills: "
         f"{identical} caches identical in every file"

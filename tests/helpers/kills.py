@@ -91,7 +91,7 @@ def _line(process: psutil.Process) -> str:
 
 
 def survive(out: Path, *, kills: int, processes: int, seed: int = 0, longest: float = 0.6) -> list[str]:
-    """Trains in `out` through `kills` kills; says where each fell.
+    """Trains in `out` through `kills` kills; returns where each fell.
 
     Args:
         longest: seconds after the first save of a life within which a kill that is not inside a save falls.

@@ -75,7 +75,7 @@ def _launch(options: list[str], script: str, arguments: tuple[str, ...], timeout
 
 @contextlib.contextmanager
 def shared_folder(tmp_path_factory: Any) -> Iterator[Path]:
-    """A folder that all test workers of this run share; whoever is inside is alone there."""
+    """A folder that all test workers of this run share; one at a time."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(str(base / "two_processes.lock")):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Trap(NamedTuple):
     """A statement, the line that makes it true, that line broken, and the tests that notice."""
 
-    says: str
+    statement: str
     file: str
     line: str
     broken: str
@@ -122,7 +122,7 @@ TRAPS = {
         "tests/training/test_trainer.py -k plain_modules",
     ),
     14: Trap(
-        "a teacher with dropout says the same twice",
+        "a teacher with dropout gives the same outputs twice",
         "kd_trainer/teachers/live.py",
         "if any(module.training for module in self._modules):",
         "if False:",
@@ -346,7 +346,7 @@ def main(numbers: list[int]) -> int:
         for number in numbers:
             failed = break_one(TRAPS[number], copy)
             unnoticed += not failed
-            print(f"{number:2} {TRAPS[number].says}: {failed[0] if failed else 'NOT NOTICED'}", flush=True)
+            print(f"{number:2} {TRAPS[number].statement}: {failed[0] if failed else 'NOT NOTICED'}", flush=True)
     return min(unnoticed, 1)
 
 

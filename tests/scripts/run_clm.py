@@ -1,6 +1,6 @@
 """Causal language modelling in the order of transformers' examples/pytorch/language-modeling/run_clm.py.
 
-Written anew for the tests: local files alone, and metrics in numpy, since `evaluate.load` asks the hub.
+Written for the tests: local files alone, and metrics in numpy, since `evaluate.load` asks the hub.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Text classification in the order of transformers' examples/pytorch/text-classification/run_glue.py.
 
-Written anew for the tests: local files alone, and metrics in numpy, since `evaluate.load` asks the hub.
+Written for the tests: local files alone, and metrics in numpy, since `evaluate.load` asks the hub.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Image classification in the order of transformers' examples/pytorch/image-classification/run_image_classification.py.
 
-Written anew for the tests: local folders alone, transforms and metrics in numpy in the place of torchvision's and the
+Written for the tests: local folders alone, transforms and metrics in numpy in the place of torchvision's and the
 hub's.
 """
 

@@ -1,6 +1,6 @@
 """The code of the transformers documentation's page "Knowledge Distillation for Computer Vision", cell by cell.
 
-Written anew for the tests: the folders of data, teacher and output are arguments in the place of the hub's names, the
+Written for the tests: the folders of data, teacher and output are arguments in the place of the hub's names, the
 student and the run are small, and there is no fp16, TensorBoard or upload. `Trainer` refuses its class, as the page's.
 """
 # ruff: noqa: E402

@@ -1,6 +1,6 @@
 """Token classification in the order of transformers' examples/pytorch/token-classification/run_ner.py.
 
-Written anew for the tests: local files alone, and metrics in numpy, since `evaluate.load` asks the hub.
+Written for the tests: local files alone, and metrics in numpy, since `evaluate.load` asks the hub.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Question answering in the order of transformers' examples/pytorch/question-answering/run_qa.py.
 
-Written anew for the tests: local files alone, the best span of each row, and metrics in the place of the hub's squad.
+Written for the tests: local files alone, the best span of each row, and metrics in the place of the hub's squad.
 """
 
 import logging

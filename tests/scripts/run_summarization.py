@@ -1,6 +1,6 @@
 """Summarisation in the order of transformers' examples/pytorch/summarization/run_summarization.py.
 
-Written anew for the tests: local files alone, and words in common in the place of the hub's rouge.
+Written for the tests: local files alone, and words in common in the place of the hub's rouge.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """The Trainer of run_qa.py, in the order of transformers' examples/pytorch/question-answering/trainer_qa.py.
 
-Written anew for the tests. Its evaluation makes answers of the predictions before it measures them.
+Written for the tests. Its evaluation makes answers of the predictions before it measures them.
 """
 
 import math

@@ -1,6 +1,4 @@
-"""Rows of a dataset by number, and what of a batch a cache keeps: positions, columns, signatures.
-
-Letters: B rows, S positions, N kept positions."""
+"""Batches with the id and the signature of each row: a dataset and a collator around those of the script."""
 
 from __future__ import annotations
 
@@ -17,20 +15,20 @@ from .manifest import head_of
 from .signatures import kinds_of, refuse_column, signatures
 
 ROWS_DIFFER = (
-    "the rows were changed, ordered or tokenised otherwise, a transform draws anew at each reading, or padding is not "
+    "the rows were changed, ordered or tokenised otherwise, a transform is random, or padding is not "
     "marked by an attention_mask"
 )
 
 
-class Taken(NamedTuple):
-    """What `NumberedRows` hands to the collator: the rows' numbers beside what the dataset gave for them."""
+class NumberedBatch(NamedTuple):
+    """What `NumberedRows` passes to the collator: row ids, and the rows as the dataset returns them."""
 
     row_ids: list[int]
     features: Any
 
 
 class NumberedRows:
-    """A map-style dataset whose batches know their rows; everything else is the dataset's own."""
+    """A map-style dataset that returns row ids with its rows; other attributes are the dataset's."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -46,28 +44,32 @@ class NumberedRows:
     def __getitem__(self, row: int) -> Any:
         return self.__getitems__([row])
 
-    def __getitems__(self, rows: list[int]) -> Taken:
+    def __getitems__(self, rows: list[int]) -> NumberedBatch:
         many = getattr(self.dataset, "__getitems__", None)
-        return Taken(list(rows), many(rows) if many is not None else [self.dataset[row] for row in rows])
+        return NumberedBatch(list(rows), many(rows) if many is not None else [self.dataset[row] for row in rows])
 
 
-def numbered(features: Any) -> Taken:
-    """Rows with their numbers, from `NumberedRows` or from the dataset's own column `teacher_row_id`."""
-    if isinstance(features, Taken) and not (isinstance(features.features, list) and have_ids(features.features)):
+def with_row_ids(features: Any) -> NumberedBatch:
+    """Rows with their ids, from `NumberedRows` or from the dataset's column `teacher_row_id`."""
+    if isinstance(features, NumberedBatch) and not (
+        isinstance(features.features, list) and have_row_ids(features.features)
+    ):
         return features
-    rows = features.features if isinstance(features, Taken) else features
-    if not isinstance(rows, list) or not have_ids(rows):
+    rows = features.features if isinstance(features, NumberedBatch) else features
+    if not isinstance(rows, list) or not have_row_ids(rows):
         expected = f"rows with a column {ROW_ID!r}: whole numbers, each once"
         fail("train_dataset", "a stream of rows without a number", expected, "Number them, or use a Dataset.")
-    return Taken([int(row[ROW_ID]) for row in rows], [{k: v for k, v in row.items() if k != ROW_ID} for row in rows])
+    return NumberedBatch(
+        [int(row[ROW_ID]) for row in rows], [{k: v for k, v in row.items() if k != ROW_ID} for row in rows]
+    )
 
 
-def have_ids(rows: list[Any]) -> bool:
+def have_row_ids(rows: list[Any]) -> bool:
     return bool(rows) and all(isinstance(row, Mapping) and ROW_ID in row for row in rows)
 
 
-class Read(NamedTuple):
-    """A collated batch, and what a cache has to know of its rows."""
+class SignedBatch(NamedTuple):
+    """A collated batch, and the ids, kept positions and signatures of its rows."""
 
     batch: dict[str, Any]
     row_ids: list[int]
@@ -76,11 +78,11 @@ class Read(NamedTuple):
     signatures: np.ndarray
 
 
-class Reading:
-    """The script's collator, and beside its batch what a cache knows the rows by: the same in building and training.
+class SignedCollator:
+    """Runs the script's collator and computes the rows' signatures, in the same way for building and training.
 
     Args:
-        kinds: how the columns belong to the rows, see `kinds_of`; None finds it from the first rows that are read.
+        kinds: how the columns belong to the rows, see `kinds_of`; None finds it from the first batch.
     """
 
     def __init__(
@@ -93,12 +95,12 @@ class Reading:
     ) -> None:
         self.collator, self.task, self.positions, self.columns, self.kinds = collator, task, positions, columns, kinds
 
-    def __call__(self, features: Any) -> Read:
-        taken = numbered(features)
+    def __call__(self, features: Any) -> SignedBatch:
+        taken = with_row_ids(features)
         batch = dict(self.collator(taken.features))
         rows = len(taken.row_ids)
         mask = self.task.kept_positions(batch, self.positions, rows)
-        spans = rows_in_a_row(batch, mask, rows)
+        spans = packed_spans(batch, mask, rows)
 
         def alone() -> list[dict[str, Any]]:
             each = [_single(taken.features, row) for row in range(rows)]
@@ -109,18 +111,18 @@ class Reading:
         if spans is None:
             self.kinds = self.kinds or kinds_of(batch, (alone() if rows > 1 else None) or None, rows, self.columns)
             seen = signatures(batch, mask, self.columns, self.kinds, alone=alone, **options)
-            return Read(batch, taken.row_ids, mask, mask.sum(1).numpy(), seen)
-        found = []  # rows of one long row are known by what each is alone
+            return SignedBatch(batch, taken.row_ids, mask, mask.sum(1).numpy(), seen)
+        found = []  # packed rows: the signature of each row collated alone
         for one in alone() or refuse_column("input_ids", batch.get("input_ids"), rows):
             self.kinds = self.kinds or kinds_of(one, [one], 1, self.columns)
             own = self.task.kept_positions(one, self.positions, 1)
             found.append(signatures(one, own, self.columns, self.kinds, alone=[one].copy, **options))
         counts = np.array([int(mask[:, span].sum()) for span in spans])
-        return Read(batch, taken.row_ids, mask, counts, np.concatenate(found))
+        return SignedBatch(batch, taken.row_ids, mask, counts, np.concatenate(found))
 
 
 def _single(features: Any, row: int) -> Any:
-    """One of some rows, as the collator takes them; None where they cannot be taken apart."""
+    """One of some rows, as the collator takes them; None where they cannot be separated."""
     if isinstance(features, (list, Tensor)):
         return features[row : row + 1]
     if isinstance(features, Mapping) and all(isinstance(value, (list, Tensor)) for value in features.values()):
@@ -128,22 +130,24 @@ def _single(features: Any, row: int) -> Any:
     return None
 
 
-def reading_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> Reading:
-    """As the cache of this manifest was read when it was built."""
-    return Reading(collator, head_of(manifest), manifest["positions"], manifest["columns_read"], manifest["kinds"])
+def signed_collator_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> SignedCollator:
+    """The collator with the settings of the building."""
+    return SignedCollator(
+        collator, head_of(manifest), manifest["positions"], manifest["columns_read"], manifest["kinds"]
+    )
 
 
-def rows_in_a_row(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[slice] | None:
-    """Where each of `count` rows lies in a batch that is one long row of them all; None where each has its own.
+def packed_spans(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[slice] | None:
+    """The positions of each of `count` rows in a packed batch of one long row; None where the batch is not packed.
 
     Raises:
-        ValueError: the batch is neither, or does not tell where its rows begin.
+        ValueError: the batch is neither, or its rows' starts are unknown.
     """
     if len(mask) == count:
         return None
     starts = [0, *(begins_next(batch, mask)[0].nonzero().flatten() + 1).tolist()] if len(mask) == 1 else []
     if len(starts) != count:
-        shown, because = f"one that makes {len(mask)} rows of {count}", "what the teacher said is joined row by row"
+        shown, because = f"one that makes {len(mask)} rows of {count}", "teacher outputs are joined row by row"
         expected = "a row of the batch for each row of the dataset, or one row with position_ids that tell where each"
         fix = "Use DataCollatorWithFlattening, or pack the dataset before (so that its rows are the packed ones)."
         fail("data_collator", shown, f"{expected} begins", fix, because=because)

@@ -17,24 +17,24 @@ from ..validation import fail
 
 logger = logging.getLogger(__name__)
 
-
-_MOST_ROWS = 1024  # positions whose logits are made and encoded at once on CPU: more leave its cache
+_MOST_ROWS = 1024  # positions of a chunk on CPU: a larger one does not fit the processor's cache
 
 
 class Dimensions(NamedTuple):
-    """What a teacher gives for a position."""
+    """Shapes and dtypes of a teacher's outputs at one position."""
 
     shape: list[int]  # of its logits: the classes last
     logits_dtype: str
-    hidden_size: int = 0  # 0 where its logits are no product that could be made apart
+    hidden_size: int = 0  # 0 where the logits are more than a linear layer of a hidden state
     hidden_dtype: str = ""
 
 
 class TeacherReader:
-    """The live teacher, asked for the kept positions of a batch alone.
+    """Runs the live teacher on a batch and returns its outputs at the kept positions.
 
     Args:
-        teacher: a prepared `LiveTeacher`; output_head: its own, where it is known already.
+        teacher: a prepared `LiveTeacher`.
+        output_head: the teacher's, where it was found before.
     """
 
     def __init__(self, teacher: Any, accelerator: Any, task: Task, output_head: OutputHead | None = None) -> None:
@@ -44,28 +44,27 @@ class TeacherReader:
             try:
                 self.output_head = OutputHead(teacher.model)
             except UnsupportedHead as reason:
-                logger.info("The teacher's logits are made in full: %s.", reason)
+                logger.info("The teacher's logits are computed in full: %s.", reason)
 
     def hidden(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
-        """Final hidden states [N, H] of the kept positions; None where the teacher's head turns out to be more than a
-        product."""
+        """Final hidden states [N, H] of the kept positions; None where the output head is more than a linear layer."""
         states = self._states(inputs)
         return None if states is None else states.index_select(0, _places_of(mask))  # faster than states[mask]
 
     def _states(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Those [B * S, H] of all positions."""
+        """Final hidden states [B * S, H] of all positions."""
         if self.output_head is None:
             return None
         try:
             states = teacher_hidden(lambda: self.teacher.outputs(inputs, self.accelerator), self.output_head)
             return self.teacher.behind_front(states, inputs).flatten(0, 1)
         except UnsupportedHead as reason:
-            logger.info("The teacher's logits are made in full: %s.", reason)
+            logger.info("The teacher's logits are computed in full: %s.", reason)
             self.output_head = None
             return None
 
     def dimensions(self, inputs: Mapping[str, Any], mask: Tensor) -> Dimensions:
-        """What it gives for a batch; afterwards `output_head` is settled."""
+        """The dimensions for a batch; sets `output_head` to None where it cannot be used."""
         head = self.output_head
         known = head is not None and head.hidden_dtype is not None
         if head is not None and (known or self.hidden(inputs, mask) is not None):
@@ -75,7 +74,7 @@ class TeacherReader:
         return Dimensions(list(logits.shape[1:]), str(logits.dtype).removeprefix("torch."))
 
     def logits(self, inputs: Mapping[str, Any], mask: Tensor) -> Iterator[Tensor]:
-        """Logits [n, ...] of the kept positions, some at a time; the next ones may take the memory of the last."""
+        """Logits [n, ...] of the kept positions in chunks; a chunk is overwritten by the next one."""
         states = self._states(inputs)
         if states is None:
             whole = self.teacher(inputs, self.accelerator, read=self.task.logits)
@@ -97,7 +96,7 @@ class TeacherReader:
                 yield product if plain else side.capped(product.float())
 
     def _side(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> OutputProjection:
-        """The head as it multiplies hidden states of this dtype; made once where the weight is always whole."""
+        """The output head for hidden states of this dtype; kept where the weight is not sharded."""
         assert self.output_head is not None
         if self._kept_side is not None and self._kept_side[0] == dtype:
             return self._kept_side[1]
@@ -110,7 +109,7 @@ class TeacherReader:
         return side
 
     def head_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Weight and bias of the teacher's output head as they multiply; every process must call."""
+        """Weight and bias of the teacher's output head in the dtype of the product; every process must call."""
         assert self.output_head is not None
         with whole_weight(self.output_head) as whole, self.accelerator.autocast():
             named = zip(("weight", "bias"), self._multiplied(whole, dtype), strict=True)
@@ -127,7 +126,7 @@ def _places_of(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero().squeeze(1)
 
 
-def fail_no_product(reader: TeacherReader) -> NoReturn:
+def fail_without_linear_head(reader: TeacherReader) -> NoReturn:
     because = "the logits of " + type(reader.teacher.model).__name__ + " are more than its output head's product"
     fix = "Set it to topk or logits."
     fail("teacher_cache_format", "'hidden'", "another format with this teacher", fix, because=because)

@@ -1,4 +1,4 @@
-"""A cache from a stranger: names, links, types and sizes that its files may not have are one clear error each."""
+"""An untrusted cache: names, links, types and sizes that its files may not have are one clear error each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kd_trainer import CachedTeacher
 from kd_trainer.cache import settings as cache_settings
 from kd_trainer.cache.collator import CachedCollator
 from kd_trainer.cache.manifest import FIELDS, shard_index, write_json
-from kd_trainer.cache.reading import NumberedRows
+from kd_trainer.cache.signed_collator import NumberedRows
 from kd_trainer.cache.store import CacheError, written_notes
 from kd_trainer.files import digest
 from kd_trainer.training import checkpoints
@@ -224,7 +224,7 @@ def test_nothing_outside_is_uploaded(caches, tmp_path, monkeypatch):
     folder = copy(caches, tmp_path)
     (tmp_path / "key").write_text("precious")
     (folder / "more").symlink_to(tmp_path / "key")
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda **_: pytest.fail("it was asked"))
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda **_: pytest.fail("the hub was called"))
     with pytest.raises(CacheError, match="with the symbolic link"):
         CachedTeacher(folder).push_to_hub("me/copy")
 
@@ -382,7 +382,7 @@ SHARDS: dict[str, Any] = {
 
 @pytest.mark.parametrize("case", SHARDS)
 def test_a_shard_with_other_content(case, caches, tmp_path):
-    """Its digest is right: whoever made it wrote the manifest."""
+    """Its digest is right: the manifest is of the same origin."""
     folder = copy(caches, tmp_path)
     path, made = folder / "train/data/data-00000.arrow", SHARDS[case]
     if isinstance(made, bytes):
