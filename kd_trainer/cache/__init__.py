@@ -7,12 +7,12 @@ from .formats import DTYPES, FORMATS, card, format_of, outputs_differ
 from .identity import teacher_identity, tokenizer_identity
 from .manifest import CacheError, check_links, check_settings, head_of
 from .settings import (
-    class_names,
     compare_settings,
     compute_precision,
     consecutive_rows,
     data_and_collator,
     known_by_position,
+    labels_of,
     sample_rows,
     settings_of,
 )
@@ -58,7 +58,6 @@ __all__ = [
     "card",
     "check_links",
     "check_settings",
-    "class_names",
     "clean",
     "compare_settings",
     "compute_precision",
@@ -71,6 +70,7 @@ __all__ = [
     "head_of",
     "is_finished",
     "known_by_position",
+    "labels_of",
     "open_part",
     "outputs_differ",
     "part_of",

@@ -51,10 +51,6 @@ def part_of(kind: str, name: Any) -> str:
     return f"{kind}-{plain}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
-def _is_part(folder: str) -> bool:
-    return folder in (EVAL, TEST) or folder.startswith((EVAL + "-", TEST + "-"))
-
-
 def open_part(folder: Path, root: Path | None = None) -> Store:
     """A finished part of a cache, with every setting checked.
 
@@ -122,7 +118,8 @@ class CachedTeacher:
         if not folders:
             begun = [folder for folder in inside if (folder / BUILDING).exists()]
             read_manifest((begun or [self.path])[0])  # raises: it is unfinished, or there is none
-        names = [TRAIN if alone and not _is_part(folder.name) else folder.name for folder in folders]
+        named = not alone or re.match(rf"({EVAL}|{TEST})(-|$)", self.path.name)
+        names = [folder.name if named else TRAIN for folder in folders]
         root = None if alone else self.path
         self.parts = {name: open_part(folder, root) for name, folder in zip(names, folders, strict=True)}
         self._check_alike()

@@ -33,7 +33,7 @@ def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Mod
 
     Of a path: hashes of the files of weights and of its config, of its adapter and that adapter's base, of its code
     where that runs (`trust_remote_code`; not of code from another repository, for which name a revision), and the
-    arguments of from_pretrained that change the output. Weights and config are None where they are not at hand.
+    arguments of from_pretrained that change the output. Weights and config are None where they are not on this machine.
     """
     if isinstance(given, nn.Module):
         return {"given": "module", "name": _printable(name_of(given)), **_of_module(given, set())}
@@ -263,8 +263,8 @@ def compare_teachers(where: Path, kept: Mapping[str, Any], now: Mapping[str, Any
     for name, what in words.items():
         if name in now and name not in missing:
             current[f"teacher.{name}"] = ("teacher_model", what, now[name], fix)
-    attributes, noted = now.get("attributes", {}), teacher.get("attributes", {})
-    for name in sorted(set(attributes) & set(noted) if isinstance(noted, Mapping) else ()):
+    attributes, kept_attributes = now.get("attributes", {}), teacher.get("attributes", {})
+    for name in sorted(set(attributes) & set(kept_attributes) if isinstance(kept_attributes, Mapping) else ()):
         what = f"attributes {name!r} of its modules of SHA-256"
         current[f"teacher.attributes.{name}"] = ("teacher_model", what, attributes[name], fix)
     compare(where, kept, current)

@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset
 
 from .. import __version__
 from ..tasks import SMALL_VOCABULARY, TASKS, classes_have_names, count_parameters
+from ..teachers import class_names
 from ..validation import fail, message, warn
 from .build import SHARD_BYTES, check_packed_rows, columns_read, on_device
 from .cached_teacher import TEST, check_objective, open_part
@@ -51,12 +52,11 @@ def data_and_collator(trainer: Any, dataset: Any) -> tuple[Any, Any]:
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator)
 
 
-def class_names(trainer: Any, task: Any) -> dict[str, str] | None:
+def labels_of(trainer: Any, task: Any) -> dict[str, str] | None:
+    """The names of the student's classes by id, as JSON holds them; None where the task has none."""
     student = trainer.unwrapped_student()
-    if not classes_have_names(student, task):
-        return None
-    names = getattr(getattr(student, "config", None), "id2label", None)
-    return {str(i): str(name) for i, name in names.items()} if names else None
+    names = class_names(student) if classes_have_names(student, task) else None
+    return {str(i): name for i, name in names.items()} if names else None
 
 
 def compute_precision(trainer: Any, teacher: nn.Module) -> str:
@@ -102,7 +102,7 @@ def settings_of(
         **{"format": kept.name, "classes": kept.classes, "k": kept.k},
         **{"temperature": kept.temperature, "dtype": kept.dtype, **extra},
         **settings_of_task(task),
-        **{"positions": kd.kd_positions, "labels": class_names(trainer, task)},
+        **{"positions": kd.kd_positions, "labels": labels_of(trainer, task)},
         "teacher": {**identity} | {"parameters": count_parameters(reader.teacher.model)},
         "tokenizer": tokenizer_identity(trainer.processing_class),
         "collation": collation(trainer.data_collator, trainer.processing_class),

@@ -25,6 +25,7 @@ SHARED = "shared"  # the same for all rows: a number, a text, [1, S]
 CONCATENATED = "own"  # the rows' entries concatenated: flattened patches
 KINDS = (ROW, TOKEN, SECOND, SHARED, CONCATENATED)
 
+_UNNOTICED = "a teacher cache could not notice that a row of the data has changed"
 _OF_TOKENS = frozenset(
     ["input_ids", "token_type_ids", "position_ids", "inputs_embeds", "bbox", "langs", "mm_token_type_ids"]
 )
@@ -105,10 +106,9 @@ def _kind(name: str, value: Any, alone: list[Any] | None, rows: int, lengths: li
 
 def refuse_column(name: str, value: Any, rows: int) -> NoReturn:
     shape = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-    because = "a teacher cache could not notice that a row of the data has changed"
     fix = "Give it row by row, or train with the live teacher."
     expected = "an entry of it for each row, or the rows' entries concatenated"
-    fail("data_collator", f"one that makes {name} {shape} of {rows} rows", expected, fix, because=because)
+    fail("data_collator", f"one that makes {name} {shape} of {rows} rows", expected, fix, because=_UNNOTICED)
 
 
 def is_concatenation(value: Tensor, alone: Sequence[Any]) -> bool:
@@ -307,7 +307,6 @@ def _of_any(value: Any) -> bytes:
     text = repr(value).encode()
     if value is None or isinstance(value, (bool, int, float, str, bytes, np.generic)):
         return f"{type(value).__name__} {len(text)} ".encode() + text
-    because = "a teacher cache could not notice that a row of the data has changed"
     fix = "Give numbers, texts, tensors and lists of these, or train with the live teacher."
     shown = f"one that makes objects of type {type(value).__name__}"
-    fail("data_collator", shown, "values that can be compared", fix, because=because)
+    fail("data_collator", shown, "values that can be compared", fix, because=_UNNOTICED)

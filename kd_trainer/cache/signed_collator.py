@@ -148,7 +148,7 @@ def packed_spans(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[sli
     starts = [0, *(begins_next(batch, mask)[0].nonzero().flatten() + 1).tolist()] if len(mask) == 1 else []
     if len(starts) != count:
         shown, because = f"one that makes {len(mask)} rows of {count}", "teacher outputs are joined row by row"
-        expected = "a row of the batch for each row of the dataset, or one row with position_ids that tell where each"
+        expected = "a row of the batch for each row of the dataset, or one row with position_ids that show where each"
         fix = "Use DataCollatorWithFlattening, or pack the dataset before (so that its rows are the packed ones)."
         fail("data_collator", shown, f"{expected} begins", fix, because=because)
     return [slice(start, stop) for start, stop in itertools.pairwise([*starts, mask.shape[1]])]

@@ -84,9 +84,9 @@ def begin(folder: Path, settings: dict[str, Any], root: Path | None = None) -> d
         left.unlink(missing_ok=True)  # of a killed process; the building process holds the lock
     if not path.exists():
         write_json(path, settings)
-    noted = read_json(path)
-    check_settings(path, noted, complete=False)
-    return noted
+    begun = read_json(path)
+    check_settings(path, begun, complete=False)
+    return begun
 
 
 def write_shard(folder: Path, index: int, rows: Rows) -> None:
@@ -264,7 +264,7 @@ class Store:
         shards = self.manifest["shards"]
         self._paths = [str(folder / DATA / entry["name"]) for entry in shards]
         self._starts = np.concatenate([[0], np.cumsum([entry["rows"] for entry in shards])]).tolist()
-        self._checked: dict[int, tuple[int, int, int]] = {}  # the file that was found whole, as `_stamp` knows it
+        self._checked: dict[int, tuple[int, int, int]] = {}  # `_stamp` of the file that was found intact
         self._shards: dict[int, _Shard] = {}  # of these
         self._places: dict[int, int] | None = None
 

@@ -42,7 +42,6 @@ from ..cache import (
     card,
     check_links,
     check_settings,
-    class_names,
     clean,
     compare_settings,
     compute_precision,
@@ -54,6 +53,7 @@ from ..cache import (
     format_of,
     is_finished,
     known_by_position,
+    labels_of,
     open_part,
     outputs_differ,
     part_of,
@@ -343,7 +343,7 @@ class TeacherCache:
         now = encode_batch(self._trainer, reader, kept, signed)
         precision = compute_precision(self._trainer, reader.teacher.model)
         exact = precision == kept["computed"] and precision.startswith("float32 no ")
-        if kept["labels"] != class_names(self._trainer, reader.task):
+        if kept["labels"] != labels_of(self._trainer, reader.task):
             return  # of other class names: it is told elsewhere
         columns = stored.columns, now.columns
         if now.signatures.tolist() == stored.signatures.tolist() and outputs_differ(
