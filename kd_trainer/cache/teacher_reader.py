@@ -39,7 +39,7 @@ class TeacherReader:
 
     def __init__(self, teacher: Any, accelerator: Any, task: Task, output_head: OutputHead | None = None) -> None:
         self.teacher, self.accelerator, self.task, self.output_head = teacher, accelerator, task, output_head
-        self._kept_side: tuple[torch.dtype, OutputProjection] | None = None
+        self._kept_projection: tuple[torch.dtype, OutputProjection] | None = None
         if output_head is None and task.over_tokens and not teacher.compiled:
             try:
                 self.output_head = OutputHead(teacher.model)
@@ -82,31 +82,29 @@ class TeacherReader:
             return
         assert self.output_head is not None
         with whole_weight(self.output_head) as whole:
-            side = self._side(whole, states.dtype)
-            plain = side.scale == 1 and side.softcap is None
-            at_once = chunk_rows(len(side.weight), side.weight.element_size(), on_cpu=side.weight.is_cpu)
-            if side.weight.is_cpu:
-                at_once = min(at_once, _MOST_ROWS)
+            projection = self._projection(whole, states.dtype)
+            weight, plain = projection.weight, projection.scale == 1 and projection.softcap is None
+            at_once = chunk_rows(len(weight), weight.element_size(), on_cpu=weight.is_cpu)
+            at_once = min(at_once, _MOST_ROWS) if weight.is_cpu else at_once
             places = _places_of(mask)
             parts = places.chunk(max(1, -(-len(places) // at_once)))
-            tile = side.weight.new_empty(len(parts[0]), len(side.weight))  # the teacher's own memory, just freed
+            tile = weight.new_empty(len(parts[0]), len(weight))  # the teacher's own memory, just freed
             for part in parts:
-                rows = states.index_select(0, part).to(side.weight.dtype)
-                product = side.product(rows, 1.0, tile[: len(part)])
-                yield product if plain else side.capped(product.float())
+                product = projection.product(states.index_select(0, part).to(weight.dtype), 1.0, tile[: len(part)])
+                yield product if plain else projection.capped(product.float())
 
-    def _side(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> OutputProjection:
+    def _projection(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> OutputProjection:
         """The output head for hidden states of this dtype; kept where the weight is not sharded."""
         assert self.output_head is not None
-        if self._kept_side is not None and self._kept_side[0] == dtype:
-            return self._kept_side[1]
+        if self._kept_projection is not None and self._kept_projection[0] == dtype:
+            return self._kept_projection[1]
         with self.accelerator.autocast():
             weight, bias = (cast_as_autocast(x) for x in self._multiplied(whole, dtype))
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-        side = OutputProjection(weight, bias, self.output_head.scale, self.output_head.softcap)
+        projection = OutputProjection(weight, bias, self.output_head.scale, self.output_head.softcap)
         if whole[0] is self.output_head.module.weight and not hasattr(whole[0], "ds_id"):
-            self._kept_side = dtype, side
-        return side
+            self._kept_projection = dtype, projection
+        return projection
 
     def head_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Weight and bias of the teacher's output head in the dtype of the product; every process must call."""
@@ -118,8 +116,8 @@ class TeacherReader:
     def _multiplied(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as `teacher_side` casts them for hidden states of this dtype."""
         assert self.output_head is not None
-        side = teacher_side(self.output_head, *whole, torch.empty(0, dtype=dtype, device=whole[0].device))
-        return side["teacher_weight"], side["teacher_bias"]
+        cast = teacher_side(self.output_head, *whole, torch.empty(0, dtype=dtype, device=whole[0].device))
+        return cast["teacher_weight"], cast["teacher_bias"]
 
 
 def _places_of(mask: Tensor) -> Tensor:
