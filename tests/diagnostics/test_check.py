@@ -1074,7 +1074,7 @@ def test_the_table():
     rows = [
         CheckResult("ok", "student", "small"),
         CheckResult("warning", "labels", "few [of them]", "Write more."),
-        CheckResult("error", "trained", "x" * 200, "Fix it."),
+        CheckResult("error", "trained", "x" * 200, "Change it."),
     ]
     print_results(rows, Console(file=shown, width=60, highlight=False))
     lines = [line.strip() for line in shown.getvalue().splitlines()]
