@@ -129,7 +129,7 @@ def compares_with_a_task(node: ast.AST) -> bool:
     if not isinstance(node, ast.Compare):
         return False
     constants = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
-    return bool(constants & set(TASKS)) or "CLASSIFICATIONS" in names_in(node)
+    return bool(constants & set(TASKS))
 
 
 def attributes_set(node: ast.AST) -> set[str]:
@@ -169,7 +169,6 @@ BORROWED = {("diagnostics", "is_in_train")}
         (asks_for_a_kind_of_teacher, "type(x.teacher) is cache.CachedTeacher or type(LiveTeacher)"),
         (compares_with_a_task, "task.name != 'seq2seq_lm'"),
         (compares_with_a_task, "kd.kd_task in ('causal_lm', 'masked_lm')"),
-        (compares_with_a_task, "task.name not in CLASSIFICATIONS"),
         (attributes_set, "setup.trainer.teacher = x"),
         (attributes_set, "old, trainer._plan = trainer._plan, None"),
         (attributes_set, "self._trainer.count += 1"),

@@ -204,7 +204,7 @@ def compare_settings(
     for name, what, value in (*chosen, ("dtype", "the dtype", kd.teacher_cache_dtype)):
         if value is not None:
             current[name] = (f"teacher_cache_{name}", what, value, "Set it so.")
-    if TASKS[kept["task"]].token_level:
+    if TASKS[kept["task"]].by_position:
         current["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
     vocabulary = tokenizer_identity(trainer.processing_class)
     current["tokenizer"] = ("processing_class", "a vocabulary of SHA-256", vocabulary, "Pass the same tokenizer.")

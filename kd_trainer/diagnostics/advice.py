@@ -167,14 +167,14 @@ def about_labels(
         if alpha == 1:
             return [ok("labels", f"{found}; the loss is the teacher's alone")]
         return [warning("labels", f"{found}: the loss is {alpha:g} times the soft loss", "Set kd_alpha to 1.")]
-    if not task.token_level:
+    if not task.by_position:
         return _row_labels(task, objective, targets, classes, rows, hard)
     found = f"{hard:.0f} of {targets.numel()} positions have one"
     made_at = task.made_at(batch, targets) if task.shifted else None
     at_padding = 0 if made_at is None else int(((targets != IGNORE_INDEX) & ~made_at).sum())
     if at_padding:
         found += f"; {at_padding} first ones of a text are predicted before it: as upstream, the hard loss counts them"
-    none = int((targets == IGNORE_INDEX).all(-1).sum())
+    none = int((targets == IGNORE_INDEX).flatten(1).all(-1).sum())
     results = []
     if none and objective.positions == "labels":
         fix = 'Set kd_positions to "attended" to have a soft loss there.'
@@ -186,7 +186,8 @@ def about_labels(
     results = results or [ok("labels", found)]
     if objective.reduction == "batchmean":
         larger = float(divide(torch.as_tensor(float(counts.soft)), rows))
-        found = f"batchmean sums over the tokens of a row: the loss is about {larger:.0f} times the stock Trainer's"
+        sums = f"batchmean sums over the {task.position}s of a row"
+        found = f"{sums}: the loss is about {larger:.0f} times the stock Trainer's"
         fix = 'Set {"kd_reduction": "tokenmean"} for its scale and its learning rates.'
         results.append(warning("reduction", found, fix))
     return results

@@ -18,7 +18,8 @@ from ..losses import IGNORE_INDEX, SoftTargetLoss, divide
 from ..validation import fail, message
 from .inputs import main_input, real_tokens, token_mask
 from .logits import logits_of
-from .task import Fault, Task, class_labels, signed, wide
+from .segmentation import SegmentationTask
+from .task import Fault, Task, signed, wide
 
 
 @dataclass(frozen=True)
@@ -98,23 +99,16 @@ class MultiLabelTask(NumbersTask):
     def soft_term(self, divergence: str) -> str:
         return f"{divergence} per label"
 
-    def soft_loss_sum(
-        self,
-        soft_loss: SoftTargetLoss,
-        student: Tensor,
-        teacher: Tensor,
-        inputs: Mapping[str, Any],
-        targets: Tensor | None = None,
-    ) -> Tensor:
-        # softmax([z, 0]) = (sigmoid(z), 1 - sigmoid(z)): each label is a classification into yes and no.
-        z_s, z_t = (torch.stack([z, torch.zeros_like(z)], -1) for z in (student, teacher))
-        if targets is not None and soft_loss.needs_labels:
-            targets = (targets < 0.5).long().masked_fill(self._unknown(targets), IGNORE_INDEX)
-        labels = class_labels(soft_loss, z_s, targets)
-        return divide(soft_loss(z_s, z_t, class_labels=labels), student.shape[-1])
+    def distributions(self, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """[B, C, 2]: softmax([0, z]) = (1 - sigmoid(z), sigmoid(z)), each label a classification into no and yes."""
+        return torch.stack([torch.zeros_like(logits), logits], -1)
 
-    def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
-        return divide(((student > 0) == (teacher > 0)).sum(), student.shape[-1])
+    def soft_loss_sum(
+        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, targets: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        if targets is not None:
+            targets = (targets >= 0.5).long().masked_fill(self._unknown(targets), IGNORE_INDEX)
+        return super().soft_loss_sum(soft_loss, student, teacher, targets, mask)
 
     def _unknown(self, targets: Tensor) -> Tensor:
         return targets == IGNORE_INDEX
@@ -160,12 +154,7 @@ class RegressionTask(NumbersTask):
         return labels.unsqueeze(-1) if labels is not None and labels.dim() == 1 else labels
 
     def soft_loss_sum(
-        self,
-        soft_loss: SoftTargetLoss,
-        student: Tensor,
-        teacher: Tensor,
-        inputs: Mapping[str, Any],
-        targets: Tensor | None = None,
+        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, targets: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         student = wide(student)
         if teacher.dim() == student.dim():
@@ -175,10 +164,9 @@ class RegressionTask(NumbersTask):
             return F.gaussian_nll_loss(student, mean, variance, reduction="none").mean(-1).sum()
         except ValueError as error:
             shown, fix = f"{float(variance.min()):g} at least once", "Let it return exp of a log-variance."
-            told = message("variance", shown, "numbers >= 0 from the teacher", fix)
-            raise ValueError(told) from error
+            raise ValueError(message("variance", shown, "numbers >= 0 from the teacher", fix)) from error
 
-    def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+    def agreement_sum(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor | None:
         return None
 
     def check_shapes(
@@ -250,24 +238,10 @@ class QuestionAnsweringTask(Task):
     def labelled(self, targets: Tensor) -> Tensor:
         return divide(super().labelled(targets), 2)
 
-    def soft_loss_sum(
-        self,
-        soft_loss: SoftTargetLoss,
-        student: Tensor,
-        teacher: Tensor,
-        inputs: Mapping[str, Any],
-        targets: Tensor | None = None,
-    ) -> Tensor:
-        return divide(
-            super().soft_loss_sum(
-                soft_loss, self._attended(student, inputs), self._attended(teacher, inputs), inputs, targets
-            ),
-            2,
-        )
-
-    def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
-        same = super().agreement_sum(self._attended(student, inputs), self._attended(teacher, inputs), inputs)
-        return None if same is None else divide(same, 2)
+    def distributions(self, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """[B, 2, S], with no mass at padding."""
+        mask = real_tokens(inputs.get("attention_mask"), (logits.shape[0], logits.shape[-1]))
+        return logits if mask is None else logits.masked_fill(~mask.unsqueeze(1), -torch.inf)
 
     def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         return divide(super().hard_loss_sum(logits, targets), 2)
@@ -284,11 +258,6 @@ class QuestionAnsweringTask(Task):
         whole = values.new_zeros(*mask.shape, values.shape[-1])
         whole[mask] = values
         return whole.transpose(1, 2).contiguous()
-
-    @staticmethod
-    def _attended(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        mask = real_tokens(inputs.get("attention_mask"), (logits.shape[0], logits.shape[-1]))
-        return logits if mask is None else logits.masked_fill(~mask.unsqueeze(1), -torch.inf)
 
     def check_labels(self, targets: Tensor, classes: int | None) -> None:
         """What lies beyond the sequence is no label (see `targets`), so that a negative position alone is wrong."""
@@ -387,6 +356,7 @@ TASKS = {
     for task in (
         Task(
             "classification",
+            named_classes=True,
             auto_classes=(
                 "AutoModelForSequenceClassification",
                 "AutoModelForImageClassification",
@@ -397,13 +367,27 @@ TASKS = {
         ),
         # A classification over the choices of a row: inputs are [B, choices, S].
         Task("multiple_choice", auto_classes=("AutoModelForMultipleChoice",)),
-        Task("token_classification", token_level=True, auto_classes=("AutoModelForTokenClassification",)),
-        Task("causal_lm", token_level=True, shifted=True, auto_classes=("AutoModelForCausalLM",)),
+        Task(
+            "token_classification",
+            token_level=True,
+            named_classes=True,
+            auto_classes=("AutoModelForTokenClassification",),
+        ),
+        Task(
+            "causal_lm",
+            token_level=True,
+            shifted=True,
+            over_tokens=True,
+            left_to_right=True,
+            auto_classes=("AutoModelForCausalLM",),
+        ),
         # Before masked_lm: upstream lists BART, mBART and MVP under both, and they are trained as encoder-decoders.
         # Its Auto classes list decoders too, whose labels are shifted: see `resolve.auto_class_of`.
         Task(
             "seq2seq_lm",
             token_level=True,
+            over_tokens=True,
+            encoder_decoder=True,
             auto_classes=(
                 "AutoModelForSeq2SeqLM",
                 "AutoModelForSpeechSeq2Seq",
@@ -411,9 +395,12 @@ TASKS = {
                 "AutoModelForMultimodalLM",
             ),
         ),
-        Task("masked_lm", token_level=True, auto_classes=("AutoModelForMaskedLM",)),
+        Task("masked_lm", token_level=True, over_tokens=True, auto_classes=("AutoModelForMaskedLM",)),
         FrameTask(
-            "audio_frame_classification", token_level=True, auto_classes=("AutoModelForAudioFrameClassification",)
+            "audio_frame_classification",
+            token_level=True,
+            named_classes=True,
+            auto_classes=("AutoModelForAudioFrameClassification",),
         ),
         CTCTask("ctc", token_level=True, auto_classes=("AutoModelForCTC",)),
         QuestionAnsweringTask(
@@ -422,7 +409,12 @@ TASKS = {
             label_names=("start_positions", "end_positions"),
         ),
         # Most models of these two have the Auto classes of "classification": see `by_problem_type`.
-        MultiLabelTask("multi_label_classification", auto_classes=("AutoModelForVisualQuestionAnswering",)),
+        MultiLabelTask(
+            "multi_label_classification", named_classes=True, auto_classes=("AutoModelForVisualQuestionAnswering",)
+        ),
         RegressionTask("regression"),
+        SegmentationTask(
+            "semantic_segmentation", named_classes=True, auto_classes=("AutoModelForSemanticSegmentation",)
+        ),
     )
 }

@@ -19,21 +19,11 @@ from .inputs import front_positions, vocabulary_rows
 from .kinds import TASKS, Task
 from .logits import Wanted
 
-# Where class i of the teacher must mean class i of the student by name.
-CLASSIFICATIONS = (
-    "classification",
-    "multi_label_classification",
-    "token_classification",
-    "audio_frame_classification",
-)
-
-
 # What transformers' other models do, by the mapping that lists them: none has the logits of one of the tasks. The more
 # special mappings come first, since several list the same models.
 OTHER_PURPOSES = {
     "MODEL_FOR_OBJECT_DETECTION_MAPPING": "object detection",
     "MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING": "object detection by text",
-    "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING": "semantic segmentation (one class a pixel)",
     "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING": "segmentation",
     "MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING": "instance segmentation",
     "MODEL_FOR_IMAGE_SEGMENTATION_MAPPING": "image segmentation",
@@ -198,9 +188,9 @@ def check_virtual_tokens(model: nn.Module, task: Task, argument: str) -> None:
         return
     kind = str(getattr(peft.peft_type, "value", peft.peft_type))
     because = None
-    if task.name == "question_answering" and front_positions(model, {}):
+    if task.over_positions and front_positions(model, {}):
         because = "PEFT counts the virtual tokens in start_positions and end_positions"
-    elif task.name == "seq2seq_lm" and kind == "MULTITASK_PROMPT_TUNING":
+    elif task.encoder_decoder and kind == "MULTITASK_PROMPT_TUNING":
         because = "PEFT runs it with labels alone, not with decoder_input_ids"
     if because is not None:
         shown = f"a model with {peft.num_virtual_tokens} virtual tokens ({kind})"
@@ -255,16 +245,11 @@ def task_from_logits(logits: Tensor) -> Task:
     return TASKS[names[logits.dim()]]
 
 
-def has_named_classes(task: Task) -> bool:
-    """Whether its classes are those of a config's id2label."""
-    return task.name in CLASSIFICATIONS
-
-
 def classes_have_names(student: nn.Module, task: Task | None) -> bool:
     """Whether class i of the teacher must mean class i of the student by name; `task`: None where not yet known."""
     config: Any = getattr(student, "config", None)
     numbers = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", None) == 1
-    return not numbers and (task is None or has_named_classes(task))
+    return not numbers and (task is None or task.named_classes)
 
 
 def classes_of(student: nn.Module, task: Task) -> int | None:
@@ -272,7 +257,7 @@ def classes_of(student: nn.Module, task: Task) -> int | None:
     need not be true."""
     if task.over_tokens:
         return vocabulary_rows(student, written=True, measured=True)
-    if not has_named_classes(task):  # num_labels says nothing of choices or of positions
+    if not task.named_classes:  # num_labels says nothing of choices or of positions
         return None
     classes = getattr(getattr(student, "config", None), "num_labels", None)
     return classes if isinstance(classes, int) else None
@@ -296,6 +281,6 @@ def wanted_logits(task: Task | None, labels: Any, models: Iterable[nn.Module], v
         at_least = max(at_least, int(labels.max()) + 1)
     if task is not None and task.over_tokens:
         widths += [vocabulary_rows(model, written=True) for model in models]
-    elif task is None or has_named_classes(task):
+    elif task is None or task.named_classes:
         widths += [getattr(getattr(model, "config", None), "num_labels", None) for model in models]
     return Wanted(dims, tuple(dict.fromkeys(w for w in widths if isinstance(w, int))), at_least)

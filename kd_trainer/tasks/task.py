@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import IGNORE_INDEX, SoftTargetLoss, wrong_labels
+from ..losses import IGNORE_INDEX, SoftTargetLoss, divide, wrong_labels
 from ..validation import fail
 from .inputs import begins_next, decoder_input_ids, main_input, real_tokens, tells_sequences, token_mask
 from .logits import Wanted, logits_of
@@ -40,6 +40,10 @@ class Task:
         name: its name in `TASKS` and in `kd_task`.
         token_level: logits are [B, S, C] and every position is a row of its own; else [B, C].
         shifted: the logits at position i are compared with the label at i + 1 (decoder-only language models).
+        over_tokens: the classes are token ids, of which an embedding may hold more rows than a tokenizer has tokens.
+        encoder_decoder: the positions are a decoder's, whose inputs are made of the labels.
+        left_to_right: a position is computed from those before it alone.
+        named_classes: the classes are those of a config's id2label, and class i must mean the same in both models.
         auto_classes: transformers' Auto classes whose models have this task; the first one loads a teacher by path.
         label_names: the columns of a batch that hold the targets.
         widths, at_least: likely numbers of classes and the least, where a model returns several tensors; see `Wanted`.
@@ -48,6 +52,10 @@ class Task:
     name: str
     token_level: bool = field(default=False, kw_only=True)
     shifted: bool = field(default=False, kw_only=True)
+    over_tokens: bool = field(default=False, kw_only=True)
+    encoder_decoder: bool = field(default=False, kw_only=True)
+    left_to_right: bool = field(default=False, kw_only=True)
+    named_classes: bool = field(default=False, kw_only=True)
     auto_classes: tuple[str, ...] = field(default=(), kw_only=True)
     label_names: tuple[str, ...] = field(default=("labels",), kw_only=True)
     widths: tuple[int, ...] = field(default=(), compare=False)
@@ -57,6 +65,7 @@ class Task:
     a_label_a_logit: ClassVar[bool] = False  # labels are numbers, of the logits' shape
     tempered: ClassVar[bool] = True  # divergence and temperature mean something
     has_formula: ClassVar[bool] = True  # of the hard loss; else the model's own is the only one
+    position: ClassVar[str] = "token"  # what a position is called
     over_positions: ClassVar[bool] = False  # the classes are the positions of a row
     cacheable: ClassVar[bool] = True  # which positions count can be told from a batch alone
     # Along which dimension the models may differ in length: its number, the name of one entry, and what to do then.
@@ -68,19 +77,9 @@ class Task:
         return 3 if self.token_level else 2
 
     @property
-    def over_tokens(self) -> bool:
-        """Whether the classes are a vocabulary: token ids, of which embeddings may hold more rows than there are."""
-        return self.name.endswith("_lm")
-
-    @property
-    def encoder_decoder(self) -> bool:
-        """Whether the positions are a decoder's, whose inputs are made of the labels."""
-        return self.name == "seq2seq_lm"
-
-    @property
-    def left_to_right(self) -> bool:
-        """Whether a position is computed from those before it alone."""
-        return self.name == "causal_lm"
+    def by_position(self) -> bool:
+        """Whether the losses of a row are sums over positions, which "tokenmean" divides by."""
+        return self.token_level
 
     def is_same_task(self, other: Task) -> bool:
         """Whether the other task is of the same entry of `TASKS`, however its labels are read."""
@@ -119,10 +118,19 @@ class Task:
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Labels aligned with the logits' positions ([B] or [B, S], `IGNORE_INDEX` where none), or None.
 
-        `shift_labels` are used as they stand: whoever wrote them has already shifted.
+        `shift_labels` are used as they stand: they are shifted already.
         """
         if inputs.get("shift_labels") is not None:
             return signed(inputs["shift_labels"])
+        labels = self._class_ids(inputs)
+        if labels is None:
+            return None
+        if not self.token_level:
+            return labels if labels.dim() == 1 else labels.reshape(-1)
+        return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if self.shifted else labels
+
+    def _class_ids(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """The label column as it stands, signed; raises TypeError where it holds no integers."""
         labels = inputs.get(self.label_names[0])
         if labels is None:
             return None
@@ -135,10 +143,7 @@ class Task:
                 "regression.",
                 error=TypeError,
             )
-        labels = signed(labels)
-        if not self.token_level:
-            return labels if labels.dim() == 1 else labels.reshape(-1)
-        return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if self.shifted else labels
+        return signed(labels)
 
     def attended(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Boolean [B, S]: positions whose prediction is about a real token; None when every position counts.
@@ -239,23 +244,33 @@ class Task:
         """The same of a batch; 0 without labels."""
         return 0 if targets is None else self.labelled(targets)
 
-    def soft_loss_sum(
-        self,
-        soft_loss: SoftTargetLoss,
-        student: Tensor,
-        teacher: Tensor,
-        inputs: Mapping[str, Any],
-        targets: Tensor | None = None,
-    ) -> Tensor:
-        """Sum of T² D over the rows or positions given; `soft_loss` sums T² D(p, q) over all but the last dimension.
+    def distributions(self, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """[..., K]: logits of the distributions that the soft loss compares, of these rows or positions.
 
-        `targets`: those of these rows or positions, for a divergence that needs labels; None: no labels.
+        Where a row has several, [B, D, K], its soft loss is their mean.
         """
-        return soft_loss(student, teacher, class_labels=class_labels(soft_loss, student, targets))
+        return logits
 
-    def agreement_sum(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
-        """In how many rows or positions both models say the same; None where nothing of the kind can be counted."""
-        return (student.argmax(-1) == teacher.argmax(-1)).sum()
+    def soft_loss_sum(
+        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, targets: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """Sum over rows or positions of T² D of the `distributions`.
+
+        Args:
+            soft_loss: sums T² D(p, q) over all but the last dimension.
+            targets: of these rows or positions, for a divergence that needs labels; None: no labels.
+            mask: `soft_mask`; of a token-level task only its positions are given.
+        """
+        total = soft_loss(student, teacher, class_labels=class_labels(soft_loss, student, targets))
+        return self._of_rows(total, student)
+
+    def agreement_sum(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor | None:
+        """In how many rows or positions the models have the same top class, as `soft_loss_sum`; None: not defined."""
+        return self._of_rows((student.argmax(-1) == teacher.argmax(-1)).sum(), student)
+
+    def _of_rows(self, total: Tensor, distributions: Tensor) -> Tensor:
+        several = not self.token_level and distributions.dim() == 3
+        return divide(total, distributions.shape[1]) if several else total
 
     def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Sum over labelled positions of the cross-entropy at temperature 1, in nats; float32 or wider inside.

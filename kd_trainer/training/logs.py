@@ -103,7 +103,7 @@ class Evaluation:
         sums = map(_times, means, objective.denominators(counts))
         over = objective.denominators(counts._replace(by_num_items=False))  # counted here, of each row once
         self.sums.add((*sums, *over, _times(agreement, counts.soft), counts.soft, labels, counts.rows))
-        if plan.task.token_level or plan.own_loss:
+        if plan.task.by_position or plan.own_loss:
             self.rows.append(gather(with_existence_of(row, parts.total.device)))
 
     def logged(
@@ -125,11 +125,8 @@ class Evaluation:
         terms = objective.terms
         n = len(terms)
         sums, over, (same, compared, labelled, rows) = totals[:n], totals[n : 2 * n], totals[2 * n :]
-        task, own_loss = (
-            plan.task,
-            plan.own_loss,
-        )
-        by_row = not task.token_level and not own_loss
+        task, own_loss = plan.task, plan.own_loss
+        by_row = not task.by_position and not own_loss
         if by_row:
             means = [*map(divide, sums, over), divide(same, compared), labelled]
             logged = named(objective, means, [*exists[:n], *exists[2 * n :]], prefix)

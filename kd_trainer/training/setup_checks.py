@@ -36,7 +36,6 @@ from ..tasks import (
     classes_of,
     few_products,
     full_logits,
-    has_named_classes,
     logits_of,
     model_inputs,
     plain_heads,
@@ -207,7 +206,7 @@ def cache(first: FirstBatch) -> None:
     if first.known_task is not None and not first.known_task.is_same_task(kept):
         fix = "Train a student of that task, or build a cache for this one."
         fail("teacher_cache", f"one for the task {kept.name!r}", f"{first.known_task.name!r}, the student's", fix)
-    if kept.token_level and kd.kd_positions != manifest["positions"]:
+    if kept.by_position and kd.kd_positions != manifest["positions"]:
         expected = f"{manifest['positions']!r}, the positions that the teacher cache holds"
         fail("kd_positions", repr(kd.kd_positions), expected, f"Set it to {manifest['positions']}.")
     ends = (kd.kd_temperature, kd.kd_temperature_end)
@@ -234,7 +233,7 @@ def settings(first: FirstBatch) -> str | None:
     if not task.tempered and kd.kd_divergence != "forward_kl":
         expected = "'forward_kl' (the default) in a regression, whose soft loss is the squared error"
         fail("kd_divergence", repr(kd.kd_divergence), expected, "Leave it out.")
-    if kd.kd_remap_labels and not has_named_classes(task):
+    if kd.kd_remap_labels and not task.named_classes:
         because = "its outputs are no classes with names of their own"
         fail("kd_remap_labels", True, f"False for the task {task.name!r}", "Leave it out.", because=because)
     if not task.has_formula and kd.kd_hard_loss == "task":

@@ -50,10 +50,11 @@ def start_block(
         lines.append(f"at the end of the schedule: {last.formula(task)}")
     if not labelled:
         lines.append("no labels in the batch: the hard loss is absent")
-    if task.token_level and first.reduction == "batchmean":
+    if task.by_position and first.reduction == "batchmean":
         larger = float(divide(torch.as_tensor(float(counts.soft)), int(counts.rows)))
         lines.append(
-            f"batchmean sums over the tokens of a row: the loss is about {larger:.0f} times the stock Trainer's; "
+            f"batchmean sums over the {task.position}s of a row: the loss is about {larger:.0f} times "
+            "the stock Trainer's; "
             'set {"kd_reduction": "tokenmean"} for its scale'
         )
     return "\n".join("[kd_trainer] " + line for line in lines)

@@ -23,6 +23,9 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     LlamaForCausalLM,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
     T5Config,
     T5ForConditionalGeneration,
     ViTImageProcessor,
@@ -137,6 +140,7 @@ def text_rows(seed: int, count: int) -> dict[str, Any]:
 def write_data(folder: Path) -> None:
     draw = np.random.default_rng(0)
     pictures: dict[str, Dataset] = {}
+    scenes: dict[str, Dataset] = {}
     for seed, (split, count) in enumerate(SPLITS.items()):
         for name, rows in text_rows(seed, count).items():
             text = json.dumps(rows) if isinstance(rows, dict) else "\n".join(map(json.dumps, rows))
@@ -149,9 +153,18 @@ def write_data(folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
             images.append({"image": image, "labels": i % 2})
+        classes = [draw.integers(0, 3, (8, 8), dtype=np.uint8).repeat(4, 0).repeat(4, 1) for _ in range(count)]
+        for each in classes:
+            each[:5] = 255
+        labels = [Picture.fromarray(each) for each in classes]
+        scenes[split] = Dataset.from_dict(
+            {"image": [row["image"] for row in images], "label": labels},
+            features=Features({"image": Image(), "label": Image()}),
+        )
         features = Features({"image": Image(), "labels": ClassLabel(names=["cats", "dogs"])})
         pictures[split] = Dataset.from_list(images, features=features)
     DatasetDict(pictures).save_to_disk(str(folder / "pictures"))
+    DatasetDict(scenes).save_to_disk(str(folder / "scenes"))
 
 
 def write_models(folder: Path) -> None:
@@ -177,6 +190,15 @@ def write_models(folder: Path) -> None:
         sizes = {"d_model": hidden, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
         return T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **sizes, **ids))
 
+    def segformer(hidden: int) -> Any:
+        config = SegformerConfig(
+            num_encoder_blocks=1, depths=[1], hidden_sizes=[hidden], num_attention_heads=[1], patch_sizes=[3],
+            strides=[4], sr_ratios=[1], mlp_ratios=[2], decoder_hidden_size=hidden, id2label=scene_names,
+            label2id={name: i for i, name in scene_names.items()},
+        )  # fmt: skip
+        return SegformerForSemanticSegmentation(config)
+
+    scene_names = {i: f"class {i}" for i in range(3)}
     names = {"id2label": {0: "cats", 1: "dogs"}, "label2id": {"cats": 0, "dogs": 1}, "num_labels": 2}
     torch.manual_seed(0)
     models = {
@@ -191,11 +213,14 @@ def write_models(folder: Path) -> None:
         "run_summarization.py": t5(24),
         "vit": tiny.vit(32),
         "run_image_classification.py": tiny.vit(32, hidden_size=24, **names),
+        "segformer": segformer(8),
+        "run_semantic_segmentation.py": segformer(16),
     }
+    size = {"height": 32, "width": 32}
+    processors = {"vit": ViTImageProcessor(size=size), "segformer": SegformerImageProcessor(size=size)}
     for name, model in models.items():
         model.save_pretrained(folder / name)
-        beside = ViTImageProcessor(size={"height": 32, "width": 32}) if hasattr(model, "vit") else tokenizer
-        beside.save_pretrained(folder / name)
+        processors.get(model.config.model_type, tokenizer).save_pretrained(folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -219,12 +244,15 @@ def options(name: str, given: Path, folder: Path) -> dict[str, Any]:
     student, own = {
         "run_glue.py": ("bert", {**text, "max_seq_length": 24}),
         "run_image_classification.py": ("vit", {**images, "remove_unused_columns": False}),
+        "run_semantic_segmentation.py": (
+            "segformer", {"dataset_name": str(given / "scenes"), "remove_unused_columns": False}
+        ),
         "run_ner.py": ("bert", text),
         "run_clm.py": ("llama", {**lines, "block_size": 16}),
         "run_mlm.py": ("bert", {**lines, "line_by_line": True}),
         "run_summarization.py": ("t5", {**text, "predict_with_generate": True, "val_max_target_length": 8}),
         "run_qa.py": ("bert", {**text, "max_seq_length": 32, "doc_stride": 8}),
-    }[name]
+    }[name]  # fmt: skip
     if student == "vit":  # its own head has other classes
         own["ignore_mismatched_sizes"] = True
     return {

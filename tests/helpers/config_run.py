@@ -27,7 +27,7 @@ from kd_trainer import CachedTeacher
 from kd_trainer.cache import settings as cache_settings
 from tests.helpers import backend_run, tiny
 from tests.helpers.launch import leave
-from tests.tasks import test_multiple_choice, test_speech_frames
+from tests.tasks import test_multiple_choice, test_segmentation, test_speech_frames
 
 BERTS = (
     "classification",
@@ -38,7 +38,7 @@ BERTS = (
     "multiple_choice",
 )
 SPEECH = ("audio_frame_classification", "ctc")
-TASKS = (*BERTS, *SPEECH, "masked_lm", "causal_lm", "seq2seq_lm", "plain")
+TASKS = (*BERTS, *SPEECH, "semantic_segmentation", "masked_lm", "causal_lm", "seq2seq_lm", "plain")
 # The teacher's outputs are built into a cache of this format first, by all processes, and read in training.
 CACHED = ("causal_lm+hidden", "classification+logits")
 # The layers that FSDP2 shards, where the model's own list would part a tied weight: see the comment in fsdp2.yaml.
@@ -79,12 +79,16 @@ def build(task: str, folder: Path, **arguments: Any) -> Any:
         pair = tuple(BertForMultipleChoice(tiny.bert_config(hidden, initializer_range=0.5)) for hidden in (16, 24))
     elif task in SPEECH:
         pair = test_speech_frames.pair_of(task)
+    elif task == "semantic_segmentation":
+        pair = test_segmentation.by_row(8), test_segmentation.by_row(16)
     else:
         pair = tiny.models(task)
     if task == "multiple_choice":
         data = test_multiple_choice.rows()
     elif task in SPEECH:
         data = test_speech_frames.rows_of(task)
+    elif task == "semantic_segmentation":
+        data = test_segmentation.rows(32)
     else:
         data = tiny.rows("causal_lm" if task in ("seq2seq_lm", "masked_lm") else task)
     settings = {"kd_reduction": "tokenmean", "max_steps": 4, **arguments}

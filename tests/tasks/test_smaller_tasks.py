@@ -21,8 +21,6 @@ from transformers import (
     ImageGPTForCausalImageModeling,
     LayoutLMConfig,
     LayoutLMForQuestionAnswering,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
     Trainer,
     ViltConfig,
     ViltForQuestionAnswering,
@@ -57,21 +55,12 @@ def clip() -> nn.Module:
     return CLIPModel(CLIPConfig(text_config=text, vision_config={**VISION, "patch_size": 4}, projection_dim=8))
 
 
-def segformer() -> nn.Module:
-    config = SegformerConfig(
-        num_encoder_blocks=1, depths=[1], hidden_sizes=[8], num_attention_heads=[1], patch_sizes=[3], strides=[2],
-        sr_ratios=[1], mlp_ratios=[2], decoder_hidden_size=8, num_labels=3,
-    )  # fmt: skip
-    return SegformerForSemanticSegmentation(config)
-
-
 REFUSED: dict[str, tuple[Any, str, str]] = {
     "object detection": (
         lambda: YolosForObjectDetection(YolosConfig(**{**VISION, "image_size": [8, 8]}, patch_size=4)),
         "a YolosForObjectDetection for object detection",
         "pred_boxes",
     ),
-    "segmentation": (segformer, "a SegformerForSemanticSegmentation for semantic segmentation", "logits"),
     "depth": (
         lambda: DPTForDepthEstimation(DPTConfig(**VISION, patch_size=4, backbone_out_indices=[0, 0, 0, 0])),
         "a DPTForDepthEstimation for depth estimation",
@@ -110,19 +99,20 @@ def test_what_has_no_class_logits_is_refused_with_what_it_offers(name, tmp_path)
 
 
 def test_a_module_of_ones_own_with_kd_task_is_the_way_out(tmp_path):
-    class Patches(nn.Module):
-        """One classification a place of a segmentation's map."""
+    class Kinds(nn.Module):
+        """Two classes a token, of a model that gives one number for each."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.inner = segformer()
+            self.inner = electra()
 
-        def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"logits": self.inner(pixel_values).logits.flatten(2).transpose(1, 2)}
+        def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.inner(input_ids).logits
+            return {"logits": torch.stack([logits, -logits], -1)}
 
-    data = [{"pixel_values": torch.randn(3, 8, 8), "labels": torch.randint(0, 3, (16,))} for _ in range(16)]
+    data = [{"input_ids": torch.arange(1, 9), "labels": torch.randint(0, 2, (8,))} for _ in range(16)]
     args = tiny.arguments(tmp_path, kd_task="token_classification", max_steps=1)
-    trainer = DistillationTrainer(model=Patches(), teacher_model=Patches(), args=args, train_dataset=data)
+    trainer = DistillationTrainer(model=Kinds(), teacher_model=Kinds(), args=args, train_dataset=data)
     trainer.train()
     assert tiny.logged(trainer, "soft_loss")[0] > 0
 

@@ -21,6 +21,7 @@ TASKS = {
     "TOKEN_CLASSIFICATION": "token_classification",
     "AUDIO_FRAME_CLASSIFICATION": "audio_frame_classification",
     "CTC": "ctc",
+    "SEMANTIC_SEGMENTATION": "semantic_segmentation",
     "CAUSAL_LM": "causal_lm",
     "CAUSAL_IMAGE_MODELING": "causal_lm",
     "MASKED_LM": "masked_lm",

@@ -28,7 +28,7 @@ from kd_trainer import Seq2SeqDistillationTrainer, Seq2SeqDistillationTrainingAr
 from kd_trainer.tasks.kinds import TASKS
 from tests.helpers import tiny
 from tests.helpers.config_run import SPEECH, bart, distilbert
-from tests.tasks import test_multiple_choice, test_speech_frames
+from tests.tasks import test_multiple_choice, test_segmentation, test_speech_frames
 
 LABELS = ("labels", "start_positions", "end_positions")
 
@@ -63,6 +63,8 @@ def pair(task: str) -> Any:
         return tuple(BertForMultipleChoice(tiny.bert_config(hidden)) for hidden in (16, 24))
     if task in SPEECH:
         return test_speech_frames.pair_of(task)
+    if task == "semantic_segmentation":
+        return test_segmentation.segformer(8), test_segmentation.segformer(16)
     return tiny.models(task)
 
 
@@ -71,6 +73,8 @@ def rows(task: str, *, labelled: bool = True) -> list[dict[str, Any]]:
         made = test_multiple_choice.rows(11)
     elif task in SPEECH:
         made = test_speech_frames.rows_of(task, 11)
+    elif task == "semantic_segmentation":
+        made = test_segmentation.rows(11)
     else:
         made = tiny.rows("causal_lm" if task in ("seq2seq_lm", "masked_lm") else task, 11, seed=2)
     if labelled:
