@@ -138,21 +138,17 @@ def estimate_memory(
     mirrored = gradients if backend == "ddp" else 0.0
     # ZeRO-2 has two buckets, with overlap_comm; ZeRO-3 one.
     around = {"zero2": 2, "zero3": 1}.get(backend, 0) * reduce_bucket_size * kept
-    if share < 1:  # gathered at once: what of the student stays until backward, and the largest part beside it
-        last = _size(_end(model, "output"))
+    if share < 1:
         reused = stage3_max_reuse_distance // 2 if backend == "zero3" else 0
-        around += (last + min(_size(model) - last, reused)) * used
-        parts = (0, 0) if teacher_bits or teacher_model is model else _largest(teacher_model)
-        around += max(_largest(model)[0] * used, max(parts) * teacher_used)
+        apart = None if teacher_bits or teacher_model is model else teacher_model
+        around += _gathered(model, used, apart, teacher_used, reused)
 
     layers = _layers(model, columns, item, used)
     teacher_layers = _layers(teacher_model, columns, teacher_item, teacher_used) or ()
     forward = max((whole for whole, _ in teacher_layers), default=0)
     activations = None
     if layers is not None:
-        activations = sum(whole for whole, _ in layers)
-        if gradient_checkpointing:  # the layers' inputs, and one layer that is computed again
-            activations = sum(given for _, given in layers) + max((whole for whole, _ in layers), default=0)
+        activations = _activations(layers, gradient_checkpointing)
         if item < used:  # autocast keeps the weights that it has cast
             activations += sum(weight.numel() for weight in _linear_weights(model)) * item
     weights = [found[0].module.weight for found in heads if found is not None]
@@ -165,6 +161,29 @@ def estimate_memory(
     student_bytes, teacher_bytes, optimizer, peak = map(round, (student_bytes, teacher_bytes, optimizer, peak))
     gradients = round(gradients + mirrored)
     return Memory(student_bytes, gradients, optimizer, teacher_bytes, forward, activations, loss, around, peak)
+
+
+def _gathered(student: nn.Module, item: int, teacher: nn.Module | None, teacher_item: int, reused: int) -> int:
+    """Bytes of sharded weights that are whole at once: what of the student stays until backward, and the largest part
+    beside it.
+
+    Args:
+        item, teacher_item: bytes of a number.
+        teacher: None where it is not sharded by itself.
+        reused: elements that ZeRO-3 keeps for the backward.
+    """
+    last = _size(_end(student, "output"))
+    kept = (last + min(_size(student) - last, reused)) * item
+    largest = 0 if teacher is None else max(_largest(teacher))
+    return kept + max(_largest(student)[0] * item, largest * teacher_item)
+
+
+def _activations(layers: list[tuple[int, int]], gradient_checkpointing: bool) -> int:
+    """Bytes that the layers keep for backward; with checkpointing their inputs, and one layer computed again."""
+    whole = [size for size, _ in layers]
+    if not gradient_checkpointing:
+        return sum(whole)
+    return sum(given for _, given in layers) + max(whole, default=0)
 
 
 # The table's columns, and the parts in them.

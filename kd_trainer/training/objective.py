@@ -172,35 +172,19 @@ class Objective:
                 no labels.
         """
         targets = task.targets(inputs)
-        sparse = teacher if isinstance(teacher, (TopK, Samples)) else None
-        teacher_logits = teacher if isinstance(teacher, Tensor) else None
-        task.check_shapes(student_logits, teacher_logits, targets, common_ids)
-        mask = task.soft_mask(inputs, targets, self.positions)
-        chosen, logits, labels = student_logits, student_logits, targets
-        if task.token_level and targets is not None:  # padding's NaN would reach the gradient: 0 * NaN
-            labelled = targets != IGNORE_INDEX
-            logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
+        task.check_shapes(student_logits, teacher if isinstance(teacher, Tensor) else None, targets, common_ids)
+        mask, chosen, logits, labels = None, student_logits, student_logits, targets
         if task.token_level:
-            if mask is not None and targets is not None and self.positions == "labels":
-                within = select_positions(mask, labelled)  # usually all: then the same rows serve both losses
-                same_rows = within.device.type == "cpu" and bool(within.all())
-                chosen = logits if same_rows else select_positions(logits, within)
-            else:
-                chosen = select_positions(student_logits, mask)
-            teacher_logits = None if teacher_logits is None else select_positions(teacher_logits, mask)
-            if sparse is not None and mask is not None:
-                sparse = type(sparse)(*(select_positions(x, mask) for x in sparse))
-            elif sparse is not None:
-                chosen = student_logits
+            mask = task.soft_mask(inputs, targets, self.positions)
+            chosen, teacher, logits, labels = self._counted(student_logits, teacher, targets, mask)
         if common_ids is not None and teacher is not None:
             chosen = chosen[..., :common_ids]
-            teacher_logits = None if teacher_logits is None else teacher_logits[..., :common_ids]
+            teacher = teacher[..., :common_ids] if isinstance(teacher, Tensor) else teacher
         hard_count, soft_count = self._denominators(counts)
 
         plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not task.softmax
-        plain = plain or takes_own
-        if teacher_logits is not None and not plain and is_small(chosen, teacher_logits):
-            parts = self._small_batch(chosen, teacher_logits, labels, float(soft_count), float(hard_count), counts)
+        if not plain and not takes_own and isinstance(teacher, Tensor) and is_small(chosen, teacher):
+            parts = self._small_batch(chosen, teacher, labels, float(soft_count), float(hard_count), counts)
             if parts is not None:
                 return parts
         hard = soft = agreement = None
@@ -210,19 +194,41 @@ class Objective:
             # At alpha 1 the hard loss is for the log alone.
             hard_sum = task.hard_loss_sum(logits if self.alpha < 1 else logits.detach(), labels, self.label_smoothing)
             hard = divide(hard_sum, hard_count) * counts.scale
-        known = targets if soft_loss.needs_labels else None
-        if known is not None and task.token_level:
-            known = (known if mask is None else select_positions(known, mask)).reshape(chosen.shape[:-1])
-        if teacher_logits is not None:
-            z_s, z_t = (task.distributions(logits, inputs) for logits in (chosen, teacher_logits))
-            soft = divide(task.soft_loss_sum(soft_loss, z_s, z_t, known, mask), soft_count) * counts.scale
-            same = task.agreement_sum(z_s, z_t, mask)
-            agreement = None if same is None else divide(same, counts.soft) * counts.scale
-        if sparse is not None:
-            soft_sum, same = self._sparse_sums(chosen, sparse, class_labels(soft_loss, chosen, known))
+        if teacher is not None:
+            known = targets if soft_loss.needs_labels else None
+            if known is not None and task.token_level:
+                known = (known if mask is None else select_positions(known, mask)).reshape(chosen.shape[:-1])
+            if isinstance(teacher, Tensor):
+                z_s, z_t = (task.distributions(logits, inputs) for logits in (chosen, teacher))
+                soft_sum = task.soft_loss_sum(soft_loss, z_s, z_t, known, mask)
+                same = task.agreement_sum(z_s, z_t, mask)
+            else:
+                soft_sum, same = self._sparse_sums(chosen, teacher, class_labels(soft_loss, chosen, known))
             soft = divide(soft_sum, soft_count) * counts.scale
-            agreement = divide(same, counts.soft) * counts.scale
+            agreement = None if same is None else divide(same, counts.soft) * counts.scale
         return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
+
+    def _counted(
+        self, student_logits: Tensor, teacher: Tensor | Sparse | None, targets: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | Sparse | None, Tensor, Tensor | None]:
+        """The counted positions: student logits and teacher of the soft loss, student logits and labels of the hard."""
+        logits, labels = student_logits, targets
+        if targets is not None:  # padding's NaN would reach the gradient: 0 * NaN
+            labelled = targets != IGNORE_INDEX
+            logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
+        if mask is not None and targets is not None and self.positions == "labels":
+            within = select_positions(mask, labelled)  # usually all: then the same rows serve both losses
+            same_rows = within.device.type == "cpu" and bool(within.all())
+            chosen = logits if same_rows else select_positions(logits, within)
+        elif mask is None and isinstance(teacher, (TopK, Samples)):
+            return student_logits, teacher, logits, labels
+        else:
+            chosen = select_positions(student_logits, mask)
+        if isinstance(teacher, Tensor):
+            teacher = select_positions(teacher, mask)
+        elif teacher is not None:
+            teacher = type(teacher)(*(select_positions(x, mask) for x in teacher))
+        return chosen, teacher, logits, labels
 
     def _sparse_sums(self, student_logits: Tensor, sparse: Sparse, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """(T^2 * sum of D(p, q), number of equal top classes) where the teacher is given sparsely."""
