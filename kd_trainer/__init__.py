@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .report.metrics import classification_metrics as classification_metrics
     from .report.runs import load_run as load_run
     from .report.runs import save_predictions as save_predictions
+    from .teachers.alignment import align_teacher_tokens as align_teacher_tokens
     from .teachers.columns import TeacherCollator as TeacherCollator
     from .teachers.columns import add_teacher_inputs as add_teacher_inputs
     from .teachers.students import student_from_teacher as student_from_teacher
@@ -109,6 +110,7 @@ _HOME = {
         "classification_metrics",
     ],
     "report.runs": ["load_run", "save_predictions"],
+    "teachers.alignment": ["align_teacher_tokens"],
     "teachers.columns": ["TeacherCollator", "add_teacher_inputs"],
     "teachers.students": ["student_from_teacher"],
     "trainer": ["DistillationMixin", "DistillationTrainer", "Seq2SeqDistillationTrainer"],

@@ -1,6 +1,7 @@
 """What a batch and a model's outputs mean for a task: inputs, labels, positions, output head."""
 
 from .inputs import (
+    CHUNK_IDS,
     NOT_INPUTS,
     ROW_ID,
     TEACHER_PREFIX,
@@ -53,6 +54,7 @@ from .restore import as_in_training, same_random_numbers, unchanged_attributes, 
 from .task import Fault, Task, class_labels
 
 __all__ = [
+    "CHUNK_IDS",
     "NOT_INPUTS",
     "PROBLEM_TYPES",
     "ROW_ID",

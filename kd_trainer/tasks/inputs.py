@@ -28,9 +28,12 @@ NOT_INPUTS = frozenset(
         "num_items_in_batch",
         "return_loss",
         "skip_logits",
+        "chunk_ids",
     }
 )
 TEACHER_PREFIX = "teacher_"
+# A column of the student, and with the prefix one of the teacher: the number of the text chunk that each token is in.
+CHUNK_IDS = "chunk_ids"
 # A column of the dataset that says which row it is: a teacher cache is joined by it. No model reads it.
 ROW_ID = TEACHER_PREFIX + "row_id"
 

@@ -1,6 +1,7 @@
 """Who provides the teacher's distribution: loading, sharding, running a teacher, and whether it fits the student."""
 
 from .adapter_off import AdapterOffTeacher, adapter_modules, adapter_parameters
+from .alignment import align_teacher_tokens
 from .columns import TeacherCollator, add_teacher_inputs
 from .compatibility import Classes, class_names, class_order, listed, match_classes, tokenizer_of
 from .errors import check_ids, check_padding, positions_of
@@ -25,6 +26,7 @@ __all__ = [
     "adapter_modules",
     "adapter_parameters",
     "add_teacher_inputs",
+    "align_teacher_tokens",
     "check_ids",
     "check_padding",
     "check_separate",

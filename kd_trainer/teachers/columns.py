@@ -9,8 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..tasks import TEACHER_PREFIX
+import torch
+from torch import Tensor
+
+from ..tasks import CHUNK_IDS, TEACHER_PREFIX
 from ..validation import fail
+
+NO_CHUNK = -1  # the chunk id of a token that is in none, and of padding
 
 
 def add_teacher_inputs(
@@ -44,10 +49,7 @@ def add_teacher_inputs(
         data = add_teacher_inputs(data, teacher_tokenizer, "sentence")
         trainer = DistillationTrainer(..., data_collator=TeacherCollator(collator, teacher_tokenizer))
     """
-    if not hasattr(dataset, "map"):
-        shown = dataset if dataset is None else f"of type {type(dataset).__name__}"
-        fix = "Make one of it: datasets.Dataset.from_list(rows)."
-        fail("dataset", shown, "a dataset of the datasets library", fix, error=TypeError)
+    check_dataset(dataset, [], "columns")
     _check_callable("teacher_tokenizer", teacher_tokenizer, "the teacher's tokenizer, or a callable like it")
     names = [columns] if isinstance(columns, str) else list(columns) if isinstance(columns, Sequence) else []
     if len(names) not in (1, 2):
@@ -57,14 +59,7 @@ def add_teacher_inputs(
             "the name of a column of text, or of two",
             "Name the columns that the student reads.",
         )
-    known = getattr(dataset, "column_names", None)
-    for split, there in known.items() if isinstance(known, Mapping) else [("dataset", known)]:
-        if there is None:  # a stream does not always know its columns
-            continue
-        missing = [name for name in names if name not in there]
-        if missing:
-            fix = "Add the teacher's inputs before the text is removed."
-            fail("columns", repr(missing[0]), f"a column of {split} ({', '.join(there)})", fix)
+    check_dataset(dataset, names, "columns")
     cut: dict[str, Any] = {"max_length": max_length} if max_length is not None else {}
     limit = getattr(teacher_tokenizer, "model_max_length", 0)
     if max_length is not None or 0 < limit < 10**9:  # beyond it there is none
@@ -77,6 +72,22 @@ def add_teacher_inputs(
     return dataset.map(add, batched=True, **map_kwargs)
 
 
+def check_dataset(dataset: Any, names: Sequence[str], argument: str) -> None:
+    """Raises unless it is a dataset of the datasets library that has the columns; `argument` gave their names."""
+    if not hasattr(dataset, "map"):
+        shown = dataset if dataset is None else f"of type {type(dataset).__name__}"
+        fix = "Make one of it: datasets.Dataset.from_list(rows)."
+        fail("dataset", shown, "a dataset of the datasets library", fix, error=TypeError)
+    known = getattr(dataset, "column_names", None)
+    for split, there in known.items() if isinstance(known, Mapping) else [("dataset", known)]:
+        if there is None:  # a stream does not always know its columns
+            continue
+        missing = [name for name in names if name not in there]
+        if missing:
+            fix = "Add the teacher's inputs before the text is removed."
+            fail(argument, repr(missing[0]), f"a column of {split} ({', '.join(there)})", fix)
+
+
 def _check_callable(argument: str, value: Any, expected: str) -> None:
     if not callable(value):
         shown = value if value is None else f"of type {type(value).__name__}"
@@ -87,10 +98,10 @@ class TeacherCollator:
     """A data collator that pads the `teacher_*` columns by the teacher's tokenizer and the rest by another collator.
 
     When to use: around the script's own collator, which knows nothing of the teacher's columns and fails where their
-    lengths differ.
+    lengths differ. It pads the chunk ids of `align_teacher_tokens` as the tokens beside them.
 
     Args:
-        base_collator: makes the student's batch; it never sees a `teacher_*` column.
+        base_collator: makes the student's batch; it never sees a `teacher_*` column, nor `chunk_ids`.
         teacher_tokenizer: pads the teacher's tokens; None where the teacher reads no tokens (images).
         pad_to_multiple_of: as in transformers' collators. Default None.
 
@@ -111,7 +122,9 @@ class TeacherCollator:
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         rows = [dict(feature) for feature in features]
+        chunks = [row.pop(CHUNK_IDS) for row in rows if CHUNK_IDS in row]
         taught = [{k: row.pop(k) for k in list(row) if k.startswith(TEACHER_PREFIX)} for row in rows]
+        teacher_chunks = [row.pop(TEACHER_PREFIX + CHUNK_IDS) for row in taught if TEACHER_PREFIX + CHUNK_IDS in row]
         batch = dict(self.base_collator(rows))
         names = set(taught[0])
         if any(set(row) != names for row in taught):
@@ -122,6 +135,9 @@ class TeacherCollator:
             if chosen:
                 own = [{k.removeprefix(TEACHER_PREFIX): row[k] for k in sorted(chosen)} for row in taught]
                 batch.update({TEACHER_PREFIX + k: v for k, v in collate(own).items()})
+        for prefix, ids in (("", chunks), (TEACHER_PREFIX, teacher_chunks)):
+            if ids:
+                batch[prefix + CHUNK_IDS] = _padded_chunks(prefix, ids, batch)
         return batch
 
     def _token_names(self) -> set[str]:
@@ -138,3 +154,19 @@ class TeacherCollator:
         from transformers import default_data_collator
 
         return default_data_collator(rows, return_tensors="pt")
+
+
+def _padded_chunks(prefix: str, rows: list[Any], batch: Mapping[str, Any]) -> Tensor:
+    """Chunk ids beside the tokens that a collator has padded, on whichever side."""
+    ids, mask = batch[prefix + "input_ids"], batch.get(prefix + "attention_mask")
+    padded = torch.full(ids.shape, NO_CHUNK, dtype=torch.int64)
+    widest = max(map(len, rows))
+    if ids.dim() != 2 or len(rows) != len(ids) or widest > ids.shape[1]:
+        shown = f"making {prefix}input_ids of shape {list(ids.shape)} from {len(rows)} rows of up to {widest} tokens"
+        fix = "Use one that only pads: neither packing nor truncation. align_teacher_tokens has max_length."
+        fail("base_collator", shown, "a batch with every token of every row", fix, because="tokens have chunk ids")
+    for row, values in enumerate(rows):
+        left = mask is not None and len(values) < ids.shape[1] and not mask[row, 0]
+        first = ids.shape[1] - len(values) if left else 0
+        padded[row, first : first + len(values)] = torch.as_tensor(values)
+    return padded
