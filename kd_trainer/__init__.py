@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from .losses.distributions import kl_to_standard_normal as kl_to_standard_normal
     from .losses.distributions import monte_carlo_kl as monte_carlo_kl
     from .losses.divergences import DIVERGENCES as DIVERGENCES
+    from .losses.divergences import dkd as dkd
     from .losses.divergences import entropy as entropy
+    from .losses.divergences import entropy_switch as entropy_switch
     from .losses.divergences import forward_kl as forward_kl
     from .losses.divergences import jsd as jsd
+    from .losses.divergences import logit_mse as logit_mse
     from .losses.divergences import reverse_kl as reverse_kl
     from .losses.divergences import skew_forward_kl as skew_forward_kl
     from .losses.divergences import skew_reverse_kl as skew_reverse_kl
@@ -88,9 +91,12 @@ _HOME = {
     ],
     "losses.divergences": [
         "DIVERGENCES",
+        "dkd",
         "entropy",
+        "entropy_switch",
         "forward_kl",
         "jsd",
+        "logit_mse",
         "reverse_kl",
         "skew_forward_kl",
         "skew_reverse_kl",

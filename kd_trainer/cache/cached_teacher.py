@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..losses import DIVERGENCES
 from ..tasks import TEACHER_PREFIX, Task
 from ..teachers import Classes, TeacherOutput, class_names, match_classes
 from ..validation import fail, message
@@ -65,17 +66,27 @@ def open_part(folder: Path, root: Path | None = None) -> Store:
     return store
 
 
-def check_objective(kept: Format, divergence: str, temperatures: Sequence[float]) -> None:
+def check_objective(kept: Format, divergence: str, temperatures: Sequence[float], standardize: bool = False) -> None:
     """Raises ValueError where the loss needs what the format does not hold."""
     other = "Or build a cache of format hidden or logits, which serve every setting."
     wrong = [t for t in temperatures if kept.temperature is not None and t != kept.temperature]
     if wrong:
         expected = f"{kept.temperature:g}, for which the teacher cache was built (format {kept.name})"
         fail("kd_temperature", wrong[0], expected, f"Set kd_temperature to {kept.temperature:g}. {other}")
+    sparse = kept.temperature is not None
+    if sparse and standardize:
+        because = "it holds log-probabilities, and no logits to standardise"
+        expected = f"False with a teacher cache of format {kept.name}"
+        fail("kd_standardize_logits", True, expected, f"Leave it out. {other}", because=because)
     if kept.name == "sampled" and divergence != "forward_kl":
         because = "samples are unbiased only where the loss is linear in the teacher's probabilities"
         expected = "'forward_kl' with a teacher cache of format sampled"
         fail("kd_divergence", repr(divergence), expected, f"Set it to forward_kl. {other}", because=because)
+    if sparse and not DIVERGENCES[divergence].sparse:
+        having = ", ".join(name for name, entry in DIVERGENCES.items() if entry.sparse)
+        because = "it needs every class of the teacher"
+        expected = f"one of {having} with a teacher cache of format {kept.name}"
+        fail("kd_divergence", repr(divergence), expected, f"Choose one of them. {other}", because=because)
 
 
 class CachedTeacher:
@@ -184,9 +195,9 @@ class CachedTeacher:
         names = {int(i): str(name) for i, name in self.manifest["labels"].items()}
         return compare(class_names(student), names, remap=remap, argument="teacher_cache", what="one")
 
-    def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:
+    def check_objective(self, divergence: str, temperatures: Sequence[float], standardize: bool = False) -> None:
         """See the function of this name."""
-        check_objective(self.format, divergence, temperatures)
+        check_objective(self.format, divergence, temperatures, standardize)
 
     def output(
         self,

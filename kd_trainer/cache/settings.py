@@ -215,7 +215,8 @@ def compare_settings(
         current["dataset.rows"] = (data, "a number of rows of", len(dataset), "Train on the same rows.")
     compare(folder, kept, current)
     ends = (kd.kd_temperature, kd.kd_temperature_end)
-    check_objective(format_of(kept), kd.kd_divergence, [float(end) for end in ends if end is not None])
+    temperatures = [float(end) for end in ends if end is not None]
+    check_objective(format_of(kept), kd.kd_divergence, temperatures, kd.kd_standardize_logits)
     if by_position:
         _compare_rows(trainer, folder, kept, data, dataset)
 

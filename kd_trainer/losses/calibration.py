@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..validation import check_number, fail
-from .divergences import check_logits
+from .checks import check_logits
 from .modules import _check_ids, _check_labels
 from .reductions import select_positions
 

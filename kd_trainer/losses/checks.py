@@ -38,3 +38,10 @@ def check_class_ids(labels: Tensor | None, shape: torch.Size) -> None:
         fail("labels", f"of dtype {labels.dtype}", expected, fix, because=because, error=TypeError)
     if labels.shape != shape:
         fail("labels", f"of shape {list(labels.shape)}", expected, fix, because=because)
+
+
+def check_standardized(classes: int) -> None:
+    """Raises ValueError where standardised logits would hold nothing but which class is on top."""
+    if classes < 3:
+        because = "standardised logits of two classes are +1 and -1 whatever the models compute"
+        fail("standardize_logits", True, "False with fewer than three classes", "Leave it out.", because=because)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..validation import check_number, check_tensor, fail
-from .divergences import kl_terms, wide
+from .formulas import kl_terms, wide
 from .reductions import divide
 
 

@@ -1,83 +1,39 @@
 """Divergences between two categorical distributions given as logits: nats per position.
 
-For: every loss that compares a student with a teacher, by name through the dict `DIVERGENCES`. Leaves the temperature
-squared, masks, means (`reductions.py`) and settings (`modules.py`) to others.
+For: every loss that compares a student with a teacher, by name through the dict `DIVERGENCES`. Leaves formulas to
+`formulas.py`, the temperature squared, masks, means (`reductions.py`) and settings
+(`modules.py`) to others.
 Letters: V classes or vocabulary; z_s, z_t student and teacher logits [..., V]; T temperature;
 p = softmax(z_t/T) the teacher's, q = softmax(z_s/T) the student's probabilities.
 
-Decided on purpose: sums are float32 or wider whatever the logits' dtype; 0 log 0 = 0; p > 0 where q = 0 gives +inf and
-never NaN; logits of -inf (excluded classes) are allowed on both sides as long as one class of the row is left. Where a
-value is +inf its gradient is finite: what would be infinite in it counts as constant.
-
-Two ways to the same numbers: the plain formulas (`divergence_terms`, differentiable any number of times) and, for large
-logits of which only the student's need a gradient, blocks of rows that stay in the processor's cache. A new divergence
-is one function, its formula, and one entry of `DIVERGENCES`: all others read the entry.
+Sums are float32 or wider whatever the logits' dtype. A new divergence is one formula and one entry of `DIVERGENCES`:
+all others read the entry.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..validation import check_choice, check_number, check_temperature, fail
 from .checks import check_class_ids, check_logits
-
-# Elements in one block of rows. One thread wants its buffers in the nearest cache; several threads wait for each other
-# at the end of every operation (for long, where other processes use the cores), so they get fewer and larger blocks;
-# an accelerator wants few launches.
-_BLOCK_ONE_THREAD, _BLOCK_THREADS, BLOCK_ACCELERATOR = 2**17, 2**22, 2**25
-_SMALL = 2**18  # elements below which the plain formula has less overhead than the blocks have gain
-
-
-# ---- the formulas: from log-probabilities to elementwise contributions [..., V] -------------------------------------
-
-
-def _weigh(probs: Tensor, values: Tensor) -> Tensor:
-    """probs * values with 0 * anything = 0; an infinite value passes no gradient on to its weight."""
-    if type(probs) is Tensor and probs.device.type == "cpu":  # with contents, and no device is waited for
-        # One cheap sum tells that nothing needs a guard: masks cost far more.
-        terms = probs * values
-        if math.isfinite(terms.detach().sum()):
-            return terms
-    values = values.masked_fill(probs == 0, 0.0)
-    if probs.requires_grad:
-        probs = torch.where(values.isinf(), probs.detach(), probs)
-    return probs * values
-
-
-def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Elementwise p * (log p - log q) from log-probabilities [..., V]: 0 where p = 0, +inf where p > 0 = q."""
-    return _weigh(log_p.exp(), log_p - log_q)
-
-
-def _log_mixture(a: Tensor, b: Tensor, beta: float) -> Tensor:
-    # Below the smallest normal number 1/mixture overflows in the gradient; such a class contributes nothing anyway.
-    return (beta * a + (1 - beta) * b).clamp(min=torch.finfo(a.dtype).tiny).log()
-
-
-def _kl_to_mixture_terms(log_a: Tensor, log_b: Tensor, beta: float) -> Tensor:
-    """Elementwise KL(a || beta a + (1 - beta) b)."""
-    a = log_a.exp()
-    return _weigh(a, log_a - _log_mixture(a, log_b.exp(), beta))
-
-
-def _jsd(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
-    p, q = log_p.exp(), log_q.exp()
-    log_m = _log_mixture(p, q, beta)
-    return beta * _weigh(p, log_p - log_m) + (1 - beta) * _weigh(q, log_q - log_m)
-
-
-def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
-    return _kl_to_mixture_terms(log_q, log_p, beta)
-
-
-def _total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return 0.5 * (log_p.exp() - log_q.exp()).abs()
+from .formulas import (
+    dkd_terms,
+    entropy_switch_terms,
+    jsd_terms,
+    kl_terms,
+    kl_to_mixture_terms,
+    log_probs,
+    per_position,
+    skew_reverse_kl_terms,
+    squared_error_terms,
+    total_variation_terms,
+    weigh,
+    wide,
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +49,8 @@ class Divergence:
         default: of the parameter.
         range: the parameter lies strictly between these; an end that is None is open.
         needs_labels: whether the formula reads the label of a position. A position without one has the forward KL.
+        of_logits: the formula takes logits (z_t, z_s) in place of log-probabilities, and has no temperature.
+        sparse: whether it is defined over the k + 1 buckets of a teacher given as top-k.
 
     Example:
         >>> half_squared = Divergence(lambda log_p, log_q: (log_p.exp() - log_q.exp()).square() / 2)
@@ -105,6 +63,8 @@ class Divergence:
     default: float | None = None
     range: tuple[float | None, float | None] = (None, None)
     needs_labels: bool = False
+    of_logits: bool = False
+    sparse: bool = True
 
     def __call__(
         self,
@@ -116,23 +76,33 @@ class Divergence:
         labels: Tensor | None = None,
     ) -> Tensor:
         """D(p, q) of logits [..., V]: nats [...]. `labels` [...]: class ids, for a divergence that needs them."""
-        beta = self.check(beta)
-        _check_inputs(self, student_logits, teacher_logits, temperature, labels)
-        return _per_position(self, student_logits, teacher_logits, temperature, beta, labels)
+        terms = self._terms_of(student_logits, teacher_logits, temperature, beta, labels)
+        return per_position(terms, student_logits, teacher_logits, labels)
 
-    def of_log_probs(self, log_p: Tensor, log_q: Tensor, beta: float, labels: Tensor | None = None) -> Tensor:
-        """The formula alone: contributions [..., V] from log-probabilities, in their dtype.
+    def temperature(self, temperature: float) -> float:
+        """The temperature that divides the logits, and whose square multiplies the loss: 1 for one of logits."""
+        return 1.0 if self.of_logits else temperature
+
+    def arguments(self, logits: Tensor) -> Tensor:
+        """What the formula takes of logits over T [..., V]: log-probabilities, or the logits themselves."""
+        return logits if self.of_logits else torch.log_softmax(logits, -1)
+
+    def evaluate(self, teacher: Tensor, student: Tensor, beta: float, labels: Tensor | None = None) -> Tensor:
+        """The formula alone: contributions [..., V] from `arguments`, in their dtype.
 
         `beta` as `check` returns it; `labels` [...]: what is no class in range counts as no label, None as none at all.
         """
         given = {} if self.parameter is None else {"beta": beta}
         if not self.needs_labels:
-            return self.terms(log_p, log_q, **given)
+            return self.terms(teacher, student, **given)
+        log_p, log_q = teacher, student
         if labels is None:
             return kl_terms(log_p, log_q)
         labels = labels.long()
         labelled = (labels >= 0) & (labels < log_q.shape[-1])
         terms = self.terms(log_p, log_q, labels=torch.where(labelled, labels, 0), **given)
+        if labels.device.type == "cpu" and bool(labelled.all()):
+            return terms
         return torch.where(labelled.unsqueeze(-1), terms, kl_terms(log_p, log_q))
 
     def check(self, beta: float | None, argument: str = "beta") -> float:
@@ -151,53 +121,57 @@ class Divergence:
         check_number(argument, beta, low=low, high=high, open_low=low is not None, open_high=high is not None)
         return beta
 
+    def _terms_of(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        temperature: float,
+        beta: float | None,
+        labels: Tensor | None,
+    ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """Checks; returns the terms [..., V] as a function of z_s, z_t and labels."""
+        beta = self.check(beta)
+        check_temperature("temperature", temperature)
+        check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+        if self.needs_labels:
+            check_class_ids(labels, student_logits.shape[:-1])
+        dtype, t = wide(student_logits, teacher_logits), self.temperature(temperature)
+
+        def terms(z_s: Tensor, z_t: Tensor, labels: Tensor | None) -> Tensor:
+            teacher, student = (self.arguments(z.to(dtype) if t == 1 else z.to(dtype) / t) for z in (z_t, z_s))
+            return self.evaluate(teacher, student, beta, labels)
+
+        return terms
+
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(kl_terms),
     "reverse_kl": Divergence(lambda log_p, log_q: kl_terms(log_q, log_p)),
     "symmetric_kl": Divergence(lambda log_p, log_q: kl_terms(log_p, log_q) + kl_terms(log_q, log_p)),
-    "jsd": Divergence(_jsd, "weight of the teacher in the mixture", default=0.5, range=(0, 1)),
+    "jsd": Divergence(jsd_terms, "weight of the teacher in the mixture", default=0.5, range=(0, 1)),
     "skew_forward_kl": Divergence(
-        _kl_to_mixture_terms, "share of the teacher in the mixture", default=0.1, range=(0, 1)
+        kl_to_mixture_terms, "share of the teacher in the mixture", default=0.1, range=(0, 1)
     ),
-    "skew_reverse_kl": Divergence(_skew_reverse_kl, "share of the student in the mixture", default=0.1, range=(0, 1)),
-    "total_variation": Divergence(_total_variation),
+    "skew_reverse_kl": Divergence(
+        skew_reverse_kl_terms, "share of the student in the mixture", default=0.1, range=(0, 1)
+    ),
+    "total_variation": Divergence(total_variation_terms),
+    "dkd": Divergence(dkd_terms, "weight of NCKD", default=8.0, range=(0, None), needs_labels=True, sparse=False),
+    "logit_mse": Divergence(squared_error_terms, of_logits=True, sparse=False),
+    "entropy_switch": Divergence(
+        entropy_switch_terms,
+        "teacher entropy in nats, above which the forward KL is taken",
+        default=1.0,
+        range=(0, None),
+        sparse=False,
+    ),
 }
-
-
-# ---- checks ---------------------------------------------------------------------------------------------------------
 
 
 def check_divergence(divergence: str, beta: float | None) -> float:
     """Returns the beta to use (0 where there is none); raises ValueError for an unknown name or a bad beta."""
     check_choice("divergence", divergence, DIVERGENCES)
     return DIVERGENCES[divergence].check(beta)
-
-
-def _check_inputs(
-    entry: Divergence, student_logits: Tensor, teacher_logits: Tensor, temperature: float, labels: Tensor | None
-) -> None:
-    check_temperature("temperature", temperature)
-    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
-    if entry.needs_labels:
-        check_class_ids(labels, student_logits.shape[:-1])
-
-
-# ---- from logits to nats --------------------------------------------------------------------------------------------
-
-
-def log_probs(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """log softmax(z/T), in the dtype."""
-    logits = logits.to(dtype)
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-
-
-def wide(*logits: Tensor) -> torch.dtype:
-    """float32, or the widest of the tensors' dtypes."""
-    dtype = torch.float32
-    for one in logits:
-        dtype = torch.promote_types(dtype, one.dtype)
-    return dtype
 
 
 def divergence_terms(
@@ -219,7 +193,7 @@ def divergence_terms(
         student_logits: z_s [..., V], any floating dtype.
         teacher_logits: z_t [..., V], the same shape.
         temperature: T > 0, divides both logits.
-        beta: the weight of `jsd` and of the skew divergences, strictly between 0 and 1; None is their default.
+        beta: the parameter of the divergence, if it has one; None is its default.
         labels: [...] class ids, for a divergence that needs them; -100: none.
 
     Returns:
@@ -234,118 +208,9 @@ def divergence_terms(
         >>> terms.tolist()
         [0.25, 0.25]
     """
-    beta, entry = check_divergence(divergence, beta), DIVERGENCES[divergence]
-    _check_inputs(entry, student_logits, teacher_logits, temperature, labels)
-    return _terms(entry, student_logits, teacher_logits, temperature, beta, labels)
-
-
-def _terms(
-    entry: Divergence,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    temperature: float,
-    beta: float,
-    labels: Tensor | None,
-) -> Tensor:
-    dtype = wide(student_logits, teacher_logits)
-    log_p = log_probs(teacher_logits, temperature, dtype)
-    log_q = log_probs(student_logits, temperature, dtype)
-    return entry.of_log_probs(log_p, log_q, beta, labels)
-
-
-_Settings = tuple[Divergence, float, float, Tensor | None]  # entry, temperature, beta, labels
-
-
-def _per_position(
-    entry: Divergence,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    temperature: float,
-    beta: float,
-    labels: Tensor | None,
-) -> Tensor:
-    """The faster of the two ways: nats [...]."""
-    differentiable = torch.is_grad_enabled()
-    if student_logits.numel() < _SMALL or (differentiable and teacher_logits.requires_grad):
-        return _terms(entry, student_logits, teacher_logits, temperature, beta, labels).sum(-1)
-    settings = (entry, temperature, beta, labels)
-    if differentiable and student_logits.requires_grad:
-        return _InBlocks.apply(student_logits, teacher_logits, settings)
-    return _in_blocks(student_logits, teacher_logits, settings, gradient=None)
-
-
-class _InBlocks(torch.autograd.Function):
-    """A divergence whose gradient with respect to z_s is computed beside the value, into the one buffer it saves."""
-
-    @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, teacher_logits: Tensor, settings: _Settings) -> Tensor:
-        gradient = torch.empty(
-            student_logits.shape, dtype=wide(student_logits, teacher_logits), device=student_logits.device
-        )
-        values = _in_blocks(student_logits, teacher_logits, settings, gradient=gradient)
-        ctx.save_for_backward(gradient)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # requires_grad, so that a second derivative meets the error instead of being left out in silence.
-            return _FirstDerivativeOnly.apply(gradient.detach().requires_grad_(), grad_values), None, None
-        return gradient * grad_values.unsqueeze(-1), None, None
-
-
-class _FirstDerivativeOnly(torch.autograd.Function):
-    """The gradient of `_InBlocks` under create_graph=True: usable; a second derivative says what to call instead."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, grad_values: Tensor) -> Tensor:
-        return gradient * grad_values.unsqueeze(-1)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:
-        fail(
-            "student_logits",
-            "differentiated twice",
-            "at most a first derivative of a divergence of large logits",
-            "Use `divergence_terms(divergence, ...).sum(-1)`, the plain formula, for second derivatives.",
-            because="only the gradient is kept",
-            error=RuntimeError,
-        )
-
-
-def _in_blocks(
-    student_logits: Tensor, teacher_logits: Tensor, settings: _Settings, *, gradient: Tensor | None
-) -> Tensor:
-    """Nats [...], block of rows by block of rows; fills `gradient` [..., V] with dD/dz_s where it is given."""
-    entry, temperature, beta, labels = settings
-    labels = None if labels is None else labels.reshape(-1)
-    dtype, device = wide(student_logits, teacher_logits), student_logits.device
-    classes = student_logits.shape[-1]
-    student_rows, teacher_rows = (z.detach().reshape(-1, classes) for z in (student_logits, teacher_logits))
-    positions = student_rows.shape[0]
-    block = max(1, _block_elements(device) // classes)
-    values = torch.empty(positions, dtype=dtype, device=device)
-    gradient_rows = None if gradient is None else gradient.view(-1, classes)
-    for start in range(0, positions, block):
-        rows = slice(start, min(start + block, positions))
-        z_s, z_t = student_rows[rows], teacher_rows[rows]
-        of_rows = None if labels is None else labels[rows]
-        if gradient_rows is None:
-            values[rows] = _terms(entry, z_s, z_t, temperature, beta, of_rows).sum(-1)
-        else:
-            with torch.enable_grad():
-                z_s = z_s.to(dtype).requires_grad_()
-                block_values = _terms(entry, z_s, z_t, temperature, beta, of_rows).sum(-1)
-                gradient_rows[rows] = torch.autograd.grad(block_values.sum(), z_s)[0]
-            values[rows] = block_values.detach()
-    return values.view(student_logits.shape[:-1])
-
-
-def _block_elements(device: torch.device) -> int:
-    if device.type != "cpu":
-        return BLOCK_ACCELERATOR
-    return _BLOCK_ONE_THREAD if torch.get_num_threads() == 1 else _BLOCK_THREADS
+    check_divergence(divergence, beta)
+    terms = DIVERGENCES[divergence]._terms_of(student_logits, teacher_logits, temperature, beta, labels)
+    return terms(student_logits, teacher_logits, labels)
 
 
 # ---- the public functions -------------------------------------------------------------------------------------------
@@ -391,7 +256,7 @@ def reverse_kl(
 ) -> Tensor:
     """KL(q || p) = sum q (log q - log p): the student puts no mass where the teacher has none.
 
-    When to use: a student too small for all the teacher's modes that shall keep to the likely ones; sequence models
+    When to use: a student too small for all the teacher's modes, which is to keep to the likely ones; sequence models
     trained on their own samples (MiniLLM); the KL penalty of a policy q towards a reference policy p.
 
     Args, Returns, Raises: as `forward_kl`; +inf where p = 0 at a class with q > 0.
@@ -505,6 +370,78 @@ def total_variation(
     return DIVERGENCES["total_variation"](student_logits, teacher_logits, temperature=temperature, beta=beta)
 
 
+def dkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    labels: Tensor,
+    temperature: float = 1.0,
+    beta: float | None = None,
+) -> Tensor:
+    """TCKD + beta NCKD: the KL of label or not, and beta times the KL among the other classes, renormalised.
+
+    When to use: classification with a confident teacher, whose knowledge of the other classes the forward KL weighs by
+    1 - p of the label alone: KL(p || q) is the case beta = 1 - p. With two classes NCKD is 0.
+
+    Args: as `forward_kl`; labels: [...] class ids, -100 where there is none: there the forward KL is taken; beta: > 0,
+        default 8.
+    Returns: nats [...], +inf as `forward_kl`. Raises: as `forward_kl`; TypeError without labels.
+
+    Example:
+        >>> student, teacher = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([3.0, 1.0, 0.0])
+        >>> label, p = torch.tensor(0), torch.softmax(teacher, -1)
+        >>> plain = dkd(student, teacher, labels=label, beta=1 - p[0].item())
+        >>> bool(torch.isclose(plain, forward_kl(student, teacher)))
+        True
+
+    Source: Zhao et al. 2022, arXiv:2203.08679.
+    """
+    entry = DIVERGENCES["dkd"]
+    return entry(student_logits, teacher_logits, temperature=temperature, beta=beta, labels=labels)
+
+
+def logit_mse(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """mean over V of (z_s - z_t)²: the logits themselves, without temperature.
+
+    When to use: classifiers of few classes whose student is to copy the logits, offset included.
+
+    Args, Raises: as `forward_kl`; temperature: has no effect, and no T² is multiplied on. Returns: [...] squared
+        logits; classes that both exclude do not count, one that one of them excludes gives +inf.
+
+    Example:
+        >>> logit_mse(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 1.0])).item()
+        2.0
+
+    Source: Ba and Caruana 2014, arXiv:1312.6184; Kim et al. 2021, arXiv:2105.08919.
+    """
+    return DIVERGENCES["logit_mse"](student_logits, teacher_logits, temperature=temperature, beta=beta)
+
+
+def entropy_switch(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """KL(p || q) where the entropy of p is above beta nats, KL(q || p) elsewhere.
+
+    When to use: sequence models: the student covers the teacher where that is uncertain, and keeps to its likely tokens
+    where it is not.
+
+    Args: as `forward_kl`; beta: the threshold of the entropy at T in nats, > 0, default 1 (ours).
+    Returns: nats [...], +inf as the KL that is taken. Raises: as `forward_kl`.
+
+    Example:
+        >>> student, sure, unsure = torch.tensor([[1.0, 0.0]]), torch.tensor([[9.0, 0.0]]), torch.tensor([[0.1, 0.0]])
+        >>> bool(entropy_switch(student, sure, beta=0.5) == reverse_kl(student, sure))
+        True
+        >>> bool(entropy_switch(student, unsure, beta=0.5) == forward_kl(student, unsure))
+        True
+
+    Source: Jin et al. 2026 (EOPD), arXiv:2603.07079, where the forward KL is added instead.
+    """
+    return DIVERGENCES["entropy_switch"](student_logits, teacher_logits, temperature=temperature, beta=beta)
+
+
 def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """H(P) = -sum p log p: the uncertainty of a distribution, in nats.
 
@@ -557,4 +494,4 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temper
     check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
     dtype = wide(student_logits, teacher_logits)
     log_q = log_probs(student_logits, temperature, dtype)
-    return -_weigh(log_probs(teacher_logits, temperature, dtype).exp(), log_q).sum(-1)
+    return -weigh(log_probs(teacher_logits, temperature, dtype).exp(), log_q).sum(-1)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..validation import check_number, check_temperature, check_tensor, fail
-from .checks import check_class_ids
+from .checks import check_class_ids, check_standardized
 from .divergences import DIVERGENCES, check_divergence
 from .projection import OutputProjection, cast_as_autocast
 from .reductions import IGNORE_INDEX, divide, select_positions
-from .sparse_targets import Samples, TopK
+from .sparse_targets import Samples, TopK, check_sparse
 from .tile_sparse import MOST_IDS
 from .tile_types import Setting
 
@@ -30,34 +30,35 @@ GROUP_BYTES = 256 * 2**20  # half precision: gradient rows kept for one product 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedInputs:
-    """The arguments of `fused_linear_distillation`, where they are explained, with the same defaults."""
+    """The arguments of `fused_linear_distillation`, where they are explained."""
 
     student_hidden: Tensor
     student_weight: Tensor
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None
-    labels: Tensor | None = None
-    alpha: float = 0.7
-    temperature: float = 3.0
-    divergence: str = "forward_kl"
-    beta: float | None = None
-    student_bias: Tensor | None = None
-    teacher_bias: Tensor | None = None
-    student_scale: float = 1.0
-    teacher_scale: float = 1.0
-    student_softcap: float | None = None
-    teacher_softcap: float | None = None
-    soft_mask: Tensor | None = None
-    soft_count: float | Tensor | None = None
-    hard_count: float | Tensor | None = None
-    factor: float = 1.0
-    label_smoothing: float = 0.0
-    common_ids: int | None = None
-    teacher_logits: Tensor | None = None
-    teacher_top_k: tuple[Tensor, Tensor, Tensor] | None = None
-    teacher_samples: tuple[Tensor, Tensor, Tensor] | None = None
-    chunk_rows: int | None = None
-    compiled: bool | None = None
+    labels: Tensor | None
+    alpha: float
+    temperature: float
+    divergence: str
+    beta: float | None
+    standardize_logits: bool
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    student_scale: float
+    teacher_scale: float
+    student_softcap: float | None
+    teacher_softcap: float | None
+    soft_mask: Tensor | None
+    soft_count: float | Tensor | None
+    hard_count: float | Tensor | None
+    factor: float
+    label_smoothing: float
+    common_ids: int | None
+    teacher_logits: Tensor | None
+    teacher_top_k: tuple[Tensor, Tensor, Tensor] | None
+    teacher_samples: tuple[Tensor, Tensor, Tensor] | None
+    chunk_rows: int | None
+    compiled: bool | None
 
 
 @dataclass
@@ -133,7 +134,8 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
     if soft is not None and teacher_rows is not None:  # the teacher output elsewhere may be NaN: 0 * NaN
         teacher_rows = teacher_rows.masked_fill(~soft.unsqueeze(1), 0.0)
     sparse = _sparse(g, counted, soft)
-    setting = Setting(g.divergence, beta, float(g.temperature), labels is not None)
+    temperature = DIVERGENCES[g.divergence].temperature(float(g.temperature))
+    setting = Setting(g.divergence, beta, temperature, labels is not None, g.standardize_logits)
     side = OutputProjection(weight.detach(), _detached(bias), g.student_scale, g.student_softcap)
     job = Job(
         setting,
@@ -291,6 +293,11 @@ def _check_shapes(g: FusedInputs) -> None:
             because = "their estimate is unbiased only where the loss is linear in the teacher's probabilities"
             fix = "Give teacher_top_k for the other divergences."
             fail("divergence", repr(g.divergence), "'forward_kl' with teacher_samples", fix, because=because)
+        check_sparse(g.divergence)
+        if g.standardize_logits:
+            because = "log-probabilities at T hold no logits to standardise"
+            fix = "Give the teacher as logits or hidden states."
+            fail("standardize_logits", True, f"False with {given[0]}", fix, because=because)
     else:
         columns[given[0]] = forms[given[0]][..., 0] if forms[given[0]].dim() == 2 else forms[given[0]]
     for name, column in columns.items():
@@ -301,6 +308,8 @@ def _check_shapes(g: FusedInputs) -> None:
         fail("labels", f"of dtype {g.labels.dtype}", "integer ids", "Cast to int64.", error=TypeError)
     if DIVERGENCES[g.divergence].needs_labels:
         check_class_ids(g.labels, hidden.shape[:1])
+    if g.standardize_logits:
+        check_standardized(g.common_ids or weight.shape[0])
     _check_range("labels", g.labels, weight.shape[0])
 
 

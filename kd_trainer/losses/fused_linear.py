@@ -10,6 +10,7 @@ Letters: N positions, V vocabulary, H hidden size; s and t of student and teache
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .divergences import DIVERGENCES
+from .formulas import standardize
 from .fused_arguments import CHUNK_ROWS, FusedInputs, Job, group_rows, read
 from .projection import OutputProjection
 from .reductions import IGNORE_INDEX, wrong_labels
@@ -49,6 +51,7 @@ def fused_linear_distillation(
     temperature: float = 3.0,
     divergence: str = "forward_kl",
     beta: float | None = None,
+    standardize_logits: bool = False,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     student_scale: float = 1.0,
@@ -80,6 +83,7 @@ def fused_linear_distillation(
         alpha: weight of the soft loss, 0 to 1. A term of weight 0 is not added, but its sum is still returned.
         temperature: T > 0 of the soft loss.
         divergence, beta: as in `DIVERGENCES`.
+        standardize_logits: as in `SoftTargetLoss`; in torch alone.
         student_bias: [Vs]; teacher_bias: [Vt].
         student_scale, teacher_scale, student_softcap, teacher_softcap: what some models do to their logits.
         soft_mask: [N] bool, positions of the soft loss; None: those with a label, or all where there are no labels.
@@ -116,35 +120,8 @@ def fused_linear_distillation(
     Source: the gradient beside the loss, chunk by chunk: Hsu et al. 2024 (Liger Kernel), arXiv:2410.10989; the
     divergences' sources stand with `DIVERGENCES`.
     """
-    given = FusedInputs(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        labels=labels,
-        alpha=alpha,
-        temperature=temperature,
-        divergence=divergence,
-        beta=beta,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        student_scale=student_scale,
-        teacher_scale=teacher_scale,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        soft_mask=soft_mask,
-        soft_count=soft_count,
-        hard_count=hard_count,
-        factor=factor,
-        label_smoothing=label_smoothing,
-        common_ids=common_ids,
-        teacher_logits=teacher_logits,
-        teacher_top_k=teacher_top_k,
-        teacher_samples=teacher_samples,
-        chunk_rows=chunk_rows,
-        compiled=compiled,
-    )
-    job, hidden, weight, bias = read(given)
+    given = dict(locals())
+    job, hidden, weight, bias = read(FusedInputs(**given))
     if hidden.shape[0] == 0:
         return _nothing(hidden, weight, bias)
     return FusedLoss(*_Fused.apply(hidden, weight, bias, job, torch.is_grad_enabled()))
@@ -159,14 +136,7 @@ def fused_linear_distillation_plain(
     **options: Any,
 ) -> FusedLoss:
     """The plain twin of `fused_linear_distillation`, its specification: all logits at once, gradients by autograd."""
-    given = FusedInputs(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        labels=labels,
-        **options,
-    )
+    given = inputs_of(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **options)
     job, hidden, weight, bias = read(given)
     if hidden.shape[0] == 0:
         return _nothing(hidden, weight, bias)
@@ -177,6 +147,13 @@ def fused_linear_distillation_plain(
     soft_sum, hard_sum = soft.sum() * job.setting.temperature**2, hard.sum()
     agreement = same.sum().to(hard_sum.dtype)
     return FusedLoss(_mix(job, soft_sum, hard_sum), soft_sum.detach(), hard_sum.detach(), agreement)
+
+
+def inputs_of(*arguments: Any, **options: Any) -> FusedInputs:
+    """The arguments of a call of `fused_linear_distillation`, with its defaults."""
+    bound = inspect.signature(fused_linear_distillation).bind(*arguments, **options)
+    bound.apply_defaults()
+    return FusedInputs(**bound.arguments)
 
 
 # ---- from logits to sums --------------------------------------------------------------------------------------------
@@ -208,10 +185,12 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
     else:
         assert z_t is not None
         dense = (z_t if n is None else z_t[:, :n]).to(z_s.dtype)
-        log_q = torch.log_softmax(common / setting.temperature, -1)
-        log_p = torch.log_softmax(dense / setting.temperature, -1)
         same = ((common == common.amax(-1, True)) & (dense == dense.amax(-1, True))).any(-1)
-        soft = DIVERGENCES[setting.divergence].of_log_probs(log_p, log_q, setting.beta, known).sum(-1)
+        entry, compared = DIVERGENCES[setting.divergence], (dense, common)
+        if setting.standardized:
+            compared = (standardize(dense), standardize(common))
+        of_teacher, of_student = (entry.arguments(z / setting.temperature) for z in compared)
+        soft = entry.evaluate(of_teacher, of_student, setting.beta, known).sum(-1)
     if job.soft is not None:
         counted = job.soft[rows]
         soft, same = torch.where(counted, soft, 0.0), same & counted

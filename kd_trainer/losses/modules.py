@@ -1,4 +1,4 @@
-"""Modules and one fit: settings in, one call out.
+"""Losses as modules: settings in, one call out.
 
 For: those who write their own training loop, and the trainer's soft loss. Leaves formulas to `divergences.py` and
 `distributions.py`, masks and denominators to `reductions.py`.
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..validation import check_choice, check_number, check_temperature, check_tensor, fail
-from .checks import check_class_ids, check_logits
-from .divergences import DIVERGENCES, check_divergence, divergence_terms, wide
+from .checks import check_class_ids, check_logits, check_standardized
+from .divergences import DIVERGENCES, check_divergence, divergence_terms
+from .formulas import standardize, wide
 from .reductions import IGNORE_INDEX, REDUCTIONS, as_mask, masked_sum, reduce_terms, reduce_total, select_positions
 
 
@@ -37,7 +38,9 @@ class SoftTargetLoss(nn.Module):
     Args:
         temperature: T > 0; 1 compares the distributions as they are, 2 to 5 is usual. Default 1.
         divergence: a key of `DIVERGENCES`; see the function of that name. Default 'forward_kl'.
-        beta: see `jsd` and the skew divergences; None for their default, and for all others.
+        beta: the parameter of the divergence, if it has one; None for its default.
+        standardize_logits: whether both sides' logits become (z - mean) / std over the classes before T; see
+            `formulas.standardize`. Three classes at least: of two, all that is left is which is larger.
         reduction: 'none' (elementwise [..., V]), 'sum', 'mean' (over elements), 'batchmean' (sum / B: on [B, S, V] per
             sequence) or 'tokenmean' (sum / counted positions); see `reductions.reduce_terms`. Default 'batchmean'.
         ignore_index: positions with this label are not counted. Default -100.
@@ -68,6 +71,7 @@ class SoftTargetLoss(nn.Module):
         temperature: float = 1.0,
         divergence: str = "forward_kl",
         beta: float | None = None,
+        standardize_logits: bool = False,
         reduction: str = "batchmean",
         ignore_index: int = -100,
     ) -> None:
@@ -78,12 +82,18 @@ class SoftTargetLoss(nn.Module):
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             fail("ignore_index", repr(ignore_index), "a whole number", "Leave it at -100.", error=TypeError)
         self.temperature, self.divergence, self.beta = temperature, divergence, beta
+        self.standardize_logits = standardize_logits
         self.reduction, self.ignore_index = reduction, ignore_index
 
     @property
     def needs_labels(self) -> bool:
         """Whether the divergence reads the label of a position."""
         return DIVERGENCES[self.divergence].needs_labels
+
+    @property
+    def scale(self) -> float:
+        """T², which multiplies the divergence; 1 for one that has no temperature."""
+        return DIVERGENCES[self.divergence].temperature(self.temperature) ** 2
 
     def forward(
         self,
@@ -125,9 +135,12 @@ class SoftTargetLoss(nn.Module):
         if counted is not None:
             student_logits, teacher_logits = (select_positions(z, counted) for z in (student_logits, teacher_logits))
             read = {name: select_positions(x, counted) for name, x in read.items()}
+        if self.standardize_logits:
+            check_standardized(shape[-1])
+            student_logits, teacher_logits = standardize(student_logits), standardize(teacher_logits)
         divergence = DIVERGENCES[self.divergence]
         values = divergence(student_logits, teacher_logits, temperature=self.temperature, beta=self.beta, **read)
-        total = values.sum() if self.temperature == 1 else values.sum() * self.temperature**2
+        total = values.sum() if self.scale == 1 else values.sum() * self.scale
         return reduce_total(total, self.reduction, shape=shape, positions=values.numel())
 
     def _elementwise(
@@ -136,13 +149,17 @@ class SoftTargetLoss(nn.Module):
         if counted is not None:  # before the formula too, whose gradient at NaN would be NaN
             hidden = ~counted.unsqueeze(-1)
             student_logits, teacher_logits = (z.masked_fill(hidden, 0.0) for z in (student_logits, teacher_logits))
+        if self.standardize_logits:
+            check_standardized(student_logits.shape[-1])
+            student_logits, teacher_logits = standardize(student_logits), standardize(teacher_logits)
         terms = divergence_terms(
             self.divergence, student_logits, teacher_logits, temperature=self.temperature, beta=self.beta, **read
         )
-        return reduce_terms(terms * self.temperature**2, counted, reduction="none")
+        return reduce_terms(terms * self.scale, counted, reduction="none")
 
     def extra_repr(self) -> str:
         beta = "" if self.beta is None else f", beta={self.beta}"
+        beta += ", standardize_logits=True" if self.standardize_logits else ""
         return (
             f"temperature={self.temperature}, divergence={self.divergence!r}{beta}, reduction={self.reduction!r}, "
             f"ignore_index={self.ignore_index}"
@@ -168,7 +185,7 @@ class DistillationLoss(nn.Module):
     Args:
         alpha: the weight of the SOFT loss, in [0, 1]. Default 0.7. (Some texts put their alpha on the hard loss.)
         temperature: T > 0 of the soft loss. Default 3.
-        divergence, beta: see `SoftTargetLoss`.
+        divergence, beta, standardize_logits: see `SoftTargetLoss`.
         reduction: 'batchmean' (both sums / B), 'tokenmean' (each sum / its counted positions) or 'sum'. ('mean' would
             divide the soft loss by V and the hard loss not.)
         ignore_index: the label of what has no hard loss. Default -100.
@@ -197,6 +214,7 @@ class DistillationLoss(nn.Module):
         temperature: float = 3.0,
         divergence: str = "forward_kl",
         beta: float | None = None,
+        standardize_logits: bool = False,
         reduction: str = "batchmean",
         ignore_index: int = -100,
     ) -> None:
@@ -205,7 +223,12 @@ class DistillationLoss(nn.Module):
         check_choice("reduction", reduction, ("batchmean", "tokenmean", "sum"))
         self.alpha = alpha
         self.soft_loss = SoftTargetLoss(
-            temperature=temperature, divergence=divergence, beta=beta, reduction=reduction, ignore_index=ignore_index
+            temperature=temperature,
+            divergence=divergence,
+            beta=beta,
+            standardize_logits=standardize_logits,
+            reduction=reduction,
+            ignore_index=ignore_index,
         )
 
     def forward(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .reductions import IGNORE_INDEX
 
-_LARGEST = 2**15  # elements; above it arithmetic rules, and the blocks of `divergences.py` need less memory
+_LARGEST = 2**15  # elements; above it arithmetic rules, and the blocks of `formulas.py` need less memory
 
 
 class SmallBatchLoss(NamedTuple):

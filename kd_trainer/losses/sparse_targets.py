@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..validation import check_temperature, fail
 from .checks import check_class_ids, check_logits
-from .divergences import BLOCK_ACCELERATOR, DIVERGENCES, check_divergence, log_probs, wide
+from .divergences import DIVERGENCES, check_divergence
+from .formulas import BLOCK_ACCELERATOR, log_probs, wide
 
 _BLOCK = 2**19  # logits that a processor reads at once: the buffers stay in its cache
 
@@ -171,7 +172,7 @@ def top_k_divergence(
         student_logits: z_s [..., V], any floating dtype.
         teacher: `TopK`, ids of any integer dtype.
         temperature: T > 0 of the student, and of `teacher`.
-        divergence, beta: as in `DIVERGENCES`.
+        divergence, beta: as in `DIVERGENCES`, of those with `sparse`.
         labels: [...] class ids, for a divergence that needs them; one that is not among the kept ids counts as none.
 
     Returns:
@@ -190,6 +191,7 @@ def top_k_divergence(
     Source: as `top_k`.
     """
     beta = check_divergence(divergence, beta)
+    check_sparse(divergence)
     _check_sparse(student_logits, temperature, teacher, [teacher.ids, teacher.log_probs], teacher.log_tail)
     if DIVERGENCES[divergence].needs_labels:
         check_class_ids(labels, student_logits.shape[:-1])
@@ -216,7 +218,7 @@ def bucket_divergence(
     log_p = torch.cat((teacher.log_probs, teacher.log_tail.unsqueeze(-1)), -1).to(log_q.dtype)
     entry = DIVERGENCES[divergence]
     labels = bucket_labels(ids, labels) if entry.needs_labels else None
-    return entry.of_log_probs(log_p, log_q, beta, labels).sum(-1)
+    return entry.evaluate(log_p, log_q, beta, labels).sum(-1)
 
 
 def sampled_forward_kl(student_logits: Tensor, teacher: Samples, *, temperature: float = 1.0) -> Tensor:
@@ -250,6 +252,15 @@ def sampled_forward_kl(student_logits: Tensor, teacher: Samples, *, temperature:
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_sparse(divergence: str) -> None:
+    """Raises ValueError unless the divergence is defined over the buckets of a top-k."""
+    if not DIVERGENCES[divergence].sparse:
+        having = ", ".join(f"'{name}'" for name, entry in DIVERGENCES.items() if entry.sparse)
+        because = "it needs every class of the teacher"
+        fix = "Give the teacher as logits or hidden states for this one."
+        fail("divergence", repr(divergence), f"one of {having} with a top-k", fix, because=because)
 
 
 def _check_sparse(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kernels import C_DIVERGENCES, PAYS_FROM, can_compile, tile_on_cpu
 from ..validation import warn
 from .divergences import DIVERGENCES
+from .formulas import standardize
 from .reductions import IGNORE_INDEX, wrong_labels
 from .tile_types import Rows, Setting, halves_of, widened
 
@@ -79,15 +80,22 @@ def _block_loss(
     s, slope = widened(student), None
     with torch.set_grad_enabled(gradient):
         s = s.detach().requires_grad_(gradient)
-        log_q, log_p = torch.log_softmax(s, -1), torch.log_softmax(widened(teacher), -1)
-        soft = entry.of_log_probs(log_p, log_q, setting.beta, labels).sum(-1)
+        t, compared = widened(teacher), s
+        if setting.standardized:
+            t, compared = standardize(t) / temperature, standardize(s) / temperature
+        of_teacher, of_student = entry.arguments(t), entry.arguments(compared)
+        soft = entry.evaluate(of_teacher, of_student, setting.beta, labels).sum(-1)
         if gradient:
             (slope,) = torch.autograd.grad(soft, s, weights[:, 0].to(soft.dtype))
-    hard, soft, log_q = torch.zeros_like(soft), soft.detach(), log_q.detach()
+    hard, soft = torch.zeros_like(soft), soft.detach()
     if setting.hard:
         labels = torch.full_like(same, IGNORE_INDEX, dtype=torch.int64) if labels is None else labels
         labelled, index = labels >= 0, labels.clamp(min=0).unsqueeze(1)
-        log_hard = log_q if temperature == 1 else torch.log_softmax(log_q.mul_(temperature), -1)
+        if entry.of_logits or setting.standardized:
+            log_hard = torch.log_softmax(s.detach() * temperature, -1)
+        else:
+            log_q = of_student.detach()
+            log_hard = log_q if temperature == 1 else torch.log_softmax(log_q.mul_(temperature), -1)
         at_label = log_hard.gather(1, index)
         hard = torch.where(labelled, -at_label.squeeze(1), 0.0)
         if slope is not None:
@@ -101,6 +109,8 @@ def _block_loss(
 
 def accelerator_of(setting: Setting, *tiles: Tensor) -> str | None:
     """Which kernel can take these tiles: "triton", "c" or None; both have the divergences they have."""
+    if setting.standardized:
+        return None
     if tiles[0].is_cuda:
         from ..kernels.tile_triton import TRITON_DIVERGENCES, has_triton
 

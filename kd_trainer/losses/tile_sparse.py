@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import can_compile, overwrite_on_cpu, sparse_tile_on_cpu, sums_on_cpu
-from .divergences import DIVERGENCES, wide
+from .divergences import DIVERGENCES
+from .formulas import wide
 from .sparse_targets import Samples, TopK, bucket_labels
 from .tile import block_rows, compile_pays, same_compiled, without_wrong
 from .tile_types import Rows, Setting, halves_of, power_of, widened
@@ -129,7 +130,7 @@ def _bucket_slopes(
     labels = bucket_labels(teacher.ids, labels) if entry.needs_labels else None
     with torch.set_grad_enabled(gradient):
         log_q.requires_grad_(gradient)
-        soft = entry.of_log_probs(log_p, log_q, setting.beta, labels).sum(-1, True)
+        soft = entry.evaluate(log_p, log_q, setting.beta, labels).sum(-1, True)
         slopes = torch.autograd.grad(soft.sum(), log_q)[0] if gradient else None
     log_q.requires_grad_(False)
     return soft.detach(), slopes

@@ -25,6 +25,7 @@ class Setting(NamedTuple):
     beta: float
     temperature: float
     hard: bool
+    standardized: bool = False  # whether the divergence is that of standardised logits
     excluding: bool = False  # whether logits may be -inf unknown to us, which the Triton kernel alone allows
 
 

@@ -105,7 +105,7 @@ class LiveTeacher:
         """`name` and `parameters`, for the summary."""
         return {"name": name_of(self.model), "parameters": count_parameters(self.model)}
 
-    def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:
+    def check_objective(self, divergence: str, temperatures: Sequence[float], standardize: bool = False) -> None:
         """Logits serve every loss."""
 
     def release(self, student: nn.Module) -> None:

@@ -72,7 +72,7 @@ class Teacher(Protocol):
     ) -> Classes | None:
         """`match_classes` with the student; None where the classes of the task have no names."""
 
-    def check_objective(self, divergence: str, temperatures: Sequence[float]) -> None:
+    def check_objective(self, divergence: str, temperatures: Sequence[float], standardize: bool = False) -> None:
         """Raises ValueError where the loss needs what its outputs do not hold."""
 
     def output(

@@ -98,6 +98,10 @@ class DistillationArguments:
             + "."
         },
     )
+    kd_standardize_logits: bool = field(
+        default=False,
+        metadata={"help": "Both models' logits become (z - mean) / std over the classes before the temperature."},
+    )
     kd_reduction: str = field(
         default="batchmean",
         metadata={"help": "Denominator of both losses: batchmean (rows) or tokenmean (counted positions)."},

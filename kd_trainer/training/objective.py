@@ -102,6 +102,17 @@ class Objective:
     positions: str = "labels"
     label_smoothing: float = 0.0
     added: tuple[Term, ...] = ()
+    standardize_logits: bool = False
+
+    def soft_loss(self) -> SoftTargetLoss:
+        """The sum of the soft loss over logits."""
+        return SoftTargetLoss(
+            temperature=self.temperature,
+            divergence=self.divergence,
+            beta=self.beta,
+            standardize_logits=self.standardize_logits,
+            reduction="sum",
+        )
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -116,7 +127,9 @@ class Objective:
         """
         soft = self.divergence if task is None else task.soft_term(self.divergence)
         if task is None or task.tempered:
-            soft += ("" if self.beta is None else f", beta={self.beta:g}") + f", T={self.temperature:g}"
+            soft += "" if self.beta is None else f", beta={self.beta:g}"
+            soft += "" if DIVERGENCES[self.divergence].of_logits else f", T={self.temperature:g}"
+            soft += ", standardized logits" if self.standardize_logits else ""
         hard, first, *added = ((term.name, term.weight) for term in self.terms)
         terms = [(f"soft({soft})", first[1]), hard, *added]
         weighed = [(name, weight) for name, weight in terms if not callable(weight) and weight != 0]
@@ -183,7 +196,8 @@ class Objective:
         hard_count, soft_count = self._denominators(counts)
 
         plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not task.softmax
-        if not plain and not takes_own and isinstance(teacher, Tensor) and is_small(chosen, teacher):
+        plain = plain or takes_own or self.standardize_logits
+        if not plain and isinstance(teacher, Tensor) and is_small(chosen, teacher):
             parts = self._small_batch(chosen, teacher, labels, float(soft_count), float(hard_count), counts)
             if parts is not None:
                 return parts
@@ -286,6 +300,7 @@ class Objective:
             temperature=self.temperature,
             divergence=self.divergence,
             beta=self.beta,
+            standardize_logits=self.standardize_logits,
             soft_mask=None if mask is None else mask.flatten(),
             soft_count=soft_count,
             hard_count=hard_count,

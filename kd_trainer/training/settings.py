@@ -90,6 +90,6 @@ class Settings:
         if (alpha, temperature) not in self._objectives:
             divergence, beta = kd.kd_divergence, kd.kd_beta
             settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, self._smoothing, self.added)
-            soft_loss = SoftTargetLoss(temperature=temperature, divergence=divergence, beta=beta, reduction="sum")
-            self._objectives = {(alpha, temperature): (Objective(alpha, temperature, *settings), soft_loss)}
+            objective = Objective(alpha, temperature, *settings, standardize_logits=kd.kd_standardize_logits)
+            self._objectives = {(alpha, temperature): (objective, objective.soft_loss())}
         return self._objectives[alpha, temperature]

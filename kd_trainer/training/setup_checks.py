@@ -210,7 +210,8 @@ def cache(first: FirstBatch) -> None:
         expected = f"{manifest['positions']!r}, the positions that the teacher cache holds"
         fail("kd_positions", repr(kd.kd_positions), expected, f"Set it to {manifest['positions']}.")
     ends = (kd.kd_temperature, kd.kd_temperature_end)
-    teacher.check_objective(kd.kd_divergence, [end for end in ends if end is not None])
+    temperatures = [end for end in ends if end is not None]
+    teacher.check_objective(kd.kd_divergence, temperatures, kd.kd_standardize_logits)
     first.known_by, student_tokens = manifest["known_by"], tokenizer_identity(first.trainer.processing_class)
     if kept.over_tokens and student_tokens is not None and manifest["tokenizer"] is not None:
         if student_tokens != manifest["tokenizer"]:
@@ -233,6 +234,8 @@ def settings(first: FirstBatch) -> str | None:
     if not task.tempered and kd.kd_divergence != "forward_kl":
         expected = "'forward_kl' (the default) in a regression, whose soft loss is the squared error"
         fail("kd_divergence", repr(kd.kd_divergence), expected, "Leave it out.")
+    if not task.tempered and kd.kd_standardize_logits:
+        fail("kd_standardize_logits", True, "False in a regression, whose outputs are no logits", "Leave it out.")
     if kd.kd_remap_labels and not task.named_classes:
         because = "its outputs are no classes with names of their own"
         fail("kd_remap_labels", True, f"False for the task {task.name!r}", "Leave it out.", because=because)

@@ -454,12 +454,26 @@ def test_a_cache_of_the_hub(built, tmp_path, monkeypatch):
 
 # ---- sweeps: what each format serves ----
 
-SETTINGS = {"alpha": {"kd_alpha": 0.2}, "temperature": {"kd_temperature": 1.5}, "divergence": {"kd_divergence": "jsd"}}
+SETTINGS = {
+    "alpha": {"kd_alpha": 0.2},
+    "temperature": {"kd_temperature": 1.5},
+    "divergence": {"kd_divergence": "jsd"},
+    "dkd": {"kd_divergence": "dkd", "kd_beta": 1.0},
+    "logit_mse": {"kd_divergence": "logit_mse"},
+    "entropy_switch": {"kd_divergence": "entropy_switch"},
+    "standardized": {"kd_standardize_logits": True},
+}
+DENSE = {"dkd", "logit_mse", "entropy_switch", "standardized"}
 
 
 @pytest.mark.parametrize(
     ("form", "refused"),
-    [("logits", set()), ("hidden", set()), ("topk", {"temperature"}), ("sampled", {"temperature", "divergence"})],
+    [
+        ("logits", set()),
+        ("hidden", set()),
+        ("topk", {"temperature", *DENSE}),
+        ("sampled", {"temperature", "divergence", *DENSE}),
+    ],
 )
 def test_what_a_format_serves(form, refused, built, tmp_path):
     for name, setting in SETTINGS.items():
@@ -467,11 +481,11 @@ def test_what_a_format_serves(form, refused, built, tmp_path):
         if name in refused:
             expected = {
                 "temperature": "`kd_temperature` is 1.5; expected 3, for which",
-                "divergence": "`kd_divergence` is 'jsd'",
-            }
+                "standardized": "`kd_standardize_logits` is True",
+            }.get(name, f"`kd_divergence` is '{setting.get('kd_divergence')}'")
             with pytest.raises(ValueError, match="teacher cache") as error:
                 trainer.train()
-            assert expected[name] in str(error.value)
+            assert expected in str(error.value)
         else:
             found = losses(trainer)
             if form in ("logits", "hidden"):

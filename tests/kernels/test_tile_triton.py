@@ -16,13 +16,12 @@ from unittest import mock
 import pytest
 import torch
 
-from kd_trainer.kernels.tile_triton import has_triton, tile_on_device
-from kd_trainer.losses.divergences import DIVERGENCES
+from kd_trainer.kernels.tile_triton import TRITON_DIVERGENCES, has_triton, tile_on_device
 from kd_trainer.losses.tile import tile_loss
 from kd_trainer.losses.tile_types import Setting
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-each_divergence = pytest.mark.parametrize("divergence", list(DIVERGENCES))
+each_divergence = pytest.mark.parametrize("divergence", TRITON_DIVERGENCES)
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -293,7 +292,7 @@ def test_tops_that_differ_by_a_rounding(interpreter):
 @pytest.mark.parametrize(
     ("divergence", "temperature", "dtype", "hard", "gradient"),
     [
-        *((name, 2.0, "bfloat16", True, True) for name in DIVERGENCES),
+        *((name, 2.0, "bfloat16", True, True) for name in TRITON_DIVERGENCES),
         ("jsd", 0.7, "float32", True, True),
         ("symmetric_kl", 1.0, "bfloat16", False, False),
     ],

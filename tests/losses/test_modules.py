@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_trainer.losses import divergences
+from kd_trainer.losses import formulas
 from kd_trainer.losses.calibration import fit_temperature
 from kd_trainer.losses.distributions import KLDivergenceLoss
 from kd_trainer.losses.divergences import DIVERGENCES, divergence_terms, forward_kl
@@ -36,7 +36,7 @@ def kl_div(student, teacher, reduction, temperature):
 @pytest.mark.parametrize("shape", [(6, 5), (3, 4, 5)])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 def test_soft_target_loss_equals_torch_times_t_squared(monkeypatch, reduction, shape, temperature, small):
-    monkeypatch.setattr(divergences, "_SMALL", small)
+    monkeypatch.setattr(formulas, "_SMALL", small)
     teacher = logits(*shape, seed=1)
     ours, theirs = (logits(*shape, seed=2).requires_grad_() for _ in range(2))
     value = SoftTargetLoss(temperature=temperature, reduction=reduction)(ours, teacher)
@@ -49,13 +49,15 @@ def test_soft_target_loss_equals_torch_times_t_squared(monkeypatch, reduction, s
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_soft_target_loss_of_every_divergence(name):
-    student, teacher = logits(4, 6, seed=1), logits(4, 6, seed=2)
-    value = SoftTargetLoss(divergence=name, temperature=2.0, reduction="sum")(student, teacher)
-    expected = divergence_terms(name, student, teacher, temperature=2.0).sum() * 4
-    torch.testing.assert_close(value, expected)
-    beta = 0.3 if name in ("jsd", "skew_forward_kl", "skew_reverse_kl") else None
-    value = SoftTargetLoss(divergence=name, beta=beta, reduction="tokenmean")(student, teacher)
-    torch.testing.assert_close(value, DIVERGENCES[name](student, teacher, beta=beta).mean())
+    student, teacher, entry = logits(4, 6, seed=1), logits(4, 6, seed=2), DIVERGENCES[name]
+    labels, scale = torch.arange(4) if entry.needs_labels else None, 1 if entry.of_logits else 4
+    loss = SoftTargetLoss(divergence=name, temperature=2.0, reduction="sum")
+    expected = divergence_terms(name, student, teacher, temperature=2.0, labels=labels).sum() * scale
+    torch.testing.assert_close(loss(student, teacher, class_labels=labels), expected)
+    beta = None if entry.parameter is None else 0.3
+    loss = SoftTargetLoss(divergence=name, beta=beta, reduction="tokenmean")
+    expected = entry(student, teacher, beta=beta, labels=labels).mean()
+    torch.testing.assert_close(loss(student, teacher, class_labels=labels), expected)
 
 
 def test_gradient_keeps_its_size_when_temperature_grows():
@@ -79,10 +81,14 @@ def test_masked_positions_do_not_exist(name):
         [("sum", 1), ("mean", 20), ("batchmean", 3), ("tokenmean", 4), ("none", None)],
     ):
         teacher, student = logits(3, 4, 5, seed=1), logits(3, 4, 5, seed=2)
-        per_position = DIVERGENCES[name](student, teacher, temperature=2.0) * 4
+        entry = DIVERGENCES[name]
+        known = LABELS.clamp(min=0) if entry.needs_labels else None
+        per_position = entry(student, teacher, temperature=2.0, labels=known) * (1 if entry.of_logits else 4)
         teacher[~MASK], student[~MASK] = NAN, INF
         student.requires_grad_()
-        value = SoftTargetLoss(temperature=2.0, divergence=name, reduction=reduction)(student, teacher, **how)
+        value = SoftTargetLoss(temperature=2.0, divergence=name, reduction=reduction)(
+            student, teacher, class_labels=known, **how
+        )
         if denominator is None:
             torch.testing.assert_close(value.sum(-1), per_position * MASK)
         else:

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from kd_trainer import DistillationTrainer
 from kd_trainer.losses import fused_arguments
 from kd_trainer.losses.divergences import DIVERGENCES
-from kd_trainer.losses.fused_linear import fused_linear_distillation, fused_linear_distillation_plain
+from kd_trainer.losses.fused_linear import fused_linear_distillation, fused_linear_distillation_plain, inputs_of
 from kd_trainer.losses.sparse_targets import Samples, TopK
 from kd_trainer.losses.tile import tile_loss
 from kd_trainer.losses.tile_sparse import sparse_tile_loss
@@ -120,7 +120,7 @@ def test_the_plain_rows(monkeypatch):
 KERNEL = """
 import torch
 from kd_trainer.losses.tile import Setting, tile_loss
-from kd_trainer.kernels.tile_triton import tile_on_device
+from kd_trainer.kernels.tile_triton import TRITON_DIVERGENCES, tile_on_device
 from kd_trainer.losses.divergences import DIVERGENCES
 from tests.tasks import test_wrong_labels as t
 
@@ -144,7 +144,7 @@ for dtype in (torch.int64, torch.int32):
     buffer[1:-1, 3:-6] = torch.nan
     assert buffer.isnan().all()
 
-for divergence in DIVERGENCES:
+for divergence in TRITON_DIVERGENCES:
     for hard in (True, False):
         setting = Setting(divergence, 0.3, 2.0, hard, True)
         for who in t.EXCLUDED:
@@ -231,13 +231,13 @@ def test_what_is_unknown_goes_to_the_kernel_where_it_is(monkeypatch):
     """Models without a bias, whose logits are products, are not slowed by any of it."""
     monkeypatch.setattr(fused_arguments, "excludes", lambda tensor: None)
     (hidden, weight, _, _, labels), options = case("neither")
-    job = fused_arguments.read(fused_arguments.FusedInputs(
+    job = fused_arguments.read(inputs_of(
         student_hidden=hidden, student_weight=weight, teacher_hidden=None, teacher_weight=None, labels=labels, **options
     ))[0]  # fmt: skip
     assert job.setting.excluding
     assert not job.plain_rows
     del options["teacher_logits"]
-    job = fused_arguments.read(fused_arguments.FusedInputs(
+    job = fused_arguments.read(inputs_of(
         student_hidden=hidden, student_weight=weight, teacher_hidden=hidden, teacher_weight=weight, labels=labels
     ))[0]  # fmt: skip
     assert not job.setting.excluding

@@ -358,6 +358,11 @@ def a_divergence_between_numbers(tmp_path):
     tiny.trainer("regression", tmp_path, kd_divergence="jsd").train()
 
 
+@case("kd_standardize_logits", "Leave it out", "True; expected False in a regression")
+def standardised_regression(tmp_path):
+    tiny.trainer("regression", tmp_path, kd_standardize_logits=True).train()
+
+
 @case("label_smoothing_factor", "Leave it out", "0.1; expected 0 for the task 'question_answering'")
 def smoothing_where_there_are_no_classes(tmp_path):
     tiny.trainer("question_answering", tmp_path, label_smoothing_factor=0.1).train()

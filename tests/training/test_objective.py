@@ -294,6 +294,12 @@ def test_without_an_end_nothing_moves(schedule):
             "multi_label_classification",
             "loss = 0.5 * soft(forward_kl per label, T=2) + 0.5 * hard, per row",
         ),
+        (Objective(0.5, 2.0, "logit_mse"), "causal_lm", "loss = 0.5 * soft(logit_mse) + 0.5 * hard, per row"),
+        (
+            Objective(0.5, 2.0, standardize_logits=True),
+            "causal_lm",
+            "loss = 0.5 * soft(forward_kl, T=2, standardized logits) + 0.5 * hard, per row",
+        ),
         (Objective(0.5, 2.0), "regression", "loss = 0.5 * soft(squared error) + 0.5 * hard, per row"),
         (Objective(0.5, 2.0), None, "loss = 0.5 * soft(forward_kl, T=2) + 0.5 * hard, per row"),
     ],
