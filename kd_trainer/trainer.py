@@ -36,7 +36,7 @@ from .training.step_loss import MicroBatch, TeacherOutputs, counts_of, counts_of
 from .training.teacher_cache import TeacherCache
 from .training.terms import TermModules
 
-if TYPE_CHECKING:  # at run time the mixin has no base of its own, so that it fits in front of any Trainer class
+if TYPE_CHECKING:  # at run time the mixin has no base, so that it can stand in front of any Trainer class
     _InFrontOf = Trainer
 else:
     _InFrontOf = object
@@ -100,7 +100,7 @@ class DistillationMixin(_InFrontOf):
         self._plan: Plan | None = None
         self._started, self._term_modules = False, TermModules()
         self._teacher_outputs = TeacherOutputs(cache.at_hand)
-        self._predicting = self._loss_only = False  # in a `prediction_step`; in one whose outputs are thrown away
+        self._predicting = self._loss_only = False  # in a `prediction_step`; in one whose outputs are dropped
         self._metrics_buffer = MetricsBuffer(self.args.device)
         self._evaluation: Evaluation | None = None
         finite_mode = self._run_settings.finite_mode(self.args.device.type)
@@ -379,10 +379,10 @@ class DistillationMixin(_InFrontOf):
         def distilled(**_: Any) -> dict[str, Tensor]:
             return {"loss": self.compute_loss(model, inputs)}
 
-        # `generate` refuses columns that only the teacher reads.
+        # `generate` rejects columns that only the teacher reads.
         if self._plan is not None and self._plan.model is self.model:
             accepted = self._plan.accepted
-        else:  # dear, where DeepSpeed is installed
+        else:  # slow where DeepSpeed is installed
             accepted = accepted_inputs(self.unwrapped_student(), label_names=self.label_names)
         taken = model_inputs(inputs, accepted)
         own = {name: value for name, value in inputs.items() if name in taken or name in self.label_names}

@@ -38,7 +38,7 @@ def about_student(student: nn.Module, *, fp16: bool) -> list[CheckResult]:
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
     rows = [ok("student", describe(student))]
     if not trained:
-        fix = "Call requires_grad_(True) on what shall be trained."
+        fix = "Call requires_grad_(True) on what is to be trained."
         rows.append(error("trained", "no parameter of the student requires a gradient", fix))
     elif frozen:
         found = f"{len(trained)} of {len(parameters)} parameters; frozen are {_some(frozen)}"
@@ -72,15 +72,15 @@ def about_teacher(
     rows = [warning("teacher", found, swapped) if ratio < 1 else ok("teacher", found)]
     if not called:
         fix = "Raise kd_alpha, or leave the teacher out."
-        rows.append(warning("teacher", "kd_alpha is 0: it is asked in evaluation alone", fix))
+        rows.append(warning("teacher", "kd_alpha is 0: it is run in evaluation alone", fix))
     training = any(module.training for module in model.modules())
     open_to = sum(p.requires_grad for p in model.parameters())
     if training or open_to:
         came = [f"{open_to} trainable parameters"] * bool(open_to) + ["training mode"] * training
-        rows.append(ok("teacher's mode", f"it came with {' and in '.join(came)}; it is asked frozen, in eval mode"))
+        rows.append(ok("teacher's mode", f"it came with {' and in '.join(came)}; it runs frozen, in eval mode"))
     fresh = newly_initialised(model)
     if fresh:
-        found = f"its checkpoint does not hold {_some(fresh)}: newly initialised, they teach noise"
+        found = f"its checkpoint does not hold {_some(fresh)}: newly initialised, the teacher is random"
         fix = "Fine-tune the teacher first; nothing to do if that was done in this script."
         rows.append(warning("teacher's head", found, fix))
     if device.type == "cuda" and not mixed and size > 10**8 and next(model.parameters()).dtype == torch.float32:
@@ -288,7 +288,7 @@ def about_images(student: nn.Module, teacher: nn.Module | None, batch: Mapping[s
             fix = f"Give the {side} images from its own image processor, in the column {where}."
             found = f"{got[0]} x {got[1]}; the {side} was made for {wanted[0]} x {wanted[1]}"
             results.append(warning("images", found, fix))
-    return results or [ok("images", f"{pixels.shape[-2]} x {pixels.shape[-1]}, as the configs say")]
+    return results or [ok("images", f"{pixels.shape[-2]} x {pixels.shape[-1]}, as in the configs")]
 
 
 def about_columns(
@@ -323,7 +323,7 @@ def about_settings(args: Any, task: Task, objective: Objective) -> list[CheckRes
         results.append(warning("temperature", found, "Take one from 1 to 20."))
     best = getattr(args, "metric_for_best_model", None)
     if getattr(args, "load_best_model_at_end", False) and best in (None, "loss", "eval_loss"):
-        fix = 'Set metric_for_best_model to "hard_loss" or your own metric if the task alone shall decide.'
+        fix = 'Set metric_for_best_model to "hard_loss" or your own metric if the task alone is to decide.'
         results.append(ok("best model", "chosen by eval_loss, the mixture of hard and soft loss", fix))
     return results
 
@@ -336,7 +336,7 @@ def about_path(plan: Plan, student: nn.Module, wanted: str) -> list[CheckResult]
         return [ok("loss path", path[-1]), *others]
     rows, why = vocabulary_rows(student, written=True), "there is no teacher in the loss"
     if wanted == "full":
-        why = "kd_loss_implementation asks for them"
+        why = "kd_loss_implementation is full"
     elif not plan.task.over_tokens:
         why = f"the task {plan.task.name} has few classes"
     elif rows is not None and rows < SMALL_VOCABULARY:

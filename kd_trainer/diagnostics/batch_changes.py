@@ -29,7 +29,7 @@ def pieces_of(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]] | Non
 
 
 def padded(batch: Mapping[str, Any], task: Task, more: int, pad_id: int, *, left: bool) -> dict[str, Any] | None:
-    """The batch with `more` positions of padding in each row; None without a mask, or with position ids of its own."""
+    """The batch with `more` positions of padding in each row; None without a mask, or with position ids."""
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
     plain = isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == 2 and mask.shape == ids.shape
     if not plain or {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"} & set(batch):

@@ -76,7 +76,7 @@ def estimate_memory(
         batch_size: rows that a process reads at once; sequence_length: tokens of a row.
         batch: instead of these two, for models that read neither tokens nor images; the meta device will do.
         mixed_precision: "no", "bf16" or "fp16", as Accelerate's.
-        student_dtype, teacher_dtype: of the weights as loaded; None: as the config says, or as the model is.
+        student_dtype, teacher_dtype: of the weights as loaded; None: as in the config, or as the model is.
         teacher_bits: 8 or 4 where bitsandbytes quantises the teacher's linear layers, which no backend then shards.
         optimizer_bytes: of states for each trained parameter; None: AdamW's two numbers of its dtype (SGD: 0).
         gradient_checkpointing, gradient_accumulation_steps, kd_loss_implementation, kd_task: as in the training
@@ -85,7 +85,7 @@ def estimate_memory(
         device: "cuda", or "cpu" for the sizes that the fused loss takes there.
 
     Raises:
-        ValueError: a value out of its range, a config that does not say of what model it is or cannot be loaded,
+        ValueError: a value out of its range, a config that does not name its model or cannot be loaded,
             "fused" with models that have full logits.
 
     Example:

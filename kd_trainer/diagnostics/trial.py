@@ -225,7 +225,7 @@ def _amount(count: float) -> str:
 def _split(trial: Trial, results: Results) -> list[CheckResult]:
     """The batch at once and as two micro-batches of one optimizer step."""
     rows = len(main_input(trial.batch))
-    least = 4 if _batch_norms(trial.plan.student) else 2  # batch norm refuses a single row
+    least = 4 if _batch_norms(trial.plan.student) else 2  # batch norm rejects a single row
     parts = pieces_of(trial.batch, (rows + 1) // 2) if rows >= least else None
     if not results.everywhere(parts is not None and len(parts) == 2):
         return [ok("split", "not tried: the batch cannot be cut into rows")]
@@ -285,10 +285,10 @@ def _compared(trial: Trial, what: str, found: str, one: float, other: float, cau
 def _causes(trial: Trial) -> str:
     norms = ", ".join([*_batch_norms(trial.plan.student)][:3])
     if norms:
-        return f"Batch norm ({norms}) looks at the other rows: small micro-batches train otherwise."
+        return f"Batch norm ({norms}) depends on the other rows: small micro-batches train otherwise."
     if getattr(getattr(trial.plan.student, "config", None), "output_router_logits", False):
         return "The load-balancing loss of the experts is a mean over micro-batches: small ones train otherwise."
-    return "A model looks at the other rows of its batch (experts of limited capacity?): small ones train otherwise."
+    return "A model depends on the other rows of its batch (experts of limited capacity?): small ones train otherwise."
 
 
 @contextmanager

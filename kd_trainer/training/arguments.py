@@ -118,7 +118,8 @@ class DistillationArguments:
         default=None, metadata={"help": "kd_temperature at the last step of a schedule."}
     )
     kd_task: str | None = field(
-        default=None, metadata={"help": "Name the task if the model does not tell: " + ", ".join(TASKS) + "."}
+        default=None,
+        metadata={"help": "Name the task where the model's class does not show it: " + ", ".join(TASKS) + "."},
     )
     kd_hard_loss: str = field(
         default="auto",
@@ -174,7 +175,7 @@ class DistillationArguments:
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "DistillationArguments":
-        """Refuses borrowed names before the dataclass would answer 'unexpected keyword argument'."""
+        """Rejects borrowed names before the dataclass raises 'unexpected keyword argument'."""
         refuse_borrowed_names(kwargs, {f.name for f in dataclasses.fields(cls)})
         return super().__new__(cls)
 
@@ -226,7 +227,7 @@ class DistillationArguments:
                 "Leave it out for 64 (topk) or 50 draws (sampled).",
             )
         if self.kd_run == "cache" and self.teacher_cache_dir is None:
-            fail("teacher_cache_dir", None, "a folder with kd_run 'cache'", "Set it to where the cache shall be.")
+            fail("teacher_cache_dir", None, "a folder with kd_run 'cache'", "Set it to the folder for the cache.")
         if self.teacher_cache_dir is None:
             given = {
                 "teacher_cache_format": None if self.teacher_cache_format == "auto" else self.teacher_cache_format,

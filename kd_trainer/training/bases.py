@@ -56,7 +56,7 @@ UPSTREAM_ATTRIBUTES = (
 # they log no longer.
 REPLACED = {
     "trl.trainer.sft_trainer.SFTTrainer": "SFTTrainer's entropy, mean_token_accuracy and num_tokens are not logged; "
-    "include_num_input_tokens_seen counts tokens, teacher_agreement and eval_perplexity tell how good the student is",
+    "include_num_input_tokens_seen counts tokens, teacher_agreement and eval_perplexity measure the student",
 }
 
 # Variables in which a launcher puts the number of processes that it started, as accelerate reads them.
@@ -86,7 +86,7 @@ def check_bases(cls: type, mixin: type) -> None:
             f"with {name} before DistillationMixin",
             "DistillationMixin (or DistillationTrainer) first",
             f"Write class {cls.__name__}(DistillationMixin, {name}).",
-            f"the loss of {name} would be used and the teacher never asked",
+            f"the loss of {name} would be used and the teacher never run",
         )
     lost = [c for c in behind if "compute_loss" in vars(c) and c is not Trainer and _full_name(c) not in REPLACED]
     if lost:

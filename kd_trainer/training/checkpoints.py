@@ -135,7 +135,7 @@ class Checkpoints(NamedTuple):
         A checkpoint without a manifest (of another Trainer) is taken with a warning where no part of it is missing.
 
         Raises:
-            ValueError: the checkpoint is not whole, or there is none; in every process.
+            ValueError: the checkpoint is not complete, or there is none; in every process.
         """
         return on_main_process(self.accelerator, partial(self._checked, named)) if named else named
 
@@ -197,7 +197,7 @@ class Checkpoints(NamedTuple):
             rotate(Path(run_dir), limit, folder, state.best_model_checkpoint)
 
     def check_best(self, best: str) -> None:
-        """Raises ValueError in every process where the best checkpoint is not what its manifest says."""
+        """Raises ValueError in every process where the best checkpoint differs from its manifest."""
 
         def check() -> None:
             reason = damage(Path(best))
@@ -213,7 +213,7 @@ def _unwritten(folder: Path, error: Exception) -> str:
     free = shutil.disk_usage(folder.parent).free / 1e6 if folder.parent.is_dir() else 0.0
     shown = f"not written: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     whole, _ = newest_resumable(folder.parent)
-    last = f"{whole.name} is whole: go on with" if whole else "There is no other; without one it starts anew:"
+    last = f"{whole.name} is whole: go on with" if whole else "There is no other; start again without one:"
     fix = f"{last} trainer.train(resume_from_checkpoint={bool(whole)}) when there is room."
     expected = f"room and permission for it in {folder.parent} ({free:,.0f} MB are free)"
     return message(folder.name, shown, expected, fix)
@@ -312,7 +312,7 @@ class ResumableInterrupt(TrainerCallback):
             raise KeyboardInterrupt
 
     def restore(self) -> None:
-        """Gives Ctrl-C back to whoever had it before; also for trainings that end with an error."""
+        """Restores the earlier handler of Ctrl-C; also for trainings that end with an error."""
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None

@@ -1,4 +1,4 @@
-"""NaN and inf: seen at once or noted on the device until the next log, and told with step, process, rows and side.
+"""NaN and inf: raised at once or noted on the device until the next log, with step, process, rows and model.
 
 For: `trainer.py` (`kd_check_finite`). Shapes: B rows; logits are [B, C] or [B, S, C].
 """
@@ -20,8 +20,8 @@ class FiniteWatch:
     """Watches the losses of a run.
 
     Args:
-        mode: "step" looks at every loss at once (on accelerators that waits for the device); "log" keeps a note on the
-            device, read by `raise_noted`; "off" never looks.
+        mode: "step" checks every loss at once (on accelerators this waits for the device); "log" keeps a note on the
+            device, read by `raise_noted`; "off" checks nothing.
         process: index of this process, for the message.
     """
 
@@ -29,7 +29,7 @@ class FiniteWatch:
         self.mode, self.process, self._of = mode, process, "logits"
         # step, then for student, teacher and batch: number of bad rows, first of them; step is -1 while all is well.
         self._note: Tensor | None = None
-        self._fault: Fault | None = None  # of a batch, for its words
+        self._fault: Fault | None = None  # of a batch, for the message
 
     def see(
         self,

@@ -122,8 +122,8 @@ class Objective:
     def formula(self, task: Task | None) -> str:
         """The formula with its numbers, e.g. `loss = 0.7 * soft(forward_kl, T=3) + 0.3 * hard, per row`.
 
-        A term of weight zero is left out, as it is in the loss. A weight that the student's config holds is told in
-        the notes of the start block instead.
+        A term of weight zero is left out, as it is in the loss. A weight that the student's config holds is in the
+        notes of the start block instead.
         """
         soft = self.divergence if task is None else task.soft_term(self.divergence)
         if task is None or task.tempered:

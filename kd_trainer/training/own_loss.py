@@ -22,7 +22,7 @@ from ..tasks import Accepted, Task, behind_front, model_inputs, text_config
 from ..validation import fail
 from .terms import aux_weight
 
-MOST_ROWS = 8  # of the batch that is looked at
+MOST_ROWS = 8  # of the batch that are compared
 MOST_ROWS_OF_TOKENS, MOST_POSITIONS = 2, 64  # of a language model: more would hold large logits
 _OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
 _CLOSE = 5e-5  # relative; half precision inside the model's own loss rounds to 2e-2
@@ -35,7 +35,7 @@ class _ForwardError(Exception):
 
 
 class HardLoss(NamedTuple):
-    """What the first batch told about the student's own loss.
+    """What the first batch showed of the student's own loss.
 
     Attributes:
         own: whether the model's own loss is the hard loss; else the task's formula is.
@@ -83,7 +83,7 @@ def without_extras(loss: Tensor, outputs: Any, student: nn.Module, logits: Tenso
 
 
 class OwnHardLoss(NamedTuple):
-    """The model's own loss, or the script's `compute_loss_func`, as the stock Trainer asks for it and divides it.
+    """The model's own loss, or the script's `compute_loss_func`, as the stock Trainer computes and divides it.
 
     Args:
         function: the script's compute_loss_func; None where the model's loss is taken.
@@ -181,7 +181,7 @@ class Comparison:
         for probe in (labels, varied):
             try:
                 one = self._both(batch, probe, outputs if probe is labels else self._call(batch, probe))
-            except _ForwardError:  # it has fewer classes than logits: the labels of the batch have to tell
+            except _ForwardError:  # it has fewer classes than logits: the labels of the batch decide
                 continue
             if one is None:
                 return None
@@ -414,7 +414,7 @@ def choose(
         return HardLoss(True, task, f"the model's own, as for every model of the task {task.name!r}")
     try:
         found = None if smoothed else compare()
-    except ValueError:  # labels that are none to the task, and something to the loss that was asked for
+    except ValueError:  # labels that only the model's own loss can read
         if wanted != "model" and not with_function:
             raise
         found = HardLoss(True, task)
@@ -422,11 +422,11 @@ def choose(
         line = "the script's compute_loss_func, with upstream's num_items_in_batch"
         return (found or HardLoss(True, task))._replace(own=True, line=line)
     if wanted == "task":
-        return (found or HardLoss(False, task))._replace(own=False, line="the task's formula, as kd_hard_loss asks")
+        return (found or HardLoss(False, task))._replace(own=False, line="the task's formula, as kd_hard_loss sets it")
     if wanted == "model":
         if found is None and (labelled or smoothed):
             reason = "label_smoothing_factor replaces it" if smoothed else "its forward gives no loss for labels"
             fix = "Leave it at 'auto', or let the model's forward return its loss."
             fail("kd_hard_loss", repr(wanted), "'auto' or 'task' with this model", fix, because=reason)
-        return (found or HardLoss(True, task))._replace(own=True, line="the model's own, as kd_hard_loss asks")
+        return (found or HardLoss(True, task))._replace(own=True, line="the model's own, as kd_hard_loss sets it")
     return found or HardLoss(False, task)

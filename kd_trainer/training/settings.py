@@ -15,7 +15,7 @@ from .objective import Objective, scheduled
 from .terms import added_terms
 
 _NAMES = (*(f.name for f in dataclasses.fields(DistillationArguments)), "label_smoothing_factor")
-# What may change without another look at the first batch; and what else may where there is no teacher cache.
+# What may change without another plan; and what else may without a teacher cache.
 _FREE = frozenset({"kd_alpha", "kd_alpha_end", "kd_beta", "kd_schedule", "kd_check_finite", "kd_run"})
 _FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
 

@@ -89,7 +89,7 @@ class FirstBatch:
     student: nn.Module
     teacher: Teacher | None
     asked: bool  # whether the teacher is called
-    known_task: Task | None = None  # the task; None as long as only the teacher's logits can tell it
+    known_task: Task | None = None  # the task; None as long as it depends on the teacher's logits
     task_by_logits: bool = False  # whether they had to
     teacher_classes: int | None = None  # of the teacher's logits, or of its cache
     path: str = ""  # a line on whether and why the loss is computed from logits
@@ -136,7 +136,7 @@ def is_sharded(trainer: Any) -> bool:
 Check = Callable[[FirstBatch], str | None]
 
 
-# ---- what the batch and the models tell without a forward ----
+# ---- checks without a forward ----
 
 
 def columns(first: FirstBatch) -> None:
@@ -227,7 +227,7 @@ def cache(first: FirstBatch) -> None:
 
 
 def settings(first: FirstBatch) -> str | None:
-    """No setting means nothing for the task, so that none is ignored in silence."""
+    """Every setting has a meaning for the task, so that none is ignored silently."""
     task, kd, smoothing = first.known_task, first.kd, first.trainer.args.label_smoothing_factor
     if task is None:
         return None
@@ -261,11 +261,11 @@ def added_terms(first: FirstBatch) -> None:
     first.terms = tuple(line for line in lines if line is not None)
 
 
-# ---- what the models have to be run for ----
+# ---- checks that run the models ----
 
 
 def outputs(first: FirstBatch) -> None:
-    """The teacher gives finite logits on the batch; their shape tells a task that nothing else does."""
+    """The teacher's logits on the batch are finite; their shape decides the task where nothing else does."""
     trainer, live, logits = first.trainer, first.live, None
     teacher_model = None if live is None else live.model
     labels = first.batch.get(trainer.label_names[0]) if trainer.label_names else None
@@ -281,7 +281,7 @@ def outputs(first: FirstBatch) -> None:
         first.heads, first.path = plain_heads(first.student, teacher_model, over_tokens, way, compiled=compiled)
     if live is not None and first.asked:
         logits = teacher_logits(first, live, wanted)
-        first.teacher_classes = logits.shape[-1]  # as many as the student's, or `check_shapes` says so
+        first.teacher_classes = logits.shape[-1]  # as many as the student's, or `check_shapes` raises
     if first.known_task is None:
         first.task_by_logits = True
         if logits is None:
@@ -309,20 +309,20 @@ def labels(first: FirstBatch) -> None:
         targets, task, trainer = first.task.targets(first.batch), first.task, first.trainer
         if targets is None or first.kd.kd_hard_loss == "model" or trainer.compute_loss_func is not None:
             return
-        # The student's logits have as many classes as the teacher's, or are refused.
+        # The student's logits have as many classes as the teacher's, or an error is raised.
         classes = first.teacher_classes
         if classes_of(first.student, task) not in (None, classes):
             classes = None
         if classes is None and task.softmax and trainer.args.device.type != "cpu":
             classes = classes_of_logits(first)
-        # On CPU the loss itself looks at every label, beside logits that were counted.
-        if (classes is not None and classes > 1) or not task.softmax:  # one class is refused for itself
+        # On CPU the loss checks every label beside the logits.
+        if (classes is not None and classes > 1) or not task.softmax:  # one class is an error in itself
             task.check_labels(targets, classes)
 
 
 @contextmanager
 def _stop_together(first: FirstBatch) -> Iterator[None]:
-    """Where a process is refused its labels, the others stop too: they would wait for it in the comparison."""
+    """Where the labels of a process are wrong, the others stop too: they would wait for it in the comparison."""
     accelerator, refusal = first.trainer.accelerator, None
     try:
         yield
@@ -331,7 +331,7 @@ def _stop_together(first: FirstBatch) -> Iterator[None]:
     if accelerator.num_processes > 1 and not first.setup.each_alone:
         stopped = torch.tensor(float(refusal is not None), device=first.trainer.args.device)
         if float(accelerator.reduce(stopped, reduction="sum")) and refusal is None:
-            shown = "refused on another process, whose error names them"
+            shown = "wrong on another process, whose error names them"
             fail("labels", shown, "labels that fit the task on every process", "See the error of that process.")
     if refusal is not None:
         raise refusal
@@ -363,7 +363,7 @@ def hard_loss(first: FirstBatch) -> str | None:
 
 
 def teacher_logits(first: FirstBatch, teacher: LiveTeacher, wanted: Wanted) -> Tensor:
-    """The teacher's logits on the batch: their shape tells the task, their values whether it is alive.
+    """The teacher's logits on the batch: their shape decides the task, their values have to be finite.
 
     Of a few positions only, where the loss will do without logits.
     """
@@ -405,7 +405,7 @@ def _read_teacher(first: FirstBatch, teacher: LiveTeacher, batch: Mapping[str, A
 
 
 def classes_of_logits(first: FirstBatch) -> int | None:
-    """How many classes the student's logits have, by its output layer or by a forward; None where neither tells."""
+    """How many classes the student's logits have, by its output layer or by a forward; None where neither shows it."""
     task, trainer, student = first.task, first.trainer, first.student
     if not task.softmax:
         return None
@@ -422,7 +422,7 @@ def classes_of_logits(first: FirstBatch) -> int | None:
         return int(task.logits(outputs, "model").shape[-1])
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # the forward of the training step says what is wrong
+    except Exception:  # the forward of the training step raises it again
         return None
 
 

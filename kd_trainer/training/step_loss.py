@@ -154,7 +154,7 @@ class TeacherOutputs:
             warn(
                 logger,
                 "[kd_trainer] there is no teacher cache of this evaluation data: its loss is the hard loss alone. "
-                "Where the teacher is at hand, call trainer.build_teacher_cache(dataset), or give it as eval_dataset.",
+                "Where it can be run, call trainer.build_teacher_cache(dataset), or give it as eval_dataset.",
             )
         return None
 

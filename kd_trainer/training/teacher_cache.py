@@ -77,16 +77,16 @@ from .setup import Plan, Setup
 
 logger = logging.getLogger(__name__)
 
-_TRIED_ROWS = 8  # read to the teacher before it is asked about all, to see what it gives
-_ASKED_AGAIN = 8  # about which the teacher is asked again before a cache is used or goes on
+_TRIED_ROWS = 8  # rows of the first forward, which decides the format and the size of the cache
+_COMPARED_ROWS = 8  # rows of a cache that are compared with the teacher before it is used or continued
 
 
 class TeacherCache:
-    """The teacher cache of a trainer: its teacher is asked once, and read from disk ever after.
+    """The teacher cache of a trainer: the teacher is run once, its outputs are read from disk afterwards.
 
     Args:
         trainer: its arguments, accelerator, data, collator and student are read; nothing of it is set.
-        setup: loads the teacher, and makes the plan by which it is asked.
+        setup: loads the teacher, and makes the plan by which it is run.
         settings: the distillation arguments of that trainer.
 
     Attributes:
@@ -100,17 +100,17 @@ class TeacherCache:
         self._ready_parts: dict[str, Store] = {}  # built or checked by this trainer
         self._more_parts: dict[str, Any] = {}  # data of `build`, by part
         self._module: Callable[[], nn.Module | None] = lambda: None  # the given module, as long as it is held
-        self._live: LiveTeacher | None = None  # while it is asked about what is built
-        self._plan: Plan | None = None  # by which it is asked
-        self._at_hand: LiveTeacher | None = None  # asked about evaluation data that is not in the cache
+        self._live: LiveTeacher | None = None  # while the cache is built
+        self._plan: Plan | None = None  # by which it is run
+        self._at_hand: LiveTeacher | None = None  # run on evaluation data that is not in the cache
         self._compared = False  # whether a cache that was opened for an evaluation was compared
 
-    def _on_main_process(self, ask: Callable[[], Any]) -> Any:
-        return on_main_process(self._trainer.accelerator, ask)
+    def _on_main_process(self, call: Callable[[], Any]) -> Any:
+        return on_main_process(self._trainer.accelerator, call)
 
     @property
     def can_build(self) -> bool:
-        """Whether there are a folder and a teacher to ask."""
+        """Whether there are a folder and a teacher to run."""
         return (
             self._settings.kd.teacher_cache_dir is not None
             and self.given is not None
@@ -118,7 +118,7 @@ class TeacherCache:
         )
 
     def build(self, teacher: Teacher | None, dataset: Any = None, name: str | None = None) -> CachedTeacher:
-        """Asks the teacher about the data that no finished part holds; the teacher is let go.
+        """Runs the teacher on the data that no finished part holds; the teacher is released.
 
         Args:
             teacher: of the trainer, by now.
@@ -133,7 +133,7 @@ class TeacherCache:
         """
         folder = self._settings.kd.teacher_cache_dir
         if folder is None:
-            fail("teacher_cache_dir", None, "a folder", "Set it to where the cache shall be.")
+            fail("teacher_cache_dir", None, "a folder", "Set it to the folder for the cache.")
         self._settings.require_teacher(self.given)
         where = Path(folder)
         more: dict[str, Any] = {}
@@ -154,7 +154,7 @@ class TeacherCache:
         return self._opened(where)
 
     def _cache_parts(self) -> list[tuple[str, Any]]:
-        """The data to ask about, by the names of the cache's parts."""
+        """The data to run the teacher on, by the names of the cache's parts."""
         train, evals = self._trainer.train_dataset, self._trainer.eval_dataset
         parts = [] if train is None else [(TRAIN, train)]
         if isinstance(evals, dict):
@@ -200,8 +200,8 @@ class TeacherCache:
             given = self._module() if as_cached_teacher(self.given) else self.given
             if given is None:
                 fix = "Call build_teacher_cache before train(), hold the module in the script, or give it by path."
-                shown = "a module that nothing holds any more"
-                fail("teacher_model", shown, "the teacher, to be asked about more data", fix, error=RuntimeError)
+                shown = "a module that was deleted"
+                fail("teacher_model", shown, "the teacher, which has to be run on more data", fix, error=RuntimeError)
             self._live, self._plan = self._setup.load_live(given), None
         return self._live
 
@@ -227,11 +227,11 @@ class TeacherCache:
 
     @contextmanager
     def _only_builder(self, where: Path, part: str) -> Iterator[bool]:
-        """Holds the lock of a part; waits, and says so, while another run builds it. False where there can be no lock
-        and the part is finished: it may lie in a folder that is only read."""
+        """Holds the lock of a part; waits, with a warning, while another run builds it. False without a lock, where
+        the part is finished: its folder may be read-only."""
         from filelock import FileLock, Timeout
 
-        lock, said = FileLock(str(where / f".{part}.lock")), False
+        lock, warned = FileLock(str(where / f".{part}.lock")), False
 
         def acquire() -> bool | None:
             check_links(where / f".{part}.lock", where)  # it would be emptied
@@ -248,9 +248,9 @@ class TeacherCache:
 
         try:
             while (held := self._on_main_process(acquire)) is None:
-                if not said and self._trainer.is_world_process_zero():
+                if not warned and self._trainer.is_world_process_zero():
                     warn(logger, "[kd_trainer] another run builds the teacher cache %s: waiting for it", where / part)
-                said = True
+                warned = True
                 time.sleep(2.0)
             yield held
         finally:
@@ -303,12 +303,12 @@ class TeacherCache:
         return TeacherReader(self._live, self._trainer.accelerator, plan.task, head), plan
 
     def _check_outputs_of(self, store: Store, used: Any, collator: Any) -> None:
-        """Asks a teacher that is at hand anyway about some rows of a finished cache, and compares."""
+        """Compares some rows of a finished cache with the teacher, where it is loaded anyway."""
         given, manifest = self.given, store.manifest
         if not isinstance(given, nn.Module) and given != ADAPTER_OFF:
             return
         by_position = manifest["row_ids"] == "position"
-        count = min(_ASKED_AGAIN, manifest["batch_rows"], *([len(store)] if by_position else []))
+        count = min(_COMPARED_ROWS, manifest["batch_rows"], *([len(store)] if by_position else []))
         signed = signed_collator_of(manifest, collator)(
             consecutive_rows(used, 0, count) if by_position else sample_rows(used, count)
         )
@@ -321,7 +321,7 @@ class TeacherCache:
         self, reader: TeacherReader, used: Any, folder: Path, settings: dict[str, Any], collate: SignedCollator
     ) -> None:
         """The same before an unfinished cache goes on."""
-        found = self._on_main_process(lambda: first_rows(folder, min(_ASKED_AGAIN, settings["batch_rows"])))
+        found = self._on_main_process(lambda: first_rows(folder, min(_COMPARED_ROWS, settings["batch_rows"])))
         if found is None or (isinstance(used, IterableDataset) and found[0] > 0):
             return
         index, stored = found
@@ -344,7 +344,7 @@ class TeacherCache:
         precision = compute_precision(self._trainer, reader.teacher.model)
         exact = precision == kept["computed"] and precision.startswith("float32 no ")
         if kept["labels"] != labels_of(self._trainer, reader.task):
-            return  # of other class names: it is told elsewhere
+            return  # of other class names: another check raises
         columns = stored.columns, now.columns
         if now.signatures.tolist() == stored.signatures.tolist() and outputs_differ(
             format_of(kept), *columns, exact=exact, same_draws=same_draws
@@ -425,11 +425,11 @@ class TeacherCache:
             dataset = self._trainer._remove_unused_columns(dataset, description=description)
         sampler_fn = options.get("sampler_fn")
         if sampler_fn is not None:
-            options = {**options, "sampler_fn": lambda _: sampler_fn(dataset)}  # it may want to look at columns
+            options = {**options, "sampler_fn": lambda _: sampler_fn(dataset)}  # it may read columns
         return (dataset if isinstance(dataset, IterableDataset) else NumberedRows(dataset)), options
 
     def _holds(self, store: Store, dataset: Any) -> bool:
-        """Whether a part is of these rows, as far as some of them tell; each is compared when it is read."""
+        """Whether a part is of these rows, by a few of them; each is compared when it is read."""
         kept = store.manifest
         used, collator = data_and_collator(self._trainer, dataset)
         by_position = kept["row_ids"] == "position"

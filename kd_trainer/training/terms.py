@@ -93,7 +93,7 @@ class TermModules:
 
 
 def check_aux_loss(student: nn.Module) -> None:
-    """Raises ValueError where a mixture of experts is asked for a router loss that cannot be had without labels."""
+    """Raises ValueError for a mixture of experts whose router loss cannot be computed without labels."""
     config: Any = getattr(student, "config", None)
     if not getattr(config, "output_router_logits", False) or not getattr(config, "is_encoder_decoder", False):
         return
@@ -150,12 +150,12 @@ def aux_weight(student: nn.Module) -> float | None:
     return None
 
 
-# Each makes its term from the distillation arguments; None where they do not ask for it.
+# Each makes its term from the distillation arguments; None where they switch it off.
 ADDED_TERMS: list[Callable[[DistillationArguments], Term | None]] = [
     lambda kd: Term("aux", required_aux_weight, aux_loss),
 ]
 
 
 def added_terms(kd: DistillationArguments) -> tuple[Term, ...]:
-    """The terms beside hard and soft that these arguments ask for."""
+    """The terms beside hard and soft that these arguments switch on."""
     return tuple(term for make in ADDED_TERMS if (term := make(kd)) is not None)

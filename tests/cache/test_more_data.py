@@ -141,9 +141,7 @@ def test_the_module_that_the_script_holds_is_asked(tmp_path, caplog):
     messages = [r.getMessage() for r in caplog.records if "no teacher cache" in r.getMessage()]
     assert len(messages) == 1
     assert "trainer.build_teacher_cache(dataset)" in messages[0]
-    with pytest.raises(
-        RuntimeError, match="`teacher_model` is a module that nothing holds any more; expected the teacher"
-    ):
+    with pytest.raises(RuntimeError, match="`teacher_model` is a module that was deleted; expected the teacher"):
         trainer.build_teacher_cache(held_out())
     trainer.train()
     assert "eval_soft_loss" in trainer.evaluate()

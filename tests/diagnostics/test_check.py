@@ -180,7 +180,7 @@ def a_teacher_smaller_than_its_student(tmp_path):
     return tiny.trainer("classification", tmp_path, pair=tiny.models("classification")[::-1])
 
 
-@case("ok", "teacher's mode", "25 trainable parameters and in training mode; it is asked frozen, in eval mode")
+@case("ok", "teacher's mode", "25 trainable parameters and in training mode; it runs frozen, in eval mode")
 def a_teacher_in_training_mode(tmp_path):
     student, teacher = tiny.models("classification")
     return tiny.trainer("classification", tmp_path, pair=(student, teacher.train()))
@@ -434,7 +434,7 @@ def a_teacher_that_refuses_images(tmp_path):
     return build(tmp_path, (tiny.vit(8), tiny.vit(16)), images(), data_collator=stack)
 
 
-@case("ok", "images", "8 x 8, as the configs say")
+@case("ok", "images", "8 x 8, as in the configs")
 def images_of_the_right_size(tmp_path):
     return build(tmp_path, (tiny.vit(8), tiny.vit(8)), images(), data_collator=stack)
 
@@ -544,7 +544,7 @@ def a_gradient_that_is_clipped(tmp_path):
     return tiny.trainer("plain", tmp_path, max_grad_norm=0.001)
 
 
-@case("ok", "loss path", "full logits: kd_loss_implementation asks for them")
+@case("ok", "loss path", "full logits: kd_loss_implementation is full")
 def full_logits_on_demand(tmp_path):
     return tiny.trainer("causal_lm", tmp_path, kd_loss_implementation="full")
 
@@ -584,7 +584,7 @@ def a_student_with_batch_norm(tmp_path):
     return tiny.trainer("plain", tmp_path, pair=(Normed(), tiny.Plain()))
 
 
-@case("warning", "split", "relative difference", "looks at the other rows")
+@case("warning", "split", "relative difference", "depends on the other rows")
 def a_head_that_looks_at_the_other_rows(tmp_path):
     return odd(tmp_path, lambda linear, x: linear(x - x.mean(0)))
 

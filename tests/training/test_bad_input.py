@@ -249,7 +249,7 @@ def Ulysses(tmp_path):
     check_options(run.args, "auto", None, run.accelerator)
 
 
-@case("bases", r"Write class Wrong\(DistillationMixin, Trainer\)", "the teacher never asked", TypeError)
+@case("bases", r"Write class Wrong\(DistillationMixin, Trainer\)", "the teacher never run", TypeError)
 def wrong_order_of_bases(tmp_path):
     type("Wrong", (Trainer, DistillationMixin), {})
 

@@ -341,7 +341,7 @@ def test_the_choice_can_be_made_by_hand(tmp_path, capsys):
     plain = run("plain", tmp_path, kd_hard_loss="model")
     assert plain._plan.own_loss
     assert_same(plain, run("plain", tmp_path, stock=True))
-    assert "as kd_hard_loss asks" in capsys.readouterr().out
+    assert "as kd_hard_loss sets it" in capsys.readouterr().out
     args = tiny.arguments(tmp_path, kd_hard_loss="model", kd_alpha=0.0)
     data = tiny.rows("plain")
     without = DistillationTrainer(model=tiny.Plain(), args=args, train_dataset=data, data_collator=tiny.pad)
