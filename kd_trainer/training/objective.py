@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +114,11 @@ class Objective:
             standardize_logits=self.standardize_logits,
             reduction="sum",
         )
+
+    @cached_property
+    def captures(self) -> tuple[tuple[str, Any], ...]:
+        """Name and `capture` of each added term that has one."""
+        return tuple((term.name, term.capture) for term in self.added if term.capture is not None)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -292,7 +298,7 @@ class Objective:
             targets = torch.full(shape, IGNORE_INDEX, device=student_hidden.device)
         hard_count, soft_count = self._denominators(counts)
         given: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
-        given |= teacher.each(lambda tensor: tensor.flatten(0, 1)).as_arguments()
+        given |= teacher.each(partial(torch.flatten, start_dim=0, end_dim=1)).as_arguments()
         return fused_linear_distillation(
             student_hidden.flatten(0, 1),
             labels=None if targets is None else targets.flatten(),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -130,7 +131,7 @@ class TeacherOutputs:
             yield self._output(teacher, batch, accelerator)
             return
         forward = partial(teacher.outputs, batch.inputs, accelerator, batch.model)
-        hidden = teacher_hidden(lambda: batch.capture("teacher", teacher.model, forward), head)
+        hidden = teacher_hidden(partial(batch.capture, "teacher", teacher.model, forward), head)
         hidden = teacher.behind_front(hidden, batch.inputs)
         with whole_weight(head) as (weight, bias):
             yield TeacherOutput(hidden=hidden, head=teacher_side(head, weight, bias, hidden))
@@ -202,11 +203,10 @@ class MicroBatch:
 
     def capture(self, side: str, model: nn.Module, forward: Callable[[], Any]) -> Any:
         """forward() of `model`, inside the contexts in which the terms capture what they compare."""
-        captures = [(term.name, term.capture) for term in self.objective.added if term.capture is not None]
-        if not captures:
+        if not self.objective.captures:
             return forward()
         with ExitStack() as stack:
-            for name, context in captures:
+            for name, context in self.objective.captures:
                 self.captured[side, name] = stack.enter_context(context(model))
             return forward()
 
@@ -232,7 +232,7 @@ class MicroBatch:
 
     def _run_student(self, labels: Mapping[str, Any]) -> Any:
         inputs = model_inputs(self.inputs, self.plan.accepted)
-        return self.capture("student", self.plan.student, lambda: self.model(**inputs, **labels))
+        return self.capture("student", self.plan.student, partial(self.model, **inputs, **labels))
 
     def _first_rows(self) -> tuple[int | None, dict[str, Any], Counts]:
         """How many rows have a part in the loss (None: all), the inputs of these, and what they are divided by."""
@@ -279,7 +279,7 @@ class MicroBatch:
                 plan.task, hidden, cast(TeacherOutput, compared), weights, inputs, counts, common_ids=plan.common_ids
             )
 
-        computed, outputs, hidden = student_loss(lambda: self._run_student({}), head, loss)
+        computed, outputs, hidden = student_loss(partial(self._run_student, {}), head, loss)
         parts = self.objective.parts(computed, counts, labelled=plan.task.targets(inputs) is not None)
         seen = teacher.logits if teacher.hidden is None else teacher.hidden
         classes = head.module.out_features
@@ -290,4 +290,4 @@ def _first(rows: int | None, student: Tensor, teacher: TeacherOutput | None) -> 
     """The first rows of both; all of them for None."""
     if rows is None:
         return student, teacher
-    return student[:rows], None if teacher is None else teacher.each(lambda tensor: tensor[:rows])
+    return student[:rows], None if teacher is None else teacher.each(itemgetter(slice(rows)))
