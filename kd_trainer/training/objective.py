@@ -3,8 +3,8 @@
     loss = scale * ((1 - alpha) * S_hard / D_hard + alpha * S_soft / D_soft + sum of weight * S / D of added terms)
 
 S_* are sums over THIS micro-batch, D_* count positions (or rows) over ALL micro-batches of the optimizer step and all
-processes, so the loss does not depend on how a batch is split. Leaves the counting across processes to `trainer.py`.
-Hard and soft are computed together here; `terms.py` has the list of the others.
+processes, so the loss does not depend on how a batch is split. Hard and soft are computed together here; the others are
+in `terms.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`Setup`: loads the teacher before the first step, and makes the plan of the loss on the first batch.
 
-For: `trainer.py` and `teacher_cache.py`, which own and call it. Formulas and their counts are not its business.
+For: `trainer.py` and `teacher_cache.py`. Formulas and counts are in `objective.py`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Plan(NamedTuple):
     notes: tuple[str, ...] = ()  # lines for the start block
     known_by: str | None = None  # by what the tokens of both are known to be the same: see `compatibility`
     class_order: Tensor | None = None  # of a cache's classes, as `LiveTeacher.class_order`
-    asked: bool = True  # whether the teacher was called; it is not where kd_alpha is 0, until an evaluation needs it
+    teacher_called: bool = (
+        True  # whether the teacher was called; it is not where kd_alpha is 0, until an evaluation needs it
+    )
     own_loss: bool = False  # the hard loss is the model's own, or the script's compute_loss_func: see `own_loss`
     hard_loss: str = ""  # a line on where the hard loss comes from
     by_num_items: bool = False  # its sum is divided by upstream's num_items_in_batch: see `own_loss.HardLoss`
@@ -77,7 +79,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(first: FirstBatch) -> Plan:
-    """What the checks have found, for the loss; after all of them."""
+    """The plan of the loss, from what all checks have found."""
     trainer, teacher, hard = first.trainer, first.teacher, first.hard
     assert hard is not None and first.accepted is not None  # noqa: PT018
     notes = [first.vocabularies, first.path, *first.terms, *notes_on_own_losses(first.student)]
@@ -86,13 +88,13 @@ def make_plan(first: FirstBatch) -> Plan:
     if teacher is not None and teacher.start_tokens is not None:
         begins = "the decoder's inputs begin with token {} for the student and with its own {} for the teacher"
         notes.append(begins.format(*teacher.start_tokens))
-    if not first.asked and teacher is not None:
+    if not first.teacher_called and teacher is not None:
         notes.append("kd_alpha is 0: training does not call the teacher")
     if first.heads is None and first.path and not trainer.is_in_train:  # training prints all notes in its start block
         warn(logger, "[kd_trainer] %s", first.path)
     return Plan(
         trainer.model, first.student, teacher, first.task, first.accepted, first.common_ids, first.heads,
-        tuple(filter(None, notes)), first.known_by, first.class_order, first.asked, own_loss=hard.own,
+        tuple(filter(None, notes)), first.known_by, first.class_order, first.teacher_called, own_loss=hard.own,
         hard_loss=hard.line, by_num_items=hard.by_num_items, required=required_inputs(first.student),
         implementation=first.kd.kd_loss_implementation,
     )  # fmt: skip
@@ -104,11 +106,11 @@ class Setup:
     Args:
         trainer: its arguments, accelerator, models and data are read; nothing of it is set.
         settings: the distillation arguments of that trainer.
-        is_training_step: whether a loss of this student, taken now, is for a training step.
+        is_training_step: whether a loss of this student is for a training step now.
 
     Attributes:
         refused: with `kd_run` "check", the errors of the constructor, which wait for the table.
-        each_alone: whether a process may stop at what it finds, so that the others must not wait: in `check()`.
+        each_alone: whether a process may stop alone, so that the others do not wait for it: in `check()`.
     """
 
     def __init__(self, trainer: Any, settings: Settings, is_training_step: Callable[[nn.Module], bool]) -> None:
@@ -194,14 +196,14 @@ class Setup:
     def _holds(self, known: Plan, teacher: Teacher | None) -> bool:
         if known.model is not self._trainer.model or known.teacher is not teacher:
             return False
-        return known.asked or (self._settings.always_hard and self._is_training_step(known.student))
+        return known.teacher_called or (self._settings.always_hard and self._is_training_step(known.student))
 
     def first_batch(self, batch: Mapping[str, Any], teacher: Teacher | None) -> FirstBatch:
         """What the checks take: the trainer with a batch, of which nothing is known yet."""
         student = self._trainer.unwrapped_student()
         # Where kd_alpha is 0 training does not call the teacher.
-        asked = not (self._settings.always_hard and self._is_training_step(student))
-        return FirstBatch(self._trainer, self._settings, self, batch, student, teacher, asked)
+        teacher_called = not (self._settings.always_hard and self._is_training_step(student))
+        return FirstBatch(self._trainer, self._settings, self, batch, student, teacher, teacher_called)
 
     def watch_buffers(self, watch: Callable[[], Any] | None) -> None:
         """Another hook that compares the buffers shared with the teacher, in place of the last one."""

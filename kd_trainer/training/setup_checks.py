@@ -88,7 +88,7 @@ class FirstBatch:
     batch: Mapping[str, Any]
     student: nn.Module
     teacher: Teacher | None
-    asked: bool  # whether the teacher is called
+    teacher_called: bool  # whether the teacher is called
     known_task: Task | None = None  # the task; None as long as it depends on the teacher's logits
     task_by_logits: bool = False  # whether they had to
     teacher_classes: int | None = None  # of the teacher's logits, or of its cache
@@ -272,14 +272,14 @@ def outputs(first: FirstBatch) -> None:
     kept = None if first.live is not None else first.teacher_classes
     models = [model for model in (first.student, teacher_model) if model is not None]
     wanted = wanted_logits(first.known_task, labels, models, kept)
-    if live is not None and first.asked:
+    if live is not None and first.teacher_called:
         live.prepare(trainer.args.device, trainer.accelerator)
     if first.teacher is not None and not first.settings.always_hard:
         over_tokens = first.known_task is not None and first.known_task.over_tokens
         way = first.kd.kd_loss_implementation
         compiled = trainer.args.torch_compile or first.teacher.compiled
         first.heads, first.path = plain_heads(first.student, teacher_model, over_tokens, way, compiled=compiled)
-    if live is not None and first.asked:
+    if live is not None and first.teacher_called:
         logits = teacher_logits(first, live, wanted)
         first.teacher_classes = logits.shape[-1]  # as many as the student's, or `check_shapes` raises
     if first.known_task is None:

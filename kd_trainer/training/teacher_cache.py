@@ -1,6 +1,6 @@
 """`TeacherCache`: builds what is missing of a trainer's teacher cache, checks that it fits, and finds a dataset's part.
 
-For: `trainer.py`, which owns one. Files and formats are not its business.
+For: `trainer.py`. Files and formats are in `cache/`.
 """
 
 from __future__ import annotations
@@ -377,7 +377,7 @@ class TeacherCache:
         self._trainer.accelerator.wait_for_everyone()
         return True
 
-    # ---- what is noted, and what is compared ----
+    # ---- what is written and compared ----
 
     def _begin(self, folder: Path, settings: dict[str, Any], part: str, dataset: Any) -> dict[str, Any]:
         begun = (folder / BUILDING).exists()
