@@ -100,6 +100,30 @@ def test_a_masked_language_model_gains_from_the_swap(tmp_path):
     assert teacher < after < 0.85 * before
 
 
+OBJECTIVES = ("no teacher", "forward KL", "DKD, beta 8", "standardised logits")
+
+
+def test_objectives_are_compared_over_seeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len((EXAMPLES / "objectives.py").read_text(encoding="utf-8").splitlines()) < 80
+    runpy.run_path(str(EXAMPLES / "objectives.py"))["main"](seeds=2, steps=10)
+    cell = r"(\d+\.\d) ± \d+\.\d"
+    printed = capsys.readouterr().out
+    labelled = figures(printed, *(rf"{name} +{cell}" for name in OBJECTIVES))
+    mixed = figures(printed, *(rf"{name} +\S+ ± \S+ +{cell}" for name in OBJECTIVES))
+    assert all(0 < value < 100 for value in labelled + mixed)
+    assert len({*mixed}) > 1  # the objectives differ
+
+
+@pytest.mark.trains
+def test_objectives_keep_their_promises(tmp_path):
+    printed, header = output_of("objectives.py", tmp_path), header_of("objectives.py")
+    patterns = [rf"{name} +(\d+\.\d) ±" for name in OBJECTIVES]
+    patterns += [rf"{name} +\S+ ± \S+ +(\d+\.\d) ±" for name in OBJECTIVES[1:]]
+    # 797 draws of a share err by a point, the mean of 5 seeds by less; another machine's rounding moves some rows.
+    assert figures(printed, *patterns) == pytest.approx(figures(header, *patterns), abs=3)
+
+
 def test_minimal_marks_every_line_that_differs():
     """Without the marked lines it is a script of transformers and data alone."""
     lines = (EXAMPLES / "minimal.py").read_text(encoding="utf-8").splitlines()
