@@ -34,6 +34,7 @@ HARD_LOSS_ONLY = {
     "kd_schedule": "constant",
     "kd_divergence": "forward_kl",
     "kd_beta": None,
+    "kd_standardize_logits": False,
     "teacher_cache_dir": None,
     "teacher_cache_format": "auto",
     "teacher_cache_k": None,
