@@ -1,4 +1,4 @@
-"""C code on a processor with a C compiler: compiled for the types and settings at hand, on its first use.
+"""C code on a processor with a C compiler: compiled for the given types and settings, on first use.
 
 That takes a quarter of a second in each process, and nothing is kept on disk. Without a compiler, or where it fails,
 what calls this has another way in torch.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 PAYS_FROM = 2**18  # logits at once; below it compiling may take longer than it will ever save
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
-# Sums in any order are asked for loop by loop; nothing else may be reordered, or the exponential loses its last digits.
+# Sums may run in any order where a loop allows it. Reordering anything else costs the exponential its last digits.
 _FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 
 
@@ -63,7 +63,7 @@ def compiled(source: str, **known: str | int) -> ctypes.CDLL:
     """A C file of this folder, compiled with `known` as macros.
 
     Raises:
-        RuntimeError: the compiler failed; what it said.
+        RuntimeError: the compiler failed, with its first line.
     """
     wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
     path = Path(__file__).with_name(source)

@@ -12,7 +12,7 @@ enum { forward_kl, reverse_kl, symmetric_kl, jsd, skew_forward_kl, skew_reverse_
 
 #define IS_KL (DIVERGENCE <= symmetric_kl)
 
-/* exp(T s): a power of es where 2T is a small whole number (HALVES), else an exponential of its own. */
+/* exp(T s): a power of es where 2T is a small whole number (HALVES), else another exponential. */
 static inline float power_of(float es, float s, float temperature) {
     if (HALVES == 0) return exponential(temperature * s);
     float power = HALVES % 2 ? sqrtf(es) : 1.0f;
@@ -43,7 +43,7 @@ static inline float mixture_terms(float s, float t, float q, float p, float beta
     return one * log_share;
 }
 
-/* What a row says of itself; a mixture's terms go where a KL has forward and reverse. */
+/* The sums of a row; a mixture's terms go where a KL has forward and reverse. */
 typedef struct { double zs, zt, zh, forward, reverse; float top_s, top_t, same; } sums;
 
 /* es and et are left in `room` [2, columns]. */
@@ -146,9 +146,9 @@ static void dense_row(STUDENT *student, const TEACHER *teacher, int64_t columns,
 
 /* Rows lie `stride_s` and `stride_t` elements apart; labels [rows]; weights [rows, 2]; stats [rows, 3]; room
  * [threads, 2, columns]. */
-void dense_tile(STUDENT *student, const TEACHER *teacher, int64_t rows, int64_t columns, int64_t stride_s, int64_t stride_t,
-           const int64_t *labels, const float *weights, float beta, float temperature, int64_t gradient, double *stats,
-           float *room, int64_t threads) {
+void dense_tile(STUDENT *student, const TEACHER *teacher, int64_t rows, int64_t columns, int64_t stride_s,
+                int64_t stride_t, const int64_t *labels, const float *weights, float beta, float temperature,
+                int64_t gradient, double *stats, float *room, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; part++)
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++)
@@ -209,9 +209,9 @@ void sum_tile(const STUDENT *student, int64_t rows, int64_t columns, int64_t str
 }
 
 /* A row's forward KL, for draws the cross-entropy to them, its hard loss and whether `leader` is on top, and with
- * `gradient` the row's gradient: what sparse_tile_loss.py says in torch. log_p: log-probabilities of the ids [k] and, in
- * `tail`, of all others; NULL for draws. The label -100 is none; with any other
- * that is no class the row is NaN where its hard loss weighs. */
+ * `gradient` the row's gradient, as losses/tile_sparse.py in torch. log_p: log-probabilities of the ids [k] and, in
+ * `tail`, of all others; NULL for draws. The label -100 is none; with any other that is no class the row is NaN where
+ * its hard loss weighs. */
 static void sparse_row(STUDENT *row, int64_t columns, double temperature, const int64_t *ids, int64_t k,
                       const double *log_p, double tail, int64_t leader, int64_t label, const double *weights,
                       int64_t gradient, double *stats, float *room) {
@@ -259,9 +259,9 @@ static void sparse_row(STUDENT *row, int64_t columns, double temperature, const 
 /* ids [rows, k]; log_p [rows, k] and tails [rows], or NULL; leaders and labels [rows]; weights [rows, 2]; stats
  * [rows, 3]; room [threads, 2, columns]. */
 void sparse_tile(STUDENT *student, int64_t rows, int64_t columns, int64_t stride, float temperature,
-                    const int64_t *ids, int64_t k, const double *log_p, const double *tails, const int64_t *leaders,
-                    const int64_t *labels, const double *weights, int64_t gradient, double *stats, float *room,
-                    int64_t threads) {
+                 const int64_t *ids, int64_t k, const double *log_p, const double *tails, const int64_t *leaders,
+                 const int64_t *labels, const double *weights, int64_t gradient, double *stats, float *room,
+                 int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < threads; part++)
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; i++)

@@ -41,7 +41,7 @@ def tile_on_cpu(
         gradient: whether the student's tile is overwritten by dL/d(student's logits over T).
 
     Raises:
-        RuntimeError: the compiler failed; what it said.
+        RuntimeError: the compiler failed, with its first line.
     """
     assert student.stride(1) == 1
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()

@@ -168,7 +168,7 @@ def _sums(
 ):  # fmt: skip
     """The first pass, from left to right: maxima, zs, zt, zh, same, sum of et (t - s) and of es (s - t).
 
-    Each lane has maxima and sums of its own until the end: to agree on them, threads wait for one another.
+    Each lane keeps separate maxima and sums until the end: combining them makes threads wait.
     """
     block = _block(TIMES, LANES, NEIGHBOURS)
     top_s = tl.full([LANES], -1e30, tl.float32)

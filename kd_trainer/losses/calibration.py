@@ -29,7 +29,7 @@ def fit_temperature(
     The negative log-likelihood is convex in 1/T, so its slope is searched by Newton steps kept inside a bracket, in
     float64, to about 1e-10. On perfectly separable data (every label has the largest logit) the likelihood
     grows without end as T goes to 0, and on labels that are worse than chance as T goes to infinity: then a
-    RuntimeWarning says so, and the end of the bracket is returned.
+    RuntimeWarning is given, and the end of the bracket is returned.
 
     Args:
         logits: [..., V], finite, any floating dtype.

@@ -34,7 +34,7 @@ def _check_same_shape(**tensors: Tensor) -> None:
                 first,
                 f"of shape {list(a.shape)} and `{name}` of shape {list(b.shape)}",
                 "equal shapes",
-                "Expand one of them yourself if it shall be repeated.",
+                "Expand one of them yourself if it is to be repeated.",
             )
 
 

@@ -38,7 +38,7 @@ from .formulas import (
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence: its formula and what has to be known of it. An entry of `DIVERGENCES`, called as `forward_kl` is.
+    """A divergence: its formula and its properties. An entry of `DIVERGENCES`, called as `forward_kl` is.
 
     Args:
         terms: the formula, (log_p, log_q) -> contributions [..., V] whose sum over V is D(p, q) in nats; log_p and
@@ -427,7 +427,7 @@ def entropy_switch(
     When to use: sequence models: the student covers the teacher where that is uncertain, and keeps to its likely tokens
     where it is not.
 
-    Args: as `forward_kl`; beta: the threshold of the entropy at T in nats, > 0, default 1 (ours).
+    Args: as `forward_kl`; beta: the threshold of the entropy at T in nats, > 0, default 1 (not from the source).
     Returns: nats [...], +inf as the KL that is taken. Raises: as `forward_kl`.
 
     Example:

@@ -72,7 +72,7 @@ _LEAST_DEVIATION = 1e-6
 def weigh(probs: Tensor, values: Tensor) -> Tensor:
     """probs * values with 0 * anything = 0; an infinite value passes no gradient on to its weight."""
     if type(probs) is Tensor and probs.device.type == "cpu":  # with contents, and no device is waited for
-        # One cheap sum tells that nothing needs a guard: masks cost far more.
+        # One sum shows that no guard is needed, far cheaper than masks.
         terms = probs * values
         if math.isfinite(terms.detach().sum()):
             return terms

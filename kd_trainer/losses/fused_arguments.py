@@ -281,7 +281,7 @@ def _check_shapes(g: FusedInputs) -> None:
         vocabulary = g.teacher_logits.shape[-1]
     if g.common_ids is None and vocabulary != weight.shape[0]:
         shown = f"of {vocabulary} ids where the student has {weight.shape[0]}"
-        fix = "If the first ids mean the same tokens in both, say how many: common_ids."
+        fix = "If the first ids mean the same tokens in both, pass their number as common_ids."
         fail(owner, shown, "equal vocabularies", fix, because="they are compared id by id")
     if g.common_ids is not None and not 1 <= g.common_ids <= min(vocabulary, weight.shape[0]):
         expected = f"1 to {min(vocabulary, weight.shape[0])}, the smaller vocabulary"

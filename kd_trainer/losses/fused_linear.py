@@ -1,4 +1,4 @@
-"""Output head + hard loss + soft loss in one call that never holds the logits of either model.
+"""Output head + hard loss + soft loss in one call, without the logits of either model in memory.
 
 For: language models, whose logits are far larger than anything else in a training step. The counted positions are
 taken in chunks: both models' logits of a chunk are computed into reused buffers, `tile.py` makes of them losses and,
@@ -102,7 +102,7 @@ def fused_linear_distillation(
             160 MiB on CPU; 256 MiB on accelerators. On CPU the first tile has twice as many, in the same memory,
             where the head is wide enough that the gradient of its weight, not written yet, can hold their logits; with
             top-k or samples every tile has.
-        compiled: whether to compile the elementwise part; None: where a compiler is at hand and the problem is large.
+        compiled: whether to compile the elementwise part; None: where there is a compiler and the problem is large.
 
     Returns:
         `FusedLoss`, in float32 or wider.
@@ -336,7 +336,7 @@ def _teacher_tile(job: Job, chunk: int, keep: bool) -> Tensor | None:
 
 
 def _teacher_part(job: Job, rows: slice, tile: Tensor | None) -> Any:
-    """The teacher's logits of a chunk, over T where the gradient is known; or what it says sparsely."""
+    """The teacher's logits of a chunk, over T where the gradient has a formula; or its top-k or samples."""
     if job.teacher_rows is None:
         return job.sparse_rows(rows)
     given, temperature = job.teacher_rows[rows], job.setting.temperature
@@ -459,7 +459,7 @@ def kept_memory(name: str, rows: int, columns: int, like: Tensor, *, keep: bool 
     """A tensor [rows, columns] as `like`; on CPU its memory is kept for the next call that finds it unused.
 
     Fresh memory costs about as much as a tile's loss, and more on virtual machines whose host takes it back. It
-    comes from numpy, which asks the system for huge pages, and begins at a cache line: elsewhere products into it
+    comes from numpy, which requests huge pages, and begins at a cache line: elsewhere products into it
     take two fifths longer.
     """
     if like.device.type != "cpu":

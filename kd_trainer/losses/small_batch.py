@@ -58,7 +58,7 @@ def small_batch_loss(
         labels: [N] integers, -100 where there is none; None: no hard loss.
         temperature: T > 0 of the soft loss.
         soft_weight, hard_weight: a term of weight 0 gives no gradient.
-        all_labelled: the caller knows that no label is -100 (spares a look).
+        all_labelled: no label is -100 (spares a check).
 
     Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2; dKL/dz = (q - p) / T, dCE/dz = softmax(z) - onehot.
     """

@@ -66,7 +66,7 @@ def top_k(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
         >>> round(kept.log_tail.exp().item(), 4)
         0.1
 
-    Source: Tan et al. 2019, arXiv:1902.10461 (top-k of a translation teacher); the bucket of the rest is ours.
+    Source: Tan et al. 2019, arXiv:1902.10461 (top-k of a translation teacher); the bucket of the rest is new here.
     """
     check_temperature("temperature", temperature)
     check_logits(logits=logits)

@@ -1,7 +1,7 @@
 """The loss of one tile of both models' logits: of each row, with the gradient written over the student's tile.
 
 The elementwise middle of `fused_linear.py`, which brings the tiles and multiplies the gradient on. In torch it is
-autograd of the divergence's own formula, on blocks of rows that stay in the processor's cache; with a compiler at hand
+autograd of the divergence's own formula, on blocks of rows that stay in the processor's cache; with a compiler
 whole tiles go to `kernels/tile_triton.py` (GPU) or `kernels/tile_cpu.c`, for the divergences these have.
 Letters: R rows, V vocabulary; s, t logits of student and teacher over T [R, V]; q = softmax(s), p = softmax(t).
 """
@@ -150,7 +150,7 @@ def compile_pays(
     *,
     agrees: Callable[..., bool] | None = None,
 ) -> bool:
-    """Whether to take a kernel: as `wanted` has it, or where a compiler is at hand and the tile is large.
+    """Whether to take a kernel: as `wanted` has it, or where there is a compiler and the tile is large.
 
     The first time for a setting the kernel is compared with the plain way on a small tile, by `agrees`.
     """
@@ -180,7 +180,7 @@ def _agrees(setting: Setting, columns: int, dtype: torch.dtype, device: torch.de
 
 
 def same_compiled(run: Callable[[bool], tuple[Tensor, ...]], dtype: torch.dtype) -> bool:
-    """Whether `run(True)`, compiled, gives what `run(False)` gives; a warning says so where it does not."""
+    """Whether `run(True)`, compiled, gives what `run(False)` gives; warns where it does not."""
     try:
         results = [run(compiled) for compiled in (False, True)]
     except Exception as error:  # compilers fail in many ways

@@ -252,7 +252,7 @@ def _run_compiled(function: Callable[..., Any], setting: Setting, *tensors: Tens
 
 def compile_pays_sparse(setting: Setting, rows: int, columns: int, like: Tensor, wanted: bool | None) -> bool:
     """As `tile.compile_pays`, for `sparse_tile_loss`."""
-    # Forward KL has C code of its own; the two readings do not depend on which of the others it is.
+    # Forward KL has its own C code; the two readings of a tile are the same for all others.
     divergence = "forward_kl" if setting.divergence == "forward_kl" else "reverse_kl"
     setting = Setting(divergence, 0.0, setting.temperature, setting.hard)
     return compile_pays(setting, rows, columns, like, wanted, agrees=_agrees)

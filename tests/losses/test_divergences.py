@@ -83,11 +83,11 @@ def test_equals_the_definition(path, name, beta, temperature):
         WRITTEN_OUT[name](probabilities(z_t, temperature), probabilities(z_s, temperature), used)
         for z_s, z_t in zip(student.tolist(), teacher.tolist(), strict=True)
     ]
-    ours = DIVERGENCES[name](student.requires_grad_(), teacher, temperature=temperature, beta=beta)
-    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-14)
+    found = DIVERGENCES[name](student.requires_grad_(), teacher, temperature=temperature, beta=beta)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-14)
     terms = divergence_terms(name, student, teacher, temperature=temperature, beta=beta)
     assert terms.shape == student.shape
-    torch.testing.assert_close(terms.sum(-1), ours, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(terms.sum(-1), found, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -334,12 +334,12 @@ def test_large_vocabulary_is_as_exact_as_torch():
     teacher = teacher.float()
     assert student.numel() > formulas._SMALL
     truth = forward_kl(student.double(), teacher.double())
-    ours = (forward_kl(student.clone().requires_grad_(), teacher).double() - truth).abs().max()
+    found = (forward_kl(student.clone().requires_grad_(), teacher).double() - truth).abs().max()
     twin = (divergence_terms("forward_kl", student, teacher).sum(-1).double() - truth).abs().max()
     log_q, log_p = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
     naive = (F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).double() - truth).abs().max()
     assert 1e-4 < truth.max() < 1e-3
-    assert ours <= max(float(twin), float(naive), EPS)
+    assert found <= max(float(twin), float(naive), EPS)
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------

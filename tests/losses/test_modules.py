@@ -38,13 +38,13 @@ def kl_div(student, teacher, reduction, temperature):
 def test_soft_target_loss_equals_torch_times_t_squared(monkeypatch, reduction, shape, temperature, small):
     monkeypatch.setattr(formulas, "_SMALL", small)
     teacher = logits(*shape, seed=1)
-    ours, theirs = (logits(*shape, seed=2).requires_grad_() for _ in range(2))
-    value = SoftTargetLoss(temperature=temperature, reduction=reduction)(ours, teacher)
-    expected = kl_div(theirs, teacher, reduction, temperature)
+    one, other = (logits(*shape, seed=2).requires_grad_() for _ in range(2))
+    value = SoftTargetLoss(temperature=temperature, reduction=reduction)(one, teacher)
+    expected = kl_div(other, teacher, reduction, temperature)
     torch.testing.assert_close(value, expected)
     value.sum().backward()
     expected.sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -265,9 +265,9 @@ def test_nothing_labelled_and_nothing_counted():
 def test_bf16_losses_are_float32():
     student, teacher = logits(4, 5, seed=1, dtype=torch.bfloat16), logits(4, 5, seed=2, dtype=torch.bfloat16)
     labels = torch.tensor([0, 4, 2, 1])
-    ours = DistillationLoss()(student, teacher, labels)
-    assert all(part.dtype == torch.float32 for part in ours)
-    torch.testing.assert_close(ours, DistillationLoss()(student.float(), teacher.float(), labels))
+    found = DistillationLoss()(student, teacher, labels)
+    assert all(part.dtype == torch.float32 for part in found)
+    torch.testing.assert_close(found, DistillationLoss()(student.float(), teacher.float(), labels))
 
 
 # ---- fit_temperature ------------------------------------------------------------------------------------------------
