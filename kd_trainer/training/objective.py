@@ -192,9 +192,9 @@ class Objective:
         """
         targets = task.targets(inputs)
         task.check_shapes(student_logits, teacher if isinstance(teacher, Tensor) else None, targets, common_ids)
-        mask, chosen, logits, labels = None, student_logits, student_logits, targets
+        mask = task.soft_mask(inputs, targets, self.positions)
+        chosen, logits, labels = student_logits, student_logits, targets
         if task.token_level:
-            mask = task.soft_mask(inputs, targets, self.positions)
             chosen, teacher, logits, labels = self._counted(student_logits, teacher, targets, mask)
         if common_ids is not None and teacher is not None:
             chosen = chosen[..., :common_ids]
