@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .report.metrics import ExpectedCalibrationError as ExpectedCalibrationError
     from .report.metrics import KLToTeacher as KLToTeacher
     from .report.metrics import NegativeLogLikelihood as NegativeLogLikelihood
+    from .report.metrics import SimilarityCorrelation as SimilarityCorrelation
     from .report.metrics import TeacherAgreement as TeacherAgreement
     from .report.metrics import classification_metrics as classification_metrics
     from .report.runs import load_run as load_run
@@ -112,6 +113,7 @@ _HOME = {
         "ExpectedCalibrationError",
         "KLToTeacher",
         "NegativeLogLikelihood",
+        "SimilarityCorrelation",
         "TeacherAgreement",
         "classification_metrics",
     ],

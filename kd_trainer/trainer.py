@@ -21,7 +21,7 @@ from .diagnostics.check import Inspection, LossOfPlan, examine
 from .diagnostics.results import CheckResult, has_errors
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
-from .tasks import PackingWatch, accepted_inputs, model_inputs, unchanged_attributes
+from .tasks import EMBEDDING, PackingWatch, accepted_inputs, model_inputs, unchanged_attributes
 from .tasks.inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
 from .teachers.teacher import Teacher
@@ -233,7 +233,7 @@ class DistillationMixin(_InFrontOf):
         teacher = None if self.teacher is None else self.teacher.identity()
         task = self._plan.task if self._plan else None
         formulas = [self._run_settings.objective_at(progress)[0].formula(task) for progress in (0.0, 1.0)]
-        return summary_of(self.kd_args, formulas, teacher, self.unwrapped_student())
+        return summary_of(self.kd_args, task, formulas, teacher, self.unwrapped_student())
 
     # ---- checkpoints ----
 
@@ -334,6 +334,9 @@ class DistillationMixin(_InFrontOf):
             self._metrics_buffer.add(logged_row(result.parts, result.counts))
         elif self._evaluation is not None:
             self._evaluation.add(result.parts, result.counts, objective, batch.plan, self._gathered)
+            if plan.task.embeds and result.teacher is not None:
+                embeddings = result.outputs[EMBEDDING], result.teacher
+                self._evaluation.add_embeddings(*embeddings, None if own is None else own.rows)
         return (total, as_mapping(result.outputs, total)) if return_outputs else total
 
     def _gathered(self, values: Tensor) -> Tensor:
@@ -420,7 +423,7 @@ class DistillationMixin(_InFrontOf):
         if "loss" in logs and "learning_rate" in logs:
             self._raise_noted()
             objective, _ = self._objective(training=True, steps_ago=1)  # of the step that has just ended
-            means = self._metrics_buffer.means(self.accelerator, objective)
+            means = self._metrics_buffer.means(self.accelerator, cast(Plan, self._plan).task, objective)
             if means and self.kd_args.kd_schedule != "constant":
                 means.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
             logs.update(means)

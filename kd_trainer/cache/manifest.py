@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
+from ..losses import POOLINGS
 from ..tasks import TASKS, Task
 from ..validation import message
 from .formats import DTYPES, FORMATS, SPARSE
@@ -192,7 +193,12 @@ FIELDS: dict[str, Kind] = {
     "seed": _whole(-_LARGEST),
     "computed": _text(),
 }  # the settings, by path
-_OPTIONAL = {"shifted": _BOOLEAN, "label_names": _list_of(_text(), 1)}  # where they are not the task's usual ones
+_OPTIONAL = {
+    "shifted": _BOOLEAN,
+    "label_names": _list_of(_text(), 1),
+    "pooling": _one_of(*POOLINGS),
+    "pooling_of_run": _BOOLEAN,
+}  # where they are not the task's usual ones
 _OF_A_SHARD = {"rows": _whole(1), "positions": _whole(0), "bytes": _whole(1), "xxh3": _digits(32)}
 _OF_A_MANIFEST = {"row_ids": FIELDS["row_ids"], "total_rows": _whole(1), "total_positions": _whole(0),
                   "total_bytes": _whole(1), "shards": _list_of(_OBJECT, 1)}  # fmt: skip

@@ -102,6 +102,7 @@ def settings_of(
         **{"format": kept.name, "classes": kept.classes, "k": kept.k},
         **{"temperature": kept.temperature, "dtype": kept.dtype, **extra},
         **settings_of_task(task),
+        **reader.task.teacher_settings(reader.teacher.model),
         **{"positions": kd.kd_positions, "labels": labels_of(trainer, task)},
         "teacher": {**identity} | {"parameters": count_parameters(reader.teacher.model)},
         "tokenizer": tokenizer_identity(trainer.processing_class),
@@ -206,6 +207,8 @@ def compare_settings(
             current[name] = (f"teacher_cache_{name}", what, value, "Set it so.")
     if TASKS[kept["task"]].by_position:
         current["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
+    if kept.get("pooling_of_run") and kd.kd_pooling is not None:
+        current["pooling"] = ("kd_pooling", "the pooling", kd.kd_pooling, "Set it so.")
     vocabulary = tokenizer_identity(trainer.processing_class)
     current["tokenizer"] = ("processing_class", "a vocabulary of SHA-256", vocabulary, "Pass the same tokenizer.")
     for name, value in collation(trainer.data_collator, trainer.processing_class).items():

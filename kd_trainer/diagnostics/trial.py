@@ -68,7 +68,7 @@ class Trial(NamedTuple):
         """Of student and live teacher; without gradient."""
         task, live = self.plan.task, cast(LiveTeacher, self.setup.live)
         teacher_logits = live(batch, self.trainer.accelerator, self.model, read=task.logits)
-        with torch.no_grad(), self.precision:
+        with torch.no_grad(), self.precision, task.pooled(self.plan.student):
             logits = task.logits(self.model(**model_inputs(batch, self.plan.accepted)), "model")
             logits = behind_front(logits, self.plan.student, batch)
         return logits, teacher_logits.to(logits.device)
@@ -111,7 +111,7 @@ def _step(trial: Trial, results: Results) -> list[CheckResult]:
 
     seconds, (loss, metrics, results.plan) = _timed(trainer.args.device, step, once=not trial.whole)
     results.memory_peak = memory_peak() if backward else None
-    parts = metrics.named(objective)  # none where a subclass has its own compute_loss
+    parts = metrics.named(plan.task, objective)  # none where a subclass has its own compute_loss
     shown = ", ".join(f"{name} {value:.4f}" for name, value in parts.items())
     found = f"{loss.item():.4f} of one batch: {shown}"
     if not math.isfinite(loss.item()):

@@ -26,6 +26,7 @@ from .divergences import (
     symmetric_kl,
     total_variation,
 )
+from .features import EMBEDDING_LOSSES, POOLINGS, cosine_loss, normalised, pool, similarity_correlation, squared_error
 from .fused_arguments import chunk_rows, group_rows
 from .fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain, release_memory
 from .modules import DistillationLoss, SoftTargetLoss
@@ -36,7 +37,9 @@ from .sparse_targets import Samples, TopK, draw_samples, sampled_forward_kl, top
 
 __all__ = [
     "DIVERGENCES",
+    "EMBEDDING_LOSSES",
     "IGNORE_INDEX",
+    "POOLINGS",
     "DistillationLoss",
     "FusedLoss",
     "KLDivergenceLoss",
@@ -48,6 +51,7 @@ __all__ = [
     "cap_and_scale",
     "cast_as_autocast",
     "chunk_rows",
+    "cosine_loss",
     "divide",
     "dkd",
     "draw_samples",
@@ -69,14 +73,18 @@ __all__ = [
     "kl_to_standard_normal",
     "logit_mse",
     "monte_carlo_kl",
+    "normalised",
+    "pool",
     "release_memory",
     "reverse_kl",
     "sampled_forward_kl",
     "select_positions",
+    "similarity_correlation",
     "skew_forward_kl",
     "skew_reverse_kl",
     "small_batch_loss",
     "soft_cross_entropy",
+    "squared_error",
     "symmetric_kl",
     "top_k",
     "top_k_divergence",

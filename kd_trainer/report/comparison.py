@@ -48,6 +48,11 @@ _FIDELITY = (
     Column("nll_nats", "NLL (nats)", "NLL (nats)", ".3f"),
     Column("train_seconds", "Training (s)", "Train s", ".1f"),
 )
+# Of embeddings; shown where a row has them.
+_SIMILARITY = (
+    Column("teacher_cosine", "Cosine to teacher", "Cosine", ".3f"),
+    Column("teacher_spearman", "Similarities against the teacher's (Spearman)", "Spearman", ".3f"),
+)
 COLUMNS = (*_ACCURACY, *_FIDELITY)
 _WIDTH = 100  # characters, where the output is no terminal; a narrower terminal wraps the cells
 _CAPTIONS = {
@@ -223,13 +228,11 @@ def _cell(row: Row, column: Column) -> str:
 
 def markdown_table(report: Report) -> str:
     """The comparison as a Markdown table, for a model card: one row per model, the seeds' mean ± standard deviation."""
-    lines = [
-        "| Model | " + " | ".join(column.heading for column in COLUMNS) + " |",
-        "|:---|" + "---:|" * len(COLUMNS),
-    ]
+    columns = [*COLUMNS, *(c for c in _SIMILARITY if any(row.mean(c.number) is not None for row in report.rows))]
+    lines = ["| Model | " + " | ".join(column.heading for column in columns) + " |", "|:---|" + "---:|" * len(columns)]
     for row in report.rows:
         name = row.name.replace("|", "\\|")
-        lines.append(f"| {name} | " + " | ".join(_cell(row, column) for column in COLUMNS) + " |")
+        lines.append(f"| {name} | " + " | ".join(_cell(row, column) for column in columns) + " |")
     return "\n".join(lines)
 
 
@@ -290,7 +293,7 @@ def print_table(report: Report, console: Console | None = None) -> None:
         if not console.is_terminal:
             console = Console(highlight=False, width=_WIDTH)
     console.print(Text(report.title, style="bold"))
-    for columns in (_ACCURACY, _FIDELITY):
+    for columns in (_ACCURACY, _FIDELITY, _SIMILARITY):
         if not any(row.mean(column.number) is not None for row in report.rows for column in columns):
             continue
         table = Table(box=SIMPLE_HEAD, pad_edge=False)

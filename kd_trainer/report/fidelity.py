@@ -1,4 +1,5 @@
-"""Accuracy, negative log-likelihood, calibration error, agreement with and KL to the teacher, from logits.
+"""Accuracy, negative log-likelihood, calibration error, agreement with and KL to the teacher, from logits; the
+correlation of similarities, from embeddings.
 
 Shapes: N rows, C classes, K bins. Logits are [N, C] of any floating dtype (leading dimensions are flattened), labels
 [N] class ids; rows with -100 are left out. Where no row is left the result is NaN.
@@ -14,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from ..losses import IGNORE_INDEX, forward_kl
+from ..losses import similarity_correlation as _similarity_correlation
 from ..validation import check_number, fail, message
 
 Array = Any  # a torch tensor, a numpy array or nested lists: whatever torch.as_tensor takes
@@ -160,3 +162,16 @@ def kl_to_teacher(student_logits: Array, teacher_logits: Array) -> float:
     """
     student, teacher = _pair(student_logits, teacher_logits)
     return forward_kl(student, teacher).mean().item()
+
+
+def similarity_correlation(student_embeddings: Array, teacher_embeddings: Array) -> float:
+    """The Spearman correlation, over all pairs of rows, of the student's cosine similarities and the teacher's.
+
+    Embeddings [N, H] and [N, H'] of the same rows; NaN below three rows, and for equal similarities.
+
+    Example:
+        >>> similarity_correlation([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]], [[2.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+        0.5
+    """
+    sides = {"student_embeddings": student_embeddings, "teacher_embeddings": teacher_embeddings}
+    return _similarity_correlation(*(_logits(name, values) for name, values in sides.items())).item()

@@ -17,6 +17,7 @@ from .fidelity import (
     expected_calibration_error,
     kl_to_teacher,
     negative_log_likelihood,
+    similarity_correlation,
     teacher_agreement,
 )
 
@@ -83,6 +84,18 @@ class KLToTeacher(_LogitsMetric):
     """`kl_to_teacher` (nats) as an `evaluate.Metric`: student logits [N, C] against teacher logits [N, C]."""
 
     key, measure, references = "kl_to_teacher", kl_to_teacher, datasets.List(datasets.Value("float32"))
+
+
+class SimilarityCorrelation(_LogitsMetric):
+    """`similarity_correlation` as an `evaluate.Metric`: student embeddings [N, H] against the teacher's [N, H'].
+
+    Example:
+        >>> rows = [[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]]
+        >>> SimilarityCorrelation().compute(predictions=rows, references=rows)
+        {'teacher_spearman': 1.0}
+    """
+
+    key, measure, references = "teacher_spearman", similarity_correlation, datasets.List(datasets.Value("float32"))
 
 
 def classification_metrics(teacher_logits: Array | None = None) -> Callable[[Any], dict[str, float]]:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 
 from ..files import write_atomically
 from ..losses import jsd, reverse_kl
+from ..tasks import TASKS
 from ..validation import fail
 from . import fidelity
 
@@ -47,6 +48,8 @@ NUMBERS = (
     "jsd_nats",
     "ece",
     "nll_nats",
+    "teacher_cosine",
+    "teacher_spearman",
     "train_seconds",
 )
 
@@ -311,6 +314,16 @@ def _measure(run: Run, teacher: Run | None) -> dict[str, float | None]:
     accuracy, _ = accuracy_of(run)
     numbers["test_accuracy_percent"] = None if accuracy is None else 100 * accuracy
     numbers["train_seconds"] = finite(run.results.get("train_runtime"))
+    if _embeds(run) and run.predictions and teacher and teacher is not run and teacher.predictions:
+        _check_same_rows(run, teacher)
+        embeddings = run.predictions.logits, teacher.predictions.logits
+        numbers["teacher_spearman"] = fidelity.similarity_correlation(*embeddings)
+    for name in ("teacher_cosine", "teacher_spearman"):
+        stored = (finite(run.results.get(f"{split}_{name}")) for split in ("test", "eval"))
+        if numbers[name] is None:
+            numbers[name] = next((value for value in stored if value is not None), None)
+    if _embeds(run):
+        return {key: None if value is not None and math.isnan(value) else value for key, value in numbers.items()}
     if run.predictions:
         numbers["ece"] = fidelity.expected_calibration_error(*run.predictions)
         numbers["nll_nats"] = fidelity.negative_log_likelihood(*run.predictions)
@@ -322,6 +335,12 @@ def _measure(run: Run, teacher: Run | None) -> dict[str, float | None]:
         numbers["reverse_kl_nats"] = reverse_kl(student_logits, teacher_logits).mean().item()
         numbers["jsd_nats"] = jsd(student_logits, teacher_logits).mean().item()
     return {key: None if value is not None and math.isnan(value) else value for key, value in numbers.items()}
+
+
+def _embeds(run: Run) -> bool:
+    """Whether its predictions are embeddings, not logits."""
+    task = TASKS.get(str(run.distillation.get("task")))
+    return task is not None and task.embeds
 
 
 def accuracy_of(run: Run) -> tuple[float | None, str]:
@@ -347,7 +366,7 @@ def _check_same_rows(run: Run, other: Run) -> None:
     (logits, labels), (other_logits, other_labels) = run.predictions, other.predictions
     if len(labels) != len(other_labels):
         reason = f"{len(labels)} and {len(other_labels)} rows"
-    elif logits.shape != other_logits.shape:
+    elif logits.shape != other_logits.shape and not (_embeds(run) or _embeds(other)):
         reason = f"{logits.shape[-1]} and {other_logits.shape[-1]} classes"
     elif not torch.equal(labels, other_labels):
         reason = f"labels that differ in {int((labels != other_labels).sum())} of {len(labels)} rows"

@@ -1,5 +1,6 @@
 """What a batch and a model's outputs mean for a task: inputs, labels, positions, output head."""
 
+from .embedding import EMBEDDING, PROJECTOR
 from .inputs import (
     CHUNK_IDS,
     NOT_INPUTS,
@@ -16,6 +17,7 @@ from .inputs import (
     model_inputs,
     required_inputs,
     start_token,
+    takes_features,
     text_config,
     token_mask,
     vocabulary_rows,
@@ -55,8 +57,10 @@ from .task import Fault, Task, class_labels
 
 __all__ = [
     "CHUNK_IDS",
+    "EMBEDDING",
     "NOT_INPUTS",
     "PROBLEM_TYPES",
+    "PROJECTOR",
     "ROW_ID",
     "SMALL_VOCABULARY",
     "TASKS",
@@ -98,6 +102,7 @@ __all__ = [
     "start_token",
     "student_loss",
     "student_side",
+    "takes_features",
     "task_for",
     "task_from_logits",
     "teacher_hidden",

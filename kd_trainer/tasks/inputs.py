@@ -332,6 +332,7 @@ def accepted_inputs(model: nn.Module, *, label_names: Iterable[str] = (), withhe
     from transformers import PreTrainedModel
     from transformers.utils.generic import TransformersKwargs, find_labels
 
+    model = _with_columns(model)
     unwrap: Any = getattr(model, "get_base_model", None)
     wrapper, model = model, unwrap() if unwrap is not None else model
     parameters = inspect.signature(model.forward).parameters.values()
@@ -354,8 +355,21 @@ def accepted_inputs(model: nn.Module, *, label_names: Iterable[str] = (), withhe
     return Accepted(names - targets, targets=targets, taken_targets=None)
 
 
+def takes_features(model: Any) -> bool:
+    """Whether it is a `SentenceTransformer`, whose forward takes one dict of columns."""
+    names = ((cls.__module__.partition(".")[0], cls.__name__) for cls in type(model).__mro__)
+    return ("sentence_transformers", "SentenceTransformer") in names
+
+
+def _with_columns(model: Any) -> Any:
+    """The module whose forward names the columns: the transformer in a `SentenceTransformer` or a `SentenceEncoder`."""
+    inner = getattr(model, "transformers_model", None)
+    return model if inner is None else _with_columns(inner)
+
+
 def required_inputs(model: Any) -> frozenset[str]:
     """Names without which the forward cannot be called, but the decoder's inputs, which may be made of the labels."""
+    model = _with_columns(model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     parameters = inspect.signature(model.forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..losses import IGNORE_INDEX, SoftTargetLoss, divide
 from ..validation import fail, message
+from .embedding import EmbeddingTask
 from .inputs import main_input, real_tokens, token_mask
 from .logits import logits_of
 from .segmentation import SegmentationTask
@@ -416,5 +417,7 @@ TASKS = {
         SegmentationTask(
             "semantic_segmentation", named_classes=True, auto_classes=("AutoModelForSemanticSegmentation",)
         ),
+        # Last: the others are of models with an output head. AutoModel would load a T5 with its decoder.
+        EmbeddingTask("embedding", auto_classes=("AutoModelForTextEncoding", "AutoModel")),
     )
 }

@@ -51,7 +51,7 @@ def logits_of(outputs: Any, argument: str, wanted: Wanted | None = None) -> Tens
         return outputs
     if isinstance(outputs, Mapping) and isinstance(logits := outputs.get("logits"), Tensor):  # nearly always
         return logits
-    found = _named(outputs)
+    found = named_outputs(outputs)
     if isinstance(found.get("logits"), Tensor):
         return found["logits"]
     named = {name: value for name, value in found.items() if _is_called_logits(name) and _may_be(value)}
@@ -76,7 +76,7 @@ def logits_of(outputs: Any, argument: str, wanted: Wanted | None = None) -> Tens
         argument,
         f"a model that returns {offer}",
         'logits: a tensor, a tuple that holds it, or a mapping with the key "logits"',
-        "Wrap the model so that its forward returns them.",
+        "Wrap the model so that its forward returns them; for embeddings set kd_task to embedding.",
         error=TypeError,
     )
 
@@ -118,7 +118,7 @@ def _fail_ambiguous(several: _Candidates, argument: str, wanted: Wanted) -> None
         raise
 
 
-def _named(outputs: Any) -> dict[str, Any]:
+def named_outputs(outputs: Any) -> dict[str, Any]:
     """The parts of outputs that have names; empty for others."""
     if isinstance(outputs, Mapping):
         return {str(name): value for name, value in outputs.items()}
@@ -148,7 +148,7 @@ def _inside(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
 
 def widths_of(outputs: Any) -> set[int]:
     """The last dimensions of all tensors that may be logits."""
-    return {tensor.shape[-1] for _, tensor in _inside(_named(outputs) or outputs, "")}
+    return {tensor.shape[-1] for _, tensor in _inside(named_outputs(outputs) or outputs, "")}
 
 
 def _may_be(value: Any) -> bool:

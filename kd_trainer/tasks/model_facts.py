@@ -12,7 +12,11 @@ def count_parameters(model: nn.Module) -> int:
 
 def name_of(model: nn.Module) -> str:
     """Where the model was loaded from, or its class."""
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or _class_name(model)
+
+
+def _class_name(model: nn.Module) -> str:
+    return getattr(model, "class_name", type(model).__name__)
 
 
 def times(ratio: float, what: str) -> str:
@@ -24,4 +28,4 @@ def describe(model: nn.Module) -> str:
     """Class, parameters, dtype and device in one line."""
     first = next(model.parameters(), None)
     where = "no parameters" if first is None else f"{str(first.dtype).removeprefix('torch.')} on {first.device}"
-    return f"{type(model).__name__}, {count_parameters(model):,} parameters, {where}"
+    return f"{_class_name(model)}, {count_parameters(model):,} parameters, {where}"

@@ -24,10 +24,16 @@ class PackingWatch:
 
     def __init__(self) -> None:
         self._note: Tensor | None = None
+        self._embeds = False
 
     def look(self, task: Task, batch: Mapping[str, Any], reduction: str, *, now: bool = False) -> None:
-        """Raises ValueError where "batchmean" would divide by rows of several sequences."""
-        if task.token_level and reduction == "batchmean":
+        """Raises ValueError where "batchmean" would divide by rows of several sequences, or where one would be embedded
+        as a whole."""
+        ids = batch.get("input_ids")
+        if task.embeds and isinstance(ids, Tensor) and ids.dim() == 2:
+            self._embeds = True
+            self.see(is_packed(batch, ids.shape), now=now)
+        elif task.token_level and reduction == "batchmean":
             self.see(is_packed(batch, task.sequences(batch).shape), now=now)
 
     def see(self, packed: bool | Tensor, *, now: bool = False) -> None:
@@ -43,8 +49,11 @@ class PackingWatch:
         if note is not None and note:
             self._refuse()
 
-    @staticmethod
-    def _refuse() -> NoReturn:
+    def _refuse(self) -> NoReturn:
+        if self._embeds:
+            fix = "Pad the rows: DataCollatorWithPadding."
+            because = "an embedding is made of all tokens of a row"
+            fail("inputs", "a packed batch", "one text in a row", fix, because=because)
         because = "rows of a packed batch are no longer sequences"
         expected, fix = "'tokenmean' with packed batches", "Set kd_reduction to tokenmean."
         fail("kd_reduction", "'batchmean'", expected, fix, because=because)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..validation import fail
-from .inputs import front_positions, vocabulary_rows
+from .inputs import front_positions, takes_features, vocabulary_rows
 from .kinds import TASKS, Task
 from .logits import Wanted
 
@@ -114,11 +114,14 @@ def _is_encoder_decoder(config: Any) -> bool:
 
 
 def _has_logits(model: nn.Module, auto_class: str) -> bool:
-    """Whether a model of one of the Auto classes that list models of other kinds too is a supervised one."""
+    """Whether a model of one of the Auto classes that list models of other kinds too has the outputs of its task."""
     if auto_class == "AutoModelForVisualQuestionAnswering":  # ViLT has classes, BLIP writes the answer
         return "logits" in (outputs_declared(model) or ())
     if auto_class in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):  # PI0 moves robots
         return "labels" in inspect.signature(model.forward).parameters
+    if auto_class in TASKS["embedding"].auto_classes:  # an encoder-decoder's last hidden state is of its decoder
+        outputs = outputs_declared(model) or ()
+        return "last_hidden_state" in outputs and not {"encoder_last_hidden_state", "logits"} & set(outputs)
     return True
 
 
@@ -172,6 +175,8 @@ def task_for(model: nn.Module, kd_task: str | None, shifts_labels: bool) -> Task
     """
     if kd_task is not None:
         return TASKS[kd_task].of_model(model)
+    if takes_features(model):
+        return TASKS["embedding"]
     known = auto_class_of(model)
     if known is not None:
         return known[0].of_model(model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -68,6 +69,10 @@ class Task:
     position: ClassVar[str] = "token"  # what a position is called
     over_positions: ClassVar[bool] = False  # the classes are the positions of a row
     cacheable: ClassVar[bool] = True  # which positions count can be told from a batch alone
+    has_hard_loss: ClassVar[bool] = True
+    embeds: ClassVar[bool] = False  # a row's output is a vector, by which it is compared with other rows
+    agreement_name: ClassVar[str] = "teacher_agreement"  # the logged key of `agreement_sum`
+    unread_weights: ClassVar[tuple[str, ...]] = ()  # names, in a checkpoint, of weights without a part in the outputs
     # Along which dimension the models may differ in length: its number, the name of one entry, and what to do then.
     along: ClassVar[tuple[int, str, str] | None] = None
 
@@ -101,6 +106,31 @@ class Task:
         if len(here) != len(self.label_names):
             return self
         return replace(self, label_names=tuple(here))
+
+    def with_settings(self, kd: Any, student: Any, teacher_pooling: str | None) -> Task:
+        """The task as the distillation arguments and the models have it: see `EmbeddingTask`."""
+        return self
+
+    def teacher_folder(self, path: str, init_kwargs: Mapping[str, Any]) -> Any:
+        """What a teacher's folder says of the task beside its transformer; None where it says nothing."""
+        return None
+
+    def teacher_module(self, teacher: Any, folder: Any = None) -> Any:
+        """The module that is run as the teacher."""
+        return teacher
+
+    def teacher_settings(self, teacher: Any) -> dict[str, Any]:
+        """What a teacher cache notes of the teacher, beside its identity, that its outputs depend on."""
+        return {}
+
+    def pooled(self, student: Any) -> AbstractContextManager[None]:
+        """Around a forward of the wrapped student: see `EmbeddingTask`."""
+        return nullcontext()
+
+    @property
+    def note(self) -> str:
+        """A line for the start block, or ""."""
+        return ""
 
     def soft_term(self, divergence: str) -> str:
         """The soft loss by name, for the formula that is printed."""

@@ -38,10 +38,15 @@ def _from_pretrained(task: Task, auto_class: Any, path: str, kwargs: dict[str, A
 _UNLESS_ASKED = {"use_safetensors": True, "trust_remote_code": False}
 
 
-def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init_kwargs: dict[str, Any]) -> nn.Module:
-    """The teacher as a module: itself, or loaded by path with the Auto class of the student's task.
+def load_teacher(
+    teacher_model: nn.Module | str | Path, student: nn.Module, init_kwargs: dict[str, Any], task: Task | None = None
+) -> nn.Module:
+    """The teacher as the module that is run: itself, or loaded by path with the Auto class of the student's task.
 
     A path is read from safetensors unless `init_kwargs` asks otherwise, and no remote code runs unless it says so.
+
+    Args:
+        task: of the student; None where it is not known yet.
 
     Raises:
         TypeError: neither a module nor a path.
@@ -51,12 +56,14 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
         if init_kwargs:
             fix = "Leave it out, or give the teacher by path."
             fail("teacher_model_init_kwargs", quoted(init_kwargs), "nothing where the teacher is a module", fix)
-        return teacher_model
+        return teacher_model if task is None else task.teacher_module(teacher_model)
     if not isinstance(teacher_model, (str, Path)):
         shown = f"of type {type(teacher_model).__name__}"
         fail("teacher_model", shown, "a torch module, a folder or a hub name", "Load the model first.", error=TypeError)
     path = str(teacher_model)
     known = auto_class_of(student)
+    if task is not None and task.embeds and (known is None or not known[0].embeds):
+        known = task, auto_classes(task)[0]  # any student may have a vector of each row
     if known is None or known[1] is None:
         fail(
             "teacher_model",
@@ -64,9 +71,11 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
             "a module, because no Auto class of transformers has a student of type " + type(student).__name__,
             "Load the teacher yourself and give the module.",
         )
-    task, auto_class = known
+    loaded_as, auto_class = known
+    folder = None if task is None else task.teacher_folder(path, init_kwargs)
+    place = {"subfolder": folder.transformer} if folder is not None and folder.transformer else {}
     try:
-        model, info = _from_pretrained(task, auto_class, path, {**_UNLESS_ASKED, **init_kwargs})
+        model, info = _from_pretrained(loaded_as, auto_class, path, {**_UNLESS_ASKED, **place, **init_kwargs})
     except Exception as error:  # upstream and safetensors raise many kinds
         secrets = set(secrets_in(init_kwargs))
         line = scrub((str(error).splitlines() or [""])[0], secrets)
@@ -91,6 +100,7 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
     if init_kwargs.get("device_map") is not None and getattr(model, "hf_device_map", None) is None:
         model.hf_device_map = {"": model.device}  # upstream notes a map of several devices only
     fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    fresh = [name for name in fresh if not name.startswith(loaded_as.unread_weights)]
     if fresh:
         fail(
             "teacher_model",
@@ -99,4 +109,4 @@ def load_teacher(teacher_model: nn.Module | str | Path, student: nn.Module, init
             f"Fine-tune the teacher first, or name a checkpoint that has the head of {type(model).__name__}.",
             because=f"these of its weights would be newly initialised and teach noise: {', '.join(fresh[:4])}",
         )
-    return model
+    return model if task is None else task.teacher_module(model, folder)

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 
 from ..cache import DTYPES, FORMATS
 from ..files import as_json
-from ..losses import DIVERGENCES
+from ..losses import DIVERGENCES, EMBEDDING_LOSSES, POOLINGS
 from ..redaction import SecretiveDict, hidden, is_secret_name
 from ..tasks import TASKS
 from ..validation import check_choice, check_number, check_temperature, fail, nearest, quoted
@@ -35,6 +35,18 @@ CHECK_FINITE = ("step", "log", "off")
 IMPLEMENTATIONS = ("auto", "full", "fused")
 RUNS = ("train", "check", "cache")
 HARD_LOSSES = ("auto", "task", "model")
+
+
+class Unset(float):
+    """The default of a field, by which it is known that nobody has set it."""
+
+
+UNSET_ALPHA = Unset(0.7)
+
+
+def is_unset(value: Any) -> bool:
+    return isinstance(value, Unset)
+
 
 # The names that a well-known textbook's class of the same purpose uses, where alpha weighs the HARD loss.
 _BORROWED = {
@@ -83,7 +95,9 @@ class DistillationArguments:
     Source: Hinton, Vinyals and Dean, arXiv 1503.02531.
     """
 
-    kd_alpha: float = field(default=0.7, metadata={"help": "Weight of the SOFT loss, in [0, 1]."})
+    kd_alpha: float = field(
+        default=UNSET_ALPHA, metadata={"help": "Weight of the SOFT loss, in [0, 1]; unset: 0.7, of embeddings 1."}
+    )
     kd_temperature: float = field(default=3.0, metadata={"help": "Temperature of both distributions, > 0."})
     kd_divergence: str = field(default="forward_kl", metadata={"help": "One of: " + ", ".join(DIVERGENCES) + "."})
     kd_beta: float | None = field(
@@ -127,6 +141,16 @@ class DistillationArguments:
             "help": "The hard loss: task (the task's formula), model (the model's own loss), or auto: the model's own "
             "where it differs from the formula on the first batch."
         },
+    )
+    kd_pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "Embeddings: mean, cls (first attended token) or last; unset: that of a sentence-transformers "
+            "folder, or mean."
+        },
+    )
+    kd_embedding_loss: str = field(
+        default="cosine", metadata={"help": "Embeddings: the soft loss of a row, cosine (1 - cosine) or mse."}
     )
     kd_remap_labels: bool = field(
         default=False,
@@ -192,6 +216,9 @@ class DistillationArguments:
         check_choice("kd_schedule", self.kd_schedule, SCHEDULES)
         check_choice("kd_run", self.kd_run, RUNS)
         check_choice("kd_hard_loss", self.kd_hard_loss, HARD_LOSSES)
+        check_choice("kd_embedding_loss", self.kd_embedding_loss, EMBEDDING_LOSSES)
+        if self.kd_pooling is not None:
+            check_choice("kd_pooling", self.kd_pooling, POOLINGS)
         self._check_cache()
         self._check_beta()
         if self.kd_task is not None:
@@ -337,7 +364,7 @@ def _as_declared(entry: Any, value: Any) -> Any:
             fail(name, quoted(value), "true or false", f"Write {'it ' * isinstance(value, str)}{how}.", error=TypeError)
     elif float in kinds:
         if isinstance(value, Real) and not isinstance(value, (bool, int)):
-            return float(value)
+            return value if is_unset(value) else float(value)
         if isinstance(value, bool) or not isinstance(value, int):
             check_number(name, value)
     elif int in kinds:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import divide
+from ..losses import divide, similarity_correlation
+from ..tasks import Task
 from .objective import Counts, Objective, Parts
 from .setup import Plan
 
@@ -48,19 +49,19 @@ class MetricsBuffer:
         self._sums.append(as_tensor(self._rows, self._device).sum(0))
         self._rows = []
 
-    def named(self, objective: Objective) -> dict[str, float]:
+    def named(self, task: Task, objective: Objective) -> dict[str, float]:
         """The sums of rows that `logged_row` made, by their logged names."""
         sums = self.sums()
         values = [] if sums is None else sums.tolist()
-        return named(objective, values, [not math.isnan(value) for value in values]) if values else {}
+        return named(task, objective, values, [not math.isnan(value) for value in values]) if values else {}
 
-    def means(self, accelerator: Any, objective: Objective) -> dict[str, float]:
+    def means(self, accelerator: Any, task: Task, objective: Objective) -> dict[str, float]:
         """The means over optimizer steps and processes by their logged names; {} where nothing was added."""
         sums = self.sums()
         if sums is None:
             return {}
         mean, exists = accelerator.reduce(with_existence(sums, self.exists), reduction="mean")
-        return named(objective, (mean / max(self.steps, 1)).tolist(), exists.tolist())
+        return named(task, objective, (mean / max(self.steps, 1)).tolist(), exists.tolist())
 
     def sums(self) -> Tensor | None:
         """Sums since the last log, one for each entry of a row; None where nothing was added.
@@ -75,13 +76,16 @@ class MetricsBuffer:
         return torch.stack(self._sums).sum(0).masked_fill(lacking, math.nan)
 
 
+MOST_EMBEDDINGS = 2048  # rows of an evaluation whose pairs are compared: 2 million, half a second on a CPU
+
+
 class Evaluation:
     """The terms of one evaluation, each row once: as upstream weighs its loss, and as sums over this process's rows.
 
     Of tasks with one answer a row the loss and its parts are sums over all rows divided by their counts (with
     kd_reduction "tokenmean" the labelled rows for the hard loss), whatever the size of the batches. Perplexity is exp
     of the mean hard loss per labelled token, whatever the batches' size, their padding and kd_reduction; with label
-    smoothing it is left out, whose loss is no log-likelihood.
+    smoothing it is left out, whose loss is no log-likelihood. Of embeddings the first `MOST_EMBEDDINGS` rows are kept.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,6 +93,26 @@ class Evaluation:
         self.sums = MetricsBuffer(device)
         # Tasks by position: the parts of every batch and whether they exist, repeated and gathered as upstream's loss.
         self.rows: list[Tensor] = []
+        # Tasks that embed: of the first rows a 1, the student's embedding and the teacher's.
+        self.embeddings: list[Tensor] = []
+
+    def add_embeddings(self, student: Tensor, teacher: Tensor, rows: int | None) -> None:
+        """Takes the embeddings of one batch, of its first `rows` (None: all)."""
+        kept = sum(map(len, self.embeddings))
+        rows = min(len(student) if rows is None else rows, MOST_EMBEDDINGS - kept)
+        if rows > 0 or not self.embeddings:  # the widths are needed by a process without a row too
+            there = student.new_ones(len(student), 1, dtype=torch.float32)
+            both = torch.cat([there, student.detach().float(), teacher.to(student.device).float()], 1)
+            self.embeddings.append(both[: max(rows, 0)])
+            self._width = student.shape[1]
+
+    def _similarity(self, accelerator: Any) -> float:
+        """Whether both models rank pairs of rows alike: the correlation of their similarities over all processes."""
+        kept = torch.cat(self.embeddings)[: -(-MOST_EMBEDDINGS // accelerator.num_processes)]
+        if accelerator.num_processes > 1:
+            kept = accelerator.gather(accelerator.pad_across_processes(kept))
+        kept = kept[kept[:, 0] == 1, 1:]
+        return similarity_correlation(kept[:, : self._width], kept[:, self._width :]).item()
 
     def add(
         self, parts: Parts, counts: Counts, objective: Objective, plan: Plan, gather: Callable[[Tensor], Tensor]
@@ -106,14 +130,8 @@ class Evaluation:
         if plan.task.by_position or plan.own_loss:
             self.rows.append(gather(with_existence_of(row, parts.total.device)))
 
-    def logged(
-        self,
-        prefix: str,
-        accelerator: Any,
-        plan: Plan,
-        objective: Objective,
-    ) -> dict[str, float]:
-        """The terms by their logged names, and `perplexity` where it has a meaning, from the rows of all processes.
+    def logged(self, prefix: str, accelerator: Any, plan: Plan, objective: Objective) -> dict[str, float]:
+        """The terms by their logged names, and what else has a meaning for the task, from the rows of all processes.
 
         Args:
             objective: with the values at the end of a schedule.
@@ -129,10 +147,10 @@ class Evaluation:
         by_row = not task.by_position and not own_loss
         if by_row:
             means = [*map(divide, sums, over), divide(same, compared), labelled]
-            logged = named(objective, means, [*exists[:n], *exists[2 * n :]], prefix)
+            logged = named(task, objective, means, [*exists[:n], *exists[2 * n :]], prefix)
         else:
             weighed = torch.cat(self.rows).mean(0).tolist()
-            logged = named(objective, weighed[: n + 2], weighed[n + 2 :], prefix)
+            logged = named(task, objective, weighed[: n + 2], weighed[n + 2 :], prefix)
         if own_loss:
             return logged
         # Of several processes upstream's loss is no mean over each row once.
@@ -143,6 +161,8 @@ class Evaluation:
         if task.over_tokens and objective.label_smoothing == 0 and labelled > 0:
             hard_sum = dict(zip((term.name for term in terms), sums, strict=True))["hard"]
             logged[f"{prefix}perplexity"] = perplexity(hard_sum, labelled)
+        if self.embeddings and not math.isnan(correlation := self._similarity(accelerator)):
+            logged[f"{prefix}teacher_spearman"] = correlation
         return logged
 
 
@@ -163,7 +183,9 @@ def as_tensor(rows: list[Row], device: torch.device) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def named(objective: Objective, values: Sequence[float], exists: Sequence[float], prefix: str = "") -> dict[str, float]:
+def named(
+    task: Task, objective: Objective, values: Sequence[float], exists: Sequence[float], prefix: str = ""
+) -> dict[str, float]:
     """The values of a `logged_row` that exist, by their logged names; a hard loss without any label is none.
 
     Args:
@@ -172,7 +194,7 @@ def named(objective: Objective, values: Sequence[float], exists: Sequence[float]
     *means, agreement, labelled = values
     names = [term.name for term in objective.terms]
     found = {f"{name}_loss": (mean, there) for name, mean, there in zip(names, means, exists, strict=False)}
-    found["teacher_agreement"] = agreement, exists[len(names)]
+    found[task.agreement_name] = agreement, exists[len(names)]
     if not labelled > 0:
         del found["hard_loss"]
     return {prefix + name: value for name, (value, there) in found.items() if there > 0}

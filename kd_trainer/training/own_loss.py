@@ -410,6 +410,8 @@ def choose(
         with_function: whether there is a `compute_loss_func`, which is the hard loss then.
         compare: gives the verdict of `Comparison`, on every process; None where the model cannot be called.
     """
+    if not task.has_hard_loss:
+        return HardLoss(False, task)
     if not task.has_formula and not with_function:
         return HardLoss(True, task, f"the model's own, as for every model of the task {task.name!r}")
     try:

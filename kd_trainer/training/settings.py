@@ -9,8 +9,9 @@ import dataclasses
 from typing import Any
 
 from ..losses import SoftTargetLoss
+from ..tasks import Task
 from ..validation import fail
-from .arguments import DistillationArguments
+from .arguments import DistillationArguments, is_unset
 from .objective import Objective, scheduled
 from .terms import added_terms
 
@@ -33,11 +34,21 @@ class Settings:
     always_hard: bool
 
     def __init__(self, args: Any) -> None:
+        self._args, self._soft_alone = args, False
         self.read(args)
+
+    def adopt(self, task: Task) -> None:
+        """Takes the defaults of a task: without a hard loss an unset kd_alpha is 1."""
+        if self._soft_alone == task.has_hard_loss:
+            self._soft_alone = not task.has_hard_loss
+            self.read(self._args)
 
     def read(self, args: Any) -> None:
         """Reads the arguments: a script, a callback or a hyperparameter search may have changed them."""
+        self._args = args
         self.kd = DistillationArguments.of(args)
+        if self._soft_alone and is_unset(self.kd.kd_alpha):
+            self.kd = dataclasses.replace(self.kd, kd_alpha=1.0)
         self.added = added_terms(self.kd)
         soft = self.kd.kd_alpha != 0 or self.kd.kd_schedule != "constant"
         self.always_hard = not soft and all(term.capture is None for term in self.added)

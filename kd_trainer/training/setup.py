@@ -82,7 +82,7 @@ def make_plan(first: FirstBatch) -> Plan:
     """The plan of the loss, from what all checks have found."""
     trainer, teacher, hard = first.trainer, first.teacher, first.hard
     assert hard is not None and first.accepted is not None  # noqa: PT018
-    notes = [first.vocabularies, first.path, *first.terms, *notes_on_own_losses(first.student)]
+    notes = [first.task.note, first.vocabularies, first.path, *first.terms, *notes_on_own_losses(first.student)]
     if teacher is not None:
         notes = [teacher.note, *notes]
     if teacher is not None and teacher.start_tokens is not None:
@@ -170,8 +170,14 @@ class Setup:
                 if value:
                     because = "the teacher is the student's own base"
                     fail(name, quoted(value), f"nothing with the teacher {given!r}", "Leave it out.", because=because)
+            if task is not None and task.embeds:
+                because = "its embeddings are the student's as it starts"
+                shown, fix = repr(ADAPTER_OFF), "Give a larger model as the teacher."
+                fail("teacher_model", shown, f"a model for the task {task.name!r}", fix, because=because)
             return AdapterOffTeacher(student, over_tokens=task is not None and task.over_tokens)
-        teacher = load_teacher(given, student, kd.teacher_kwargs)
+        if task is not None:
+            task = task.with_settings(kd, student, None)
+        teacher = load_teacher(given, student, kd.teacher_kwargs, task)
         check_separate(student, teacher)
         live = LiveTeacher(teacher, compiled=kd.teacher_compile)
         if classes_have_names(student, task):

@@ -152,9 +152,18 @@ def task(first: FirstBatch) -> None:
     task = task_for(student, named, trainer._loss_shifts_labels)
     if task is not None:
         task = by_problem_type(task, student, named, first.batch.get("labels"))
+        task = task.with_settings(first.kd, student, _teacher_pooling(first.teacher))
         first.known_task = task.with_label_names(trainer.label_names, first.batch)
+        first.settings.adopt(task)
     if first.teacher is not None:
         first.teacher = first.teacher.for_student(student, over_tokens=task is not None and task.over_tokens)
+
+
+def _teacher_pooling(teacher: Teacher | None) -> str | None:
+    """Of a teacher of embeddings."""
+    if teacher is None:
+        return None
+    return getattr(teacher.model, "pooling", None) if teacher.manifest is None else teacher.manifest.get("pooling")
 
 
 def memory(first: FirstBatch) -> None:
@@ -220,7 +229,8 @@ def cache(first: FirstBatch) -> None:
             fix = "Train with the tokenizer that made the cache."
             fail("processing_class", "a tokenizer of other tokens", expected, fix, because=because)
         first.known_by = "tokenizers"
-    first.known_task = kept.with_label_names(first.trainer.label_names, first.batch)
+    task = first.known_task if first.known_task is not None and kept.embeds else kept
+    first.known_task = task.with_label_names(first.trainer.label_names, first.batch)
     first.teacher_classes = manifest["vocabulary"]
     compared = teacher.compare_classes(first.student, kept, remap=kd.kd_remap_labels, compare=compatibility.warned)
     first.class_order = None if compared is None else compared.order
@@ -232,10 +242,24 @@ def settings(first: FirstBatch) -> str | None:
     if task is None:
         return None
     if not task.tempered and kd.kd_divergence != "forward_kl":
-        expected = "'forward_kl' (the default) in a regression, whose soft loss is the squared error"
-        fail("kd_divergence", repr(kd.kd_divergence), expected, "Leave it out.")
+        expected = f"'forward_kl' (the default) for the task {task.name!r}"
+        because = f"its soft loss is {task.soft_term(kd.kd_divergence)}"
+        fail("kd_divergence", repr(kd.kd_divergence), expected, "Leave it out.", because=because)
     if not task.tempered and kd.kd_standardize_logits:
-        fail("kd_standardize_logits", True, "False in a regression, whose outputs are no logits", "Leave it out.")
+        fail(
+            "kd_standardize_logits",
+            True,
+            f"False for the task {task.name!r}, whose outputs are no logits",
+            "Leave it out.",
+        )
+    if not task.embeds:
+        unused = {"kd_pooling": (kd.kd_pooling, None), "kd_embedding_loss": (kd.kd_embedding_loss, "cosine")}
+        for name, (value, default) in unused.items():
+            if value != default:
+                expected = f"{default!r} (the default) for the task {task.name!r}"
+                fail(name, repr(value), expected, "Leave it out.", because="its outputs are no embeddings")
+    if not task.has_hard_loss:
+        _check_soft_alone(first, task)
     if kd.kd_remap_labels and not task.named_classes:
         because = "its outputs are no classes with names of their own"
         fail("kd_remap_labels", True, f"False for the task {task.name!r}", "Leave it out.", because=because)
@@ -259,6 +283,18 @@ def added_terms(first: FirstBatch) -> None:
     """Each added term can be computed with these models."""
     lines = [term.check(first) for term in first.settings.added if term.check is not None]
     first.terms = tuple(line for line in lines if line is not None)
+
+
+def _check_soft_alone(first: FirstBatch, task: Task) -> None:
+    """Raises ValueError for a setting that speaks of a hard loss where there is none."""
+    kd, because = first.kd, f"the task {task.name!r} has no hard loss"
+    for name, value in (("kd_alpha", kd.kd_alpha), ("kd_alpha_end", kd.kd_alpha_end)):
+        if value not in (1, None):
+            fail(name, value, "1, the default for this task", "Leave it out.", because=because)
+    if kd.kd_hard_loss != "auto":
+        fail("kd_hard_loss", repr(kd.kd_hard_loss), "'auto'", "Leave it out.", because=because)
+    if first.trainer.compute_loss_func is not None:
+        fail("compute_loss_func", "a function", "None", "Leave it out.", because=because)
 
 
 # ---- checks that run the models ----

@@ -48,7 +48,7 @@ def start_block(
     lines += [f"task     {task.name}", first.formula(task)]
     if first != last:
         lines.append(f"at the end of the schedule: {last.formula(task)}")
-    if not labelled:
+    if not labelled and task.has_hard_loss:
         lines.append("no labels in the batch: the hard loss is absent")
     if task.by_position and first.reduction == "batchmean":
         larger = float(divide(torch.as_tensor(float(counts.soft)), int(counts.rows)))
@@ -124,12 +124,12 @@ def print_start(
 
 
 def summary_of(
-    kd: Any, formulas: Sequence[str], teacher: Mapping[str, Any] | None, student: nn.Module
+    kd: Any, task: Task | None, formulas: Sequence[str], teacher: Mapping[str, Any] | None, student: nn.Module
 ) -> dict[str, Any]:
     """Teacher, formula and the numbers in it, as JSON values.
 
     Args:
-        kd: the distillation arguments.
+        kd: the distillation arguments. task: None where it is not known yet.
         formulas: at the start and at the end of the schedule.
         teacher: its `identity()`, or None.
     """
@@ -143,4 +143,5 @@ def summary_of(
         "teacher_parameters": teacher.get("parameters"),
         "student_parameters": count_parameters(student),
         **{f.name.removeprefix("kd_"): getattr(kd, f.name) for f in dataclasses.fields(kd) if f.name[:3] == "kd_"},
+        "task": kd.kd_task if task is None else task.name,
     }

@@ -152,10 +152,12 @@ class TeacherOutputs:
             return _run(live, batch, accelerator)
         if not self._warned_uncached:
             self._warned_uncached = True
+            left = "its loss is the hard loss alone" if batch.plan.task.has_hard_loss else "it has no loss"
             warn(
                 logger,
-                "[kd_trainer] there is no teacher cache of this evaluation data: its loss is the hard loss alone. "
+                "[kd_trainer] there is no teacher cache of this evaluation data: %s. "
                 "Where it can be run, call trainer.build_teacher_cache(dataset), or give it as eval_dataset.",
+                left,
             )
         return None
 
@@ -232,7 +234,8 @@ class MicroBatch:
 
     def _run_student(self, labels: Mapping[str, Any]) -> Any:
         inputs = model_inputs(self.inputs, self.plan.accepted)
-        return self.capture("student", self.plan.student, partial(self.model, **inputs, **labels))
+        with self.plan.task.pooled(self.plan.student):
+            return self.capture("student", self.plan.student, partial(self.model, **inputs, **labels))
 
     def _first_rows(self) -> tuple[int | None, dict[str, Any], Counts]:
         """How many rows have a part in the loss (None: all), the inputs of these, and what they are divided by."""

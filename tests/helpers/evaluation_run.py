@@ -46,7 +46,7 @@ def data(task: str, count: int, unlabelled: tuple[int, ...] = ()) -> list[dict[s
 def evaluations(folder: Path, batch_size: int) -> dict[str, dict[str, float]]:
     """Metrics of every evaluation by its name."""
     found = {}
-    for task in (*ROW_TASKS, "causal_lm", "token_classification"):
+    for task in (*ROW_TASKS, "embedding", "causal_lm", "token_classification"):
         for name, settings in SETTINGS.items():
             if name in ("fused", "attended") and task != "causal_lm":
                 continue

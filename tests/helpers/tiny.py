@@ -14,6 +14,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -103,6 +104,9 @@ def models(task: str, seed: int = 0) -> tuple[nn.Module, nn.Module]:
         build = lambda h: BertForTokenClassification(bert_config(h, initializer_range=0.5))  # noqa: E731
     elif task == "causal_lm":
         build = lambda h: LlamaForCausalLM(llama_config(h))  # noqa: E731
+    elif task == "embedding":
+        config = bert_config(16, initializer_range=0.5)
+        return BertModel(config), BertModel(config)
     else:
         assert task == "plain"
         return Plain(), Plain()
@@ -125,6 +129,9 @@ def rows(task: str, count: int = 32, seed: int = 1) -> list[dict[str, Any]]:
         length = int(draw(3, 15, 1))
         ids = draw(1, VOCAB, length)
         row: dict[str, Any] = {"input_ids": ids.tolist(), "attention_mask": [1] * length}
+        if task == "embedding":
+            made.append(row)
+            continue
         if task == "classification":
             row["labels"] = int(draw(0, CLASSES, 1))
         elif task == "multi_label_classification":

@@ -407,3 +407,36 @@ def test_console_table_loses_no_number(tmp_path, width):
         assert number in text
     if width == 100:
         assert "85.5 ± 0.7   +15.0 ± 0.0" in text
+
+
+def test_embeddings_are_compared_by_their_similarities(tmp_path):
+    """Widths may differ, and nothing is said of classes; without predictions what was evaluated is shown."""
+    teacher = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 1.0, 0.0]])
+    students = {"distilled": torch.tensor([[2.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), "measured": None}
+    folders = [write_run(tmp_path / "teacher", (teacher, torch.full((3,), -100)))]
+    for name, embeddings in students.items():
+        predictions = None if embeddings is None else (embeddings, torch.full((3,), -100))
+        results = {"eval_teacher_spearman": 0.25, "eval_teacher_cosine": 0.875}
+        folders.append(write_run(tmp_path / name, predictions, results=results))
+        (folders[-1] / "distillation.json").write_text(json.dumps({"task": "embedding", "formula": "loss"}))
+    report = build_report([load_run(folder) for folder in folders], tmp_path / "report", plots=False)
+    found = {row.name: row.seeds[0] for row in report.rows}
+    assert found["distilled"]["teacher_spearman"] == pytest.approx(0.5)
+    assert found["measured"]["teacher_spearman"] == 0.25
+    assert found["distilled"]["teacher_cosine"] == 0.875
+    assert found["distilled"]["agreement_percent"] is found["distilled"]["kl_to_teacher_nats"] is None
+    table = markdown_table(report)
+    assert "| Cosine to teacher | Similarities against the teacher's (Spearman) |" in table
+    assert "| 0.875 | 0.500 |" in table
+    assert "0.250" in printed(report)
+
+
+def test_other_tasks_have_no_columns_of_embeddings(pair, tmp_path):
+    report = build_report(pair, tmp_path / "report", plots=False)
+    assert "Spearman" not in markdown_table(report) + printed(report)
+
+
+def printed(report):
+    console = Console(file=io.StringIO(), width=200)
+    print_table(report, console)
+    return console.file.getvalue()

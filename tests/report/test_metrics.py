@@ -7,6 +7,7 @@ import socket
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
@@ -19,6 +20,7 @@ from kd_trainer.report.fidelity import (
     kl_to_teacher,
     negative_log_likelihood,
     reliability_bins,
+    similarity_correlation,
     teacher_agreement,
 )
 from kd_trainer.report.metrics import (
@@ -26,6 +28,7 @@ from kd_trainer.report.metrics import (
     ExpectedCalibrationError,
     KLToTeacher,
     NegativeLogLikelihood,
+    SimilarityCorrelation,
     TeacherAgreement,
     classification_metrics,
 )
@@ -204,3 +207,25 @@ def test_as_compute_metrics_of_the_trainer(tmp_path) -> None:
     assert results["eval_accuracy"] == pytest.approx(accuracy(logits, rows[:]["labels"]))
     assert results["eval_agreement"] == 1
     assert results["eval_kl_to_teacher"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_correlation_of_similarities_by_scipy():
+    generator = torch.Generator().manual_seed(4)
+    teacher = torch.randn(12, 6, generator=generator)
+    student = teacher[:, :4] + torch.randn(12, 4, generator=generator)
+    cosines = []
+    for x in (student.double(), teacher.double()):
+        x = x / x.norm(dim=-1, keepdim=True)
+        cosines.append([float(x[i] @ x[j]) for i in range(12) for j in range(i)])
+    expected = scipy.stats.spearmanr(*cosines).statistic
+    assert 0 < expected < 0.95
+    assert similarity_correlation(student, teacher) == pytest.approx(expected, abs=1e-9)
+    metric = SimilarityCorrelation()
+    assert metric.compute(predictions=student.numpy(), references=teacher.tolist()) == {
+        "teacher_spearman": pytest.approx(expected, abs=1e-9)
+    }
+    metric.add_batch(predictions=student[:5].tolist(), references=teacher[:5].tolist())
+    metric.add_batch(predictions=student[5:].tolist(), references=teacher[5:].tolist())
+    assert metric.compute() == {"teacher_spearman": pytest.approx(expected, abs=1e-6)}
+    with pytest.raises(ValueError, match="the same N rows"):
+        similarity_correlation(student, teacher[1:])

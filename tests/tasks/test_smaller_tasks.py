@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartModel,
     BertForNextSentencePrediction,
     BertForPreTraining,
-    BertModel,
     CLIPConfig,
     CLIPModel,
     DPTConfig,
@@ -55,6 +56,11 @@ def clip() -> nn.Module:
     return CLIPModel(CLIPConfig(text_config=text, vision_config={**VISION, "patch_size": 4}, projection_dim=8))
 
 
+def bart_without_head() -> nn.Module:
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return BartModel(BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=tiny.VOCAB, **heads))
+
+
 REFUSED: dict[str, tuple[Any, str, str]] = {
     "object detection": (
         lambda: YolosForObjectDetection(YolosConfig(**{**VISION, "image_size": [8, 8]}, patch_size=4)),
@@ -83,7 +89,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         "a Wav2Vec2ForXVector for speaker embeddings",
         "embeddings",
     ),
-    "no output head": (lambda: BertModel(tiny.bert_config()), "a BertModel for hidden states", "last_hidden_state"),
+    "no output head": (bart_without_head, "a BartModel for hidden states", "encoder_last_hidden_state"),
 }
 
 

@@ -20,7 +20,7 @@ SOME = (0, 1, 2, 3, 9, 20)  # of 21 rows; the first batch of 3 or 4 has no label
 
 
 def parts(metrics: dict[str, float], prefix: str = "eval_") -> dict[str, float]:
-    names = ("loss", *PARTS, "perplexity")
+    names = ("loss", *PARTS, "perplexity", "teacher_cosine", "teacher_spearman")
     return {name: metrics[prefix + name] for name in names if prefix + name in metrics}
 
 

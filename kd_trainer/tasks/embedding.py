@@ -1,0 +1,161 @@
+"""The task `embedding`: one vector for a row, pooled of the last hidden state, compared with the teacher's.
+
+For: `kinds.py`, whose table lists it. Formulas stand in `losses/features.py`, the files of sentence-transformers in
+`sentence_folder.py`.
+Shapes: B rows, S positions, H numbers of a hidden state or an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..losses import EMBEDDING_LOSSES, SoftTargetLoss, cosine_loss, normalised
+from ..validation import fail
+from .inputs import takes_features
+from .sentence_folder import (
+    EMBEDDING,
+    SentenceEncoder,
+    SentenceFolder,
+    embeddings_of,
+    read_sentence_folder,
+    sentence_encoder,
+    sentence_folder_of,
+)
+from .task import Task
+
+PROJECTED = "projected_embedding"  # beside the embedding in the outputs: in the teacher's width
+PROJECTOR = "embedding"  # its name in the student's `kd_projectors`
+_TERMS = {"cosine": "1 - cosine", "mse": "squared error"}
+
+
+@dataclass(frozen=True)
+class EmbeddingTask(Task):
+    """Embeddings [B, H]: soft loss of a row 1 - cosine, or mean over H of the squared error. There is no hard loss.
+
+    Args:
+        pooling: how the student's last hidden state becomes an embedding; normalises: whether to length 1.
+        loss: a name of `EMBEDDING_LOSSES`.
+        folder: the sentence-transformers folder that the student came from; None: another model.
+    """
+
+    pooling: str = field(default="mean", kw_only=True)
+    normalises: bool = field(default=False, kw_only=True)
+    loss: str = field(default="cosine", kw_only=True)
+    folder: SentenceFolder | None = field(default=None, kw_only=True, compare=False, repr=False)
+
+    softmax: ClassVar[bool] = False
+    tempered: ClassVar[bool] = False
+    has_hard_loss: ClassVar[bool] = False
+    embeds: ClassVar[bool] = True
+    agreement_name: ClassVar[str] = "teacher_cosine"
+    unread_weights: ClassVar[tuple[str, ...]] = ("pooler.",)
+
+    def with_settings(self, kd: Any, student: nn.Module, teacher_pooling: str | None) -> EmbeddingTask:
+        """The task with the pooling and the loss of the arguments, of the student's folder, or of the teacher.
+
+        Args:
+            kd: the distillation arguments. teacher_pooling: None where the teacher has none that is known.
+        """
+        if takes_features(student):
+            if kd.kd_pooling is not None:
+                because = "its own Pooling module makes the embeddings"
+                expected = "None for a student that is a SentenceTransformer"
+                fail("kd_pooling", repr(kd.kd_pooling), expected, "Leave it out.", because=because)
+            return replace(self, pooling="", loss=kd.kd_embedding_loss)
+        folder = sentence_folder_of(student)
+        if folder is not None and folder.has_weights:
+            shown = f"the transformer of {folder.path!r}, which has a Dense module after its pooling"
+            fix = "Give the student as SentenceTransformer(path)."
+            because = "the saved student would have a layer that was not trained with it"
+            fail("model", shown, "a model without further layers", fix, because=because)
+        pooling = kd.kd_pooling or (folder.pooling if folder else None) or teacher_pooling or "mean"
+        normalises = folder is not None and folder.normalises
+        return replace(self, pooling=pooling, normalises=normalises, loss=kd.kd_embedding_loss, folder=folder)
+
+    @property
+    def note(self) -> str:
+        """How the student's embeddings are made."""
+        length = ", normalised" if self.normalises else ""
+        return f"{self.pooling} pooling of the student's last hidden state{length}" if self.pooling else ""
+
+    def teacher_folder(self, path: str, init_kwargs: Mapping[str, Any]) -> SentenceFolder | None:
+        return read_sentence_folder(path, init_kwargs)
+
+    def teacher_module(self, teacher: nn.Module, folder: SentenceFolder | None = None) -> nn.Module:
+        """The teacher with its pooling in its forward: of its sentence-transformers folder, or else the student's."""
+        if takes_features(teacher):
+            return SentenceEncoder(teacher, None)
+        folder = folder or sentence_folder_of(teacher)
+        return SentenceEncoder(teacher, self.pooling or "mean") if folder is None else sentence_encoder(teacher, folder)
+
+    def teacher_settings(self, teacher: Any) -> dict[str, Any]:
+        if teacher.pooling is None:  # its outputs are pooled by modules of its own
+            return {}
+        return {"pooling": teacher.pooling, "pooling_of_run": teacher.pooling_of_run}
+
+    @contextmanager
+    def pooled(self, student: nn.Module) -> Iterator[None]:
+        """Inside, the student's forward returns {"sentence_embedding": [B, H]} alone.
+
+        Inside of the wrapped forward, so that a projector and the unused pooler of a BERT are known to every backend:
+        DDP takes for used what the outputs are made of.
+        """
+        handles = [student.register_forward_hook(self._pool_outputs, with_kwargs=True, prepend=True)]
+        if takes_features(student):
+            handles.append(student.register_forward_pre_hook(_columns_as_features, with_kwargs=True, prepend=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _pool_outputs(self, student: nn.Module, args: Any, columns: dict[str, Any], outputs: Any) -> dict[str, Tensor]:
+        embeddings = embeddings_of(outputs, columns, self.pooling, "model")
+        pooled = {EMBEDDING: normalised(embeddings) if self.normalises else embeddings}
+        projectors = getattr(student, "kd_projectors", {})
+        if PROJECTOR in projectors:
+            pooled[PROJECTED] = projectors[PROJECTOR](pooled[EMBEDDING])
+        return pooled
+
+    def logits(self, outputs: Any, argument: str) -> Tensor:
+        """The embeddings [B, H] in pooled outputs; of a student those that are compared with the teacher's."""
+        return outputs[PROJECTED] if PROJECTED in outputs else outputs[EMBEDDING]
+
+    def soft_term(self, divergence: str) -> str:
+        return _TERMS[self.loss]
+
+    def targets(self, inputs: Mapping[str, Any]) -> None:
+        """None: labels have no part in the loss."""
+        return None
+
+    def soft_loss_sum(
+        self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, targets: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        return EMBEDDING_LOSSES[self.loss](student, teacher).sum()
+
+    def agreement_sum(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """The sum of the cosines."""
+        return (1 - cosine_loss(student.detach(), teacher)).sum()
+
+    def check_shapes(
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor | None, common_ids: int | None = None
+    ) -> None:
+        for argument, embeddings in (("model", student), ("teacher_model", teacher)):
+            if embeddings is not None and embeddings.dim() != 2:
+                fix = "Let its forward return one vector for each row."
+                fail(argument, f"giving embeddings of shape {tuple(embeddings.shape)}", "[batch, width]", fix)
+        if teacher is not None and teacher.shape != student.shape:
+            shown = f"giving embeddings of shape {tuple(teacher.shape)}"
+            fix = "Give models with a config that holds the width, or a student with a layer of its own to that width."
+            because = "no projector could be made before the first batch"
+            fail("teacher_model", shown, f"the student's shape {tuple(student.shape)}", fix, because=because)
+
+
+def _columns_as_features(student: nn.Module, args: tuple[Any, ...], columns: dict[str, Any]) -> Any:
+    """For a `SentenceTransformer`, which takes one dict; a call that gives it is left as it is."""
+    return None if args or "input" in columns else ((columns,), {})
