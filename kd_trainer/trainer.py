@@ -31,10 +31,10 @@ from .training.checkpoints import Checkpoints, ResumableInterrupt
 from .training.finite_watch import FiniteWatch
 from .training.logs import Evaluation, logged_row
 from .training.own_loss import OwnHardLoss
+from .training.projectors import TermModules
 from .training.start_block import print_start, put_card_section, summary_of, write_summary
 from .training.step_loss import MicroBatch, TeacherOutputs, counts_of, counts_of_step, own_rows
 from .training.teacher_cache import TeacherCache
-from .training.terms import TermModules
 
 if TYPE_CHECKING:  # at run time the mixin has no base, so that it can stand in front of any Trainer class
     _InFrontOf = Trainer
@@ -191,11 +191,13 @@ class DistillationMixin(_InFrontOf):
             return examine(inspection, evaluate=evaluate, batch=batch)
 
     def _with_term_modules(self) -> AbstractContextManager[None]:
-        return self._term_modules.on(self.unwrapped_student(), self.teacher, self._run_settings.added)
+        return self._term_modules.on(self.unwrapped_student(), self.teacher, self._run_settings, self.args.seed)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's, which creates the optimizer; before, the terms add their modules (projectors) to the student."""
         with self._with_term_modules():
+            if kwargs.get("resume_from_checkpoint") and not is_sharded(self):
+                self._term_modules.load(Path(kwargs["resume_from_checkpoint"]))
             return super()._inner_training_loop(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -242,8 +244,14 @@ class DistillationMixin(_InFrontOf):
         return Checkpoints(self.args, self.accelerator)  # a hyperparameter search replaces the accelerator
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._checkpoints.saving(self._get_output_dir(trial=trial), self.state):
+        folder = self._get_output_dir(trial=trial)
+        with self._checkpoints.saving(folder, self.state):
             super()._save_checkpoint(model, trial)
+            if self.args.should_save and not self.args.save_only_model and not is_sharded(self):
+                self._term_modules.save(Path(folder, f"checkpoint-{self.state.global_step}"))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict=self._term_modules.left_out(self.unwrapped_student(), state_dict))
 
     def _load_best_model(self) -> None:
         self._checkpoints.check_best(str(self.state.best_model_checkpoint))
@@ -400,7 +408,8 @@ class DistillationMixin(_InFrontOf):
         self._follow_settings()
         outer, self._evaluation = self._evaluation, Evaluation(self.args.device)
         try:
-            output = super().evaluation_loop(*args, **kwargs)
+            with self._with_term_modules():
+                output = super().evaluation_loop(*args, **kwargs)
             self._packing.raise_noted()
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
             if self._plan is not None and output.metrics is not None:

@@ -26,7 +26,16 @@ from .divergences import (
     symmetric_kl,
     total_variation,
 )
-from .features import EMBEDDING_LOSSES, POOLINGS, cosine_loss, normalised, pool, similarity_correlation, squared_error
+from .features import (
+    EMBEDDING_LOSSES,
+    FEATURES,
+    POOLINGS,
+    cosine_loss,
+    normalised,
+    pool,
+    similarity_correlation,
+    squared_error,
+)
 from .fused_arguments import chunk_rows, group_rows
 from .fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain, release_memory
 from .modules import DistillationLoss, SoftTargetLoss
@@ -38,6 +47,7 @@ from .sparse_targets import Samples, TopK, draw_samples, sampled_forward_kl, top
 __all__ = [
     "DIVERGENCES",
     "EMBEDDING_LOSSES",
+    "FEATURES",
     "IGNORE_INDEX",
     "POOLINGS",
     "DistillationLoss",

@@ -286,8 +286,8 @@ class Feature:
 
     Args:
         loss: (student, teacher, mask) -> [B], the sum over the attended positions of each row.
-        reads: "attention" (an `Attention`) or "hidden" (hidden states [B, S, H], after a projector where the widths
-            differ).
+        reads: "qkv" (an `Attention`, of which mask and scaling may be unknown), "attention" (a whole one), or "hidden"
+            (hidden states [B, S, H], after a projector where the widths differ).
         has_heads: whether the loss takes `heads`, the number of relation heads, as well.
     """
 
@@ -297,7 +297,7 @@ class Feature:
 
 
 FEATURES: dict[str, Feature] = {
-    "relation": Feature(relation, "attention", has_heads=True),
+    "relation": Feature(relation, "qkv", has_heads=True),
     "attention": Feature(attention, "attention"),
     "hidden_mse": Feature(hidden_mse, "hidden"),
     "hidden_cosine": Feature(hidden_cosine, "hidden"),

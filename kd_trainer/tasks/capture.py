@@ -11,10 +11,11 @@ Letters: B rows, S positions, H hidden size, N heads, D size of a head.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from ..losses.features import Attention
 from ..validation import fail
-from .inputs import text_config
+from .inputs import real_tokens, text_config
 
 # Names of the projections to queries, keys and values, where a model calls no interface.
 _PROJECTIONS = (("query_proj", "key_proj", "value_proj"), ("q", "k", "v"), ("query", "key", "value"))
@@ -32,6 +33,8 @@ _LISTS = ("layer", "layers", "h", "block", "blocks")
 # Implementations whose mask is a tensor over the scores.
 _PLAIN_MASKS = ("eager", "sdpa")
 _LAYERDROPS = ("layerdrop", "encoder_layerdrop")
+# What checkpointing and compilers put between a list and its layers.
+_WRAPPERS = ("._checkpoint_wrapped_module", "._orig_mod")
 
 
 # ---- layers ----
@@ -58,11 +61,50 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     name = type(model).__name__
     if not found:
         _refuse(f"{name} has no list of layers that is known")
-    if len({name.rpartition(".")[0] for name in found}) > 1:
+    if len({_unwrapped(name).rpartition(".")[0] for name in found}) > 1:
         _refuse(f"{name} has several lists of layers")
     if isinstance(count, int) and len(found) < count:
         _refuse(f"{name} computes {count} layers by {len(found)} shared modules")
     return [named[name] for name in found]
+
+
+def layer_widths(model: nn.Module) -> list[int | None]:
+    """H of the output of each layer, by the config; None where it does not say."""
+    count, (_, config) = len(layers_of(model)), _stack(model)
+    if isinstance(getattr(config, "depths", None), (list, tuple)):  # stages, each but the last halves the resolution
+        return [config.embed_dim * 2 ** min(stage + 1, count - 1) for stage in range(count)]
+    return [getattr(config, "hidden_size", None)] * count
+
+
+def attended_tokens(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Boolean [B, S] where the positions of a model's layers are tokens of its inputs; None where they are others.
+
+    Rows of several sequences (multiple choice, [B, C, S]) are B * C here.
+    """
+    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if not isinstance(tokens, Tensor):
+        return None
+    sizes = tokens.shape if "input_ids" in inputs else tokens.shape[:-1]
+    shape, mask = (math.prod(sizes[:-1]), sizes[-1]), inputs.get("attention_mask")
+    if len(sizes) > 2 and isinstance(mask, Tensor):
+        mask = mask.reshape(shape)
+    given = real_tokens(mask, shape)
+    return torch.ones(shape, dtype=torch.bool, device=tokens.device) if given is None else given
+
+
+def attended_frames(model: nn.Module, inputs: Mapping[str, Any], length: int) -> Tensor | None:
+    """Boolean [B, length] of the frames of a speech model that hold samples which are no padding; None for all."""
+    mask, (stack, _) = inputs.get("attention_mask"), _stack(model)
+    named: Any = getattr(stack, "_get_feature_vector_attention_mask", None)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or named is None:
+        return None
+    return named(length, mask, add_adapter=False).bool()
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _stack(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -93,7 +135,7 @@ def _registered(stack: nn.Module) -> tuple[type, ...]:
     return tuple(each for each in classes if isinstance(each, type))
 
 
-def layer_pairs(which: str | Sequence[Sequence[int]], student: int, teacher: int) -> list[tuple[int, int]]:
+def layer_pairs(which: Any, student: int, teacher: int) -> list[tuple[int, int]]:
     """The pairs (student layer, teacher layer) that `kd_feature_layers` names, counted from 0.
 
     Args:
@@ -136,16 +178,19 @@ class Captured:
     Args:
         model: unwrapped, for messages.
         layers: all of its layers. chosen: the indices of those that are recorded.
+
+    Attributes:
+        outputs: of each layer.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], chosen: Sequence[int]) -> None:
         self._name, self._config = type(model).__name__, text_config(model)
-        self._hidden: dict[int, Any] = {}
+        self.outputs: dict[int, Any] = {}
         self._attention: dict[int, Attention] = {}
         self._projected: dict[int, dict[str, Tensor]] = {layer: {} for layer in chosen}
         self._unread: dict[int, str] = {}  # why the probabilities of a layer are unknown
         self._calls: Counter[int] = Counter()  # of the attention interface, by layer
-        self._differentiates, self._reentrant = torch.is_grad_enabled(), False
+        self._differentiates = self._reentrant = False
         self._thread = threading.get_ident()
         self._layer_of = {id(module): layer for layer in chosen for module in layers[layer].modules()}
 
@@ -156,7 +201,7 @@ class Captured:
             ValueError: the layer was not called, or its output has another form.
         """
         self._check_called(layer)
-        hidden = self._hidden[layer]
+        hidden = self.outputs[layer]
         if not isinstance(hidden, Tensor) or hidden.dim() != 3:
             shown = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             _refuse(f"layer {layer} of {self._name} returns {shown}, not hidden states [B, S, H]")
@@ -194,7 +239,7 @@ class Captured:
                 "gradient_checkpointing_kwargs", "{'use_reentrant': True}", "{'use_reentrant': False} with kd_features",
                 "Set use_reentrant to false.", because="reentrant checkpointing keeps no graph inside a layer",
             )  # fmt: skip
-        if layer in self._hidden:
+        if layer in self.outputs:
             return
         drops = [name for name in _LAYERDROPS if getattr(self._config, name, 0)]
         if drops:
@@ -204,6 +249,10 @@ class Captured:
         _refuse(f"layer {layer} of {self._name} was not called")
 
     # ---- recording, during the forward: nothing is raised here, where a backend may hold gathered weights ----
+
+    def begin(self, module: nn.Module, inputs: Any) -> None:
+        """The hook in front of the model's forward."""
+        self._differentiates = torch.is_grad_enabled()
 
     def _records(self) -> bool:
         """Whether this call is the forward's own: a recomputation in backward may be another thread's."""
@@ -215,7 +264,7 @@ class Captured:
     def see_output(self, layer: int, module: nn.Module, inputs: Any, output: Any) -> None:
         """The hook on a layer."""
         if self._records():
-            self._hidden[layer] = output[0] if isinstance(output, tuple) else output
+            self.outputs[layer] = output[0] if isinstance(output, tuple) else output
 
     def see_projection(self, layer: int, name: str, heads: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """The hook on a projection; its first call is for the tokens, others are for relative positions."""
@@ -261,15 +310,13 @@ def capture(model: nn.Module, chosen: Sequence[int], *, attention: bool = True) 
     """
     layers = layers_of(model)
     captured = Captured(model, layers, sorted(set(chosen)))
-    hooks = [layers[layer].register_forward_hook(partial(captured.see_output, layer)) for layer in set(chosen)]
+    hooks = [model.register_forward_pre_hook(captured.begin)]
+    hooks += [layers[layer].register_forward_hook(partial(captured.see_output, layer)) for layer in set(chosen)]
     for layer in set(chosen) if attention else ():
         for name, module, heads in _projections(layers[layer]):
             hooks.append(module.register_forward_hook(partial(captured.see_projection, layer, name, heads)))
     try:
-        if attention:
-            with _recording(captured):
-                yield captured
-        else:
+        with _recording(captured) if attention else nullcontext():
             yield captured
     finally:
         for hook in hooks:

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArg
 
 from ..cache import DTYPES, FORMATS
 from ..files import as_json
-from ..losses import DIVERGENCES, EMBEDDING_LOSSES, POOLINGS
+from ..losses import DIVERGENCES, EMBEDDING_LOSSES, FEATURES, POOLINGS
 from ..redaction import SecretiveDict, hidden, is_secret_name
 from ..tasks import TASKS
 from ..validation import check_choice, check_number, check_temperature, fail, nearest, quoted
@@ -35,6 +35,7 @@ CHECK_FINITE = ("step", "log", "off")
 IMPLEMENTATIONS = ("auto", "full", "fused")
 RUNS = ("train", "check", "cache")
 HARD_LOSSES = ("auto", "task", "model")
+FEATURE_LAYERS = ("last", "uniform")
 
 
 class Unset(float):
@@ -164,6 +165,20 @@ class DistillationArguments:
         default="auto",
         metadata={"help": "Language models: fused (no logits are held), full, or auto: fused where it is possible."},
     )
+    kd_features: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Weights of feature losses, e.g. {"relation": 1}: ' + ", ".join(FEATURES) + ". A live teacher only."
+        },
+    )
+    kd_feature_layers: list | str | None = field(
+        default="last",
+        metadata={"help": "The layers compared: last, uniform, or pairs [[student, teacher], ...] counted from 0."},
+    )
+    kd_relation_heads: int | None = field(
+        default=None,
+        metadata={"help": "Relation heads; unset: the most up to 48 that divide the widths of both models."},
+    )
     kd_run: str = field(
         default="train",
         metadata={
@@ -220,6 +235,7 @@ class DistillationArguments:
         if self.kd_pooling is not None:
             check_choice("kd_pooling", self.kd_pooling, POOLINGS)
         self._check_cache()
+        self._check_features()
         self._check_beta()
         if self.kd_task is not None:
             check_choice("kd_task", self.kd_task, TASKS)
@@ -270,6 +286,30 @@ class DistillationArguments:
                         "Set teacher_cache_dir, or leave it out.",
                     )
 
+    def _check_features(self) -> None:
+        given = self.kd_features = _read_json_value("kd_features", self.kd_features, '{"relation": 1}')
+        if given is not None and not isinstance(given, dict):
+            fix = 'Write it as {"relation": 1}.'
+            fail("kd_features", quoted(given), "a JSON object: names and weights", fix, error=TypeError)
+        for name, weight in self.features.items():
+            check_choice("kd_features", name, FEATURES)
+            check_number(f"kd_features[{name}]", weight, low=0)
+        layers = self.kd_feature_layers = _read_json_value("kd_feature_layers", self.kd_feature_layers, "[[0, 1]]")
+        if layers not in FEATURE_LAYERS and not _are_pairs(layers):
+            expected = "'last', 'uniform', or pairs [[student layer, teacher layer], ...] of whole numbers"
+            fail("kd_feature_layers", quoted(layers), expected, "Pairs are written as [[0, 1], [1, 3]].")
+        if self.kd_relation_heads is not None:
+            check_number("kd_relation_heads", self.kd_relation_heads, low=1)
+            if not any(FEATURES[name].has_heads for name in self.features):
+                fix = "Leave it out, or add 'relation' to kd_features."
+                fail("kd_relation_heads", self.kd_relation_heads, "no value without relations in kd_features", fix)
+        if layers != "last" and not self.features:
+            fail("kd_feature_layers", quoted(layers), "no value without kd_features", "Set kd_features.")
+        if self.features and self.teacher_cache_dir is not None:
+            because = "a cache holds a teacher's final outputs, no features of its layers"
+            fix = "Leave teacher_cache_dir out: the teacher is run in every step."
+            fail("teacher_cache_dir", quoted(self.teacher_cache_dir), "None with kd_features", fix, because=because)
+
     def _check_schedule(self) -> None:
         ends = {name: getattr(self, name) for name in ("kd_alpha_end", "kd_temperature_end")}
         given = {name: value for name, value in ends.items() if value is not None}
@@ -289,13 +329,7 @@ class DistillationArguments:
             )
 
     def _read_teacher_kwargs(self) -> None:
-        given = self.teacher_model_init_kwargs
-        if isinstance(given, str):
-            try:
-                given = json.loads(given)
-            except json.JSONDecodeError as error:
-                fix = 'Write it as \'{"dtype": "bfloat16"}\'.'
-                fail("teacher_model_init_kwargs", quoted(given), f"a JSON object ({error})", fix)
+        given = _read_json_value("teacher_model_init_kwargs", self.teacher_model_init_kwargs, '{"dtype": "bfloat16"}')
         if given is not None and not (isinstance(given, dict) and all(isinstance(name, str) for name in given)):
             fix = 'Write it as {"dtype": "bfloat16"}.'
             fail("teacher_model_init_kwargs", quoted(given), "a JSON object: names and values", fix, error=TypeError)
@@ -333,6 +367,11 @@ class DistillationArguments:
         return made
 
     @property
+    def features(self) -> dict[str, float]:
+        """`kd_features` as a dict, empty where unset."""
+        return cast(dict, self.kd_features or {})
+
+    @property
     def teacher_kwargs(self) -> dict[str, Any]:
         """`teacher_model_init_kwargs` as a dict, empty where unset."""
         return cast(dict, self.teacher_model_init_kwargs or {})
@@ -342,6 +381,23 @@ class DistillationArguments:
         """The distillation settings inside `args`; a plain `TrainingArguments` has none and gets the defaults."""
         names = [f.name for f in dataclasses.fields(DistillationArguments)]
         return DistillationArguments(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+
+def _read_json_value(name: str, value: Any, example: str) -> Any:
+    """The value of a field that a command line gives as text: what begins as JSON is read as JSON."""
+    if not isinstance(value, str) or (name == "kd_feature_layers" and not value.lstrip().startswith("[")):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        return fail(name, quoted(value), f"a JSON value ({error})", f"Write it as '{example}'.")
+
+
+def _are_pairs(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    pairs = [pair for pair in value if isinstance(pair, (list, tuple)) and len(pair) == 2]
+    return len(pairs) == len(value) and all(type(layer) is int for pair in pairs for layer in pair)
 
 
 # By the class, since upstream's parser writes other types into the fields.

@@ -209,7 +209,7 @@ class MicroBatch:
             return forward()
         with ExitStack() as stack:
             for name, context in self.objective.captures:
-                self.captured[side, name] = stack.enter_context(context(model))
+                self.captured[side, name] = stack.enter_context(context(model, side, self))
             return forward()
 
     def loss(

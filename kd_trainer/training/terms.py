@@ -2,15 +2,17 @@
 
     loss = scale * sum over terms of weight * S / D        S over this micro-batch, D over the whole optimizer step
 
-To add a term: write its loss as a function and append an entry to `ADDED_TERMS`. It is then counted, weighed, added,
-logged as NAME_loss in training and evaluation, and shown in the start block, the model card and `check()`.
+To add a term: write its loss as a function and append an entry to `ADDED_TERMS` (of a feature: to `FEATURES` in
+`losses/features.py`). It is then counted, weighed, added, logged as NAME_loss in training and evaluation, and shown in
+the start block, the model card and `check()`.
 
 A term that compares more than logits (hidden states, attention) has three further parts, in the order of use:
 1. `module(student, teacher)`, before the optimizer is created: what it returns is `student.kd_projectors[NAME]` during
-   training and `check()` (see `TermModules`). It returns None where nothing is trained or the models do not fit.
+   training and `check()` (see `projectors.py`). It returns None where nothing is trained or the models do not fit.
 2. `check(first)`, on the first batch (a `FirstBatch`: `student`, `teacher`, `batch`, `kd`): calls `fail` where these
    models, this teacher or this cache cannot have the term; returns a line for start block and `check()`, or None.
-3. `capture(model)`, a context around every forward of the student and of a teacher that is run; `model` is unwrapped.
+3. `capture(model, side, batch)`, a context around every forward of the student and of a teacher that is run; `model` is
+   unwrapped, `side` is "student" or "teacher", `batch` the `MicroBatch`.
    What it yields is `batch.captured["student", NAME]` and `batch.captured["teacher", NAME]` for `loss`. None of
    the teacher where it is not run (a cache): `loss` returns None, or `check` fails. The teacher's forward is first and
    without gradient. The student's is inside the wrapped forward, where a hook may use `model.kd_projectors`. A forward
@@ -22,8 +24,8 @@ Shapes: B rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 from ..tasks import Task, text_config
 from ..validation import fail
 from .arguments import DistillationArguments
+from .features import FeatureTerm
 
 
 @dataclass(frozen=True)
@@ -55,38 +58,10 @@ class Term:
     count: Callable[[Task, Mapping[str, Any]], Tensor | int] | None = None
     check: Callable[[Any], str | None] | None = None
     module: Callable[[nn.Module, Any], nn.Module | None] | None = None
-    capture: Callable[[nn.Module], AbstractContextManager[Any]] | None = None
+    capture: Callable[[nn.Module, str, Any], AbstractContextManager[Any]] | None = None
 
     def weight_for(self, student: nn.Module) -> float:
         return self.weight(student) if callable(self.weight) else self.weight
-
-
-class TermModules:
-    """The modules of the terms, such as projectors: a part of the student as `kd_projectors` while it trains."""
-
-    def __init__(self) -> None:
-        self._student: nn.Module | None = None
-        self._modules = nn.ModuleDict()
-
-    @contextmanager
-    def on(self, student: nn.Module, teacher: Any, terms: Iterable[Term]) -> Iterator[None]:
-        """Adds them to the student for the time inside; the same ones again as long as it is the same student.
-
-        Args:
-            teacher: a `Teacher`, or None.
-        """
-        if self._student is not student:
-            made = {term.name: term.module(student, teacher) for term in terms if term.module is not None}
-            self._student = student
-            self._modules = nn.ModuleDict({name: module for name, module in made.items() if module is not None})
-        if not self._modules or hasattr(student, "kd_projectors"):
-            yield
-            return
-        student.kd_projectors = self._modules.to(next(student.parameters()).device)
-        try:
-            yield
-        finally:
-            del student.kd_projectors
 
 
 # ---- the load-balancing loss of mixtures of experts, which upstream adds only where the model itself has labels ----
@@ -158,4 +133,9 @@ ADDED_TERMS: list[Callable[[DistillationArguments], Term | None]] = [
 
 def added_terms(kd: DistillationArguments) -> tuple[Term, ...]:
     """The terms beside hard and soft that these arguments switch on."""
-    return tuple(term for make in ADDED_TERMS if (term := make(kd)) is not None)
+    terms = [term for make in ADDED_TERMS if (term := make(kd)) is not None]
+    return *terms, *(_feature_term(FeatureTerm(name, kd)) for name in kd.features)
+
+
+def _feature_term(of: FeatureTerm) -> Term:
+    return Term(of.name, of.weight, of.loss, of.count, of.check, of.module, of.capture)

@@ -25,26 +25,30 @@ from tests.helpers import backend_run, launch, tiny
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
 EVERYWHERE = ["same_layers", "other_layers", "by_path", "plain", "bf16", "plain_bf16", "resumed"]
-EVERYWHERE += ["fused", "fused_other_layers", "fused_bf16", "own_loss"]
+EVERYWHERE += ["fused", "fused_other_layers", "fused_bf16", "own_loss", "features", "features_resumed"]
 OTHERS = ["adapter_off", "unknown_head"]
-RUNS = {"fsdp2": [*EVERYWHERE, *OTHERS], "zero3": [*EVERYWHERE, "evaluated", *OTHERS], "zero2": ["plain_bf16"]}
+RUNS = {
+    "fsdp2": [*EVERYWHERE, *OTHERS], "zero3": [*EVERYWHERE, "evaluated", *OTHERS], "zero2": ["plain_bf16"],
+    "ddp": ["features", "features_resumed"],
+}  # fmt: skip
 WRAPPERS = {
     "fsdp2": ("FSDPModule", "FSDPModule"),
     "zero3": ("DeepSpeedEngine", "DeepSpeedEngine"),
     "zero2": ("DeepSpeedEngine", "Plain"),
+    "ddp": ("DistributedDataParallel", "LlamaForCausalLM"),
 }
 
 
 def cases(backend: str, names: list[str]) -> list:
-    marks = [] if backend == "fsdp2" else [needs_deepspeed]
+    marks = [needs_deepspeed] if backend.startswith("zero") else []
     return [pytest.param(backend, name, id=f"{backend}-{name}", marks=marks) for name in names]
 
 
 ALL = [
     row for backend, names in RUNS.items() for row in cases(backend, [n for n in names if n in backend_run.OWN_TEACHER])
 ]
-SHARDED = [row for row in ALL if row.values[0] != "zero2"]
-EXACT = [row for row in SHARDED if "bf16" not in row.values[1] and row.values[1] != "evaluated"]
+SHARDED = [row for row in ALL if row.values[0] not in ("zero2", "ddp")]
+EXACT = [row for row in ALL if "bf16" not in row.values[1] and row.values[1] != "evaluated"]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,7 @@ def test_two_processes_give_what_one_gives(backend, case, results, alone):
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-5)
     for found in facts_of(results(backend, case)):
         for key in tiny.LOGGED:
-            expected = logs[key][3:] if case == "resumed" and len(found["logs"][key]) == 3 else logs[key]
+            expected = logs[key][3:] if case in backend_run.RESUMED and len(found["logs"][key]) == 3 else logs[key]
             assert found["logs"][key] == pytest.approx(expected, rel=1e-5, abs=1e-5), key
     start = backend_run.pair(backend_run.CASES[case].teacher)[0].state_dict()
     assert max((saved[name] - start[name]).abs().max() for name in saved) > 1e-3  # it did learn something

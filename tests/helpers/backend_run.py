@@ -35,6 +35,7 @@ class Case:
     in_two: dict[str, Any] = field(default_factory=dict)
 
 
+FEATURES = {"relation": 1.0, "attention": 0.5, "hidden_mse": 0.5, "hidden_cosine": 0.5}
 CASES = {
     "same_layers": Case("llama"),
     "other_layers": Case("gpt2", in_two={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
@@ -53,8 +54,22 @@ CASES = {
     "evaluated": Case("llama", {"max_steps": 0}),
     "adapter_off": Case("lora", {"max_steps": 6, "learning_rate": 0.02}),
     "own_loss": Case("own", {"max_steps": 6}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    # The student's layers are narrower: the hidden states have projectors.
+    "features": Case(
+        "llama",
+        {"kd_features": FEATURES, "kd_feature_layers": "uniform", "max_steps": 6, "learning_rate": 0.02},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    ),
+    "features_resumed": Case(
+        "llama",
+        {
+            **{"kd_features": {"hidden_mse": 0.5}, "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 6},
+            "ddp_find_unused_parameters": False,
+        },
+    ),
     "unknown_head": Case("scaled", {"max_steps": 6, "kd_loss_implementation": "auto"}),
 }
+RESUMED = ("resumed", "features_resumed")
 OWN_TEACHER = [name for name, case in CASES.items() if case.teacher != "lora"]
 
 
@@ -181,6 +196,11 @@ def facts(run: Any, name: str, backend: str) -> dict[str, Any]:
     return {**found, **more(run, model, dict(fresh.named_parameters()))}
 
 
+def trained(run: Any) -> set[int]:
+    """Of the student, and of the projectors that it had while it was trained."""
+    return {id(p) for module in (run.model, run._term_modules._modules) for p in module.parameters()}
+
+
 def fsdp2_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, Any]:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -194,7 +214,7 @@ def fsdp2_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, 
         "share": sum(p.to_local().numel() for p in sharded.values()) / sum(p.numel() for p in fresh.values()),
         "gathered": sorted(set(parameters) - set(sharded)),
         "unchanged": all(torch.equal(p.full_tensor(), fresh[n]) for n, p in sharded.items()),
-        "only_student_optimized": optimized == {id(p) for p in run.model.parameters()},
+        "only_student_optimized": optimized == trained(run),
         # The second base of a sharded module's class is the class it had before.
         "units": sorted(type(m).__mro__[2].__name__ for m in model.modules() if isinstance(m, FSDPModule)),
         "policy": [sorted(c.__name__ for c in classes), plugin.transformer_cls_names_to_wrap],
@@ -213,7 +233,7 @@ def zero3_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, 
         "gathered": [n for n, p in parameters.items() if p.ds_status.name != "NOT_AVAILABLE"],
         "persistent": [n for n, p in parameters.items() if p.ds_persist],
         "unchanged": unchanged,
-        "only_student_optimized": optimized == {id(p) for p in run.model.parameters()},
+        "only_student_optimized": optimized == trained(run),
         "student_config_has": sorted(run.accelerator.state.deepspeed_plugin.deepspeed_config),
         "teacher_config_has": sorted(run.teacher.prepared.config),
     }
@@ -252,11 +272,11 @@ def run_cases(out: Path, backend: str, names: list[str]) -> None:
             arguments |= {"fsdp": True, "fsdp_config": config}
         elif backend != "ddp":
             arguments["deepspeed"] = zero_config(int(backend[-1]), has_config=CASES[name].teacher != "plain")
-        if name == "resumed":
+        if name in RESUMED:
             build(name, out, folder, **arguments, save_strategy="steps", save_steps=3).train()
         run = build(name, out, folder, **arguments)
         if name != "evaluated":
-            run.train(resume_from_checkpoint=str(folder / "checkpoint-3") if name == "resumed" else None)
+            run.train(resume_from_checkpoint=str(folder / "checkpoint-3") if name in RESUMED else None)
         evaluation = run.evaluate(tiny.rows(task_of(name), 24, seed=2))
         if name != "evaluated":
             run.save_model(str(folder / "saved"))

@@ -34,13 +34,13 @@ def bert_config(hidden: int = 16, **kwargs: Any) -> BertConfig:
     names = {i: f"class {i}" for i in range(CLASSES)}
     return BertConfig(
         hidden_size=hidden,
-        num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=2 * hidden,
         max_position_embeddings=32,
         pad_token_id=0,
         **{
             "vocab_size": VOCAB,
+            "num_hidden_layers": 1,
             "id2label": names,
             "label2id": {v: k for k, v in names.items()},
             **NO_DROPOUT,

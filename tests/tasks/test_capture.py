@@ -159,7 +159,7 @@ def test_features_equal_eager_attention_in_float64(name):
     for feature, entry in FEATURES.items():
         if (feature == "relation" and MODELS[name][3] is None) or (feature == "attention" and name == "deberta_v2"):
             continue
-        given = [getattr(side, entry.reads) for side in (one, other)]
+        given = [side.hidden if entry.reads == "hidden" else side.attention for side in (one, other)]
         value = entry.loss(*given, positions(name), **({"heads": RELATION_HEADS} if entry.has_heads else {}))
         expected = written_out(feature, plain_one, plain_other, positions(name))
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
@@ -193,9 +193,9 @@ def test_captures_nest_and_other_threads_and_models_are_not_recorded():
         thread = threading.Thread(target=lambda: model(**inputs))
         thread.start()
         thread.join()
-        assert not outer._hidden
+        assert not outer.outputs
         other(**inputs)
-        assert not outer._hidden
+        assert not outer.outputs
         model(**inputs)
     assert not torch.equal(outer.hidden(0), inner.hidden(0))
     upstream = hf.AttentionInterface.get_interface

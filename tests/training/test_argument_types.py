@@ -19,10 +19,10 @@ from kd_trainer import DistillationArguments, DistillationTrainingArguments, Sof
 from tests.helpers import tiny
 
 FIELDS = {field.name: field for field in dataclasses.fields(DistillationArguments)}
-BOOLS = ("kd_remap_labels", "teacher_compile")
+BOOLS = ("kd_remap_labels", "kd_standardize_logits", "teacher_compile")
 NUMBERS = ("kd_alpha", "kd_temperature", "kd_beta", "kd_alpha_end", "kd_temperature_end")
-WHOLE = ("teacher_cache_k",)
-OBJECTS = ("teacher_model_init_kwargs",)
+WHOLE = ("teacher_cache_k", "kd_relation_heads")
+OBJECTS = ("teacher_model_init_kwargs", "kd_features")
 PATHS = ("teacher_model_name_or_path", "teacher_cache_dir")
 TEXTS = tuple(name for name in FIELDS if name not in (*BOOLS, *NUMBERS, *WHOLE, *OBJECTS))
 OPTIONAL = {name for name, field in FIELDS.items() if field.default is None}
@@ -31,6 +31,8 @@ BESIDE = {
     "kd_beta": {"kd_divergence": "jsd"},
     "kd_alpha_end": {"kd_schedule": "linear"},
     "kd_temperature_end": {"kd_schedule": "linear"},
+    "kd_feature_layers": {"kd_features": {"relation": 1}},
+    "kd_relation_heads": {"kd_features": {"relation": 1}},
     "teacher_cache_k": {"teacher_cache_dir": "x"},
     "teacher_cache_format": {"teacher_cache_dir": "x"},
     "teacher_cache_dtype": {"teacher_cache_dir": "x"},

@@ -141,8 +141,9 @@ class Kept:
 
 
 @contextmanager
-def last_hidden(model: torch.nn.Module):
+def last_hidden(model: torch.nn.Module, side: str, batch: Any):
     kept = Kept()
+    assert model is (batch.plan.student if side == "student" else batch.teacher.model)
     projectors = getattr(model, "kd_projectors", {})
 
     def keep(module: Any, args: Any, output: Any) -> None:
