@@ -85,8 +85,6 @@ class Settings:
     def objective(self, state: Any, *, training: bool, steps_ago: int = 0) -> tuple[Objective, SoftTargetLoss]:
         """The mixture at this step of upstream's `state`; evaluation uses the end of a schedule, so that its losses can
         be compared."""
-        if self.kd.kd_schedule == "constant" and self._objectives:
-            return next(iter(self._objectives.values()))
         done = (state.global_step - steps_ago) / max(state.max_steps - 1, 1) if training else 1.0
         return self.objective_at(min(done, 1.0))
 
