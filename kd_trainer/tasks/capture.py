@@ -69,9 +69,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def layer_widths(model: nn.Module) -> list[int | None]:
-    """H of the output of each layer, by the config; None where it does not say."""
+    """H of the output of each layer, by the config; None where it does not give it."""
     count, (_, config) = len(layers_of(model)), _stack(model)
-    if isinstance(getattr(config, "depths", None), (list, tuple)):  # stages, each but the last halves the resolution
+    if isinstance(getattr(config, "depths", None), (list, tuple)) and hasattr(
+        config, "embed_dim"
+    ):  # stages, each but the last halves the resolution
         return [config.embed_dim * 2 ** min(stage + 1, count - 1) for stage in range(count)]
     return [getattr(config, "hidden_size", None)] * count
 
@@ -214,23 +216,23 @@ class Captured:
             probabilities: whether the mask and the scaling are needed too.
 
         Raises:
-            ValueError: they could not be recorded; the message says why.
+            ValueError: they could not be recorded; the message gives the reason.
         """
         hidden, where = self.hidden(layer), f"layer {layer} of {self._name}"
         if self._calls[layer] > 1:
-            _refuse(f"{where} computes attention {self._calls[layer]} times")
+            _refuse(f"{where} computes attention {self._calls[layer]} times", _NO_QKV)
         found = self._attention.get(layer)
         if found is None and len(self._projected[layer]) == 3:
             query, key, value = self._projected[layer].values()
             found = Attention(query, key, value)
             self._unread[layer] = "adds to its scores what is not recorded"
         if found is None:
-            _refuse(f"{where} does not compute its attention by the AttentionInterface of transformers")
+            _refuse(f"{where} does not compute its attention by the AttentionInterface of transformers", _NO_QKV)
         shapes = {(len(x), x.shape[2]) for x in found[:3]}
         if shapes != {(len(hidden), hidden.shape[1])}:
-            _refuse(f"{where} computes attention inside windows, or over other positions than its output has")
+            _refuse(f"{where} computes attention inside windows, or over other positions than its output has", _NO_QKV)
         if probabilities and layer in self._unread:
-            _refuse(f"{where} {self._unread[layer]}", "attention")
+            _refuse(f"{where} {self._unread[layer]}", _NO_PROBABILITIES)
         return found
 
     def _check_called(self, layer: int) -> None:
@@ -375,7 +377,10 @@ def _recorded(upstream: Callable[..., Callable]) -> Callable[..., Callable]:
     return get_interface
 
 
-def _refuse(reason: str, feature: str | None = None) -> NoReturn:
-    shown = "with a model whose features cannot be captured" if feature is None else f"with {feature!r}"
-    fix = "Leave kd_features out." if feature is None else "Take 'relation' or 'hidden_mse' instead."
-    fail("kd_features", shown, "a model whose layers can be read", fix, because=reason)
+_NO_QKV = "Compare hidden states instead: 'hidden_mse' or 'hidden_cosine'."
+_NO_PROBABILITIES = "Take 'relation' instead: it needs queries, keys and values alone."
+
+
+def _refuse(reason: str, fix: str = "Leave kd_features out.") -> NoReturn:
+    shown, expected = "with a model whose features cannot be captured", "a model whose layers can be recorded"
+    fail("kd_features", shown, expected, fix, because=reason)

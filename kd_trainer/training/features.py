@@ -42,7 +42,7 @@ class FeatureTerm:
     def __init__(self, name: str, kd: DistillationArguments) -> None:
         self.name, self.weight, self._feature = name, kd.features[name], FEATURES[name]
         self._which, self._heads = kd.kd_feature_layers, kd.kd_relation_heads
-        self._compared = False  # whether the keys that both models attend to were compared
+        self._compared = False  # whether the keys that the models attend to were compared, on the first batch
 
     def _pairs(self, student: nn.Module, teacher: nn.Module) -> list[tuple[int, int]]:
         return layer_pairs(self._which, len(layers_of(student)), len(layers_of(teacher)))
@@ -126,7 +126,9 @@ class FeatureTerm:
         if None in sides:
             return None
         values = [side.read(self._feature.reads) for side in sides]
-        return torch.stack([self._pair_loss(batch, *pair) for pair in zip(*values, strict=True)]).mean(0)
+        losses = [self._pair_loss(batch, *pair) for pair in zip(*values, strict=True)]
+        self._compared = True
+        return torch.stack(losses).mean(0)
 
     def _pair_loss(self, batch: Any, student: Any, teacher: Any) -> Tensor:
         teacher = _to(teacher, _positions(student).device)
@@ -141,7 +143,7 @@ class FeatureTerm:
             because = (
                 f"the student has {shapes[0]} positions, the teacher {shapes[1]}, and the inputs have {shapes[-1]}"
             )
-            expected = "layers with a position for each of the inputs' on both sides"
+            expected = "layers with one position for each token, patch or frame of the inputs in both models"
             fail("kd_features", repr(self.name), expected, "Leave it out.", because=because)
         options: dict[str, Any] = {}
         if self._feature.has_heads:
@@ -158,8 +160,7 @@ class FeatureTerm:
         return sums.view(len(main_input(batch.inputs)), -1).sum(-1)  # of multiple choice B * C rows
 
     def _compare_keys(self, student: Attention, teacher: Attention, mask: Tensor | None) -> None:
-        """Raises ValueError where a query attends to other keys in the student than in the teacher; once."""
-        self._compared = True
+        """Raises ValueError where a query attends to other keys in the student than in the teacher."""
         differ = student.attended().any(1) != teacher.attended().any(1)
         if mask is not None:
             differ = differ & mask[:, :, None] & mask[:, None, :]

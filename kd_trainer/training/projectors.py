@@ -50,7 +50,10 @@ class TermModules:
         if not self._modules or hasattr(student, ATTRIBUTE):
             yield
             return
-        setattr(student, ATTRIBUTE, self._modules.to(next(student.parameters()).device))
+        device = next(student.parameters()).device
+        if next(self._modules.parameters()).device != device:  # the parameters of an optimizer stay the same tensors
+            self._modules.to(device)
+        setattr(student, ATTRIBUTE, self._modules)
         own: Any = vars(student)
         ignored = own.get("_keys_to_ignore_on_save")
         if ignored is not None:

@@ -33,14 +33,15 @@ def bert(layers: int) -> BertForSequenceClassification:
 
 def step(student: nn.Module, teacher: nn.Module, ids: torch.Tensor, *, related: bool) -> None:
     mask = torch.ones_like(ids)
-    with torch.no_grad(), capture(teacher, [11] if related else []) as taught:
+    with torch.no_grad(), capture(teacher, [11] if related else []) as teacher_side:
         target = teacher(input_ids=ids, attention_mask=mask).logits.softmax(-1)
     with capture(student, [5] if related else []) as captured:
         logits = student(input_ids=ids, attention_mask=mask).logits
     loss = nn.functional.cross_entropy(logits, target)
     if related:
         loss = (
-            loss + relation(captured.attention(5), taught.attention(11), mask.bool(), heads=HEADS).sum() / ids.numel()
+            loss
+            + relation(captured.attention(5), teacher_side.attention(11), mask.bool(), heads=HEADS).sum() / ids.numel()
         )
     student.zero_grad()
     loss.backward()

@@ -29,8 +29,8 @@ EVERYWHERE += ["fused", "fused_other_layers", "fused_bf16", "own_loss", "feature
 OTHERS = ["adapter_off", "unknown_head"]
 RUNS = {
     "fsdp2": [*EVERYWHERE, *OTHERS], "zero3": [*EVERYWHERE, "evaluated", *OTHERS], "zero2": ["plain_bf16"],
-    "ddp": ["features", "features_resumed"],
 }  # fmt: skip
+FEATURES = ["features", "features_resumed"]
 WRAPPERS = {
     "fsdp2": ("FSDPModule", "FSDPModule"),
     "zero3": ("DeepSpeedEngine", "DeepSpeedEngine"),
@@ -47,8 +47,9 @@ def cases(backend: str, names: list[str]) -> list:
 ALL = [
     row for backend, names in RUNS.items() for row in cases(backend, [n for n in names if n in backend_run.OWN_TEACHER])
 ]
-SHARDED = [row for row in ALL if row.values[0] not in ("zero2", "ddp")]
-EXACT = [row for row in ALL if "bf16" not in row.values[1] and row.values[1] != "evaluated"]
+SHARDED = [row for row in ALL if row.values[0] != "zero2"]
+EXACT = [row for row in SHARDED if "bf16" not in row.values[1] and row.values[1] != "evaluated"]
+EXACT += cases("ddp", FEATURES)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def results(tmp_path_factory):
     def make(backend: str, out: Path) -> None:
         for kind in ("llama", "gpt2"):
             backend_run.pair(kind)[1].save_pretrained(out / kind)
-        launch.two_processes("backend_run.py", str(out), backend, *RUNS[backend])
+        launch.two_processes("backend_run.py", str(out), backend, *RUNS.get(backend, FEATURES))
 
     def folder(backend: str, case: str) -> Path:
         return launch.once(tmp_path_factory, backend, functools.partial(make, backend)) / case
@@ -94,6 +95,8 @@ def test_two_processes_give_what_one_gives(backend, case, results, alone):
     for name, value in saved.items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-5)
     for found in facts_of(results(backend, case)):
+        assert found["world_size"] == 2
+        assert WRAPPERS[backend][0] in found["student_wrapper"]
         for key in tiny.LOGGED:
             expected = logs[key][3:] if case in backend_run.RESUMED and len(found["logs"][key]) == 3 else logs[key]
             assert found["logs"][key] == pytest.approx(expected, rel=1e-5, abs=1e-5), key

@@ -331,7 +331,10 @@ def test_layers_that_attend_to_other_positions_are_refused(tmp_path):
         return original(input_ids=input_ids, attention_mask=everyone, **kwargs)
 
     teacher.model.forward = forward
-    run = trainer(tmp_path, "causal_lm", models=(student, teacher), kd_features={"attention": 1.0})
+    run = trainer(
+        tmp_path, "causal_lm", models=(student, teacher), kd_features={"attention": 1.0},
+        kd_feature_layers=[[0, 0], [1, 2]],
+    )  # fmt: skip
     with pytest.raises(ValueError, match="attends to other positions than the teacher's"):
         run.train()
 
@@ -442,6 +445,20 @@ def test_seq2seq_compares_encoders(tmp_path):
     after = run.evaluate()
     assert after["eval_relation_loss"] < before["eval_relation_loss"]
     assert after["eval_attention_loss"] < before["eval_attention_loss"]
+
+
+def test_an_embedding_model_has_features(tmp_path):
+    students = [hf.BertModel(tiny.bert_config(16, num_hidden_layers=n, initializer_range=0.5)) for n in (1, 2)]
+    rows = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in tiny.rows("classification")]
+    run = tiny.trainer(
+        "classification", tmp_path, pair=tuple(students), data=rows, kd_features=ALL, kd_task="embedding"
+    )
+    run.eval_dataset = rows
+    before = run.evaluate()
+    run.train()
+    metrics = run.evaluate()
+    assert metrics["eval_relation_loss"] < before["eval_relation_loss"]
+    assert metrics["eval_hidden_mse_loss"] < before["eval_hidden_mse_loss"]
 
 
 def test_a_teacher_that_is_the_students_base(tmp_path):
