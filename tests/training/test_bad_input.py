@@ -85,7 +85,7 @@ settings("kd_temperature_end", 0, "Set `kd_temperature_end`", "> 0", kd_schedule
 settings("kd_task", "clasification", "Did you mean `classification`")
 settings("kd_run", "evaluate", "Set `kd_run` to one of these", "'train', 'check'")
 settings("kd_check_finite", "always", "Set `kd_check_finite` to one of these", "'step', 'log', 'off'")
-settings("teacher_model_init_kwargs", "{dtype: x}", r'Write it as .*"dtype"', r"a JSON object \(")
+settings("teacher_model_init_kwargs", "{dtype: x}", r'Write it as .*"dtype"', r"a JSON value \(")
 settings("teacher_model_init_kwargs", [1], 'Write it as {"dtype": "bfloat16"}', "a JSON object", TypeError)
 settings("alpha", 0.3, "Rename it", "`kd_alpha`, which weighs the SOFT loss", TypeError)
 settings("temperature", 2.0, "Rename it", "`kd_temperature`", TypeError)
@@ -353,12 +353,12 @@ def a_softmax_of_one_class(tmp_path):
     train(tmp_path, *pair, kd_task="classification")
 
 
-@case("kd_divergence", "Leave it out", "'jsd'; expected 'forward_kl' .*whose soft loss is the squared error")
+@case("kd_divergence", "Leave it out", "'jsd'; expected 'forward_kl' .*because its soft loss is squared error")
 def a_divergence_between_numbers(tmp_path):
     tiny.trainer("regression", tmp_path, kd_divergence="jsd").train()
 
 
-@case("kd_standardize_logits", "Leave it out", "True; expected False in a regression")
+@case("kd_standardize_logits", "Leave it out", "True; expected False for the task 'regression', whose outputs are no logits")
 def standardised_regression(tmp_path):
     tiny.trainer("regression", tmp_path, kd_standardize_logits=True).train()
 
