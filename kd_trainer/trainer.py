@@ -22,7 +22,7 @@ from .diagnostics.results import CheckResult, has_errors
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
 from .tasks import EMBEDDING, PackingWatch, accepted_inputs, model_inputs, unchanged_attributes
-from .tasks.inputs import ROW_ID, TEACHER_PREFIX, WithTeacherColumns
+from .tasks.inputs import CHUNK_IDS, ROW_ID, TEACHER_PREFIX, WithTeacherColumns
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
 from .teachers.teacher import Teacher
 from .training import Counts, DistillationArguments, MetricsBuffer, Objective, Plan, Settings, Setup, is_sharded
@@ -463,7 +463,7 @@ class DistillationMixin(_InFrontOf):
             super()._set_signature_columns_if_needed()
             self._student_columns = frozenset(self._signature_columns or ())
         taken = () if self.teacher is None else self.teacher.accepted
-        self._keep_columns([*taken, *(TEACHER_PREFIX + name for name in taken), ROW_ID])
+        self._keep_columns([*taken, *(TEACHER_PREFIX + name for name in taken), ROW_ID, CHUNK_IDS])
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         self._set_signature_columns_if_needed()

@@ -11,7 +11,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..losses import IGNORE_INDEX
-from ..tasks import TEACHER_PREFIX, Task, main_input, token_mask
+from ..tasks import CHUNK_IDS, TEACHER_PREFIX, Task, main_input, token_mask
+from ..teachers import NO_CHUNK
 
 
 def pieces_of(batch: Mapping[str, Any], rows: int) -> list[dict[str, Any]] | None:
@@ -35,6 +36,7 @@ def padded(batch: Mapping[str, Any], task: Task, more: int, pad_id: int, *, left
     if not plain or {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"} & set(batch):
         return None
     fills = {"input_ids": pad_id, "decoder_input_ids": pad_id, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX}
+    fills[CHUNK_IDS] = NO_CHUNK
     made = dict(batch)
     for name, value in batch.items():
         if name in ("start_positions", "end_positions") and left:

@@ -328,7 +328,8 @@ def _shares(trial: Trial) -> list[CheckResult]:
     if sum(weighted) == 0 or hard == 0:
         return []
     share = weighted[0] / sum(weighted)
-    found = f"at the logits the soft loss has {share:.0%} of the gradient's norm, the hard loss {1 - share:.0%}"
+    shares = f"the {objective.soft_name} loss has {share:.0%} of the gradient's norm, the hard loss {1 - share:.0%}"
+    found = f"at the logits {shares}"
     if max(share, 1 - share) <= _LARGEST_SHARE or soft == 0:
         return [ok("soft and hard", found)]
     fix = f"kd_alpha {hard / (soft + hard):.2g} would give them equal shares."
@@ -347,7 +348,7 @@ def _for_logits(trial: Trial, batch: dict[str, Any]) -> list[dict[str, Any]]:
 def _teacher_quality(trial: Trial, results: Results) -> list[CheckResult]:
     """Hard loss and accuracy of the teacher and of the student as it starts, on batches of the evaluation data."""
     trainer, plan = trial.trainer, trial.plan
-    if trial.setup.live is None:
+    if trial.setup.live is None or trial.setup.chunks:  # nothing is alike to be compared position by position
         return []
     dataset = trainer.eval_dataset
     if dataset is None:

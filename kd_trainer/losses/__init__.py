@@ -1,6 +1,7 @@
 """From logits, or hidden states, to nats: formulas, masks, denominators, and the fused loss in torch."""
 
 from .calibration import fit_temperature
+from .chunk_likelihood import chunk_kl, chunk_sums, label_log_probs, logits_log_probs, loss_of_log_probs
 from .distributions import (
     KLDivergenceLoss,
     kl_bernoulli,
@@ -60,7 +61,9 @@ __all__ = [
     "bad_rows",
     "cap_and_scale",
     "cast_as_autocast",
+    "chunk_kl",
     "chunk_rows",
+    "chunk_sums",
     "cosine_loss",
     "divide",
     "dkd",
@@ -81,7 +84,10 @@ __all__ = [
     "kl_full_gaussian",
     "kl_gaussian",
     "kl_to_standard_normal",
+    "label_log_probs",
     "logit_mse",
+    "logits_log_probs",
+    "loss_of_log_probs",
     "monte_carlo_kl",
     "normalised",
     "pool",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..validation import check_temperature, fail
@@ -95,6 +96,13 @@ def chunk_sums(values: Tensor, chunk_ids: Tensor, slots: int) -> Tensor:
     index = torch.where(within, chunk_ids, slots).long()
     sums = values.new_zeros(len(values), slots + 1).scatter_add(1, index, values.masked_fill(~within, 0))
     return sums[:, :slots]
+
+
+def logits_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """log softmax(logits)[label] [N] of logits [N, V], in float32 or wider; an id out of range gives NaN."""
+    wrong = wrong_labels(labels, logits.shape[-1]) | (labels < 0)
+    losses = F.cross_entropy(logits.to(wide(logits)), labels.masked_fill(wrong, 0).long(), reduction="none")
+    return (-losses).masked_fill(wrong, torch.nan)
 
 
 # ---- log-probabilities of labels, without logits --------------------------------------------------------------------

@@ -39,10 +39,10 @@ ROW_ID = TEACHER_PREFIX + "row_id"
 
 
 class WithTeacherColumns(list):
-    """Names of columns, and every `teacher_*` one."""
+    """Names of columns, and every `teacher_*` one, with the chunk ids beside them."""
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or str(name).startswith(TEACHER_PREFIX)
+        return super().__contains__(name) or str(name).startswith((TEACHER_PREFIX, CHUNK_IDS))
 
 
 def check_batch(batch: Any) -> None:

@@ -2,7 +2,7 @@
 
 from .adapter_off import AdapterOffTeacher, adapter_modules, adapter_parameters
 from .alignment import align_teacher_tokens
-from .columns import TeacherCollator, add_teacher_inputs
+from .columns import NO_CHUNK, TeacherCollator, add_teacher_inputs
 from .compatibility import Classes, class_names, class_order, listed, match_classes, tokenizer_of
 from .errors import check_ids, check_padding, positions_of
 from .live import ADAPTER_OFF, LiveTeacher
@@ -16,6 +16,7 @@ from .teacher import Teacher
 __all__ = [
     "ADAPTER_OFF",
     "HALVES",
+    "NO_CHUNK",
     "AdapterOffTeacher",
     "Classes",
     "LiveTeacher",

@@ -176,10 +176,14 @@ def listed(names: Mapping[int, str]) -> str:
     return ", ".join(shown) + (f", ... ({len(names)} in all)" if len(names) > len(shown) else "")
 
 
-_SAME_TOKENS = "Take a teacher with the student's tokenizer, or give the teacher its own inputs in teacher_* columns."
+# For models of other tokens; for a causal language model there is one way more.
+OR_CHUNKS = "; or, for a causal language model, align_teacher_tokens with kd_cross_tokenizer 'chunks'."
+_SAME_TOKENS = (
+    f"Take a teacher with the student's tokenizer, or give the teacher its own inputs in teacher_* columns{OR_CHUNKS}"
+)
 _COMPARE = (
-    "Take a teacher with the student's tokenizer, give the teacher its own inputs in teacher_* columns, or, if the "
-    "tokens are the same, pass processing_class: then they are compared instead of the configs."
+    "If the tokens are the same, pass processing_class: then they are compared instead of the configs. Else take a "
+    f"teacher with the student's tokenizer, or give the teacher its own inputs in teacher_* columns{OR_CHUNKS}"
 )
 
 

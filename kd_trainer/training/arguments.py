@@ -34,6 +34,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 CHECK_FINITE = ("step", "log", "off")
 IMPLEMENTATIONS = ("auto", "full", "fused")
 RUNS = ("train", "check", "cache")
+CHUNKS = "chunks"
+CROSS_TOKENIZERS = ("error", CHUNKS)
 HARD_LOSSES = ("auto", "task", "model")
 FEATURE_LAYERS = ("last", "uniform")
 
@@ -179,6 +181,16 @@ class DistillationArguments:
         default=None,
         metadata={"help": "Relation heads; unset: the most up to 48 that divide the widths of both models."},
     )
+    kd_cross_tokenizer: str = field(
+        default="error",
+        metadata={
+            "help": "A causal LM whose teacher has another tokenizer: error, or chunks: the likelihoods of text chunks "
+            "(columns of align_teacher_tokens) are compared in place of the soft loss."
+        },
+    )
+    kd_chunk_temperature: float = field(
+        default=1.0, metadata={"help": "tau > 0, which divides the log-likelihoods of chunks."}
+    )
     kd_run: str = field(
         default="train",
         metadata={
@@ -236,6 +248,7 @@ class DistillationArguments:
             check_choice("kd_pooling", self.kd_pooling, POOLINGS)
         self._check_cache()
         self._check_features()
+        self._check_chunks()
         self._check_beta()
         if self.kd_task is not None:
             check_choice("kd_task", self.kd_task, TASKS)
@@ -256,6 +269,24 @@ class DistillationArguments:
             fix = f"Leave it out, or choose kd_divergence {', '.join(others)} or {last}."
             fail("kd_beta", repr(self.kd_beta), expected, fix)
         entry.check(self.kd_beta, "kd_beta")
+
+    def _check_chunks(self) -> None:
+        check_choice("kd_cross_tokenizer", self.kd_cross_tokenizer, CROSS_TOKENIZERS)
+        check_temperature("kd_chunk_temperature", self.kd_chunk_temperature)
+        if self.kd_cross_tokenizer != CHUNKS:
+            if self.kd_chunk_temperature != 1:
+                expected = f"1 with kd_cross_tokenizer {self.kd_cross_tokenizer!r}"
+                fail("kd_chunk_temperature", self.kd_chunk_temperature, expected, "Set kd_cross_tokenizer to 'chunks'.")
+            return
+        unread = ["kd_temperature", "kd_temperature_end", "kd_divergence", "kd_beta", "kd_standardize_logits"]
+        unread, cached = [*unread, "kd_features"], ["teacher_cache_dir"]
+        for entry in dataclasses.fields(DistillationArguments):
+            value = getattr(self, entry.name)
+            if entry.name in unread + cached and value != entry.default:
+                because = "the tokens of the models differ, and chunks are compared by their likelihoods alone"
+                because = "a teacher cache holds no likelihoods of chunks" if entry.name in cached else because
+                expected = f"{entry.default!r} (the default) with kd_cross_tokenizer 'chunks'"
+                fail(entry.name, quoted(value), expected, "Leave it out.", because=because)
 
     def _check_cache(self) -> None:
         check_choice("teacher_cache_format", self.teacher_cache_format, ("auto", *FORMATS))

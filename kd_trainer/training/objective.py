@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,9 @@ class Objective:
     added: tuple[Term, ...] = ()
     standardize_logits: bool = False
 
+    soft_name: ClassVar[str] = "soft"
+    by_position: ClassVar[bool] = True  # position i of the student is compared with position i of the teacher
+
     def soft_loss(self) -> SoftTargetLoss:
         """The sum of the soft loss over logits."""
         return SoftTargetLoss(
@@ -123,7 +126,7 @@ class Objective:
     @property
     def terms(self) -> tuple[Term, ...]:
         """Every term; `logged_row` and `denominators` have the same order."""
-        return Term("hard", 1 - self.alpha), Term("soft", self.alpha), *self.added
+        return Term("hard", 1 - self.alpha), Term(self.soft_name, self.alpha), *self.added
 
     def formula(self, task: Task | None) -> str:
         """The formula with its numbers, e.g. `loss = 0.7 * soft(forward_kl, T=3) + 0.3 * hard, per row`.
@@ -131,17 +134,21 @@ class Objective:
         A term of weight zero is left out, as it is in the loss. A weight that the student's config holds is in the
         notes of the start block instead.
         """
+        hard, first, *added = ((term.name, term.weight) for term in self.terms)
+        terms = [(f"{first[0]}({self.soft_settings(task)})", first[1]), hard, *added]
+        weighed = [(name, weight) for name, weight in terms if not callable(weight) and weight != 0]
+        shown = [name if weight == 1 else f"{weight:g} * {name}" for name, weight in weighed]
+        of_positions = task is not None and task.by_position and self.reduction == "tokenmean"
+        return f"loss = {' + '.join(shown)}, per {task.position if task is not None and of_positions else 'row'}"
+
+    def soft_settings(self, task: Task | None) -> str:
+        """The settings of the soft loss, for the formula."""
         soft = self.divergence if task is None else task.soft_term(self.divergence)
         if task is None or task.tempered:
             soft += "" if self.beta is None else f", beta={self.beta:g}"
             soft += "" if DIVERGENCES[self.divergence].of_logits else f", T={self.temperature:g}"
             soft += ", standardized logits" if self.standardize_logits else ""
-        hard, first, *added = ((term.name, term.weight) for term in self.terms)
-        terms = [(f"soft({soft})", first[1]), hard, *added]
-        weighed = [(name, weight) for name, weight in terms if not callable(weight) and weight != 0]
-        shown = [name if weight == 1 else f"{weight:g} * {name}" for name, weight in weighed]
-        of_positions = task is not None and task.by_position and self.reduction == "tokenmean"
-        return f"loss = {' + '.join(shown)}, per {task.position if task is not None and of_positions else 'row'}"
+        return soft
 
     def count(self, task: Task, inputs: Mapping[str, Any]) -> Counts:
         """The counts of one micro-batch, read from its inputs alone."""

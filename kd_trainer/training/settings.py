@@ -11,7 +11,8 @@ from typing import Any
 from ..losses import SoftTargetLoss
 from ..tasks import Task
 from ..validation import fail
-from .arguments import DistillationArguments, is_unset
+from .arguments import CHUNKS, DistillationArguments, is_unset
+from .chunks import ChunkObjective
 from .objective import Objective, scheduled
 from .terms import added_terms
 
@@ -101,6 +102,11 @@ class Settings:
         if (alpha, temperature) not in self._objectives:
             divergence, beta = kd.kd_divergence, kd.kd_beta
             settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, self._smoothing, self.added)
-            objective = Objective(alpha, temperature, *settings, standardize_logits=kd.kd_standardize_logits)
+            if kd.kd_cross_tokenizer == CHUNKS:
+                objective: Objective = ChunkObjective(
+                    alpha, temperature, *settings, chunk_temperature=kd.kd_chunk_temperature
+                )
+            else:
+                objective = Objective(alpha, temperature, *settings, standardize_logits=kd.kd_standardize_logits)
             self._objectives = {(alpha, temperature): (objective, objective.soft_loss())}
         return self._objectives[alpha, temperature]

@@ -60,7 +60,8 @@ from ..teachers import (
 )
 from ..teachers import compatibility as compatibility
 from ..validation import fail
-from .arguments import DistillationArguments
+from .arguments import CHUNKS, DistillationArguments
+from .chunks import check_chunks
 from .own_loss import Comparison, HardLoss, agreed, choose
 from .settings import Settings
 from .terms import aux_weight, check_aux_loss
@@ -106,6 +107,11 @@ class FirstBatch:
     @property
     def kd(self) -> DistillationArguments:
         return self.settings.kd
+
+    @property
+    def chunks(self) -> bool:
+        """Whether text chunks are compared, of tokens that differ."""
+        return self.kd.kd_cross_tokenizer == CHUNKS
 
     @property
     def sharded(self) -> bool:
@@ -187,9 +193,11 @@ def tokens(first: FirstBatch) -> None:
     compatibility.check_teacher_columns(batch)
     # The positions of an encoder-decoder are the decoder's, and these tokens the encoder's.
     apart = f"{TEACHER_PREFIX}input_ids" in batch
-    if apart and task is not None and task.dims == 3 and not task.encoder_decoder:
+    if first.chunks:
+        check_chunks(task, batch, first.trainer.args.label_smoothing_factor)
+    elif apart and task is not None and task.dims == 3 and not task.encoder_decoder:
         because = f"the task {task.name!r} compares position i of one with position i of the other"
-        fix = "Take a teacher with the student's tokenizer and no teacher_input_ids."
+        fix = f"Take a teacher with the student's tokenizer and no teacher_input_ids{compatibility.OR_CHUNKS}"
         fail("teacher_input_ids", "a column of the batch", "no tokens of the teacher's own", fix, because=because)
     other = teacher.model is not student
     reads = "input_ids" in batch or (task is not None and (task.over_tokens or not task.has_formula))
@@ -211,6 +219,9 @@ def cache(first: FirstBatch) -> None:
     teacher, kd = first.teacher, first.kd
     if teacher is None or teacher.manifest is None:
         return
+    if first.chunks:
+        because = "a cache holds no likelihoods of chunks"
+        fail("teacher_model", "a teacher cache", "a teacher that is run", "Give the teacher itself.", because=because)
     manifest, kept = teacher.manifest, head_of(teacher.manifest)
     if first.known_task is not None and not first.known_task.is_same_task(kept):
         fix = "Train a student of that task, or build a cache for this one."
@@ -334,6 +345,8 @@ def outputs(first: FirstBatch) -> None:
 def vocabulary(first: FirstBatch) -> None:
     """Vocabularies of other sizes are known to be padded only."""
     student, teacher = classes_of(first.student, first.task), first.teacher_classes
+    if first.chunks:  # no class of one is compared with a class of the other
+        return
     if first.task.over_tokens and student is not None and teacher is not None and student != teacher:
         first.common_ids = compatibility.common_ids(student, teacher, first.known_by)
         first.vocabularies = compatibility.vocabulary_line(student, teacher, first.known_by)

@@ -274,7 +274,7 @@ class MicroBatch:
 
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
             hidden = behind_front(hidden, plan.student, self.inputs)
-            if teacher.positions != hidden.shape[:-1]:
+            if self.objective.by_position and teacher.positions != hidden.shape[:-1]:
                 raise UnsupportedHead("student and teacher give hidden states for different positions")
             hidden, compared = _first(rows, hidden, teacher.to(hidden.device))
             weights = student_side(head, weight, bias)

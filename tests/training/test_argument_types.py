@@ -20,7 +20,7 @@ from tests.helpers import tiny
 
 FIELDS = {field.name: field for field in dataclasses.fields(DistillationArguments)}
 BOOLS = ("kd_remap_labels", "kd_standardize_logits", "teacher_compile")
-NUMBERS = ("kd_alpha", "kd_temperature", "kd_beta", "kd_alpha_end", "kd_temperature_end")
+NUMBERS = ("kd_alpha", "kd_temperature", "kd_beta", "kd_alpha_end", "kd_temperature_end", "kd_chunk_temperature")
 WHOLE = ("teacher_cache_k", "kd_relation_heads")
 OBJECTS = ("teacher_model_init_kwargs", "kd_features")
 PATHS = ("teacher_model_name_or_path", "teacher_cache_dir")
@@ -29,6 +29,7 @@ OPTIONAL = {name for name, field in FIELDS.items() if field.default is None}
 # What another field has to be for this one to be allowed at all.
 BESIDE = {
     "kd_beta": {"kd_divergence": "jsd"},
+    "kd_chunk_temperature": {"kd_cross_tokenizer": "chunks"},
     "kd_alpha_end": {"kd_schedule": "linear"},
     "kd_temperature_end": {"kd_schedule": "linear"},
     "kd_feature_layers": {"kd_features": {"relation": 1}},

@@ -1,0 +1,226 @@
+"""The objective of `kd_cross_tokenizer` "chunks": likelihoods of text chunks in place of the soft loss.
+
+    loss = scale * ((1 - alpha) * S_hard / D_hard + alpha * S_chunks / D_chunks + ...)
+
+S_chunks is the sum of `chunk_kl` over the counted chunks and D_chunks their number, whatever `kd_reduction` is. A chunk
+counts if every one of its tokens is predicted on both sides, at a real token and, on the student's side, where
+`kd_positions` counts. Columns: see `align_teacher_tokens`.
+Shapes: B rows, S tokens of the student, T tokens of the teacher, V classes, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..losses import (
+    IGNORE_INDEX,
+    FusedLoss,
+    OutputProjection,
+    SoftTargetLoss,
+    chunk_kl,
+    chunk_sums,
+    divide,
+    label_log_probs,
+    logits_log_probs,
+    loss_of_log_probs,
+)
+from ..tasks import CHUNK_IDS, TEACHER_PREFIX, Task
+from ..teachers import NO_CHUNK, TeacherOutput
+from ..validation import fail
+from .arguments import CHUNKS
+from .objective import Counts, Objective, Parts
+
+_TEACHER_IDS, _TEACHER_CHUNKS = TEACHER_PREFIX + "input_ids", TEACHER_PREFIX + CHUNK_IDS
+
+
+@dataclass(frozen=True)
+class ChunkObjective(Objective):
+    """An `Objective` whose soft loss is that of text chunks, named "chunks"."""
+
+    chunk_temperature: float = 1.0
+
+    by_position: ClassVar[bool] = False
+    soft_name: ClassVar[str] = CHUNKS
+
+    def soft_settings(self, task: Task | None) -> str:
+        return f"tau={self.chunk_temperature:g}"
+
+    def count(self, task: Task, inputs: Mapping[str, Any]) -> Counts:
+        counts = super().count(task, inputs)
+        return counts._replace(soft=_counted(task, inputs, self.positions).sum() if CHUNK_IDS in inputs else 0)
+
+    def _denominators(self, counts: Counts) -> tuple[Tensor | int, Tensor | int]:
+        return super()._denominators(counts)[0], counts.soft
+
+    def __call__(
+        self,
+        task: Task,
+        soft_loss: SoftTargetLoss,
+        student_logits: Tensor,
+        teacher: Any,
+        inputs: Mapping[str, Any],
+        counts: Counts,
+        *,
+        common_ids: int | None = None,
+        own_hard: Tensor | None = None,
+        takes_own: bool = False,
+    ) -> Parts:
+        """The loss of one micro-batch from logits: the student's [B, S, V], the teacher's [B, T, V]."""
+        targets = task.targets(inputs)
+        task.check_shapes(student_logits, None, targets, None)
+        if teacher is None:
+            return super().__call__(
+                task, soft_loss, student_logits, None, inputs, counts, own_hard=own_hard, takes_own=takes_own
+            )
+        index, labels = _scored(task, inputs, targets, self.positions)
+        log_probs = logits_log_probs(student_logits.flatten(0, 1)[index], labels)
+        likelihoods = self._teacher_likelihoods(TeacherOutput(logits=teacher), inputs)
+        _, chunks_sum, hard_sum = self._sums(task, log_probs, index, likelihoods, inputs, counts)
+        hard_count, soft_count = self._denominators(counts)
+        hard: Any = None if targets is None else divide(hard_sum, hard_count) * counts.scale
+        hard, chunks = own_hard if takes_own else hard, divide(chunks_sum, soft_count) * counts.scale
+        return Parts(self._mix(hard, chunks, student_logits), hard, chunks, None)
+
+    def fused(
+        self,
+        task: Task,
+        student_hidden: Tensor,
+        teacher: TeacherOutput,
+        weights: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        counts: Counts,
+        *,
+        common_ids: int | None = None,
+    ) -> FusedLoss:
+        """The same from final hidden states [B, S, H] and [B, T, H], without logits."""
+        targets = task.targets(inputs)
+        index, labels = _scored(task, inputs, targets, self.positions)
+        likelihoods = self._teacher_likelihoods(teacher, inputs)
+        total, chunks, hard = loss_of_log_probs(
+            student_hidden.flatten(0, 1)[index],
+            _projection(weights, "student"),
+            labels,
+            lambda log_probs: self._sums(task, log_probs, index, likelihoods, inputs, counts),
+        )
+        return FusedLoss(total, chunks, hard, torch.zeros_like(hard))
+
+    def parts(self, loss: FusedLoss, counts: Counts, *, labelled: bool) -> Parts:
+        return super().parts(loss, counts, labelled=labelled)._replace(agreement=None)
+
+    def _sums(
+        self,
+        task: Task,
+        log_probs: Tensor,
+        index: Tensor,
+        teacher_likelihoods: Tensor,
+        inputs: Mapping[str, Any],
+        counts: Counts,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The total, and the sums of the chunk and the hard loss, from the log-probabilities of the scored positions.
+
+        Args:
+            log_probs: [N]; index: [N] their places in [B * S].
+        """
+        ids, targets = inputs[CHUNK_IDS], task.targets(inputs)
+        placed = log_probs.new_zeros(ids.numel()).index_put((index,), log_probs).view(ids.shape)
+        likelihoods = chunk_sums(placed, _of_next(ids, NO_CHUNK), ids.shape[1])
+        counted = _counted(task, inputs, self.positions)
+        student, teacher = (x.masked_fill(~counted, -1.0) for x in (likelihoods, teacher_likelihoods.to(ids.device)))
+        chunks_sum = chunk_kl(student, teacher, temperature=self.chunk_temperature).sum()
+        hard_sum = placed.new_zeros(()) if targets is None else -placed.masked_fill(targets == IGNORE_INDEX, 0.0).sum()
+        hard_count, soft_count = self._denominators(counts)
+        hard = None if targets is None else divide(hard_sum, hard_count) * counts.scale
+        total = self._mix(hard, divide(chunks_sum, soft_count) * counts.scale, placed)
+        return total, chunks_sum, hard_sum
+
+    @staticmethod
+    def _teacher_likelihoods(teacher: TeacherOutput, inputs: Mapping[str, Any]) -> Tensor:
+        """[B, S]: log-likelihoods of the chunks by their numbers; one float for each token of the teacher before."""
+        given = teacher.logits if teacher.hidden is None else teacher.hidden
+        assert given is not None
+        ids, chunks = (inputs[name].to(given.device) for name in (_TEACHER_IDS, _TEACHER_CHUNKS))
+        chunks = _of_next(chunks, NO_CHUNK)
+        index = (chunks >= 0).flatten().nonzero().squeeze(1)
+        rows, labels = given.flatten(0, 1)[index], _of_next(ids, 0).flatten()[index]
+        with torch.no_grad():
+            if teacher.hidden is None:
+                log_probs = logits_log_probs(rows, labels)
+            else:
+                log_probs = label_log_probs(rows, _projection(teacher.head, "teacher"), labels)
+            placed = log_probs.new_zeros(chunks.numel()).index_put((index,), log_probs).view(chunks.shape)
+            return chunk_sums(placed, chunks, inputs[CHUNK_IDS].shape[1])
+
+
+def _of_next(values: Tensor, last: int) -> Tensor:
+    """At each position the value of the token that is predicted there, the next one."""
+    return F.pad(values[:, 1:], (0, 1), value=last)
+
+
+def _projection(given: Mapping[str, Any], side: str) -> OutputProjection:
+    return OutputProjection(*(given[f"{side}_{name}"] for name in ("weight", "bias", "scale", "softcap")))
+
+
+def _scored(task: Task, inputs: Mapping[str, Any], targets: Tensor | None, positions: str) -> tuple[Tensor, Tensor]:
+    """The student's positions whose log-probability either loss needs, as places in [B * S], and their labels."""
+    labels = _of_next(inputs["input_ids"], 0)
+    mask = task.soft_mask(inputs, targets, positions)
+    mask = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+    mask = mask & (_of_next(inputs[CHUNK_IDS], NO_CHUNK) >= 0)
+    if targets is not None:
+        labelled = targets != IGNORE_INDEX
+        labels, mask = torch.where(labelled, targets, labels), mask | labelled
+    index = mask.flatten().nonzero().squeeze(1)
+    return index, labels.flatten()[index]
+
+
+def _counted(task: Task, inputs: Mapping[str, Any], positions: str) -> Tensor:
+    """[B, S] bool: which chunks count, by their numbers."""
+    _check_columns(inputs)
+    ids, teacher_ids, slots = inputs[CHUNK_IDS], inputs[_TEACHER_CHUNKS], inputs[CHUNK_IDS].shape[1]
+    mask = task.soft_mask(inputs, task.targets(inputs), positions)
+    real = inputs.get(TEACHER_PREFIX + "attention_mask")
+    teacher_mask = None if real is None else F.pad((real[:, 1:] != 0) & (real[:, :-1] != 0), (0, 1))
+    return _complete(ids, mask, slots) & _complete(teacher_ids, teacher_mask, slots)
+
+
+def _complete(ids: Tensor, mask: Tensor | None, slots: int) -> Tensor:
+    """[B, slots] bool: whether each token of the chunk is predicted, at a position of the mask (None: all)."""
+    predicted = torch.ones_like(ids) if mask is None else mask
+    tokens = chunk_sums(torch.ones_like(ids, dtype=torch.float32), ids, slots)
+    return (tokens > 0) & (chunk_sums(predicted.float(), _of_next(ids, NO_CHUNK), slots) == tokens)
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_chunks(task: Task | None, batch: Mapping[str, Any], label_smoothing: float) -> None:
+    """Raises ValueError where models, columns or settings do not allow the chunk term."""
+    if task is None or not task.left_to_right:
+        name = "unknown" if task is None else repr(task.name)
+        because = "the likelihood of a text is that of a causal language model"
+        fix = "Take a teacher with the student's tokenizer, and leave kd_cross_tokenizer out."
+        fail("kd_cross_tokenizer", repr(CHUNKS), f"'error' for the task {name}", fix, because=because)
+    if label_smoothing > 0:
+        expected = "0 with kd_cross_tokenizer 'chunks'"
+        fail("label_smoothing_factor", label_smoothing, expected, "Leave it out.")
+    _check_columns(batch)
+
+
+def _check_columns(batch: Mapping[str, Any]) -> None:
+    for name in ("input_ids", CHUNK_IDS, _TEACHER_IDS, _TEACHER_CHUNKS):
+        if name not in batch:
+            fix = "Make the dataset with align_teacher_tokens, and wrap the data collator in TeacherCollator."
+            expected = f"the column {name!r} too with kd_cross_tokenizer 'chunks'"
+            fail("inputs", f"a batch that has {', '.join(batch)}", expected, fix)
+    for prefix in ("", TEACHER_PREFIX):
+        ids, chunks = batch[prefix + "input_ids"], batch[prefix + CHUNK_IDS]
+        if ids.shape != chunks.shape:
+            fix = "Wrap the data collator in TeacherCollator, which pads both alike."
+            shown = f"of shape {tuple(chunks.shape)}"
+            fail(prefix + CHUNK_IDS, shown, f"{tuple(ids.shape)}, as {prefix}input_ids", fix)
