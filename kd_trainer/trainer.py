@@ -21,7 +21,7 @@ from .diagnostics.check import Inspection, LossOfPlan, examine
 from .diagnostics.results import CheckResult, has_errors
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
-from .tasks import EMBEDDING, PackingWatch, accepted_inputs, model_inputs, unchanged_attributes
+from .tasks import EMBEDDING, PackingWatch, accepted_inputs, model_inputs, takes_features, unchanged_attributes
 from .tasks.inputs import CHUNK_IDS, ROW_ID, TEACHER_PREFIX, WithTeacherColumns
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
 from .teachers.teacher import Teacher
@@ -254,8 +254,25 @@ class DistillationMixin(_InFrontOf):
         super()._save(output_dir, state_dict=self._term_modules.left_out(self.unwrapped_student(), state_dict))
 
     def _load_best_model(self) -> None:
-        self._checkpoints.check_best(str(self.state.best_model_checkpoint))
-        super()._load_best_model()
+        best = str(self.state.best_model_checkpoint)
+        self._checkpoints.check_best(best)
+        if not self._loaded(best):
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self._loaded(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _loaded(self, folder: str) -> bool:
+        """Whether the task has loaded the student from a folder that upstream cannot read."""
+        task = self._setup.task(self.teacher)
+        return task is not None and task.load(self.unwrapped_student(), folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        task = self._plan.task if self._plan else self._setup.task(self.teacher)
+        if task is not None and self.args.should_save:
+            task.save(self.unwrapped_student(), output_dir or str(self.args.output_dir))
 
     # ---- counting: once for each optimizer step ----
 
@@ -461,6 +478,8 @@ class DistillationMixin(_InFrontOf):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
+            if takes_features(student := self.unwrapped_student()):  # its forward names none
+                self._keep_columns(accepted_inputs(student))
             self._student_columns = frozenset(self._signature_columns or ())
         taken = () if self.teacher is None else self.teacher.accepted
         self._keep_columns([*taken, *(TEACHER_PREFIX + name for name in taken), ROW_ID, CHUNK_IDS])

@@ -54,6 +54,7 @@ from .resolve import (
     wanted_logits,
 )
 from .restore import as_in_training, same_random_numbers, unchanged_attributes, unchanged_buffers, unchanged_modes
+from .sentence_folder import sentence_folder_of
 from .task import Fault, Task, class_labels
 
 __all__ = [
@@ -101,6 +102,7 @@ __all__ = [
     "plain_heads",
     "required_inputs",
     "same_random_numbers",
+    "sentence_folder_of",
     "start_token",
     "student_loss",
     "student_side",

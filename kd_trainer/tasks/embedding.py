@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -25,6 +25,8 @@ from .sentence_folder import (
     read_sentence_folder,
     sentence_encoder,
     sentence_folder_of,
+    width_of,
+    write_sentence_folder,
 )
 from .task import Task
 
@@ -97,6 +99,20 @@ class EmbeddingTask(Task):
         if teacher.pooling is None:  # its outputs are pooled by modules of its own
             return {}
         return {"pooling": teacher.pooling, "pooling_of_run": teacher.pooling_of_run}
+
+    def save(self, student: nn.Module, output_dir: str) -> None:
+        """As a sentence-transformers folder, where the student is of that library or came from such a folder."""
+        if takes_features(student):
+            student.save_pretrained(output_dir, create_model_card=False)  # type: ignore[operator]
+        elif self.folder is not None:
+            write_sentence_folder(output_dir, self.folder, self.pooling, cast(int, width_of(student)))
+
+    def load(self, student: nn.Module, folder: str) -> bool:
+        if not takes_features(student):
+            return False
+        saved: Any = type(student)(folder, device="cpu")
+        student.load_state_dict(saved.state_dict())
+        return True
 
     @contextmanager
     def pooled(self, student: nn.Module) -> Iterator[None]:

@@ -297,6 +297,18 @@ def _dense(folder: SentenceFolder, place: str, config: Mapping[str, Any]) -> Den
     return Dense(linear, _ACTIVATIONS[activation]())
 
 
+def width_of(model: nn.Module) -> int | None:
+    """The numbers of a model's embedding, by its layers or its config; None where neither tells."""
+    inner = getattr(model, "transformers_model", None)
+    if takes_features(model):
+        return model.get_embedding_dimension()  # type: ignore[operator]
+    dense = [layer for layer in getattr(model, "layers", ()) if isinstance(layer, Dense)]
+    if inner is not None:
+        return dense[-1].linear.out_features if dense else width_of(inner)
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    return width if isinstance(width, int) else None
+
+
 # ---- a student that is saved ----
 
 
@@ -318,6 +330,10 @@ def write_sentence_folder(output_dir: Any, folder: SentenceFolder, pooling: str,
         kept = _read(folder.path, place, folder.where)
         if kept is not None:
             write_atomically(out / name, json.dumps(kept, indent=2))
+    if not any(out.glob("tokenizer*")):  # the trainer had none: the library reads texts with that of the folder
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(folder.path, subfolder=folder.transformer, **folder.where).save_pretrained(out)
     write_atomically(out / MODULES, json.dumps(entries, indent=2))
 
 

@@ -123,6 +123,13 @@ class Task:
         """What a teacher cache notes of the teacher, beside its identity, that its outputs depend on."""
         return {}
 
+    def save(self, student: Any, output_dir: str) -> None:
+        """What the task adds to a folder into which upstream has saved the student."""
+
+    def load(self, student: Any, folder: str) -> bool:
+        """Loads weights that `save` has written in place of upstream's; False where they are upstream's."""
+        return False
+
     def pooled(self, student: Any) -> AbstractContextManager[None]:
         """Around a forward of the wrapped student: see `EmbeddingTask`."""
         return nullcontext()

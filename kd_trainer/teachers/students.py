@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from ..tasks import sentence_folder_of
 from ..validation import fail, message, quoted
 
 if TYPE_CHECKING:
@@ -239,6 +240,9 @@ def _build(model: PreTrainedModel, kept: dict[_Stack, list[int]]) -> PreTrainedM
     student.to(model.device)
     if model.can_generate():
         student.generation_config = copy.deepcopy(model.generation_config)
+    folder = sentence_folder_of(model)
+    if folder is not None and not folder.has_weights:
+        student.kd_sentence_folder = folder  # an embedding model is trained and saved with its teacher's pooling
     return student.eval()
 
 

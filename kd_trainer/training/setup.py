@@ -37,7 +37,7 @@ from ..teachers import (
 from ..validation import fail, quoted, warn
 from .arguments import DistillationArguments
 from .settings import Settings
-from .setup_checks import WITH_MODELS, WITHOUT_MODELS, FirstBatch
+from .setup_checks import WITH_MODELS, WITHOUT_MODELS, FirstBatch, pooling_of
 from .terms import notes_on_own_losses
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,12 @@ class Setup:
             with self.refusals_wait():
                 live.class_order = class_order(student, teacher, remap=kd.kd_remap_labels)
         return live
+
+    def task(self, teacher: Teacher | None) -> Task | None:
+        """The student's task without a batch, where its class tells it."""
+        kd, student = self.kd, self._trainer.unwrapped_student()
+        task = None if teacher is None else task_for(student, kd.kd_task, self._trainer._loss_shifts_labels)
+        return None if task is None else task.with_settings(kd, student, pooling_of(teacher))
 
     # ---- the plan ----
 

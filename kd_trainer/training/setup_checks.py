@@ -158,14 +158,14 @@ def task(first: FirstBatch) -> None:
     task = task_for(student, named, trainer._loss_shifts_labels)
     if task is not None:
         task = by_problem_type(task, student, named, first.batch.get("labels"))
-        task = task.with_settings(first.kd, student, _teacher_pooling(first.teacher))
+        task = task.with_settings(first.kd, student, pooling_of(first.teacher))
         first.known_task = task.with_label_names(trainer.label_names, first.batch)
         first.settings.adopt(task)
     if first.teacher is not None:
         first.teacher = first.teacher.for_student(student, over_tokens=task is not None and task.over_tokens)
 
 
-def _teacher_pooling(teacher: Teacher | None) -> str | None:
+def pooling_of(teacher: Teacher | None) -> str | None:
     """Of a teacher of embeddings."""
     if teacher is None:
         return None
