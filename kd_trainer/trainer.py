@@ -22,6 +22,7 @@ from .diagnostics.results import CheckResult, has_errors
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
 from .tasks import EMBEDDING, PackingWatch, accepted_inputs, model_inputs, takes_features, unchanged_attributes
+from .tasks import Task as Task
 from .tasks.inputs import CHUNK_IDS, ROW_ID, TEACHER_PREFIX, WithTeacherColumns
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
 from .teachers.teacher import Teacher
@@ -117,6 +118,11 @@ class DistillationMixin(_InFrontOf):
         """The student without what processes and compilers put around it."""
         return bases.unwrapped(cast(nn.Module, self.model), self.accelerator)
 
+    @property
+    def _task(self) -> Task | None:
+        """The student's task, as far as it is known."""
+        return self._plan.task if self._plan else self._setup.task(self.teacher)
+
     def _is_training_step(self, student: nn.Module) -> bool:
         """Whether a loss is for a training step, whatever mode the student is in: it may stay in eval mode."""
         if self._evaluation is not None or self._predicting:
@@ -191,7 +197,8 @@ class DistillationMixin(_InFrontOf):
             return examine(inspection, evaluate=evaluate, batch=batch)
 
     def _with_term_modules(self) -> AbstractContextManager[None]:
-        return self._term_modules.on(self.unwrapped_student(), self.teacher, self._run_settings, self.args.seed)
+        student, task = self.unwrapped_student(), self._task
+        return self._term_modules.on(student, self.teacher, self._run_settings, self.args.seed, task)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's, which creates the optimizer; before, the terms add their modules (projectors) to the student."""
@@ -250,9 +257,6 @@ class DistillationMixin(_InFrontOf):
             if self.args.should_save and not self.args.save_only_model and not is_sharded(self):
                 self._term_modules.save(Path(folder, f"checkpoint-{self.state.global_step}"))
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict=self._term_modules.left_out(self.unwrapped_student(), state_dict))
-
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
         self._checkpoints.check_best(best)
@@ -265,14 +269,12 @@ class DistillationMixin(_InFrontOf):
 
     def _loaded(self, folder: str) -> bool:
         """Whether the task has loaded the student from a folder that upstream cannot read."""
-        task = self._setup.task(self.teacher)
-        return task is not None and task.load(self.unwrapped_student(), folder)
+        return self._task is not None and self._task.load(self.unwrapped_student(), folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
-        task = self._plan.task if self._plan else self._setup.task(self.teacher)
-        if task is not None and self.args.should_save:
-            task.save(self.unwrapped_student(), output_dir or str(self.args.output_dir))
+        super()._save(output_dir, state_dict=self._term_modules.left_out(self.unwrapped_student(), state_dict))
+        if self._task is not None and self.args.should_save:
+            self._task.save(self.unwrapped_student(), output_dir or str(self.args.output_dir))
 
     # ---- counting: once for each optimizer step ----
 

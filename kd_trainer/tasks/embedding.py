@@ -79,11 +79,27 @@ class EmbeddingTask(Task):
         normalises = folder is not None and folder.normalises
         return replace(self, pooling=pooling, normalises=normalises, loss=kd.kd_embedding_loss, folder=folder)
 
-    @property
-    def note(self) -> str:
-        """How the student's embeddings are made."""
+    def projected(self, student: Any, teacher: Any) -> tuple[int, int] | None:
+        live, manifest = teacher.model, teacher.manifest
+        widths = width_of(student), width_of(live) if manifest is None else int(manifest["vocabulary"])
+        if None in widths or widths[0] == widths[1]:
+            return None
+        if takes_features(student):
+            shown = f"a SentenceTransformer with embeddings of {widths[0]} numbers"
+            fix = "Add a Dense module to that width, which is saved with it. Or give its transformer as the student."
+            because = "each of its modules is a part of its forward"
+            fail("model", shown, f"{widths[1]}, as the teacher", fix, because=because)
+        return cast(tuple[int, int], widths)
+
+    def notes(self, student: Any, teacher: Any) -> list[str]:
+        """How the student's embeddings are made, and compared."""
         length = ", normalised" if self.normalises else ""
-        return f"{self.pooling} pooling of the student's last hidden state{length}" if self.pooling else ""
+        notes = [f"{self.pooling} pooling of the student's last hidden state{length}"] if self.pooling else []
+        widths = None if teacher is None else self.projected(student, teacher)
+        if widths is not None:
+            line = "a projector from {} numbers to the teacher's {} is trained, and not saved with the student"
+            notes.append(line.format(*widths))
+        return notes
 
     def teacher_folder(self, path: str, init_kwargs: Mapping[str, Any]) -> SentenceFolder | None:
         return read_sentence_folder(path, init_kwargs)
@@ -135,12 +151,13 @@ class EmbeddingTask(Task):
         pooled = {EMBEDDING: normalised(embeddings) if self.normalises else embeddings}
         projectors = getattr(student, "kd_projectors", {})
         if PROJECTOR in projectors:
-            pooled[PROJECTED] = projectors[PROJECTOR](pooled[EMBEDDING])
+            projector = projectors[PROJECTOR]
+            pooled[PROJECTED] = projector(pooled[EMBEDDING].to(projector.weight.dtype))
         return pooled
 
     def logits(self, outputs: Any, argument: str) -> Tensor:
-        """The embeddings [B, H] in pooled outputs; of a student those that are compared with the teacher's."""
-        return outputs[PROJECTED] if PROJECTED in outputs else outputs[EMBEDDING]
+        """The embeddings [B, H] in pooled outputs; of a student a projection, which is taken out as no prediction."""
+        return outputs.pop(PROJECTED, outputs[EMBEDDING])
 
     def soft_term(self, divergence: str) -> str:
         return _TERMS[self.loss]

@@ -134,10 +134,13 @@ class Task:
         """Around a forward of the wrapped student: see `EmbeddingTask`."""
         return nullcontext()
 
-    @property
-    def note(self) -> str:
-        """A line for the start block, or ""."""
-        return ""
+    def projected(self, student: Any, teacher: Any) -> tuple[int, int] | None:
+        """Widths of the student's and the teacher's outputs, where a projector from one to the other is trained."""
+        return None
+
+    def notes(self, student: Any, teacher: Any) -> list[str]:
+        """Lines for the start block."""
+        return []
 
     def soft_term(self, divergence: str) -> str:
         """The soft loss by name, for the formula that is printed."""

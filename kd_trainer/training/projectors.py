@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ..files import write_atomically
+from ..tasks import PROJECTOR, Task
 from ..validation import fail
 
 ATTRIBUTE = "kd_projectors"
@@ -31,20 +32,26 @@ class TermModules:
         self._modules = nn.ModuleDict()
 
     @contextmanager
-    def on(self, student: nn.Module, teacher: Any, settings: Any, seed: int) -> Iterator[None]:
+    def on(
+        self, student: nn.Module, teacher: Any, settings: Any, seed: int, task: Task | None = None
+    ) -> Iterator[None]:
         """Adds them to the student for the time inside: the same ones again for the same student, features and layers.
 
         Args:
             teacher: a `Teacher`, or None.
             settings: a `Settings`; each of its added terms may have a module.
+            task: may need a projector too; None where it is not known yet.
             seed: of their first weights; the random numbers of the run stay as they are.
         """
         kd, terms = settings.kd, settings.added
-        wanted = (student, *kd.features, str(kd.kd_feature_layers))  # a module is equal to itself alone
+        widths = None if task is None or teacher is None else task.projected(student, teacher)
+        wanted = (student, *kd.features, str(kd.kd_feature_layers), widths)  # a module is equal to itself alone
         if wanted != self._made_for:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 made = {term.name: term.module(student, teacher) for term in terms if term.module is not None}
+                if widths is not None:
+                    made[PROJECTOR] = Projector(*widths)
             self._made_for = wanted
             self._modules = nn.ModuleDict({name: module for name, module in made.items() if module is not None})
         if not self._modules or hasattr(student, ATTRIBUTE):

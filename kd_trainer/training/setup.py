@@ -82,7 +82,13 @@ def make_plan(first: FirstBatch) -> Plan:
     """The plan of the loss, from what all checks have found."""
     trainer, teacher, hard = first.trainer, first.teacher, first.hard
     assert hard is not None and first.accepted is not None  # noqa: PT018
-    notes = [first.task.note, first.vocabularies, first.path, *first.terms, *notes_on_own_losses(first.student)]
+    notes = [
+        *first.task.notes(first.student, teacher),
+        first.vocabularies,
+        first.path,
+        *first.terms,
+        *notes_on_own_losses(first.student),
+    ]
     if teacher is not None:
         notes = [teacher.note, *notes]
     if teacher is not None and teacher.start_tokens is not None:

@@ -243,6 +243,47 @@ def test_other_widths_without_a_config_are_refused(tmp_path):
         trainer(tmp_path, Embeds("tensor"), roberta(1, hidden=24), kd_task="embedding").train()
 
 
+# ---- a teacher of another width ----
+
+
+def test_a_projector_is_trained_and_not_saved(tmp_path):
+    run = trainer(tmp_path, teacher=roberta(1, hidden=24), max_steps=30, learning_rate=0.2)
+    before = run.evaluate()
+    run.train()
+    after = run.evaluate()
+    assert after["eval_teacher_cosine"] > before["eval_teacher_cosine"] + 0.2
+    assert not hasattr(run.model, "kd_projectors")
+    run.save_model(str(tmp_path / "saved"))
+    kept = RobertaModel.from_pretrained(tmp_path / "saved")
+    assert kept.state_dict().keys() == roberta(0).state_dict().keys()
+    torch.testing.assert_close(tiny.weights(kept), tiny.weights(run.model))
+
+
+def test_the_projection_is_compared_and_the_embedding_predicted(tmp_path):
+    teacher = roberta(1, hidden=24)
+    run = trainer(tmp_path, teacher=teacher)
+    metrics, predictions = run.evaluate(), run.predict(rows(11, seed=2)).predictions
+    student = torch.stack(written_out(run.model, "mean"))
+    torch.testing.assert_close(torch.tensor(predictions).double(), student, rtol=0, atol=3e-6)
+    with run._with_term_modules():
+        weight = run.model.kd_projectors["embedding"].weight.detach().double()
+    torch.testing.assert_close(weight.T @ weight, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-5)
+    cosines = torch.nn.functional.cosine_similarity(student @ weight.T, torch.stack(written_out(teacher, "mean")))
+    assert metrics["eval_teacher_cosine"] == pytest.approx(cosines.mean().item(), abs=1e-6)
+
+
+def test_a_projector_goes_on_from_a_checkpoint(tmp_path):
+    def run(name: str) -> Any:
+        kwargs = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+        return trainer(tmp_path / name, teacher=roberta(1, hidden=24), **kwargs)
+
+    whole, resumed = run("whole"), run("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    torch.testing.assert_close(tiny.weights(resumed.model), tiny.weights(whole.model), rtol=0, atol=0)
+    assert resumed.evaluate()["eval_loss"] == whole.evaluate()["eval_loss"]
+
+
 # ---- settings ----
 
 

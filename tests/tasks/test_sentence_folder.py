@@ -258,3 +258,9 @@ def test_pooling_of_a_sentence_transformer_is_its_modules(tmp_path):
     student = sentence_transformers.SentenceTransformer(str(library_folder(tmp_path / "st")), device="cpu")
     with pytest.raises(ValueError, match="`kd_pooling` is 'cls'; expected None for a student that is a SentenceTransf"):
         trainer(tmp_path, student, bert(1), kd_pooling="cls")
+
+
+def test_a_sentence_transformer_of_another_width_is_refused(tmp_path):
+    student = sentence_transformers.SentenceTransformer(str(library_folder(tmp_path / "st")), device="cpu")
+    with pytest.raises(ValueError, match=r"embeddings of 16 numbers; expected 24, .* Add a Dense module"):
+        trainer(tmp_path, student, bert(1, hidden=24)).train()

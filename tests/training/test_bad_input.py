@@ -358,7 +358,11 @@ def a_divergence_between_numbers(tmp_path):
     tiny.trainer("regression", tmp_path, kd_divergence="jsd").train()
 
 
-@case("kd_standardize_logits", "Leave it out", "True; expected False for the task 'regression', whose outputs are no logits")
+@case(
+    "kd_standardize_logits",
+    "Leave it out",
+    "True; expected False for the task 'regression', whose outputs are no logits",
+)
 def standardised_regression(tmp_path):
     tiny.trainer("regression", tmp_path, kd_standardize_logits=True).train()
 
