@@ -41,6 +41,7 @@ from ..tasks import (
     plain_heads,
     same_random_numbers,
     start_token,
+    takes_features,
     task_for,
     task_from_logits,
     text_config,
@@ -271,6 +272,10 @@ def settings(first: FirstBatch) -> str | None:
                 fail(name, repr(value), expected, "Leave it out.", because="its outputs are no embeddings")
     if not task.has_hard_loss:
         _check_soft_alone(first, task)
+    if task.embeds and first.sharded and takes_features(first.student):
+        because = "it saves itself, and its weights are in parts"
+        fix = "Give its transformer (an AutoModel) as the student."
+        fail("model", "a SentenceTransformer under FSDP or DeepSpeed", "one process, or DDP", fix, because=because)
     if kd.kd_remap_labels and not task.named_classes:
         because = "its outputs are no classes with names of their own"
         fail("kd_remap_labels", True, f"False for the task {task.name!r}", "Leave it out.", because=because)

@@ -28,7 +28,7 @@ from tests.cache.test_formats import encoded
 from tests.helpers import config_run, tiny
 
 TASKS = ("classification", "multi_label_classification", "regression", "question_answering", "token_classification",
-         "causal_lm", "masked_lm", "seq2seq_lm", "plain")  # fmt: skip
+         "causal_lm", "masked_lm", "seq2seq_lm", "plain", "embedding")  # fmt: skip
 LM = {"kd_reduction": "tokenmean", "train_sampling_strategy": "random"}
 
 
