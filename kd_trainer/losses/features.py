@@ -161,14 +161,12 @@ class _Relation(torch.autograd.Function):
                 teacher_log_probs, student_log_probs = (_relations(side, here) for side in (y, x))
                 teacher_probs = teacher_log_probs.exp()
                 differences = teacher_log_probs.sub_(student_log_probs).mul_(teacher_probs)
-                nats = differences.sum(-1, keepdim=True)
-                sums[some] += (nats if here is None else nats.masked_fill_(~here, 0)).sum((1, 2, 3)) / heads
+                # A query that is not attended is 0 in x and y: its relations are alike, its divergence is 0.
+                sums[some] += differences.sum((1, 2, 3)) / heads
                 if gradient is not None:
                     scores = student_log_probs.exp_().sub_(teacher_probs)
                     products = scores @ x
-                    products += scores.mT @ x  # queries and keys that are not attended: 0 in x and in the scores
-                    if here is not None:
-                        products.masked_fill_(~here, 0)
+                    products += scores.mT @ x
                     out = gradient[some].unflatten(-1, (heads, -1))[:, :, first:last]
                     out.copy_(products.transpose(1, 2)).mul_(x.shape[-1] ** -0.5 / heads)
         ctx.save_for_backward(gradient)

@@ -196,9 +196,10 @@ def facts(run: Any, name: str, backend: str) -> dict[str, Any]:
     return {**found, **more(run, model, dict(fresh.named_parameters()))}
 
 
-def trained(run: Any) -> set[int]:
-    """Of the student, and of the projectors that it had while it was trained."""
-    return {id(p) for module in (run.model, run._term_modules._modules) for p in module.parameters()}
+def only_student(run: Any, optimized: set[int]) -> bool:
+    """Whether these are the student's parameters, and as many more as the projectors have that are gone again."""
+    student, projectors = ({id(p) for p in module.parameters()} for module in (run.model, run._term_modules._modules))
+    return student <= optimized and len(optimized) == len(student) + len(projectors)
 
 
 def fsdp2_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def fsdp2_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, 
         "share": sum(p.to_local().numel() for p in sharded.values()) / sum(p.numel() for p in fresh.values()),
         "gathered": sorted(set(parameters) - set(sharded)),
         "unchanged": all(torch.equal(p.full_tensor(), fresh[n]) for n, p in sharded.items()),
-        "only_student_optimized": optimized == trained(run),
+        "only_student_optimized": only_student(run, optimized),
         # The second base of a sharded module's class is the class it had before.
         "units": sorted(type(m).__mro__[2].__name__ for m in model.modules() if isinstance(m, FSDPModule)),
         "policy": [sorted(c.__name__ for c in classes), plugin.transformer_cls_names_to_wrap],
@@ -233,7 +234,7 @@ def zero3_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, 
         "gathered": [n for n, p in parameters.items() if p.ds_status.name != "NOT_AVAILABLE"],
         "persistent": [n for n, p in parameters.items() if p.ds_persist],
         "unchanged": unchanged,
-        "only_student_optimized": optimized == trained(run),
+        "only_student_optimized": only_student(run, optimized),
         "student_config_has": sorted(run.accelerator.state.deepspeed_plugin.deepspeed_config),
         "teacher_config_has": sorted(run.teacher.prepared.config),
     }

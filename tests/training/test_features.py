@@ -95,6 +95,15 @@ def test_accumulation_and_the_fused_loss_change_nothing(task, tmp_path):
         torch.testing.assert_close(weights[0], other, rtol=0, atol=1e-5)
 
 
+def test_pairs_of_layers_have_their_mean(tmp_path):
+    found = []
+    for layers in ([[0, 0]], [[1, 2]], [[0, 0], [1, 2]]):
+        run = trainer(tmp_path, kd_features={"relation": 1.0}, kd_feature_layers=layers)
+        metrics = run.evaluate()
+        found.append(metrics["eval_relation_loss"])
+    assert found[2] == pytest.approx((found[0] + found[1]) / 2, rel=1e-5)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_alpha_may_be_anything(alpha, tmp_path):
     run = trainer(tmp_path, "causal_lm", kd_alpha=alpha, kd_features={"relation": 2.0})
@@ -189,8 +198,8 @@ def test_projectors_are_trained_are_gone_afterwards_and_are_in_no_saved_student(
 def test_the_first_projectors_depend_on_the_seed_alone(tmp_path):
     weights = []
     for seed, used in ((1, 0), (1, 5), (2, 0)):
-        torch.manual_seed(used)
         run = trainer(tmp_path, kd_features={"hidden_mse": 1.0}, seed=seed)
+        torch.rand(used)
         state = torch.get_rng_state()
         with run._with_term_modules():
             weights.append(tiny.weights(run.model.kd_projectors))
@@ -264,6 +273,17 @@ def test_the_outputs_depend_on_the_projections_and_are_what_they_were(kind):
     assert torch.equal(gradients[0], torch.ones(2, 3))
     assert torch.equal(gradients[1], torch.zeros(2, 4))
     assert projectors.after((number,), [feature]) == (number,)
+
+
+def test_the_students_outputs_depend_on_its_projectors(tmp_path):
+    """DDP with find_unused_parameters searches the graph of the outputs."""
+    run = trainer(tmp_path, kd_features={"hidden_mse": 1.0})
+    batch = tiny.pad(tiny.rows("classification")[:4])
+    with run._with_term_modules():
+        _, outputs = run.compute_loss(run.model.train(), batch, return_outputs=True)
+        weight = run.model.kd_projectors["hidden_mse"]["1_2"].weight
+        (gradient,) = torch.autograd.grad(outputs["logits"].sum(), [weight])
+    assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 # ---- check() and refusals ----
