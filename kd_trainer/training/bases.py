@@ -65,7 +65,7 @@ _LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_S
 # What helps with the trainers of other libraries, whose losses are not a task's loss on logits.
 _LIBRARIES = {
     "sentence_transformers": "Put the mixin in front of transformers' Trainer: a SentenceTransformer may be its "
-    "model. Or take that library's own distillation losses (MSELoss, MarginMSELoss, DistillKLDivLoss) with its trainer.",
+    "model. Or take that library's own distillation losses (MSELoss, MarginMSELoss, ...) with its own trainer.",
     "setfit": "SetFit has a DistillationTrainer of its own.",
     "trl": "Take TRL's SFTTrainer; the losses of its other trainers are no task's loss on labels.",
 }

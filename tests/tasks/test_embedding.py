@@ -24,7 +24,7 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from kd_trainer import DistillationTrainer
+from kd_trainer import CachedTeacher, DistillationTrainer
 from kd_trainer.losses import EMBEDDING_LOSSES, POOLINGS
 from kd_trainer.tasks import TASKS, task_for
 from tests.helpers import tiny
@@ -371,3 +371,29 @@ def test_a_teacher_of_another_tokenizer_reads_its_own_columns(tmp_path):
             a, b = (m(input_ids=i[None])[0][0].mean(0) for m, i in zip((run.model, teacher), ids, strict=True))
             expected.append(1 - float(a @ b / (a.norm() * b.norm())))
     assert loss.item() == pytest.approx(sum(expected) / 4, abs=1e-6)
+
+
+def test_a_cache_holds_one_vector_a_row(tmp_path):
+    """Its width is known without the teacher, and the pooling that it was built with is compared."""
+
+    def run(name: str, **kwargs: Any) -> Any:
+        cached = {"teacher_cache_dir": str(tmp_path / "cache")} if name != "live" else {}
+        return trainer(tmp_path / name, teacher=roberta(1, hidden=24), **{"kd_pooling": "cls", **cached, **kwargs})
+
+    live, cached = run("live"), run("cached")
+    live.train()
+    cached.train()
+    assert tiny.logged(cached, "loss") == pytest.approx(tiny.logged(live, "loss"), rel=1e-6)
+    torch.testing.assert_close(tiny.weights(cached.model), tiny.weights(live.model), rtol=0, atol=1e-6)
+    found, expected = cached.evaluate(), live.evaluate()
+    for name in ("eval_loss", "eval_teacher_cosine", "eval_teacher_spearman"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    manifest = cached.teacher.manifest
+    assert (manifest["format"], manifest["shape"], manifest["pooling"]) == ("logits", [24], "cls")
+    again = trainer(tmp_path / "again", teacher=CachedTeacher(tmp_path / "cache"))  # with the pooling of the cache
+    again.train()
+    assert tiny.logged(again, "loss") == pytest.approx(tiny.logged(live, "loss"), rel=1e-6)
+    with pytest.raises(ValueError, match="`kd_pooling` is one with the pooling 'mean'; expected the pooling 'cls'"):
+        run("other", kd_pooling="mean").train()
+    with pytest.raises(ValueError, match="'logits' for the task 'embedding', whose outputs are no softmax"):
+        run("sparse", teacher_cache_dir=str(tmp_path / "sparse"), teacher_cache_format="topk").train()
