@@ -106,7 +106,9 @@ def test_a_config_starts_what_it_says_and_trains_as_one_process(name, task, resu
         found = json.loads((folder / f"{task}_{process}.json").read_text())
         assert found["world_size"] == world
         for kind, wrapper in zip(("student", "teacher"), WRAPPERS[name], strict=True):
-            assert wrapper.replace("PreTrainedModel", "Plain" if task == "plain" else "PreTrainedModel") in found[kind]
+            pooled = "SentenceEncoder" if kind == "teacher" else wrapper
+            whole = {"plain": "Plain", "embedding": pooled}.get(task, wrapper)
+            assert wrapper.replace("PreTrainedModel", whole) in found[kind]
         for key, values in logs.items():
             assert found["logs"][key] == pytest.approx(values, rel=1e-4, abs=1e-5), key
         assert found["read"] == ("+" in task)

@@ -19,6 +19,7 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertForMultipleChoice,
+    BertModel,
     DistilBertConfig,
     DistilBertForMaskedLM,
 )
@@ -36,6 +37,7 @@ BERTS = (
     "question_answering",
     "token_classification",
     "multiple_choice",
+    "embedding",
 )
 SPEECH = ("audio_frame_classification", "ctc")
 TASKS = (*BERTS, *SPEECH, "semantic_segmentation", "masked_lm", "causal_lm", "seq2seq_lm", "plain")
@@ -77,6 +79,8 @@ def build(task: str, folder: Path, **arguments: Any) -> Any:
         pair = distilbert(16), distilbert(24)
     elif task == "multiple_choice":
         pair = tuple(BertForMultipleChoice(tiny.bert_config(hidden, initializer_range=0.5)) for hidden in (16, 24))
+    elif task == "embedding":  # with a projector
+        pair = tuple(BertModel(tiny.bert_config(hidden, initializer_range=0.5)) for hidden in (16, 24))
     elif task in SPEECH:
         pair = test_speech_frames.pair_of(task)
     elif task == "semantic_segmentation":

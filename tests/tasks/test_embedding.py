@@ -397,3 +397,26 @@ def test_a_cache_holds_one_vector_a_row(tmp_path):
         run("other", kd_pooling="mean").train()
     with pytest.raises(ValueError, match="'logits' for the task 'embedding', whose outputs are no softmax"):
         run("sparse", teacher_cache_dir=str(tmp_path / "sparse"), teacher_cache_format="topk").train()
+
+
+def test_check_start_block_and_card_tell_of_the_embeddings(tmp_path, capsys):
+    run = trainer(tmp_path, teacher=roberta(1, hidden=24), kd_embedding_loss="mse", kd_pooling="last")
+    found = [(row.status, row.what, row.found) for row in run.check()]
+    assert "error" not in [status for status, *_ in found]
+    assert ("ok", "task", "embedding: loss = soft(squared error), per row") in found
+    notes = ["last pooling of the student's last hidden state"]
+    notes += ["a projector from 16 numbers to the teacher's 24 is trained, and not saved with the student"]
+    assert [text for _, what, text in found if what == "note"] == notes
+    assert not hasattr(run.model, "kd_projectors")
+    capsys.readouterr()
+    run.train()
+    printed = capsys.readouterr().out
+    assert all(f"[kd_trainer] {line}" in printed for line in ("task     embedding", *notes))
+    assert "hard loss" not in printed
+    assert "T=" not in printed
+    run.evaluate()
+    run.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "loss = soft(squared error), per row" in card
+    assert "| eval_teacher_spearman |" in card
+    assert "| eval_teacher_cosine |" in card
