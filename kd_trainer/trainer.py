@@ -6,7 +6,7 @@ nothing else; formulas stand in the files below.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,7 +25,7 @@ from .tasks import EMBEDDING, PackingWatch, accepted_inputs, model_inputs, takes
 from .tasks import Task as Task
 from .tasks.inputs import CHUNK_IDS, ROW_ID, TEACHER_PREFIX, WithTeacherColumns
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
-from .teachers.teacher import Teacher
+from .teachers import Teacher, routed
 from .training import Counts, DistillationArguments, MetricsBuffer, Objective, Plan, Settings, Setup, is_sharded
 from .training import bases as bases
 from .training.checkpoints import Checkpoints, ResumableInterrupt
@@ -48,8 +48,8 @@ class DistillationMixin(_InFrontOf):
 
     Args:
         teacher_model: a module, a folder or a hub name, or "adapter_off": the student's own base, with the student's
-            adapters switched off; or a `CachedTeacher`. None takes `args.teacher_model_name_or_path`. Needed unless
-            `kd_alpha` is constantly 0.
+            adapters switched off; or a `CachedTeacher`; or a list of these: see `SeveralTeachers`. None takes
+            `args.teacher_model_name_or_path`. Needed unless `kd_alpha` is constantly 0.
 
     Raises:
         TypeError: the bases are in the wrong order, hold no `Trainer`, or one whose own `compute_loss` would never be
@@ -72,7 +72,7 @@ class DistillationMixin(_InFrontOf):
         model: Any = None,
         args: Any = None,
         *trainer_args: Any,
-        teacher_model: nn.Module | CachedTeacher | str | Path | None = None,
+        teacher_model: nn.Module | CachedTeacher | str | Path | Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
         bases.check_call(self, args, kwargs)
@@ -467,12 +467,12 @@ class DistillationMixin(_InFrontOf):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Upstream's; where the teacher is read from disk, its outputs join the batches."""
-        store = self._teacher_cache.part_of(dataset, self.teacher)
-        if store is None:
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
-        collator, self.data_collator = self.data_collator, CachedCollator(self.data_collator, store)
+        stores, rows = self._teacher_cache.stores(dataset, self.teacher), dataset
+        collator, self.data_collator = self.data_collator, routed(self.data_collator, self.teacher)
         try:
-            rows, kwargs = self._teacher_cache.numbered(dataset, description, kwargs)
+            if stores:
+                self.data_collator = CachedCollator(self.data_collator, stores)
+                rows, kwargs = self._teacher_cache.numbered(dataset, description, kwargs)
             return super()._get_dataloader(rows, description, *args, **kwargs)
         finally:
             self.data_collator = collator

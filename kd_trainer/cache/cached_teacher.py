@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..losses import DIVERGENCES
 from ..tasks import TEACHER_PREFIX, Task
-from ..teachers import Classes, TeacherOutput, class_names, match_classes
+from ..teachers import COLUMN_PREFIX, Classes, Teacher, TeacherOutput, class_names, match_classes
 from ..validation import fail, message
 from .formats import Format, format_of, output
 from .manifest import check_links, check_settings
@@ -32,7 +32,6 @@ from .store import (
     read_manifest,
 )
 
-COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that the collator adds to a batch
 # Parts of a cache: the train data, the evaluation data (eval-NAME of several) and further data such as that of predict.
 TRAIN, EVAL, TEST = "train", "eval", "test"
 
@@ -155,6 +154,10 @@ class CachedTeacher:
         return next(self.parts[name].manifest for name in (TRAIN, *self.parts) if name in self.parts)
 
     @property
+    def members(self) -> tuple[Teacher, ...]:
+        return (self,)
+
+    @property
     def format(self) -> Format:
         return format_of(self.manifest)
 
@@ -206,6 +209,7 @@ class CachedTeacher:
         student: nn.Module | None = None,
         *,
         read: Callable[[Any, str], Tensor] | None = None,
+        **mixing: Any,
     ) -> TeacherOutput | None:
         """The cached outputs of the batch's rows; None where the batch has no cached columns."""
         columns = {k[len(COLUMN_PREFIX) :]: v for k, v in batch.items() if k.startswith(COLUMN_PREFIX)}

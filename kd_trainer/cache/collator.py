@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..validation import message
-from .cached_teacher import COLUMN_PREFIX
 from .formats import check_columns, decode, format_of
 from .signed_collator import ROWS_DIFFER, signed_collator_of
 from .store import DATA, CacheError, Store, foreign_message
@@ -20,24 +19,33 @@ class CachedCollator:
 
     Args:
         collator: makes the batch.
-        store: the cache of the dataset.
+        stores: the cache of the dataset, or of several teachers each one, by the prefix of its columns.
 
     Raises:
         CacheError: a row differs from the one that the teacher read, is not in the cache, or its shard is damaged.
     """
 
-    def __init__(self, collator: Callable[[Any], Any], store: Store) -> None:
-        self.collator, self.store = collator, store
+    def __init__(self, collator: Callable[[Any], Any], stores: Mapping[str, Store]) -> None:
+        self.collator, self.stores = collator, stores
 
     def around(self, wrap: Callable[[Any], Any]) -> CachedCollator:
         """The same with `wrap(collator)` in place of the collator."""
-        return CachedCollator(wrap(self.collator), self.store)
+        return CachedCollator(wrap(self.collator), self.stores)
 
     def __call__(self, features: Any) -> dict[str, Any]:
-        manifest = self.store.manifest
+        batch: dict[str, Any] = {}
+        for prefix, store in self.stores.items():
+            collated, cached = self._read(features, store)
+            batch = batch or collated  # each signs the batch that it collates
+            batch |= {prefix + name: values for name, values in cached.items()}
+        return batch
+
+    def _read(self, features: Any, store: Store) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The collated batch, and the cached outputs of its rows."""
+        manifest = store.manifest
         collate = signed_collator_of(manifest, self.collator)
         batch, row_ids, mask, counts, seen = collate(features)
-        rows = self.store.take(row_ids)
+        rows = store.take(row_ids)
         wrong = np.flatnonzero((rows.signatures != seen) | (rows.counts != counts))
         if len(wrong):
             fix = "Train on the data that the cache was built from, or name another teacher_cache_dir to build one."
@@ -51,8 +59,9 @@ class CachedCollator:
             if name in decoded and decoded[name].numel() and int(decoded[name].max()) >= kept.classes:
                 reason = f"{name} are beyond the {kept.classes:,} classes of its manifest"
         if reason:
-            raise CacheError(foreign_message(str(self.store.folder / DATA), reason))
+            raise CacheError(foreign_message(str(store.folder / DATA), reason))
+        placed = {}
         for name, values in decoded.items():
             shape = manifest["shape"] if name == "logits" else None
-            batch[COLUMN_PREFIX + name] = collate.task.place_positions(values, mask, shape)
-        return batch
+            placed[name] = collate.task.place_positions(values, mask, shape)
+        return batch, placed

@@ -27,7 +27,7 @@ from ..validation import fail
 from . import advice as advice
 from .inspection import Inspection as Inspection
 from .inspection import LossOfPlan as LossOfPlan
-from .results import CheckResult, Results, has_errors, print_results, refused, warning
+from .results import CheckResult, Results, has_errors, ok, print_results, refused, warning
 from .trial import Trial, batches, run
 
 
@@ -70,20 +70,25 @@ def _look_at_models(inspection: Inspection, results: Results) -> None:
             settings.require_teacher(teacher)
     results.add("student", advice.about_student, student, fp16=args.fp16)
     use = {"called": not settings.always_hard, "mixed": trainer.accelerator.mixed_precision != "no"}
-    results.add("teacher", advice.about_teacher, teacher, student, args.device, **use)
+    members = (None,) if teacher is None else teacher.members
+    if len(members) > 1:
+        results.rows += [ok("teacher", line) for line in teacher.describe().splitlines()]
+    for member in members:
+        results.add("teacher", advice.about_teacher, member, student, args.device, **use)
     task = task_for(student, settings.kd.kd_task, inspection.loss_shifts_labels)
     with results.attempt("classes"):
-        compared = teacher and teacher.compare_classes(student, task, remap=settings.kd.kd_remap_labels)
-        if compared:
-            results.rows += advice.about_classes(compared)
+        for member in filter(None, members):
+            compared = member.compare_classes(student, task, remap=settings.kd.kd_remap_labels)
+            results.rows += advice.about_classes(compared) if compared else []
 
 
 def _look_at_batch(inspection: Inspection, results: Results, batch: Mapping[str, Any]) -> Trial | None:
     """The list of checks, and advice on the batch; None where the models could not be run on it."""
     trainer, setup, before = inspection.trainer, inspection.first_batch(batch), len(results.rows)
     passed = {check: results.passes(what, partial(check, setup)) for what, check in WITHOUT_MODELS}
-    if passed[tokens] and trainer.teacher is not None and trainer.teacher.has_own_weights:
-        results.rows += advice.about_tokens(batch, setup.known_by)
+    for one in setup.each or (setup,):
+        if passed[tokens] and one.teacher is not None and one.teacher.has_own_weights:
+            results.rows += advice.about_tokens(batch, one.known_by)
     with results.attempt("student's tokens"):
         advice.check_student_ids(setup.student, batch)
     _look_closer(inspection, setup, results)
@@ -124,8 +129,8 @@ def _look_closer(inspection: Inspection, setup: FirstBatch, results: Results) ->
         read = set(model_inputs(batch, accepted)) | (set(batch) & accepted.targets)
         if trainer.teacher is not None:
             read |= {name for name in batch if name.startswith(TEACHER_PREFIX)}
-        if setup.live is not None:
-            read |= set(setup.live.inputs(batch))
+        for one in setup.each or (setup,):
+            read |= set() if one.live is None else set(one.live.inputs(one.batch))
         kept = inspection.kept_columns() if trainer.args.remove_unused_columns else None
         return advice.about_columns(trainer.train_dataset, kept, batch, read, pad_id)
 

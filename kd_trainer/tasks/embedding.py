@@ -54,6 +54,7 @@ class EmbeddingTask(Task):
     tempered: ClassVar[bool] = False
     has_hard_loss: ClassVar[bool] = False
     embeds: ClassVar[bool] = True
+    mixed_as: ClassVar[str] = ""
     agreement_name: ClassVar[str] = "teacher_cosine"
     unread_weights: ClassVar[tuple[str, ...]] = ("pooler.",)
 

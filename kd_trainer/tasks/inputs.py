@@ -36,6 +36,8 @@ TEACHER_PREFIX = "teacher_"
 CHUNK_IDS = "chunk_ids"
 # A column of the dataset that says which row it is: a teacher cache is joined by it. No model reads it.
 ROW_ID = TEACHER_PREFIX + "row_id"
+# The column that selects the teachers of a row among several, by number or name.
+TEACHER_ID = TEACHER_PREFIX + "id"
 
 
 class WithTeacherColumns(list):

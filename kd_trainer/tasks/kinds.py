@@ -104,6 +104,9 @@ class MultiLabelTask(NumbersTask):
         """[B, C, 2]: softmax([0, z]) = (1 - sigmoid(z), sigmoid(z)), each label a classification into no and yes."""
         return torch.stack([torch.zeros_like(logits), logits], -1)
 
+    def of_distributions(self, distributions: Tensor) -> Tensor:
+        return distributions[..., 1] - distributions[..., 0]
+
     def soft_loss_sum(
         self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, targets: Tensor | None, mask: Tensor | None
     ) -> Tensor:
@@ -136,6 +139,7 @@ class RegressionTask(NumbersTask):
     """
 
     tempered: ClassVar[bool] = False
+    mixed_as: ClassVar[str] = "numbers"
     rule: ClassVar[str] = "finite numbers, or rows of NaN alone for no label"
 
     def soft_term(self, divergence: str) -> str:

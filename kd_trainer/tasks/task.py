@@ -71,6 +71,7 @@ class Task:
     cacheable: ClassVar[bool] = True  # which positions count can be told from a batch alone
     has_hard_loss: ClassVar[bool] = True
     embeds: ClassVar[bool] = False  # a row's output is a vector, by which it is compared with other rows
+    mixed_as: ClassVar[str] = "probabilities"  # what of several teachers is mixed: these, "numbers", or "" for neither
     agreement_name: ClassVar[str] = "teacher_agreement"  # the logged key of `agreement_sum`
     unread_weights: ClassVar[tuple[str, ...]] = ()  # names, in a checkpoint, of weights without a part in the outputs
     # Along which dimension the models may differ in length: its number, the name of one entry, and what to do then.
@@ -290,6 +291,10 @@ class Task:
         Where a row has several, [B, D, K], its soft loss is their mean.
         """
         return logits
+
+    def of_distributions(self, distributions: Tensor) -> Tensor:
+        """Logits of which `distributions` makes these."""
+        return distributions
 
     def soft_loss_sum(
         self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, targets: Tensor | None, mask: Tensor | None

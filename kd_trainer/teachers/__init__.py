@@ -7,7 +7,8 @@ from .compatibility import Classes, class_names, class_order, listed, match_clas
 from .errors import check_ids, check_padding, positions_of
 from .live import ADAPTER_OFF, LiveTeacher
 from .load import load_teacher
-from .outputs import Sparse, TeacherOutput
+from .outputs import COLUMN_PREFIX, Sparse, TeacherOutput
+from .several import SeveralTeachers, cache_prefix, columns_of, naming, routed
 from .sharding import HALVES, layer_classes, reshard
 from .shared_memory import check_separate, watch_shared_buffers
 from .students import student_from_teacher
@@ -15,11 +16,13 @@ from .teacher import Teacher
 
 __all__ = [
     "ADAPTER_OFF",
+    "COLUMN_PREFIX",
     "HALVES",
     "NO_CHUNK",
     "AdapterOffTeacher",
     "Classes",
     "LiveTeacher",
+    "SeveralTeachers",
     "Sparse",
     "Teacher",
     "TeacherCollator",
@@ -28,17 +31,21 @@ __all__ = [
     "adapter_parameters",
     "add_teacher_inputs",
     "align_teacher_tokens",
+    "cache_prefix",
     "check_ids",
     "check_padding",
     "check_separate",
     "class_names",
     "class_order",
+    "columns_of",
     "layer_classes",
     "listed",
     "load_teacher",
     "match_classes",
+    "naming",
     "positions_of",
     "reshard",
+    "routed",
     "student_from_teacher",
     "tokenizer_of",
     "watch_shared_buffers",

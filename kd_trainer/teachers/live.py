@@ -86,6 +86,10 @@ class LiveTeacher:
         return self
 
     @property
+    def members(self) -> tuple[LiveTeacher, ...]:
+        return (self,)
+
+    @property
     def parts(self) -> dict[str, Any]:
         return {}
 
@@ -163,6 +167,7 @@ class LiveTeacher:
         student: nn.Module | None = None,
         *,
         read: Callable[[Any, str], Tensor] = logits_of,
+        **mixing: Any,
     ) -> TeacherOutput:
         """The logits as a `TeacherOutput`: see `__call__`."""
         return TeacherOutput(logits=self(batch, accelerator, student, read=read))

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import Samples, TopK
+from ..losses import OutputProjection, Samples, TopK
+from ..tasks import TEACHER_PREFIX
 
 Sparse = TopK | Samples
+COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that join cached outputs to a batch
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,17 @@ class TeacherOutput:
         """The shape of the batch's positions, or of its rows."""
         one = self.sparse.ids if self.sparse is not None else self.hidden if self.logits is None else self.logits
         return () if one is None else tuple(one.shape[:-1])
+
+    def as_logits(self, accelerator: Any) -> Tensor | None:
+        """The logits, where need be computed of the hidden states; None where it is sparse."""
+        if self.hidden is None:
+            return self.logits
+        head = self.head
+        side = OutputProjection(
+            head["teacher_weight"], head["teacher_bias"], head["teacher_scale"], head["teacher_softcap"]
+        )
+        with torch.no_grad(), accelerator.autocast():
+            return side.logits(self.hidden)
 
     def as_arguments(self) -> dict[str, Any]:
         """The teacher by the argument names of `fused_linear_distillation`."""

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 class Teacher(Protocol):
-    """A kind of teacher: `LiveTeacher`, `AdapterOffTeacher`, and `CachedTeacher` in `cache/`.
+    """A kind of teacher: `LiveTeacher`, `AdapterOffTeacher`, `SeveralTeachers`, and `CachedTeacher` in `cache/`.
 
     Attributes:
         live: the teacher itself where it is run on each batch; None where its outputs are read from disk.
         model: the module that is run; None where its outputs are read from disk.
         manifest: what is known of outputs on disk; None where it is run.
+        members: the teachers that it is made of; of a single one itself.
         parts: the data of which outputs are on disk, by name.
         accepted: names of the columns that it reads.
         compiled: whether its forward goes through `torch.compile`.
@@ -42,6 +43,9 @@ class Teacher(Protocol):
 
     @property
     def manifest(self) -> Mapping[str, Any] | None: ...
+
+    @property
+    def members(self) -> tuple[Teacher, ...]: ...
 
     @property
     def parts(self) -> Mapping[str, Any]: ...
@@ -82,12 +86,15 @@ class Teacher(Protocol):
         student: nn.Module | None = None,
         *,
         read: Callable[[Any, str], Tensor],
+        task: Task | None = None,
+        temperature: float = 1.0,
     ) -> TeacherOutput | None:
         """Its output for the batch; None where there is none for these rows.
 
         Args:
             student: as the accelerator wrapped it.
             read: takes the logits out of what a teacher's forward returns: `Task.logits`.
+            task, temperature: of the loss, by which several teachers are mixed.
         """
 
     def describe(self) -> str:

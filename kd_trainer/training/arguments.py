@@ -198,11 +198,23 @@ class DistillationArguments:
             "cache (build the teacher cache in teacher_cache_dir, then end)."
         },
     )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The teacher, if it is not given to the trainer: a folder or a hub name."}
+    teacher_model_name_or_path: list | str | None = field(
+        default=None,
+        metadata={"help": "The teacher, if it is not given to the trainer: a folder or a hub name, or a list."},
     )
-    teacher_model_init_kwargs: dict | str | None = field(
-        default=None, metadata={"help": 'Arguments of the teacher\'s from_pretrained, e.g. {"dtype": "bfloat16"}.'}
+    teacher_model_init_kwargs: dict | str | list | None = field(
+        default=None,
+        metadata={
+            "help": 'Arguments of the teacher\'s from_pretrained, e.g. {"dtype": "bfloat16"}; of several one for all '
+            "that are given by path, or a list."
+        },
+    )
+    teacher_weights: list | str | None = field(
+        default=None, metadata={"help": "Several teachers: the weight of each in the mixture, >= 0; unset: equal."}
+    )
+    teacher_names: list | str | None = field(
+        default=None,
+        metadata={"help": "Several teachers: a name of each, for the column teacher_id; equal names are one mixture."},
     )
     teacher_compile: bool = field(default=False, metadata={"help": "Run the teacher's forward through torch.compile."})
     teacher_cache_dir: str | None = field(
@@ -234,6 +246,7 @@ class DistillationArguments:
         for entry in dataclasses.fields(DistillationArguments):
             setattr(self, entry.name, _as_declared(entry, getattr(self, entry.name)))
         self._read_teacher_kwargs()
+        self._read_several()
         check_number("kd_alpha", self.kd_alpha, low=0, high=1)
         check_temperature("kd_temperature", self.kd_temperature)
         check_choice("kd_divergence", self.kd_divergence, DIVERGENCES)
@@ -360,11 +373,41 @@ class DistillationArguments:
             )
 
     def _read_teacher_kwargs(self) -> None:
-        given = _read_json_value("teacher_model_init_kwargs", self.teacher_model_init_kwargs, '{"dtype": "bfloat16"}')
-        if given is not None and not (isinstance(given, dict) and all(isinstance(name, str) for name in given)):
-            fix = 'Write it as {"dtype": "bfloat16"}.'
-            fail("teacher_model_init_kwargs", quoted(given), "a JSON object: names and values", fix, error=TypeError)
-        self.teacher_model_init_kwargs = None if given is None else SecretiveDict(given)
+        name, fix = "teacher_model_init_kwargs", 'Write it as {"dtype": "bfloat16"}.'
+        given = _read_json_value(name, self.teacher_model_init_kwargs, '{"dtype": "bfloat16"}')
+
+        def read(each: Any) -> SecretiveDict:
+            if not (isinstance(each, dict) and all(isinstance(key, str) for key in each)):
+                fail(name, quoted(given), "a JSON object: names and values", fix, error=TypeError)
+            return SecretiveDict(each)
+
+        if isinstance(given, list):
+            given = [read(each or {}) for each in given]
+        self.teacher_model_init_kwargs = given if given is None or isinstance(given, list) else read(given)
+
+    def _read_several(self) -> None:
+        """The lists of several teachers; of those that the trainer is given it compares the lengths."""
+        paths = self.teacher_model_name_or_path
+        for name, kind, example in (
+            ("teacher_weights", "numbers", "[0.7, 0.3]"),
+            ("teacher_names", "texts", '["english", "german"]'),
+        ):
+            given = _read_json_value(name, getattr(self, name), example)
+            if given is None:
+                continue
+            given = list(given) if isinstance(given, tuple) else given
+            if not isinstance(given, list) or (kind == "texts" and not all(isinstance(each, str) for each in given)):
+                expected = f"a list of {kind}, one for each teacher"
+                fail(name, quoted(given), expected, f"Write it as {example}.", error=TypeError)
+            if isinstance(paths, list) and len(given) != len(paths):
+                expected = f"{len(paths)} {kind}, one for each of teacher_model_name_or_path"
+                fail(name, quoted(given), expected, "Give one for each.")
+            setattr(self, name, given)
+        weights = cast(list, self.teacher_weights or [1.0])
+        for weight in weights:
+            check_number("teacher_weights", weight, low=0)
+        if not sum(weights) > 0:
+            fail("teacher_weights", quoted(weights), "a weight above 0", "Leave it out for equal weights.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, as upstream's arguments have it: what is no JSON value (a `BitsAndBytesConfig`, a
@@ -404,8 +447,13 @@ class DistillationArguments:
 
     @property
     def teacher_kwargs(self) -> dict[str, Any]:
-        """`teacher_model_init_kwargs` as a dict, empty where unset."""
-        return cast(dict, self.teacher_model_init_kwargs or {})
+        """`teacher_model_init_kwargs` of a single teacher as a dict, empty where unset."""
+        return self.teacher_kwargs_of(0)
+
+    def teacher_kwargs_of(self, index: int) -> dict[str, Any]:
+        """The same of one of several teachers."""
+        given = self.teacher_model_init_kwargs
+        return cast(dict, (given[index] if isinstance(given, list) else given) or {})
 
     @classmethod
     def of(cls, args: Any) -> "DistillationArguments":
@@ -414,9 +462,12 @@ class DistillationArguments:
         return DistillationArguments(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
+_LIST_OR_TEXT = ("kd_feature_layers", "teacher_model_name_or_path")
+
+
 def _read_json_value(name: str, value: Any, example: str) -> Any:
     """The value of a field that a command line gives as text: what begins as JSON is read as JSON."""
-    if not isinstance(value, str) or (name == "kd_feature_layers" and not value.lstrip().startswith("[")):
+    if not isinstance(value, str) or (name in _LIST_OR_TEXT and not value.lstrip().startswith("[")):
         return value
     try:
         return json.loads(value)
@@ -459,13 +510,23 @@ def _as_declared(entry: Any, value: Any) -> Any:
             fix = f"Give `{name}` as a whole number, not as {type(value).__name__}."
             fail(name, quoted(value), "a whole number, at least 1", fix, error=TypeError)
     elif name in _FOLDERS:  # other texts are choices, which `check_choice` compares
-        value = os.fspath(value) if isinstance(value, os.PathLike) else value
-        kind = "a folder" if name == "teacher_cache_dir" else "a folder or a hub name"
-        if not isinstance(value, str):
-            fix = f"Give `{name}` as text, not as {type(value).__name__}."
-            fail(name, quoted(value), kind, fix, error=TypeError)
-        if not value.strip():
-            fail(name, quoted(value), kind, "Leave it out (null in JSON) for none.")
+        if list in kinds:
+            value = _read_json_value(name, value, '["one/teacher", "another"]')
+            if isinstance(value, (list, tuple)) and value:
+                return [_as_folder(name, each) for each in value]
+        return _as_folder(name, value)
+    return value
+
+
+def _as_folder(name: str, value: Any) -> str:
+    """A path as text; raises where it is none."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    kind = "a folder" if name == "teacher_cache_dir" else "a folder or a hub name"
+    if not isinstance(value, str):
+        fix = f"Give `{name}` as text, not as {type(value).__name__}."
+        fail(name, quoted(value), kind, fix, error=TypeError)
+    if not value.strip():
+        fail(name, quoted(value), kind, "Leave it out (null in JSON) for none.")
     return value
 
 

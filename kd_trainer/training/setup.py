@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -29,10 +29,12 @@ from ..teachers import (
     ADAPTER_OFF,
     AdapterOffTeacher,
     LiveTeacher,
+    SeveralTeachers,
     Teacher,
     check_separate,
     class_order,
     load_teacher,
+    naming,
 )
 from ..validation import fail, quoted, warn
 from .arguments import DistillationArguments
@@ -121,7 +123,7 @@ class Setup:
 
     def __init__(self, trainer: Any, settings: Settings, is_training_step: Callable[[nn.Module], bool]) -> None:
         self._trainer, self._settings, self._is_training_step = trainer, settings, is_training_step
-        self._watch: Any = None  # the hook that compares buffers shared with the teacher
+        self._watches: list[Any] = []  # hooks that compare buffers shared with a teacher
         self.refused: list[Exception] = []
         self.each_alone = False
 
@@ -145,7 +147,8 @@ class Setup:
     def named_teacher(self, given: Any) -> Any:
         """The teacher as it was given, by the argument of the trainer or by `teacher_model_name_or_path`."""
         named = self.kd.teacher_model_name_or_path
-        if given is not None and named is not None and str(given) != named:
+        given = list(given) if isinstance(given, tuple) else given
+        if given is not None and named is not None and given != named and str(given) != named:
             expected = "nothing beside the argument teacher_model of the trainer"
             fail("teacher_model_name_or_path", repr(named), expected, "Give the teacher once.")
         return named if given is None else given
@@ -154,6 +157,16 @@ class Setup:
         """The teacher of what was given; `finished_cache` may make a live one unnecessary."""
         kd = self.kd
         self._settings.require_teacher(given)
+        if isinstance(given, list):
+            return self._load_several(given)
+        for name, given_list in (("teacher_weights", kd.teacher_weights), ("teacher_names", kd.teacher_names)):
+            if given_list is not None:
+                fail(
+                    name,
+                    quoted(given_list),
+                    "nothing with a single teacher",
+                    "Leave it out, or give a list of teachers.",
+                )
         cached = as_cached_teacher(given)
         if cached is not None:
             of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_cache_dir": kd.teacher_cache_dir}
@@ -166,12 +179,50 @@ class Setup:
         cached = finished_cache()
         return self.load_live(given) if cached is None else cached
 
-    def load_live(self, given: nn.Module | str | Path) -> LiveTeacher:
-        """The teacher that is run: a module, a path, or the student's own base."""
+    def _load_several(self, given: list[Any]) -> Teacher:
+        """Each teacher of a list; a module that stands there twice is run as one teacher with two weights."""
+        kd, kwargs = self.kd, self.kd.teacher_model_init_kwargs
+        if len(given) < 2:
+            fail("teacher_model", f"a list of {len(given)}", "two teachers or more", "Give a single teacher alone.")
+        if kd.teacher_cache_dir is not None:
+            fix = "Build a cache of each alone, and give teacher_model=[CachedTeacher(one), CachedTeacher(other)]."
+            shown, because = repr(kd.teacher_cache_dir), "a cache is of one teacher"
+            fail("teacher_cache_dir", shown, "None with several teachers", fix, because=because)
+        if isinstance(kwargs, list) and len(kwargs) != len(given):
+            expected, fix = f"{len(given)} objects, one for each teacher", "Write {} for a teacher that needs none."
+            fail("teacher_model_init_kwargs", quoted(kwargs), expected, fix)
+        by_path = [isinstance(each, (str, Path)) and each != ADAPTER_OFF for each in given]
+        if kwargs and not isinstance(kwargs, list) and not any(by_path):
+            fix = "Leave it out."
+            fail("teacher_model_init_kwargs", quoted(kwargs), "nothing where no teacher is given by path", fix)
+        loaded: dict[int, Teacher] = {}
+        for index, each in enumerate(given):
+            # One object for all is for those that are given by path.
+            own = kd.teacher_kwargs_of(index) if by_path[index] or isinstance(kwargs, list) else {}
+            cached, key = as_cached_teacher(each), index if by_path[index] else id(each)
+            if cached is not None and own:
+                fail("teacher_model_init_kwargs", quoted(own), "nothing for a CachedTeacher", "Write {} for it.")
+            if key not in loaded:
+                with naming(index):
+                    loaded[key] = self.load_live(each, own, index) if cached is None else cached
+        members = [loaded[index if by_path[index] else id(each)] for index, each in enumerate(given)]
+        return SeveralTeachers(members, cast(Any, kd.teacher_weights), cast(Any, kd.teacher_names))
+
+    def load_live(
+        self, given: nn.Module | str | Path, init_kwargs: dict[str, Any] | None = None, index: int | None = None
+    ) -> LiveTeacher:
+        """The teacher that is run: a module, a path, or the student's own base.
+
+        Args:
+            init_kwargs: of its from_pretrained; None: of the arguments. index: of it among several.
+        """
         kd, student = self.kd, self._trainer.unwrapped_student()
+        init_kwargs = kd.teacher_kwargs if init_kwargs is None else init_kwargs
+        compiled = kd.teacher_compile
         task = task_for(student, kd.kd_task, self._trainer._loss_shifts_labels)
         if isinstance(given, str) and given == ADAPTER_OFF:
-            of_another = {"teacher_model_init_kwargs": kd.teacher_kwargs, "teacher_compile": kd.teacher_compile}
+            compiled = compiled and index is None  # of several it is for the others
+            of_another = {"teacher_model_init_kwargs": init_kwargs, "teacher_compile": compiled}
             for name, value in of_another.items():
                 if value:
                     because = "the teacher is the student's own base"
@@ -183,11 +234,11 @@ class Setup:
             return AdapterOffTeacher(student, over_tokens=task is not None and task.over_tokens)
         if task is not None:
             task = task.with_settings(kd, student, None)
-        teacher = load_teacher(given, student, kd.teacher_kwargs, task)
+        teacher = load_teacher(given, student, init_kwargs, task)
         check_separate(student, teacher)
-        live = LiveTeacher(teacher, compiled=kd.teacher_compile)
+        live = LiveTeacher(teacher, compiled=compiled)
         if classes_have_names(student, task):
-            with self.refusals_wait():
+            with self.refusals_wait(), naming(index):
                 live.class_order = class_order(student, teacher, remap=kd.kd_remap_labels)
         return live
 
@@ -224,11 +275,13 @@ class Setup:
         return FirstBatch(self._trainer, self._settings, self, batch, student, teacher, teacher_called)
 
     def watch_buffers(self, watch: Callable[[], Any] | None) -> None:
-        """Another hook that compares the buffers shared with the teacher, in place of the last one."""
-        if self._watch is not None:
-            self._watch.remove()
+        """A further hook that compares the buffers shared with a teacher; None removes all."""
         if watch is not None:
-            self._watch = watch()
+            self._watches.append(watch())
+            return
+        for hook in filter(None, self._watches):
+            hook.remove()
+        self._watches = []
 
     # ---- columns ----
 

@@ -56,6 +56,8 @@ from ..teachers import (
     check_ids,
     check_padding,
     check_separate,
+    columns_of,
+    naming,
     reshard,
     watch_shared_buffers,
 )
@@ -104,6 +106,8 @@ class FirstBatch:
     class_order: Tensor | None = None
     common_ids: int | None = None
     heads: Heads | None = None
+    index: int | None = None  # of the teacher among several
+    each: tuple[FirstBatch, ...] = ()  # with several teachers: one for each
 
     @property
     def kd(self) -> DistillationArguments:
@@ -117,6 +121,21 @@ class FirstBatch:
     @property
     def sharded(self) -> bool:
         return is_sharded(self.trainer)
+
+    @property
+    def implementation(self) -> str:
+        """`kd_loss_implementation`, which is about the student alone where teachers are mixed."""
+        return self.kd.kd_loss_implementation if self.index is None else "auto"
+
+    def of_each(self) -> tuple[FirstBatch, ...]:
+        """The same with each of several teachers alone; kept, since later checks need what earlier ones found."""
+        members = () if self.teacher is None else self.teacher.members
+        if len(members) > 1 and not self.each:
+            self.each = tuple(
+                dataclasses.replace(self, batch=columns_of(self.batch, index), teacher=member, index=index)
+                for index, member in enumerate(members)
+            )
+        return self.each
 
     @property
     def task(self) -> Task:
@@ -143,9 +162,26 @@ def is_sharded(trainer: Any) -> bool:
 Check = Callable[[FirstBatch], str | None]
 
 
+def of_each_teacher(check: Callable[[FirstBatch], None]) -> Callable[[FirstBatch], None]:
+    """The check for each teacher where there are several, with an error that names it."""
+
+    def checked(first: FirstBatch) -> None:
+        each = first.of_each()
+        for one in each:
+            one.known_task = first.known_task
+            with naming(one.index):
+                check(one)
+            first.known_task = one.known_task
+        if not each:
+            check(first)
+
+    return checked
+
+
 # ---- checks without a forward ----
 
 
+@of_each_teacher
 def columns(first: FirstBatch) -> None:
     """Each model can be called with what the batch has."""
     check_required("student", first.student, first.batch, first.setup.removed_columns)
@@ -164,6 +200,8 @@ def task(first: FirstBatch) -> None:
         first.settings.adopt(task)
     if first.teacher is not None:
         first.teacher = first.teacher.for_student(student, over_tokens=task is not None and task.over_tokens)
+        for one, member in zip(first.of_each(), first.teacher.members, strict=False):
+            one.teacher = member
 
 
 def pooling_of(teacher: Teacher | None) -> str | None:
@@ -173,12 +211,14 @@ def pooling_of(teacher: Teacher | None) -> str | None:
     return getattr(teacher.model, "pooling", None) if teacher.manifest is None else teacher.manifest.get("pooling")
 
 
+@of_each_teacher
 def memory(first: FirstBatch) -> None:
     """The student may have been loaded, or made by model_init, since the teacher's memory was compared with it."""
     student, teacher = first.student, first.live
     if teacher is None:
         return
-    first.setup.watch_buffers(None)
+    if not first.index:
+        first.setup.watch_buffers(None)
     if teacher.model is not student:
         shared = check_separate(student, teacher.model)
         first.setup.watch_buffers(lambda: watch_shared_buffers(student, shared))
@@ -186,6 +226,7 @@ def memory(first: FirstBatch) -> None:
         teacher.shared = [module for module in teacher.model.modules() if module in own]
 
 
+@of_each_teacher
 def tokens(first: FirstBatch) -> None:
     """The teacher can read the batch, and its tokens are the student's."""
     teacher, student, batch, task = first.live, first.student, first.batch, first.known_task
@@ -204,7 +245,8 @@ def tokens(first: FirstBatch) -> None:
     reads = "input_ids" in batch or (task is not None and (task.over_tokens or not task.has_formula))
     if reads and not apart and other:
         tokenizer = first.trainer.processing_class
-        first.known_by = compatibility.check_same_tokens(student, teacher.model, tokenizer, first.kd.teacher_kwargs)
+        init_kwargs = first.kd.teacher_kwargs_of(first.index or 0)
+        first.known_by = compatibility.check_same_tokens(student, teacher.model, tokenizer, init_kwargs)
     student_rows, teacher_rows = (vocabulary_rows(model, measured=True) for model in (student, teacher.model))
     if teacher_rows is not None:
         teacher.id_limit = teacher_rows if student_rows is not None and student_rows > teacher_rows else None
@@ -215,6 +257,7 @@ def tokens(first: FirstBatch) -> None:
         check_padding(teacher.model, teacher.inputs(batch), getattr(text_config(student), "pad_token_id", None))
 
 
+@of_each_teacher
 def cache(first: FirstBatch) -> None:
     """The outputs of a cache are those of the student's task, classes and tokens."""
     teacher, kd = first.teacher, first.kd
@@ -289,14 +332,26 @@ def settings(first: FirstBatch) -> str | None:
     if smoothing > 0 and not task.softmax:
         fail("label_smoothing_factor", smoothing, f"0 for the task {task.name!r}", "Leave it out.")
     check_virtual_tokens(first.student, task, "model")
-    if first.live is not None:
-        check_virtual_tokens(first.live.model, task, "teacher_model")
+    for one in first.of_each() or (first,):
+        if one.live is not None:
+            with naming(one.index):
+                check_virtual_tokens(one.live.model, task, "teacher_model")
+    if first.each and first.teacher is not None:
+        if not task.mixed_as:
+            expected, fix = f"one teacher for the task {task.name!r}", "Give one, or a module that averages them."
+            fail("teacher_model", f"a list of {len(first.each)}", expected, fix)
+        first.teacher.check_objective(kd.kd_divergence, (), kd.kd_standardize_logits)
     objective, _ = first.settings.objective(first.trainer.state, training=True)
     return f"{task.name}: {objective.formula(task)}"
 
 
 def added_terms(first: FirstBatch) -> None:
     """Each added term can be computed with these models."""
+    captured = [term.name for term in first.settings.added if term.capture is not None]
+    if captured and first.of_each():
+        because = f"the term {captured[0]} compares hidden states, and a mixture has none"
+        fix = "Give one, or leave the term out."
+        fail("teacher_model", f"a list of {len(first.each)}", "one teacher", fix, because=because)
     lines = [term.check(first) for term in first.settings.added if term.check is not None]
     first.terms = tuple(line for line in lines if line is not None)
 
@@ -318,6 +373,9 @@ def _check_soft_alone(first: FirstBatch, task: Task) -> None:
 
 def outputs(first: FirstBatch) -> None:
     """The teacher's logits on the batch are finite; their shape decides the task where nothing else does."""
+    if first.of_each():
+        _outputs_of_each(first)
+        return
     trainer, live, logits = first.trainer, first.live, None
     teacher_model = None if live is None else live.model
     labels = first.batch.get(trainer.label_names[0]) if trainer.label_names else None
@@ -327,10 +385,7 @@ def outputs(first: FirstBatch) -> None:
     if live is not None and first.teacher_called:
         live.prepare(trainer.args.device, trainer.accelerator)
     if first.teacher is not None and not first.settings.always_hard:
-        over_tokens = first.known_task is not None and first.known_task.over_tokens
-        way = first.kd.kd_loss_implementation
-        compiled = trainer.args.torch_compile or first.teacher.compiled
-        first.heads, first.path = plain_heads(first.student, teacher_model, over_tokens, way, compiled=compiled)
+        _find_heads(first, teacher_model)
     if live is not None and first.teacher_called:
         logits = teacher_logits(first, live, wanted)
         first.teacher_classes = logits.shape[-1]  # as many as the student's, or `check_shapes` raises
@@ -347,14 +402,63 @@ def outputs(first: FirstBatch) -> None:
     first.known_task = dataclasses.replace(first.task, widths=wanted.widths, at_least=wanted.at_least)
 
 
+def _find_heads(first: FirstBatch, teacher_model: nn.Module | None) -> None:
+    over_tokens = first.known_task is not None and first.known_task.over_tokens
+    compiled = first.trainer.args.torch_compile or (first.teacher is not None and first.teacher.compiled)
+    way = first.implementation
+    first.heads, first.path = plain_heads(first.student, teacher_model, over_tokens, way, compiled=compiled)
+
+
+def _outputs_of_each(first: FirstBatch) -> None:
+    teacher: Any = first.teacher
+    for one, weight in zip(first.each, teacher.weights, strict=True):
+        if weight > 0:  # else it is never run
+            one.known_task = first.known_task
+            with naming(one.index):
+                outputs(one)
+            first.known_task, first.task_by_logits = one.known_task, first.task_by_logits or one.task_by_logits
+    if first.settings.always_hard:
+        return
+    _find_heads(first, None)
+    if first.heads is not None:
+        first.path = "no logits of the student are held; of the teachers one mixture and one teacher's logits at a time"
+
+
 def vocabulary(first: FirstBatch) -> None:
     """Vocabularies of other sizes are known to be padded only."""
+    if first.of_each():
+        _vocabularies(first)
+        return
     student, teacher = classes_of(first.student, first.task), first.teacher_classes
     if first.chunks:  # no class of one is compared with a class of the other
         return
     if first.task.over_tokens and student is not None and teacher is not None and student != teacher:
         first.common_ids = compatibility.common_ids(student, teacher, first.known_by)
         first.vocabularies = compatibility.vocabulary_line(student, teacher, first.known_by)
+
+
+def _vocabularies(first: FirstBatch) -> None:
+    """Of several teachers: how many first ids are mixed, and how the classes of caches are reordered."""
+    teacher: Any = first.teacher
+    known = [one for one in first.each if one.teacher_classes is not None]
+    for one in known:
+        with naming(one.index):
+            one.known_task = first.task
+            vocabulary(one)
+    sizes = {int(one.teacher_classes or 0) for one in known}
+    student = classes_of(first.student, first.task)
+    if first.task.over_tokens and known:
+        least = min(size for size in (*sizes, student) if size is not None)
+        teacher.classes = least if len(sizes) > 1 or least not in sizes else None
+        first.common_ids = None if least == student else least
+        first.vocabularies = "; ".join(one.vocabularies for one in known if one.vocabularies)
+        sizes = {least}
+    if len(sizes) > 1:
+        because = "class i of one must mean class i of the other"
+        shown = f"models of {' and '.join(map(str, sorted(sizes)))} classes"
+        fail("teacher_model", shown, "equal numbers of classes", "Take teachers of the same classes.", because=because)
+    first.teacher_classes = next(iter(sizes), None)
+    teacher.class_orders = [one.class_order for one in first.each]
 
 
 def labels(first: FirstBatch) -> None:
@@ -427,7 +531,7 @@ def teacher_logits(first: FirstBatch, teacher: LiveTeacher, wanted: Wanted) -> T
             forward = partial(teacher.outputs, batch, trainer.accelerator, trainer.model_wrapped)
             logits = few_products(forward, first.heads[1])
         except UnsupportedHead as reason:
-            first.heads, first.path = None, full_logits(reason, first.kd.kd_loss_implementation)
+            first.heads, first.path = None, full_logits(reason, first.implementation)
     if first.heads is None or first.heads[1] is None:
         logits = _read_teacher(first, teacher, batch, wanted)
     bad = bad_rows(logits)

@@ -35,7 +35,7 @@ def start_block(
     Args:
         first, last: the objective at the first step and at the end of its schedule.
         counts: of the first optimizer step on this process; labelled: whether the batch has labels.
-        cached: a line on the teacher where its outputs are read from disk.
+        cached: a line on the teacher where its outputs are read from disk; a line for each of several teachers.
     """
     lines = [f"student  {describe(student)}"]
     if teacher is not None:
@@ -44,7 +44,7 @@ def start_block(
         if ratio < 1:
             lines.append("the teacher is smaller than the student: swap them if that is not meant")
     if cached is not None:
-        lines = [f"teacher  {cached}", *lines]
+        lines = [*(f"teacher  {line}" for line in cached.splitlines()), *lines]
     lines += [f"task     {task.name}", first.formula(task)]
     if first != last:
         lines.append(f"at the end of the schedule: {last.formula(task)}")
@@ -141,6 +141,7 @@ def summary_of(
         "formula": formula,
         "teacher": teacher.get("name"),
         "teacher_parameters": teacher.get("parameters"),
+        **({"teachers": teacher["teachers"]} if "teachers" in teacher else {}),
         "student_parameters": count_parameters(student),
         **{f.name.removeprefix("kd_"): getattr(kd, f.name) for f in dataclasses.fields(kd) if f.name[:3] == "kd_"},
         "task": kd.kd_task if task is None else task.name,

@@ -14,10 +14,9 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
-from ..losses import FusedLoss, OutputProjection, SoftTargetLoss
+from ..losses import FusedLoss, SoftTargetLoss
 from ..tasks import (
     OutputHead,
     UnsupportedHead,
@@ -111,12 +110,7 @@ class TeacherOutputs:
         output = self._output(teacher, batch, accelerator)
         if output is None or output.hidden is None:
             return output
-        head = output.head
-        side = OutputProjection(
-            head["teacher_weight"], head["teacher_bias"], head["teacher_scale"], head["teacher_softcap"]
-        )
-        with torch.no_grad(), accelerator.autocast():
-            return TeacherOutput(logits=side.logits(output.hidden))
+        return TeacherOutput(logits=output.as_logits(accelerator))
 
     @contextmanager
     def hidden(
@@ -163,7 +157,9 @@ class TeacherOutputs:
 
 
 def _run(teacher: Teacher, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
-    forward = partial(teacher.output, batch.inputs, accelerator, batch.model, read=batch.plan.task.logits)
+    task = batch.plan.task
+    mixing: dict[str, Any] = {"task": task, "temperature": batch.objective.temperature}
+    forward = partial(teacher.output, batch.inputs, accelerator, batch.model, read=task.logits, **mixing)
     return forward() if teacher.model is None else batch.capture("teacher", teacher.model, forward)
 
 

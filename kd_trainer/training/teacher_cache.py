@@ -69,7 +69,7 @@ from ..cache import (
 )
 from ..files import write_atomically
 from ..tasks import same_random_numbers
-from ..teachers import ADAPTER_OFF, LiveTeacher, Teacher
+from ..teachers import ADAPTER_OFF, COLUMN_PREFIX, LiveTeacher, Teacher, cache_prefix
 from ..validation import fail, message, warn
 from .checkpoints import on_main_process
 from .settings import Settings
@@ -111,11 +111,12 @@ class TeacherCache:
     @property
     def can_build(self) -> bool:
         """Whether there are a folder and a teacher to run."""
-        return (
-            self._settings.kd.teacher_cache_dir is not None
-            and self.given is not None
-            and not as_cached_teacher(self.given)
-        )
+        return self._settings.kd.teacher_cache_dir is not None and self.given is not None and not self._reads_caches
+
+    @property
+    def _reads_caches(self) -> bool:
+        """Whether what was given is a cache, or several teachers, of which some may be caches."""
+        return as_cached_teacher(self.given) is not None or isinstance(self.given, list)
 
     def build(self, teacher: Teacher | None, dataset: Any = None, name: str | None = None) -> CachedTeacher:
         """Runs the teacher on the data that no finished part holds; the teacher is released.
@@ -176,7 +177,7 @@ class TeacherCache:
 
     def _compared_identity(self) -> dict[str, Any] | None:
         """The same; None where there is no teacher but a cache."""
-        return None if as_cached_teacher(self.given) else self.identity()
+        return None if self._reads_caches else self.identity()
 
     @property
     def _student(self) -> nn.Module:
@@ -393,21 +394,27 @@ class TeacherCache:
 
     def check(self, teacher: Teacher) -> None:
         """What of a cache can be compared without its teacher; every row is compared when it is read."""
-        if not teacher.parts:
-            return
-        with same_random_numbers(self._trainer.args.device):
-            for part, data in self._cache_parts():
-                if (store := teacher.parts.get(part)) is not None:
-                    self._on_main_process(partial(self._compare, store.folder, store.manifest, part, data))
+        for parts in (member.parts for member in teacher.members if member.parts):
+            with same_random_numbers(self._trainer.args.device):
+                for part, data in self._cache_parts():
+                    if (store := parts.get(part)) is not None:
+                        self._on_main_process(partial(self._compare, store.folder, store.manifest, part, data))
 
     # ---- reading ----
+
+    def stores(self, dataset: Any, teacher: Teacher | None) -> dict[str, Store]:
+        """The part of a cache that was made of this dataset by the prefix of its columns; of several teachers each."""
+        members = () if teacher is None else teacher.members
+        prefixes = [COLUMN_PREFIX] if len(members) == 1 else map(cache_prefix, range(len(members)))
+        found = {prefix: self.part_of(dataset, member) for prefix, member in zip(prefixes, members, strict=True)}
+        return {prefix: store for prefix, store in found.items() if store is not None}
 
     def part_of(self, dataset: Any, teacher: Teacher | None) -> Store | None:
         """The part of the cache that was made of this dataset; CacheError where it is there and not whole."""
         cached = as_cached_teacher(teacher)
         if cached is None:
             return None
-        if not (self._compared or self._ready_parts or as_cached_teacher(self.given)):
+        if not (self._compared or self._ready_parts or self._reads_caches):
             self._compared = True  # a finished cache that is read without a training
             self.check(cached)
         for part, known in [*self._cache_parts(), *self._more_parts.items()]:

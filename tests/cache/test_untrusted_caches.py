@@ -23,6 +23,7 @@ from kd_trainer.cache.manifest import FIELDS, shard_index, write_json
 from kd_trainer.cache.signed_collator import NumberedRows
 from kd_trainer.cache.store import CacheError, written_notes
 from kd_trainer.files import digest
+from kd_trainer.teachers import COLUMN_PREFIX
 from kd_trainer.training import checkpoints
 from tests.cache.test_cached_teacher import build, cache
 from tests.helpers import tiny
@@ -63,7 +64,7 @@ def rebuild(folder: Path) -> None:
 def read(folder: Path) -> None:
     """All rows, as the training's dataloader reads them, and the head."""
     teacher = CachedTeacher(folder / "cache")
-    collator = CachedCollator(tiny.pad, teacher.parts["train"])
+    collator = CachedCollator(tiny.pad, {COLUMN_PREFIX: teacher.parts["train"]})
     batch = collator(NumberedRows(tiny.rows("causal_lm", 20)).__getitems__(list(range(20))))
     assert teacher.output(batch) is not None
 
