@@ -6,11 +6,14 @@ Every message reads: `argument` is VALUE; expected WHAT[, because CONSEQUENCE]. 
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import math
 import os
 import sys
 from collections.abc import Iterable
+from enum import Enum
+from numbers import Real
 from typing import Any, NoReturn
 
 from .redaction import hidden, scrub
@@ -124,6 +127,78 @@ def check_temperature(argument: str, value: Any) -> None:
     check_number(argument, value, low=0, open_low=True)
     because = "its square, the factor of the soft loss, is no number of float32"
     fail(argument, f"{value:g}", "a number from 1e-18 to 1e+18", "Usual are 1 to 10.", because=because)
+
+
+# ---- fields of arguments ----
+
+_FOLDERS = ("teacher_model_name_or_path", "teacher_cache_dir")
+_LIST_OR_TEXT = ("kd_feature_layers", "teacher_model_name_or_path")
+
+
+def read_json_value(name: str, value: Any, example: str) -> Any:
+    """The value of a field that a command line gives as text: what begins as JSON is read as JSON."""
+    if not isinstance(value, str) or (name in _LIST_OR_TEXT and not value.lstrip().startswith("[")):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        return fail(name, quoted(value), f"a JSON value ({error})", f"Write it as '{example}'.")
+
+
+def are_pairs(value: Any) -> bool:
+    """Whether it is a list of pairs of whole numbers."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    pairs = [pair for pair in value if isinstance(pair, (list, tuple)) and len(pair) == 2]
+    return len(pairs) == len(value) and all(type(layer) is int for pair in pairs for layer in pair)
+
+
+def as_declared(entry: Any, kinds: tuple[Any, ...], value: Any) -> Any:
+    """The value of a field where it has the type that the field declares; raises TypeError or ValueError.
+
+    numpy's scalars become Python's own, and a path becomes text where a folder is meant.
+
+    Args:
+        entry: the field of a dataclass; kinds: its types.
+    """
+    import numpy as np
+
+    name = entry.name
+    value = value.item() if isinstance(value, np.generic) else value.value if isinstance(value, Enum) else value
+    if value is None and entry.default is None:
+        return None
+    if bool in kinds:
+        if not isinstance(value, bool):
+            how = "without quotes" if isinstance(value, str) else "true or false (in Python True or False)"
+            fail(name, quoted(value), "true or false", f"Write {'it ' * isinstance(value, str)}{how}.", error=TypeError)
+    elif float in kinds:
+        if isinstance(value, Real) and not isinstance(value, (bool, int)):
+            return value if isinstance(value, float) else float(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            check_number(name, value)
+    elif int in kinds:
+        if isinstance(value, bool) or not isinstance(value, int):
+            fix = f"Give `{name}` as a whole number, not as {type(value).__name__}."
+            fail(name, quoted(value), "a whole number, at least 1", fix, error=TypeError)
+    elif name in _FOLDERS:  # other texts are choices, which `check_choice` compares
+        if list in kinds:
+            value = read_json_value(name, value, '["one/teacher", "another"]')
+            if isinstance(value, (list, tuple)) and len(value) > 1:
+                return [_as_folder(name, each) for each in value]
+        return _as_folder(name, value)
+    return value
+
+
+def _as_folder(name: str, value: Any) -> str:
+    """A path as text; raises where it is none."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    kind = "a folder" if name == "teacher_cache_dir" else "a folder or a hub name"
+    if not isinstance(value, str):
+        fix = f"Give `{name}` as text, not as {type(value).__name__}."
+        fail(name, quoted(value), kind, fix, error=TypeError)
+    if not value.strip():
+        fail(name, quoted(value), kind, "Leave it out (null in JSON) for none.")
+    return value
 
 
 # Environment variables in which launchers write the rank of a process.

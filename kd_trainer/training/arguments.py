@@ -11,12 +11,9 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from enum import Enum
-from numbers import Real
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
-import numpy as np
 import torch
 import transformers
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
@@ -26,7 +23,17 @@ from ..files import as_json
 from ..losses import DIVERGENCES, EMBEDDING_LOSSES, FEATURES, POOLINGS
 from ..redaction import SecretiveDict, hidden, is_secret_name
 from ..tasks import TASKS
-from ..validation import check_choice, check_number, check_temperature, fail, nearest, quoted
+from ..validation import (
+    are_pairs,
+    as_declared,
+    check_choice,
+    check_number,
+    check_temperature,
+    fail,
+    nearest,
+    quoted,
+    read_json_value,
+)
 
 REDUCTIONS = ("batchmean", "tokenmean")
 POSITIONS = ("labels", "attended")
@@ -244,7 +251,7 @@ class DistillationArguments:
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(DistillationArguments):
-            setattr(self, entry.name, _as_declared(entry, getattr(self, entry.name)))
+            setattr(self, entry.name, as_declared(entry, _KINDS[entry.name], getattr(self, entry.name)))
         self._read_teacher_kwargs()
         self._read_several()
         check_number("kd_alpha", self.kd_alpha, low=0, high=1)
@@ -270,7 +277,7 @@ class DistillationArguments:
         self._check_schedule()
         # Without it the processes of a launcher would not find each other on the CPU, and each would train alone.
         if getattr(self, "use_cpu", None) is False and not has_accelerator():
-            self.use_cpu = True
+            self.use_cpu: bool = True
         if hasattr(super(), "__post_init__"):
             super().__post_init__()  # type: ignore[misc]
 
@@ -331,15 +338,15 @@ class DistillationArguments:
                     )
 
     def _check_features(self) -> None:
-        given = self.kd_features = _read_json_value("kd_features", self.kd_features, '{"relation": 1}')
+        given = self.kd_features = read_json_value("kd_features", self.kd_features, '{"relation": 1}')
         if given is not None and not isinstance(given, dict):
             fix = 'Write it as {"relation": 1}.'
             fail("kd_features", quoted(given), "a JSON object: names and weights", fix, error=TypeError)
         for name, weight in self.features.items():
             check_choice("kd_features", name, FEATURES)
             check_number(f"kd_features[{name}]", weight, low=0)
-        layers = self.kd_feature_layers = _read_json_value("kd_feature_layers", self.kd_feature_layers, "[[0, 1]]")
-        if layers not in FEATURE_LAYERS and not _are_pairs(layers):
+        layers = self.kd_feature_layers = read_json_value("kd_feature_layers", self.kd_feature_layers, "[[0, 1]]")
+        if layers not in FEATURE_LAYERS and not are_pairs(layers):
             expected = "'last', 'uniform', or pairs [[student layer, teacher layer], ...] of whole numbers"
             fail("kd_feature_layers", quoted(layers), expected, "Pairs are written as [[0, 1], [1, 3]].")
         if self.kd_relation_heads is not None:
@@ -374,16 +381,17 @@ class DistillationArguments:
 
     def _read_teacher_kwargs(self) -> None:
         name, fix = "teacher_model_init_kwargs", 'Write it as {"dtype": "bfloat16"}.'
-        given = _read_json_value(name, self.teacher_model_init_kwargs, '{"dtype": "bfloat16"}')
+        given = read_json_value(name, self.teacher_model_init_kwargs, '{"dtype": "bfloat16"}')
 
         def read(each: Any) -> SecretiveDict:
             if not (isinstance(each, dict) and all(isinstance(key, str) for key in each)):
                 fail(name, quoted(given), "a JSON object: names and values", fix, error=TypeError)
             return SecretiveDict(each)
 
-        if isinstance(given, list):
-            given = [read(each or {}) for each in given]
-        self.teacher_model_init_kwargs = given if given is None or isinstance(given, list) else read(given)
+        if isinstance(given, list) and len(given) > 1:
+            self.teacher_model_init_kwargs = [read(each or {}) for each in given]
+        else:
+            self.teacher_model_init_kwargs = None if given is None else read(given)
 
     def _read_several(self) -> None:
         """The lists of several teachers; of those that the trainer is given it compares the lengths."""
@@ -392,18 +400,22 @@ class DistillationArguments:
             ("teacher_weights", "numbers", "[0.7, 0.3]"),
             ("teacher_names", "texts", '["english", "german"]'),
         ):
-            given = _read_json_value(name, getattr(self, name), example)
+            given = read_json_value(name, getattr(self, name), example)
             if given is None:
                 continue
             given = list(given) if isinstance(given, tuple) else given
-            if not isinstance(given, list) or (kind == "texts" and not all(isinstance(each, str) for each in given)):
+            if (
+                not isinstance(given, list)
+                or not given
+                or (kind == "texts" and not all(isinstance(each, str) for each in given))
+            ):
                 expected = f"a list of {kind}, one for each teacher"
                 fail(name, quoted(given), expected, f"Write it as {example}.", error=TypeError)
             if isinstance(paths, list) and len(given) != len(paths):
                 expected = f"{len(paths)} {kind}, one for each of teacher_model_name_or_path"
                 fail(name, quoted(given), expected, "Give one for each.")
             setattr(self, name, given)
-        weights = cast(list, self.teacher_weights or [1.0])
+        weights = [1.0] if self.teacher_weights is None else cast(list, self.teacher_weights)
         for weight in weights:
             check_number("teacher_weights", weight, low=0)
         if not sum(weights) > 0:
@@ -462,72 +474,8 @@ class DistillationArguments:
         return DistillationArguments(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
-_LIST_OR_TEXT = ("kd_feature_layers", "teacher_model_name_or_path")
-
-
-def _read_json_value(name: str, value: Any, example: str) -> Any:
-    """The value of a field that a command line gives as text: what begins as JSON is read as JSON."""
-    if not isinstance(value, str) or (name in _LIST_OR_TEXT and not value.lstrip().startswith("[")):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        return fail(name, quoted(value), f"a JSON value ({error})", f"Write it as '{example}'.")
-
-
-def _are_pairs(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or not value:
-        return False
-    pairs = [pair for pair in value if isinstance(pair, (list, tuple)) and len(pair) == 2]
-    return len(pairs) == len(value) and all(type(layer) is int for pair in pairs for layer in pair)
-
-
 # By the class, since upstream's parser writes other types into the fields.
 _KINDS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(DistillationArguments).items()}
-_FOLDERS = ("teacher_model_name_or_path", "teacher_cache_dir")
-
-
-def _as_declared(entry: Any, value: Any) -> Any:
-    """The value of a field where it has the type that the field declares; raises TypeError or ValueError.
-
-    numpy's scalars become Python's own, and a path becomes text where a folder is meant.
-    """
-    name, kinds = entry.name, _KINDS[entry.name]
-    value = value.item() if isinstance(value, np.generic) else value.value if isinstance(value, Enum) else value
-    if value is None and entry.default is None:
-        return None
-    if bool in kinds:
-        if not isinstance(value, bool):
-            how = "without quotes" if isinstance(value, str) else "true or false (in Python True or False)"
-            fail(name, quoted(value), "true or false", f"Write {'it ' * isinstance(value, str)}{how}.", error=TypeError)
-    elif float in kinds:
-        if isinstance(value, Real) and not isinstance(value, (bool, int)):
-            return value if is_unset(value) else float(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            check_number(name, value)
-    elif int in kinds:
-        if isinstance(value, bool) or not isinstance(value, int):
-            fix = f"Give `{name}` as a whole number, not as {type(value).__name__}."
-            fail(name, quoted(value), "a whole number, at least 1", fix, error=TypeError)
-    elif name in _FOLDERS:  # other texts are choices, which `check_choice` compares
-        if list in kinds:
-            value = _read_json_value(name, value, '["one/teacher", "another"]')
-            if isinstance(value, (list, tuple)) and value:
-                return [_as_folder(name, each) for each in value]
-        return _as_folder(name, value)
-    return value
-
-
-def _as_folder(name: str, value: Any) -> str:
-    """A path as text; raises where it is none."""
-    value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    kind = "a folder" if name == "teacher_cache_dir" else "a folder or a hub name"
-    if not isinstance(value, str):
-        fix = f"Give `{name}` as text, not as {type(value).__name__}."
-        fail(name, quoted(value), kind, fix, error=TypeError)
-    if not value.strip():
-        fail(name, quoted(value), kind, "Leave it out (null in JSON) for none.")
-    return value
 
 
 @dataclass(repr=False)

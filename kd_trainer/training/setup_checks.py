@@ -8,11 +8,10 @@ training would go wrong, and may return a line on what was found.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from ..tasks import (
     TEACHER_PREFIX,
     Accepted,
     AmbiguousOutputs,
-    Heads,
     Task,
     UnsupportedHead,
     Wanted,
@@ -56,127 +54,17 @@ from ..teachers import (
     check_ids,
     check_padding,
     check_separate,
-    columns_of,
     naming,
     reshard,
     watch_shared_buffers,
 )
 from ..teachers import compatibility as compatibility
 from ..validation import fail
-from .arguments import CHUNKS, DistillationArguments
 from .chunks import check_chunks
 from .own_loss import Comparison, HardLoss, agreed, choose
-from .settings import Settings
+from .settings import Check, FirstBatch, of_each_teacher
+from .settings import is_sharded as is_sharded
 from .terms import aux_weight, check_aux_loss
-
-
-class Host(Protocol):
-    """What the checks use of the `Setup`: the columns of the data, and the hook on buffers shared with the teacher."""
-
-    each_alone: bool
-
-    def removed_columns(self) -> list[str]: ...
-
-    def withheld_columns(self) -> set[str]: ...
-
-    def watch_buffers(self, watch: Callable[[], Any] | None) -> None: ...
-
-
-@dataclass
-class FirstBatch:
-    """A trainer and a batch, and what the checks have found so far; `Setup.first_batch` makes it."""
-
-    trainer: Any
-    settings: Settings
-    setup: Host
-    batch: Mapping[str, Any]
-    student: nn.Module
-    teacher: Teacher | None
-    teacher_called: bool  # whether the teacher is called
-    known_task: Task | None = None  # the task; None as long as it depends on the teacher's logits
-    task_by_logits: bool = False  # whether they had to
-    teacher_classes: int | None = None  # of the teacher's logits, or of its cache
-    path: str = ""  # a line on whether and why the loss is computed from logits
-    vocabularies: str = ""  # a line on vocabularies that differ in size
-    terms: tuple[str, ...] = ()  # lines on the added terms
-    hard: HardLoss | None = None
-    # As in `setup.Plan`.
-    accepted: Accepted | None = None
-    known_by: str | None = None
-    class_order: Tensor | None = None
-    common_ids: int | None = None
-    heads: Heads | None = None
-    index: int | None = None  # of the teacher among several
-    each: tuple[FirstBatch, ...] = ()  # with several teachers: one for each
-
-    @property
-    def kd(self) -> DistillationArguments:
-        return self.settings.kd
-
-    @property
-    def chunks(self) -> bool:
-        """Whether text chunks are compared, of tokens that differ."""
-        return self.kd.kd_cross_tokenizer == CHUNKS
-
-    @property
-    def sharded(self) -> bool:
-        return is_sharded(self.trainer)
-
-    @property
-    def implementation(self) -> str:
-        """`kd_loss_implementation`, which is about the student alone where teachers are mixed."""
-        return self.kd.kd_loss_implementation if self.index is None else "auto"
-
-    def of_each(self) -> tuple[FirstBatch, ...]:
-        """The same with each of several teachers alone; kept, since later checks need what earlier ones found."""
-        members = () if self.teacher is None else self.teacher.members
-        if len(members) > 1 and not self.each:
-            self.each = tuple(
-                dataclasses.replace(self, batch=columns_of(self.batch, index), teacher=member, index=index)
-                for index, member in enumerate(members)
-            )
-        return self.each
-
-    @property
-    def task(self) -> Task:
-        """Raises AssertionError as long as it is unknown."""
-        assert self.known_task is not None
-        return self.known_task
-
-    @property
-    def live(self) -> LiveTeacher | None:
-        """The teacher where it is run, not read from a cache."""
-        return None if self.teacher is None else self.teacher.live
-
-    def prepared(self, batch: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The batch, or another one, on the device and with the inputs of a decoder."""
-        inputs = self.trainer._prepare_inputs(dict(self.batch if batch is None else batch))
-        return inputs if self.known_task is None else self.known_task.with_decoder_inputs(self.student, inputs)
-
-
-def is_sharded(trainer: Any) -> bool:
-    """Whether the student is whole on no process, so that only training's own preparation makes it callable."""
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-
-
-Check = Callable[[FirstBatch], str | None]
-
-
-def of_each_teacher(check: Callable[[FirstBatch], None]) -> Callable[[FirstBatch], None]:
-    """The check for each teacher where there are several, with an error that names it."""
-
-    def checked(first: FirstBatch) -> None:
-        each = first.of_each()
-        for one in each:
-            one.known_task = first.known_task
-            with naming(one.index):
-                check(one)
-            first.known_task = one.known_task
-        if not each:
-            check(first)
-
-    return checked
-
 
 # ---- checks without a forward ----
 
@@ -337,9 +225,9 @@ def settings(first: FirstBatch) -> str | None:
             with naming(one.index):
                 check_virtual_tokens(one.live.model, task, "teacher_model")
     if first.each and first.teacher is not None:
-        if not task.mixed_as:
-            expected, fix = f"one teacher for the task {task.name!r}", "Give one, or a module that averages them."
-            fail("teacher_model", f"a list of {len(first.each)}", expected, fix)
+        if not task.mixed_as or first.chunks:
+            what = "with kd_cross_tokenizer 'chunks'" if first.chunks else f"for the task {task.name!r}"
+            fail("teacher_model", f"a list of {len(first.each)}", f"one teacher {what}", "Give a single one.")
         first.teacher.check_objective(kd.kd_divergence, (), kd.kd_standardize_logits)
     objective, _ = first.settings.objective(first.trainer.state, training=True)
     return f"{task.name}: {objective.formula(task)}"

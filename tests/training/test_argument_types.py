@@ -23,8 +23,9 @@ BOOLS = ("kd_remap_labels", "kd_standardize_logits", "teacher_compile")
 NUMBERS = ("kd_alpha", "kd_temperature", "kd_beta", "kd_alpha_end", "kd_temperature_end", "kd_chunk_temperature")
 WHOLE = ("teacher_cache_k", "kd_relation_heads")
 OBJECTS = ("teacher_model_init_kwargs", "kd_features")
+LISTS = ("teacher_weights", "teacher_names")
 PATHS = ("teacher_model_name_or_path", "teacher_cache_dir")
-TEXTS = tuple(name for name in FIELDS if name not in (*BOOLS, *NUMBERS, *WHOLE, *OBJECTS))
+TEXTS = tuple(name for name in FIELDS if name not in (*BOOLS, *NUMBERS, *WHOLE, *OBJECTS, *LISTS))
 OPTIONAL = {name for name, field in FIELDS.items() if field.default is None}
 # What another field has to be for this one to be allowed at all.
 BESIDE = {
@@ -68,6 +69,7 @@ OTHERS = {
     **of(NUMBERS, ["0.5", "", True, False, [0.5], {"a": 0.5}]),
     **of(WHOLE, ["64", "", True, 64.0, 1.5, math.nan, [64], {}]),
     **of(TEXTS, [1, 0.5, True, ["jsd"], [], {"a": 1}, ""]),
+    **of(LISTS, ["", "no list", "1", 1, 0.5, True, [], {}, {"a": 1}, [True], [[1]], [None]]),
     **of(OBJECTS, ["", "no object", "[1]", "1", 1, 0.5, True, [], [["a", 1]]]),
 }
 
@@ -77,7 +79,7 @@ def test_another_type_is_one_clear_error(name, tmp_path):
     for give, value in itertools.product(SOURCES, OTHERS[name]):
         with pytest.raises((TypeError, ValueError), match=f"^`{name}` is .*; expected .*[.] .*[.]$") as caught:
             give(name, value, tmp_path)
-        if name not in OBJECTS:
+        if name not in (*OBJECTS, *LISTS):
             value_at_fault = name in TEXTS and (isinstance(value, str) or name not in PATHS)
             assert type(caught.value) is (ValueError if value_at_fault else TypeError), (give, value)
 
