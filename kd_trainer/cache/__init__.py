@@ -1,11 +1,13 @@
 """Teacher outputs on disk: formats, files, reading, building."""
 
-from .build import build_shards, encode_batch, translate_os_errors
+from .build import Reader, build_shards, encode_batch, translate_os_errors
 from .cached_teacher import EVAL, TEST, TRAIN, CachedTeacher, as_cached_teacher, open_part, part_of
 from .collator import CachedCollator
 from .formats import DTYPES, FORMATS, card, format_of, outputs_differ
 from .identity import teacher_identity, tokenizer_identity
 from .manifest import CacheError, check_links, check_settings, head_of
+from .server import ServerTeacher, as_server_teacher, check_server_settings
+from .server_reader import ServerReader
 from .settings import (
     compare_settings,
     compute_precision,
@@ -47,16 +49,21 @@ __all__ = [
     "CachedCollator",
     "CachedTeacher",
     "NumberedRows",
+    "Reader",
     "Rows",
+    "ServerReader",
+    "ServerTeacher",
     "SignedBatch",
     "SignedCollator",
     "Store",
     "TeacherReader",
     "as_cached_teacher",
+    "as_server_teacher",
     "begin",
     "build_shards",
     "card",
     "check_links",
+    "check_server_settings",
     "check_settings",
     "clean",
     "compare_settings",

@@ -14,6 +14,7 @@ import operator
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,14 +27,16 @@ from tqdm.auto import tqdm
 from ..losses import bad_rows
 from ..tasks import TEACHER_PREFIX
 from ..validation import fail, message
-from .formats import SPARSE, encode, format_of, room_for, to_numpy
+from .formats import format_of, to_numpy
+from .server_reader import ServerReader
 from .signed_collator import NumberedBatch, NumberedRows, SignedBatch, SignedCollator
 from .store import Rows, joined, write_shard
-from .teacher_reader import TeacherReader, fail_without_linear_head
+from .teacher_reader import TeacherReader
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 64 * 2**20
+Reader = TeacherReader | ServerReader
 
 
 def plan(
@@ -71,7 +74,7 @@ def stream_batches(dataset: Any, settings: Mapping[str, Any], collate: SignedCol
             yield index, collate(features)
 
 
-def build_shards(trainer: Any, reader: TeacherReader, dataset: Any, folder: Path, settings: dict[str, Any],
+def build_shards(trainer: Any, reader: Reader, dataset: Any, folder: Path, settings: dict[str, Any],
                  collate: SignedCollator, have: set[int], *, together: bool, part: str) -> None:  # fmt: skip
     """Runs the teacher for the missing shards of this process and writes them; `have`: those that exist."""
     args = trainer.args
@@ -90,49 +93,34 @@ def build_shards(trainer: Any, reader: TeacherReader, dataset: Any, folder: Path
         total = sum(len(batch) for index, batch in mine if index >= 0)
     writes = rank == 0 or not together or not isinstance(dataset, IterableDataset)
     with tqdm(total=total, desc=f"teacher cache: {part}", unit=" rows", disable=args.disable_tqdm or rank > 0) as bar:
-        for index, reads in itertools.groupby(todo, key=operator.itemgetter(0)):
+        encoded = reader.in_order(todo, partial(encode_batch, trainer, reader, settings))
+        for index, found in itertools.groupby(encoded, key=operator.itemgetter(0)):
             parts: list[Rows] = []
-            for _, signed in reads:
-                rows = encode_batch(trainer, reader, settings, signed)
+            for _, encode in found:
+                rows = encode()
                 if index >= 0 and writes:
                     parts.append(rows)
                     bar.update(len(rows.row_ids))
-                del rows, signed  # free the memory before the next forward
+                del rows, encode  # free the memory before the next forward
             if parts:
                 with translate_os_errors(folder):
                     write_shard(folder, index, joined(parts))
 
 
-def encode_batch(trainer: Any, reader: TeacherReader, settings: Mapping[str, Any], signed: SignedBatch) -> Rows:
+def encode_batch(trainer: Any, reader: Reader, settings: Mapping[str, Any], signed: SignedBatch) -> Rows:
     """The teacher's outputs for a batch, encoded."""
     kept, (_, row_ids, _, counts, seen) = format_of(settings), signed
     inputs, positions = on_device(trainer, reader, signed)
     _check_columns(settings, reader, signed.batch, inputs)
-    total, done = int(counts.sum()), 0
-    uniform = _uniform(settings, row_ids[0], total) if kept.name == "sampled" else torch.empty(0)
-    outputs: Iterator[Tensor]
-    columns: dict[str, Tensor] = {}
-    if kept.name == "hidden":
-        hidden = reader.hidden(inputs, positions)
-        if hidden is None:
-            fail_without_linear_head(reader)
-        outputs = iter([hidden])
-    else:
-        outputs = reader.logits(inputs, positions)
-    for values in outputs:
-        if kept.name in SPARSE:
-            values = values[..., : kept.classes]
-        columns = columns or room_for(kept, total, values)
-        own = slice(done, done + len(values))
-        encode(kept, values, uniform[own], {name: column[own] for name, column in columns.items()})
-        done = own.stop
+    uniform = _uniform(settings, row_ids[0], int(counts.sum())) if kept.name == "sampled" else torch.empty(0)
+    columns = reader.columns(kept, inputs, positions, uniform)
     _check_finite(columns, row_ids)
     kept_columns = {name: to_numpy(column) for name, column in columns.items()}
     return Rows(np.asarray(row_ids, np.int64), seen, counts, kept_columns)
 
 
 def _check_columns(
-    settings: Mapping[str, Any], reader: TeacherReader, batch: Mapping[str, Any], inputs: Mapping[str, Any]
+    settings: Mapping[str, Any], reader: Reader, batch: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> None:
     """Raises ValueError for a batch with columns that the sample batches do not have."""
     new = sorted(set(columns_read(batch, reader.teacher.inputs(inputs))) - set(settings["columns_read"]))
@@ -151,13 +139,13 @@ def columns_read(batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[st
     return sorted([*own, *shared, *(["labels"] if shifted else [])])
 
 
-def on_device(trainer: Any, reader: TeacherReader, signed: SignedBatch) -> tuple[dict[str, Any], Tensor]:
+def on_device(trainer: Any, reader: Reader, signed: SignedBatch) -> tuple[dict[str, Any], Tensor]:
     """A batch and its kept positions where the teacher reads them."""
     inputs = reader.task.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(signed.batch))
     return inputs, signed.mask.to(trainer.args.device)
 
 
-def check_packed_rows(trainer: Any, reader: TeacherReader, collate: SignedCollator, rows: NumberedBatch) -> None:
+def check_packed_rows(trainer: Any, reader: Reader, collate: SignedCollator, rows: NumberedBatch) -> None:
     """Raises ValueError where the teacher's output for a packed row depends on the rows before it."""
     batches = collate(rows), collate(NumberedBatch(rows.row_ids[-1:], rows.features[-1:]))
     behind, alone = (torch.cat([x.clone() for x in reader.logits(*on_device(trainer, reader, b))]) for b in batches)

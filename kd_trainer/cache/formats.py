@@ -80,8 +80,9 @@ def check_format(name: str, k: int | None, dtype: str | None, *, softmax: bool, 
         )
     if dtype is not None and name == "sampled":
         fail("teacher_cache_dtype", repr(dtype), "no value with teacher_cache_format 'sampled'", "Leave it out.")
-    if dtype not in (None, "float16") and name == "topk":
-        fail("teacher_cache_dtype", repr(dtype), "'float16' with teacher_cache_format 'topk'", "Leave it out.")
+    if dtype == "bfloat16" and name == "topk":
+        expected = "'float16' or 'float32' with teacher_cache_format 'topk'"
+        fail("teacher_cache_dtype", repr(dtype), expected, "Leave it out.")
 
 
 def room_for(kept: Format, count: int, outputs: Tensor) -> dict[str, Tensor]:
@@ -89,7 +90,8 @@ def room_for(kept: Format, count: int, outputs: Tensor) -> dict[str, Tensor]:
     if kept.name not in SPARSE:
         return {kept.name: torch.empty(count, outputs[:0].flatten(1).shape[1], dtype=DTYPES[kept.dtype])}
     assert kept.k is not None
-    columns = {"ids": (kept.k, kept.id_dtype), "log_probs": (kept.k, torch.float16), "log_tail": (1, torch.float16)}
+    dtype = DTYPES[kept.dtype]
+    columns = {"ids": (kept.k, kept.id_dtype), "log_probs": (kept.k, dtype), "log_tail": (1, dtype)}
     if kept.name == "sampled":
         columns = {"ids": (kept.k, kept.id_dtype), "top": (1, kept.id_dtype), "entropy": (1, torch.float32)}
     return {name: torch.empty(count, width, dtype=dtype) for name, (width, dtype) in columns.items()}
@@ -107,6 +109,11 @@ def encode(kept: Format, outputs: Tensor, uniform: Tensor, out: Mapping[str, Ten
         found = draw_samples(outputs, kept.k, temperature=kept.temperature, uniform=uniform)
     else:
         found = top_k(outputs, kept.k, temperature=kept.temperature)
+    put(found, out)
+
+
+def put(found: TopK | Samples, out: Mapping[str, Tensor]) -> None:
+    """A sparse distribution into columns of `room_for`."""
     for name, column in found._asdict().items():
         out[name].copy_(column.view(out[name].shape))
 

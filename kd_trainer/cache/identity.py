@@ -22,6 +22,7 @@ from ..tasks import name_of
 from ..teachers import ADAPTER_OFF, adapter_modules, adapter_parameters, tokenizer_of
 from ..validation import fail, message
 from .manifest import CacheError, json_sha256
+from .server import ServerTeacher
 
 
 def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Module) -> dict[str, Any]:
@@ -35,6 +36,8 @@ def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Mod
     where that runs (`trust_remote_code`; not of code from another repository, for which name a revision), and the
     arguments of from_pretrained that change the output. Weights and config are None where they are not on this machine.
     """
+    if isinstance(given, ServerTeacher):
+        return given.identity()
     if isinstance(given, nn.Module):
         return {"given": "module", "name": _printable(name_of(given)), **_of_module(given, set())}
     if given == ADAPTER_OFF:
@@ -256,6 +259,10 @@ def compare_teachers(where: Path, kept: Mapping[str, Any], now: Mapping[str, Any
     fix = "Give the teacher that the cache was built from, in the same way."
     teacher = kept.get("teacher", {})
     current = {"teacher.given": ("teacher_model", "given as a", now["given"], fix)}
+    if now["given"] == "server":  # by name alone: the same model may have moved to another host
+        current["teacher.name"] = ("teacher_server_model", "the name", now["name"], "Set it so.")
+        compare(where, kept, current)
+        return None
     if "init_kwargs" in now:
         current["teacher.init_kwargs"] = ("teacher_model_init_kwargs", "the value", now["init_kwargs"], "Set it so.")
     words = {"weights": "weights of SHA-256", "config": "a config of SHA-256", "classes": "module classes of SHA-256"}

@@ -178,7 +178,7 @@ FIELDS: dict[str, Kind] = {
     "teacher": _OBJECT,
     "teacher.given": _text(),
     "teacher.name": _text(),
-    "teacher.parameters": _whole(0),
+    "teacher.parameters": _or_null(_whole(0)),
     "teacher.weights": _or_null(_digits(64)),
     "tokenizer": _or_null(_digits(64)),
     "collation": _OBJECT,

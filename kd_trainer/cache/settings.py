@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from .. import __version__
-from ..tasks import SMALL_VOCABULARY, TASKS, classes_have_names, count_parameters
+from ..tasks import SMALL_VOCABULARY, TASKS, classes_have_names
 from ..teachers import class_names
 from ..validation import fail, message, warn
-from .build import SHARD_BYTES, check_packed_rows, columns_read, on_device
+from .build import SHARD_BYTES, Reader, check_packed_rows, columns_read, on_device
 from .cached_teacher import TEST, check_objective, open_part
 from .formats import DEFAULT_K, DTYPES, Format, check_format, format_of
 from .identity import collation, compare, compare_teachers, tokenizer_identity
@@ -38,7 +38,7 @@ from .signed_collator import (
     with_row_ids,
 )
 from .store import MANIFEST
-from .teacher_reader import TeacherReader, fail_without_linear_head
+from .teacher_reader import fail_without_linear_head
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,10 @@ def labels_of(trainer: Any, task: Any) -> dict[str, str] | None:
     return {str(i): name for i, name in names.items()} if names else None
 
 
-def compute_precision(trainer: Any, teacher: nn.Module) -> str:
-    """Dtype, autocast and kind of device of the teacher's forward, as text."""
+def compute_precision(trainer: Any, teacher: nn.Module | None) -> str:
+    """Dtype, autocast and kind of device of the teacher's forward, as text; None: it is not run here."""
+    if teacher is None:
+        return "server"
     dtype = str(next((p.dtype for p in teacher.parameters()), torch.float32)).removeprefix("torch.")
     return f"{dtype} {trainer.accelerator.mixed_precision} {trainer.args.device.type}"
 
@@ -69,7 +71,7 @@ def settings_of(
     trainer: Any,
     part: str,
     dataset: Any,
-    reader: TeacherReader,
+    reader: Reader,
     sample: dict[str, Any],
     known: Mapping[str, Any],
     identity: Mapping[str, Any],
@@ -104,7 +106,7 @@ def settings_of(
         **settings_of_task(task),
         **reader.task.teacher_settings(reader.teacher.model),
         **{"positions": kd.kd_positions, "labels": labels_of(trainer, task)},
-        "teacher": {**identity} | {"parameters": count_parameters(reader.teacher.model)},
+        "teacher": {**identity} | {"parameters": reader.teacher.identity()["parameters"]},
         "tokenizer": tokenizer_identity(trainer.processing_class),
         "collation": collation(trainer.data_collator, trainer.processing_class),
         "dataset": {"rows": None if isinstance(used, IterableDataset) else len(used), "sample": row_signatures(signed)},
@@ -120,7 +122,7 @@ def settings_of(
 
 
 def _format(
-    trainer: Any, reader: TeacherReader, signed: SignedBatch, known: Mapping[str, Any]
+    trainer: Any, reader: Reader, signed: SignedBatch, known: Mapping[str, Any]
 ) -> tuple[Format, dict[str, Any]]:
     """The format of the arguments, completed by the dimensions of the teacher's outputs."""
     kd, task, common_ids = trainer.kd_args, reader.task, known["common_ids"]
@@ -139,6 +141,8 @@ def _format(
         return Format(name, common_ids or classes, k or DEFAULT_K[name], float(kd.kd_temperature)), extra
     if name == "topk":
         classes, k = common_ids or classes, k or DEFAULT_K[name]
+        if kd.teacher_server_url is not None:
+            k = min(k, classes - 1)  # all of a vocabulary: the rest is its last class
         if k >= classes:
             expected, fix = f"1 to {classes - 1}, fewer than there are classes", "Lower it, or keep logits."
             fail("teacher_cache_k", repr(k), expected, fix)
@@ -158,6 +162,8 @@ def _format(
 def _requested_format(trainer: Any) -> tuple[str, int | None, str | None]:
     """Format, k and dtype of the arguments; "auto" takes those of the other parts of the cache."""
     kd = trainer.kd_args
+    if kd.teacher_server_url is not None:
+        return "topk", kd.teacher_server_top_k, kd.teacher_cache_dtype
     others = sorted(Path(str(kd.teacher_cache_dir)).glob(f"*/{MANIFEST}"))
     if kd.teacher_cache_format != "auto" or not others:
         return kd.teacher_cache_format, kd.teacher_cache_k, kd.teacher_cache_dtype
@@ -205,6 +211,9 @@ def compare_settings(
     for name, what, value in (*chosen, ("dtype", "the dtype", kd.teacher_cache_dtype)):
         if value is not None:
             current[name] = (f"teacher_cache_{name}", what, value, "Set it so.")
+    if kd.teacher_server_url is not None:
+        k = min(kd.teacher_server_top_k, kept["classes"] - 1)
+        current["k"] = ("teacher_server_top_k", "the value", k, "Set it so.")
     if TASKS[kept["task"]].by_position:
         current["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
     if kept.get("pooling_of_run") and kd.kd_pooling is not None:

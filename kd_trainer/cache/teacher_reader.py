@@ -5,7 +5,8 @@ Letters: B rows, S positions, N kept positions, V classes, H hidden size."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 from ..losses import OutputProjection, cast_as_autocast, chunk_rows
 from ..tasks import OutputHead, Task, UnsupportedHead, teacher_hidden, teacher_side, whole_weight
 from ..validation import fail
+from .formats import SPARSE, Format, encode, room_for
+from .signed_collator import SignedBatch
+from .store import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +97,32 @@ class TeacherReader:
                 product = projection.product(states.index_select(0, part).to(weight.dtype), 1.0, tile[: len(part)])
                 yield product if plain else projection.capped(product.float())
 
+    def columns(self, kept: Format, inputs: Mapping[str, Any], mask: Tensor, uniform: Tensor) -> dict[str, Tensor]:
+        """The columns of the format for a batch; `uniform` [N] in [0, 1) draws samples."""
+        if kept.name == "hidden":
+            hidden = self.hidden(inputs, mask)
+            if hidden is None:
+                fail_without_linear_head(self)
+            outputs = iter([hidden])
+        else:
+            outputs = self.logits(inputs, mask)
+        columns: dict[str, Tensor] = {}
+        total, done = int(mask.sum()), 0
+        for values in outputs:
+            if kept.name in SPARSE:
+                values = values[..., : kept.classes]
+            columns = columns or room_for(kept, total, values)
+            own = slice(done, done + len(values))
+            encode(kept, values, uniform[own], {name: column[own] for name, column in columns.items()})
+            done = own.stop
+        return columns
+
+    def in_order(
+        self, batches: Iterable[tuple[int, SignedBatch]], rows_of: Callable[[SignedBatch], Rows]
+    ) -> Iterator[tuple[int, Callable[[], Rows]]]:
+        """(shard, what returns the rows) of each batch, one after the other."""
+        return ((index, partial(rows_of, signed)) for index, signed in batches)
+
     def _projection(self, whole: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> OutputProjection:
         """The output head for hidden states of this dtype; kept where the weight is not sharded."""
         assert self.output_head is not None
@@ -124,7 +154,7 @@ def _places_of(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero().squeeze(1)
 
 
-def fail_without_linear_head(reader: TeacherReader) -> NoReturn:
+def fail_without_linear_head(reader: Any) -> NoReturn:
     because = "the logits of " + type(reader.teacher.model).__name__ + " are more than its output head's product"
     fix = "Set it to topk or logits."
     fail("teacher_cache_format", "'hidden'", "another format with this teacher", fix, because=because)

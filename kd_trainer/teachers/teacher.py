@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class Teacher(Protocol):
-    """A kind of teacher: `LiveTeacher`, `AdapterOffTeacher`, `SeveralTeachers`, and `CachedTeacher` in `cache/`.
+    """A kind of teacher: `LiveTeacher`, `AdapterOffTeacher`, `SeveralTeachers`, and in `cache/` `CachedTeacher` and
+    `ServerTeacher`.
 
     Attributes:
         live: the teacher itself where it is run on each batch; None where its outputs are read from disk.

@@ -18,7 +18,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
-from ..cache import DTYPES, FORMATS
+from ..cache import DTYPES, FORMATS, check_server_settings
 from ..files import as_json
 from ..losses import DIVERGENCES, EMBEDDING_LOSSES, FEATURES, POOLINGS
 from ..redaction import SecretiveDict, hidden, is_secret_name
@@ -239,10 +239,16 @@ class DistillationArguments:
     )
     teacher_cache_dtype: str | None = field(
         default=None,
-        metadata={
-            "help": "float32, bfloat16 or float16 (topk: float16 alone); unset: as the teacher computes, topk float16."
-        },
+        metadata={"help": "float32, bfloat16 or float16 (topk: not bfloat16); unset: the teacher's, topk float16."},
     )
+    teacher_server_url: str | None = field(
+        default=None, metadata={"help": "A vLLM-compatible server with the teacher."}
+    )
+    teacher_server_model: str | None = field(default=None, metadata={"help": "The teacher's name on that server."})
+    teacher_server_top_k: int = field(default=64, metadata={"help": "Log-probabilities kept of each position."})
+    teacher_server_timeout: float = field(default=120.0, metadata={"help": "Seconds that a request may take."})
+    teacher_server_retries: int = field(default=5, metadata={"help": "Further attempts after a time-out or 5xx."})
+    teacher_server_concurrency: int = field(default=8, metadata={"help": "Requests under way at once."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "DistillationArguments":
         """Rejects borrowed names before the dataclass raises 'unexpected keyword argument'."""
@@ -269,6 +275,7 @@ class DistillationArguments:
         self._check_cache()
         self._check_features()
         self._check_chunks()
+        check_server_settings(self)
         self._check_beta()
         if self.kd_task is not None:
             check_choice("kd_task", self.kd_task, TASKS)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from ..cache import CachedTeacher, as_cached_teacher
+from ..cache import CachedTeacher, ServerTeacher, as_cached_teacher, as_server_teacher
 from ..tasks import (
     Accepted,
     Heads,
@@ -145,8 +145,24 @@ class Setup:
     # ---- the teacher ----
 
     def named_teacher(self, given: Any) -> Any:
-        """The teacher as it was given, by the argument of the trainer or by `teacher_model_name_or_path`."""
-        named = self.kd.teacher_model_name_or_path
+        """The teacher as it was given: by the argument of the trainer, `teacher_model_name_or_path` or
+        `teacher_server_url`."""
+        kd, named = self.kd, self.kd.teacher_model_name_or_path
+        if kd.teacher_server_url is not None:
+            others = {"teacher_model": given, "teacher_model_name_or_path": named}
+            others |= {"teacher_model_init_kwargs": kd.teacher_model_init_kwargs, "teacher_compile": kd.teacher_compile}
+            for name, value in others.items():
+                if value is not None and value != {} and value is not False:
+                    shown = (
+                        quoted(value)
+                        if isinstance(value, (str, list, dict, bool))
+                        else f"of type {type(value).__name__}"
+                    )
+                    fail(name, shown, "nothing beside teacher_server_url", "Give the teacher once.")
+            return ServerTeacher(
+                kd.teacher_server_url, str(kd.teacher_server_model), timeout=kd.teacher_server_timeout,
+                retries=kd.teacher_server_retries, concurrency=kd.teacher_server_concurrency,
+            )  # fmt: skip
         given = list(given) if isinstance(given, tuple) else given
         if given is not None and named is not None and given != named and str(given) != named:
             expected = "nothing beside the argument teacher_model of the trainer"
@@ -177,7 +193,15 @@ class Setup:
         if given is None:
             return None
         cached = finished_cache()
-        return self.load_live(given) if cached is None else cached
+        if cached is not None:
+            return cached
+        if (server := as_server_teacher(given)) is None:
+            return self.load_live(given)
+        if kd.kd_run != "cache":
+            expected = f"None with kd_run {kd.kd_run!r} as long as the cache in teacher_cache_dir is unfinished"
+            fix = "Run once with kd_run cache; then this run reads the cache."
+            fail("teacher_server_url", repr(server.url), expected, fix)
+        return server
 
     def _load_several(self, given: list[Any]) -> Teacher:
         """Each teacher of a list; a module that stands there twice is run as one teacher with two weights."""

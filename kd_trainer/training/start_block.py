@@ -66,13 +66,15 @@ def card_section(summary: Mapping[str, Any], log_history: Sequence[Mapping[str, 
     Args:
         summary: `DistillationMixin.summary()`; log_history: `trainer.state.log_history`.
     """
-    ratio = summary["teacher_parameters"] / max(summary["student_parameters"], 1)
-    size = f"{ratio:.1f}x smaller" if ratio >= 1 else f"{1 / max(ratio, 1e-9):.1f}x larger"
+    teacher, size = f"the teacher `{summary['teacher']}`", ""
+    if summary["teacher_parameters"] is not None:  # a server does not tell
+        teacher += f" ({summary['teacher_parameters']:,} parameters)"
+        ratio = summary["teacher_parameters"] / max(summary["student_parameters"], 1)
+        size = f" ({ratio:.1f}x smaller)" if ratio >= 1 else f" ({1 / max(ratio, 1e-9):.1f}x larger)"
     lines = [
         "## Distillation",
         "",
-        f"Distilled from the teacher `{summary['teacher']}` ({summary['teacher_parameters']:,} parameters) into "
-        f"{summary['student_parameters']:,} parameters ({size}) with kd_trainer:",
+        f"Distilled from {teacher} into {summary['student_parameters']:,} parameters{size} with kd_trainer:",
         "",
         f"    {summary['formula']}",
         "",

@@ -9,10 +9,10 @@ import logging
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -31,12 +31,15 @@ from ..cache import (
     CachedTeacher,
     CacheError,
     NumberedRows,
+    Reader,
     Rows,
+    ServerReader,
     SignedBatch,
     SignedCollator,
     Store,
     TeacherReader,
     as_cached_teacher,
+    as_server_teacher,
     begin,
     build_shards,
     card,
@@ -146,7 +149,8 @@ class TeacherCache:
             self._ready_parts = {part: store for part, store in self._ready_parts.items() if part not in changed}
         if teacher is not None and teacher.live is not None:
             self._live = teacher.live
-        with same_random_numbers(self._trainer.args.device):
+        server = as_server_teacher(self.given)
+        with same_random_numbers(self._trainer.args.device), nullcontext() if server is None else server.released():
             for part, data in [*self._cache_parts(), *{**self._more_parts, **more}.items()]:
                 if part not in self._ready_parts:
                     with self._only_builder(where, part) as may_write:
@@ -279,7 +283,7 @@ class TeacherCache:
         collate = signed_collator_of(settings, collator)
         self._check_outputs_begun(reader, used, folder, settings, collate)
         if settings["format"] == "hidden":
-            content = save(reader.head_tensors(getattr(torch, settings["head_dtype"])))
+            content = save(cast(TeacherReader, reader).head_tensors(getattr(torch, settings["head_dtype"])))
             self._on_main_process(translate_os_errors(folder)(lambda: write_atomically(folder / HEAD, content)))
         failure: Exception | None = None
         together = reader.teacher.sharded
@@ -296,8 +300,11 @@ class TeacherCache:
         self._on_main_process(translate_os_errors(folder)(lambda: finish(folder, settings, card(settings))))
         return open_part(folder, folder.parent)
 
-    def _teacher_reader(self, batch: dict[str, Any]) -> tuple[TeacherReader, Plan]:
-        """The live teacher, and the plan that was made on a batch."""
+    def _teacher_reader(self, batch: dict[str, Any]) -> tuple[Reader, Plan]:
+        """The teacher, and the plan that was made on a batch."""
+        if (server := as_server_teacher(self.given)) is not None:
+            plan, k = self._setup.plan(batch, server, None), self._settings.kd.teacher_server_top_k
+            return ServerReader(server, plan.task, self._student, self._trainer.processing_class, k), plan
         plan = self._plan = self._setup.plan(batch, self._live_teacher(), self._plan)
         self._live = plan.teacher.live if plan.teacher is not None else None
         head = None if plan.heads is None else plan.heads[1]
@@ -319,7 +326,7 @@ class TeacherCache:
         self._check_outputs(reader, store.folder, manifest, signed, stored, same_draws=by_position)
 
     def _check_outputs_begun(
-        self, reader: TeacherReader, used: Any, folder: Path, settings: dict[str, Any], collate: SignedCollator
+        self, reader: Reader, used: Any, folder: Path, settings: dict[str, Any], collate: SignedCollator
     ) -> None:
         """The same before an unfinished cache goes on."""
         found = self._on_main_process(lambda: first_rows(folder, min(_COMPARED_ROWS, settings["batch_rows"])))
@@ -332,7 +339,7 @@ class TeacherCache:
 
     def _check_outputs(
         self,
-        reader: TeacherReader,
+        reader: Reader,
         folder: Path,
         kept: dict[str, Any],
         signed: SignedBatch,

@@ -134,7 +134,7 @@ def there_and_back_empty(kept: Format):
         (("logits", 5, "float32", True, True, "causal_lm"), "`teacher_cache_k` is 5; expected no value"),
         (("topk", None, "uint8", True, True, "causal_lm"), "`teacher_cache_dtype` is 'uint8'; expected one of"),
         (("sampled", None, "float16", True, True, "causal_lm"), "no value with teacher_cache_format 'sampled'"),
-        (("topk", None, "float32", True, True, "causal_lm"), "expected 'float16' with teacher_cache_format 'topk'"),
+        (("topk", None, "bfloat16", True, True, "causal_lm"), "expected 'float16' or 'float32' with teacher_cache_fo"),
         (("top-k", None, "float32", True, True, "causal_lm"), "Did you mean `topk`?"),
     ],
 )

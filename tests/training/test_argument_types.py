@@ -20,13 +20,18 @@ from tests.helpers import tiny
 
 FIELDS = {field.name: field for field in dataclasses.fields(DistillationArguments)}
 BOOLS = ("kd_remap_labels", "kd_standardize_logits", "teacher_compile")
-NUMBERS = ("kd_alpha", "kd_temperature", "kd_beta", "kd_alpha_end", "kd_temperature_end", "kd_chunk_temperature")
-WHOLE = ("teacher_cache_k", "kd_relation_heads")
+NUMBERS = ("kd_alpha", "kd_temperature", "kd_beta", "kd_alpha_end", "kd_temperature_end", "kd_chunk_temperature",
+           "teacher_server_timeout")  # fmt: skip
+WHOLE = ("teacher_cache_k", "kd_relation_heads",
+         "teacher_server_top_k", "teacher_server_retries", "teacher_server_concurrency")  # fmt: skip
 OBJECTS = ("teacher_model_init_kwargs", "kd_features")
 LISTS = ("teacher_weights", "teacher_names")
 PATHS = ("teacher_model_name_or_path", "teacher_cache_dir")
 TEXTS = tuple(name for name in FIELDS if name not in (*BOOLS, *NUMBERS, *WHOLE, *OBJECTS, *LISTS))
 OPTIONAL = {name for name, field in FIELDS.items() if field.default is None}
+SERVED = {
+    "teacher_server_url": "http://h:1", "teacher_server_model": "m", "teacher_cache_dir": "x", "kd_temperature": 1.0,
+}  # fmt: skip
 # What another field has to be for this one to be allowed at all.
 BESIDE = {
     "kd_beta": {"kd_divergence": "jsd"},
@@ -38,6 +43,7 @@ BESIDE = {
     "teacher_cache_k": {"teacher_cache_dir": "x"},
     "teacher_cache_format": {"teacher_cache_dir": "x"},
     "teacher_cache_dtype": {"teacher_cache_dir": "x"},
+    **{f"teacher_server_{name}": SERVED for name in ("top_k", "timeout", "retries", "concurrency")},
 }
 
 
