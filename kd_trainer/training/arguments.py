@@ -241,9 +241,7 @@ class DistillationArguments:
         default=None,
         metadata={"help": "float32, bfloat16 or float16 (topk: not bfloat16); unset: the teacher's, topk float16."},
     )
-    teacher_server_url: str | None = field(
-        default=None, metadata={"help": "A vLLM-compatible server with the teacher."}
-    )
+    teacher_server_url: str | None = field(default=None, metadata={"help": "vLLM-compatible server with the teacher."})
     teacher_server_model: str | None = field(default=None, metadata={"help": "The teacher's name on that server."})
     teacher_server_top_k: int = field(default=64, metadata={"help": "Log-probabilities kept of each position."})
     teacher_server_timeout: float = field(default=120.0, metadata={"help": "Seconds that a request may take."})
