@@ -1,6 +1,7 @@
 """From logits, or hidden states, to nats: formulas, masks, denominators, and the fused loss in torch."""
 
 from .calibration import fit_temperature
+from .checks import check_standardized
 from .chunk_likelihood import chunk_kl, chunk_sums, label_log_probs, logits_log_probs, loss_of_log_probs
 from .distributions import (
     KLDivergenceLoss,
@@ -61,6 +62,7 @@ __all__ = [
     "bad_rows",
     "cap_and_scale",
     "cast_as_autocast",
+    "check_standardized",
     "chunk_kl",
     "chunk_rows",
     "chunk_sums",

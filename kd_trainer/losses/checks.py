@@ -40,8 +40,8 @@ def check_class_ids(labels: Tensor | None, shape: torch.Size) -> None:
         fail("labels", f"of shape {list(labels.shape)}", expected, fix, because=because)
 
 
-def check_standardized(classes: int) -> None:
+def check_standardized(classes: int, argument: str = "standardize_logits") -> None:
     """Raises ValueError where standardised logits would hold nothing but which class is on top."""
     if classes < 3:
         because = "standardised logits of two classes are +1 and -1 whatever the models compute"
-        fail("standardize_logits", True, "False with fewer than three classes", "Leave it out.", because=because)
+        fail(argument, True, "False with fewer than three classes", "Leave it out.", because=because)

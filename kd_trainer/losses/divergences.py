@@ -12,6 +12,7 @@ all others read the entry.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,6 +52,7 @@ class Divergence:
         needs_labels: whether the formula reads the label of a position. A position without one has the forward KL.
         of_logits: the formula takes logits (z_t, z_s) in place of log-probabilities, and has no temperature.
         sparse: whether it is defined over the k + 1 buckets of a teacher given as top-k.
+        limit: number of classes -> the parameter from which on it decides nothing; None: there is no such limit.
 
     Example:
         >>> half_squared = Divergence(lambda log_p, log_q: (log_p.exp() - log_q.exp()).square() / 2)
@@ -65,6 +67,7 @@ class Divergence:
     needs_labels: bool = False
     of_logits: bool = False
     sparse: bool = True
+    limit: Callable[[int], float] | None = None
 
     def __call__(
         self,
@@ -105,8 +108,12 @@ class Divergence:
             return terms
         return torch.where(labelled.unsqueeze(-1), terms, kl_terms(log_p, log_q))
 
-    def check(self, beta: float | None, argument: str = "beta") -> float:
-        """Returns the beta to use (0 where there is none); raises unless it lies in the range."""
+    def check(self, beta: float | None, argument: str = "beta", classes: int | None = None) -> float:
+        """Returns the beta to use (0 where there is none); raises unless it lies in the range.
+
+        Args:
+            classes: of the logits; None: unknown, and `limit` is not looked at.
+        """
         if self.parameter is None:
             if beta is not None:
                 having = ", ".join(f"'{name}'" for name, entry in DIVERGENCES.items() if entry.parameter is not None)
@@ -114,12 +121,17 @@ class Divergence:
                 fix = f"Leave `{argument}` out, or choose one of {having}."
                 fail(argument, repr(beta), f"None with divergence{own}", fix, because="this divergence has no beta")
             return 0.0
-        if beta is None:
-            assert self.default is not None
-            return self.default
         low, high = self.range
-        check_number(argument, beta, low=low, high=high, open_low=low is not None, open_high=high is not None)
-        return beta
+        if beta is not None:
+            check_number(argument, beta, low=low, high=high, open_low=low is not None, open_high=high is not None)
+        used = self.default if beta is None else beta
+        assert used is not None
+        if classes is not None and self.limit is not None and used >= self.limit(classes):
+            shown = f"{used:g} (the default)" if beta is None else used
+            expected = f"below {self.limit(classes):.4g}, the limit for {classes} classes"
+            because = "no teacher output would be on its other side"
+            fail(argument, shown, expected, f"Lower `{argument}`, or choose another divergence.", because=because)
+        return used
 
     def _terms_of(
         self,
@@ -164,6 +176,7 @@ DIVERGENCES: dict[str, Divergence] = {
         default=1.0,
         range=(0, None),
         sparse=False,
+        limit=math.log,
     ),
 }
 

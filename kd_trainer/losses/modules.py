@@ -135,13 +135,24 @@ class SoftTargetLoss(nn.Module):
         if counted is not None:
             student_logits, teacher_logits = (select_positions(z, counted) for z in (student_logits, teacher_logits))
             read = {name: select_positions(x, counted) for name, x in read.items()}
-        if self.standardize_logits:
-            check_standardized(shape[-1])
-            student_logits, teacher_logits = standardize(student_logits), standardize(teacher_logits)
-        divergence = DIVERGENCES[self.divergence]
-        values = divergence(student_logits, teacher_logits, temperature=self.temperature, beta=self.beta, **read)
+        values = self.divergences(student_logits, teacher_logits, **read)
         total = values.sum() if self.scale == 1 else values.sum() * self.scale
         return reduce_total(total, self.reduction, shape=shape, positions=values.numel())
+
+    def divergences(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        """D of each position [...] of logits [..., V] in nats: neither multiplied by `scale` nor masked nor reduced.
+
+        Args:
+            labels: [...] class ids for a divergence that needs them, `IGNORE_INDEX` where there is none.
+        """
+        z_s, z_t = self._compared(student_logits, teacher_logits)
+        return DIVERGENCES[self.divergence](z_s, z_t, temperature=self.temperature, beta=self.beta, labels=labels)
+
+    def _compared(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.standardize_logits:
+            return student_logits, teacher_logits
+        check_standardized(student_logits.shape[-1])
+        return standardize(student_logits), standardize(teacher_logits)
 
     def _elementwise(
         self, student_logits: Tensor, teacher_logits: Tensor, counted: Tensor | None, read: dict[str, Tensor]
@@ -149,12 +160,8 @@ class SoftTargetLoss(nn.Module):
         if counted is not None:  # before the formula too, whose gradient at NaN would be NaN
             hidden = ~counted.unsqueeze(-1)
             student_logits, teacher_logits = (z.masked_fill(hidden, 0.0) for z in (student_logits, teacher_logits))
-        if self.standardize_logits:
-            check_standardized(student_logits.shape[-1])
-            student_logits, teacher_logits = standardize(student_logits), standardize(teacher_logits)
-        terms = divergence_terms(
-            self.divergence, student_logits, teacher_logits, temperature=self.temperature, beta=self.beta, **read
-        )
+        z_s, z_t = self._compared(student_logits, teacher_logits)
+        terms = divergence_terms(self.divergence, z_s, z_t, temperature=self.temperature, beta=self.beta, **read)
         return reduce_terms(terms * self.scale, counted, reduction="none")
 
     def extra_repr(self) -> str:

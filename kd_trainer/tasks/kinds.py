@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import IGNORE_INDEX, SoftTargetLoss, divide
+from ..losses import DIVERGENCES, IGNORE_INDEX, SoftTargetLoss, divide
 from ..validation import fail, message
 from .embedding import EmbeddingTask
 from .inputs import main_input, real_tokens, token_mask
@@ -91,8 +91,8 @@ class MultiLabelTask(NumbersTask):
     """Several yes/no labels a row: logits and labels [B, C], labels floating (as upstream's loss wants them).
 
     Hard loss of a row: the mean over its labels of the binary cross-entropy. Soft loss: the mean over its labels of
-    T² D(Bernoulli(sigmoid(z_t/T)), Bernoulli(sigmoid(z_s/T))), of any divergence. A row of -100 is unlabelled. A label
-    may be a probability, and -100 stands beside no other value.
+    T² D(Bernoulli(sigmoid(z_t/T)), Bernoulli(sigmoid(z_s/T))), of logit_mse (z_s - z_t)². A row of -100 is unlabelled.
+    A label may be a probability, and -100 stands beside no other value.
     """
 
     rule: ClassVar[str] = f"0 to 1 for each label, or rows of {IGNORE_INDEX} alone"
@@ -112,7 +112,12 @@ class MultiLabelTask(NumbersTask):
     ) -> Tensor:
         if targets is not None:
             targets = (targets >= 0.5).long().masked_fill(self._unknown(targets), IGNORE_INDEX)
+        if DIVERGENCES[soft_loss.divergence].of_logits:  # not of the 0 beside it
+            student, teacher = student[..., 1], teacher[..., 1]
         return super().soft_loss_sum(soft_loss, student, teacher, targets, mask)
+
+    def check_classes(self, soft_loss: SoftTargetLoss, classes: int) -> None:
+        super().check_classes(soft_loss, 2)  # each label: no and yes
 
     def _unknown(self, targets: Tensor) -> Tensor:
         return targets == IGNORE_INDEX
@@ -349,6 +354,13 @@ class CTCTask(FrameTask):
     def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """None: no label belongs to a frame."""
         return None
+
+    def check_soft_loss(self, soft_loss: SoftTargetLoss) -> None:
+        super().check_soft_loss(soft_loss)
+        if soft_loss.needs_labels:
+            having = ", ".join(name for name, entry in DIVERGENCES.items() if not entry.needs_labels)
+            expected, because = f"one of {having} for the task {self.name!r}", "no label belongs to a frame"
+            fail("kd_divergence", repr(soft_loss.divergence), expected, "Choose one of them.", because=because)
 
     def labelled_in(self, inputs: Mapping[str, Any], targets: Tensor | None) -> Tensor | int:
         """Rows with a label."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import DIVERGENCES, IGNORE_INDEX, SoftTargetLoss, select_positions
+from ..losses import IGNORE_INDEX, SoftTargetLoss, select_positions
 from ..validation import fail
 from .inputs import main_input
 from .logits import Wanted, logits_of
@@ -27,8 +27,9 @@ class SegmentationTask(Task):
 
     Hard loss of a pixel of the labels: the cross-entropy of the logits resized to H x W (bilinear), as upstream's
     models have it. Its soft loss: T² D at the pixel of the logits that covers it, so that nothing is resized: each
-    pixel of the logits is weighted by the number of counted pixels that it covers. Both are sums over the same pixels,
-    whatever the models' strides. Counted are the labelled pixels, or with `kd_positions` "attended" all.
+    pixel of the logits is weighted by the number of counted pixels that it covers (for dkd, its label is the one in
+    its middle). Both are sums over the same pixels, whatever the models' strides. Counted are the labelled pixels, or
+    with `kd_positions` "attended" all.
 
     Args:
         ignored: the label of pixels that are not counted; of the student's config, see `of_model`. -100 is too.
@@ -87,13 +88,9 @@ class SegmentationTask(Task):
     ) -> Tensor:
         weights = covered(mask, student)
         chosen = weights > 0  # NaN elsewhere would reach the gradient
-        read = {}
-        if soft_loss.needs_labels:
-            read["labels"] = select_positions(self._labels_of(student, targets), chosen)
+        labels = select_positions(self._labels_of(student, targets), chosen) if soft_loss.needs_labels else None
         z_s, z_t = (select_positions(logits, chosen) for logits in (student, teacher))
-        divergence = DIVERGENCES[soft_loss.divergence]
-        nats = divergence(z_s, z_t, temperature=soft_loss.temperature, beta=soft_loss.beta, **read)
-        return (nats * weights[chosen]).sum() * soft_loss.temperature**2
+        return (soft_loss.divergences(z_s, z_t, labels) * weights[chosen]).sum() * soft_loss.scale
 
     def agreement_sum(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor | None:
         return ((student.argmax(-1) == teacher.argmax(-1)) * covered(mask, student)).sum()

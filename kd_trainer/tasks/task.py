@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import IGNORE_INDEX, SoftTargetLoss, divide, wrong_labels
+from ..losses import DIVERGENCES, IGNORE_INDEX, SoftTargetLoss, check_standardized, divide, wrong_labels
 from ..validation import fail
 from .inputs import begins_next, decoder_input_ids, main_input, real_tokens, tells_sequences, token_mask
 from .logits import Wanted, logits_of
@@ -295,6 +295,25 @@ class Task:
     def of_distributions(self, distributions: Tensor) -> Tensor:
         """Logits of which `distributions` makes these."""
         return distributions
+
+    def check_soft_loss(self, soft_loss: SoftTargetLoss) -> None:
+        """Raises ValueError for a setting of the soft loss that has no meaning for this task."""
+        if self.tempered:
+            return
+        if soft_loss.divergence != "forward_kl":
+            expected = f"'forward_kl' (the default) for the task {self.name!r}"
+            because = f"its soft loss is {self.soft_term(soft_loss.divergence)}"
+            fail("kd_divergence", repr(soft_loss.divergence), expected, "Leave it out.", because=because)
+        if soft_loss.standardize_logits:
+            expected = f"False for the task {self.name!r}, whose outputs are no logits"
+            fail("kd_standardize_logits", True, expected, "Leave it out.")
+
+    def check_classes(self, soft_loss: SoftTargetLoss, classes: int) -> None:
+        """Raises ValueError for a setting that has no meaning for so few classes; `classes`: of the logits."""
+        if self.tempered and not self.over_positions:
+            DIVERGENCES[soft_loss.divergence].check(soft_loss.beta, "kd_beta", classes)
+            if soft_loss.standardize_logits:
+                check_standardized(classes, "kd_standardize_logits")
 
     def soft_loss_sum(
         self, soft_loss: SoftTargetLoss, student: Tensor, teacher: Tensor, targets: Tensor | None, mask: Tensor | None

@@ -184,17 +184,8 @@ def settings(first: FirstBatch) -> str | None:
     task, kd, smoothing = first.known_task, first.kd, first.trainer.args.label_smoothing_factor
     if task is None:
         return None
-    if not task.tempered and kd.kd_divergence != "forward_kl":
-        expected = f"'forward_kl' (the default) for the task {task.name!r}"
-        because = f"its soft loss is {task.soft_term(kd.kd_divergence)}"
-        fail("kd_divergence", repr(kd.kd_divergence), expected, "Leave it out.", because=because)
-    if not task.tempered and kd.kd_standardize_logits:
-        fail(
-            "kd_standardize_logits",
-            True,
-            f"False for the task {task.name!r}, whose outputs are no logits",
-            "Leave it out.",
-        )
+    objective, soft_loss = first.settings.objective(first.trainer.state, training=True)
+    task.check_soft_loss(soft_loss)
     if not task.embeds:
         unused = {"kd_pooling": (kd.kd_pooling, None), "kd_embedding_loss": (kd.kd_embedding_loss, "cosine")}
         for name, (value, default) in unused.items():
@@ -229,7 +220,6 @@ def settings(first: FirstBatch) -> str | None:
             what = "with kd_cross_tokenizer 'chunks'" if first.chunks else f"for the task {task.name!r}"
             fail("teacher_model", f"a list of {len(first.each)}", f"one teacher {what}", "Give a single one.")
         first.teacher.check_objective(kd.kd_divergence, (), kd.kd_standardize_logits)
-    objective, _ = first.settings.objective(first.trainer.state, training=True)
     return f"{task.name}: {objective.formula(task)}"
 
 
@@ -347,6 +337,14 @@ def _vocabularies(first: FirstBatch) -> None:
         fail("teacher_model", shown, "equal numbers of classes", "Take teachers of the same classes.", because=because)
     first.teacher_classes = next(iter(sizes), None)
     teacher.class_orders = [one.class_order for one in first.each]
+
+
+def classes(first: FirstBatch) -> None:
+    """The soft loss has a meaning for as few classes as there are."""
+    _, soft_loss = first.settings.objective(first.trainer.state, training=True)
+    for one in first.of_each() or (first,):
+        if one.teacher_classes is not None and not first.chunks:
+            first.task.check_classes(soft_loss, one.teacher_classes)
 
 
 def labels(first: FirstBatch) -> None:
@@ -515,6 +513,7 @@ WITH_MODELS: tuple[tuple[str, Check], ...] = (
     ("first batch", outputs),
     ("task", lambda first: settings(first) if first.task_by_logits else None),
     ("vocabulary", vocabulary),
+    ("task", classes),
     ("labels", labels),
     ("hard loss", hard_loss),
 )
