@@ -63,6 +63,8 @@ OTHER_PURPOSES = {
 }
 
 
+# Of these the logits are of queries, and query i of one model is not query i of another: no kd_task fits them.
+_OF_QUERIES = [name for name, purpose in OTHER_PURPOSES.items() if "detection" in purpose or "segmentation" in purpose]
 _WITHOUT_AUTO_CLASS = {"MODEL_FOR_CAUSAL_IMAGE_MODELING_MAPPING": "causal_lm"}  # ImageGPT
 
 
@@ -140,10 +142,13 @@ def outputs_declared(model: nn.Module) -> tuple[str, ...] | None:
     return None
 
 
-def refuse_other_purposes(model: nn.Module) -> None:
+def refuse_other_purposes(model: nn.Module, lists: Iterable[str] = tuple(OTHER_PURPOSES)) -> None:
     """Raises ValueError for a model of transformers that has no logits of classes, naming what it has instead.
 
     A subclass with a forward of the user's own is let through: it may have what its base has not.
+
+    Args:
+        lists: the keys of `OTHER_PURPOSES` to look in.
     """
     from transformers.models.auto import modeling_auto
 
@@ -152,13 +157,13 @@ def refuse_other_purposes(model: nn.Module) -> None:
     own = not inspect.unwrap(type(model).forward).__module__.startswith(("transformers.", "torch.nn."))
     if config is None or own:
         return
-    for name, purpose in OTHER_PURPOSES.items():
+    for name in lists:
         if isinstance(model, _listed(getattr(modeling_auto, name, {}), config)):
             outputs = outputs_declared(model)
             offers = "" if outputs is None else f", with the outputs {', '.join(outputs)}"
             fail(
                 "model",
-                f"a {type(model).__name__} for {purpose}{offers}",
+                f"a {type(model).__name__} for {OTHER_PURPOSES[name]}{offers}",
                 f"a model with class logits for one of the tasks {', '.join(TASKS)}",
                 "Take a model with such an output head. Or let a module of your own return such logits as 'logits', "
                 "and set kd_task.",
@@ -174,6 +179,8 @@ def task_for(model: nn.Module, kd_task: str | None, shifts_labels: bool) -> Task
         ValueError: a model of transformers for another purpose: see `refuse_other_purposes`.
     """
     if kd_task is not None:
+        if auto_class_of(model) is None:
+            refuse_other_purposes(model, _OF_QUERIES)
         return TASKS[kd_task].of_model(model)
     if takes_features(model):
         return TASKS["embedding"]

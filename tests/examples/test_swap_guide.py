@@ -19,6 +19,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BertForMaskedLM,
+    BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -29,10 +30,15 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     ViTImageProcessor,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
 )
 
 from tests.helpers import tiny
 from tests.helpers.script_process import run_script
+from tests.helpers.tiny_generative import wav2vec2_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "tests" / "scripts"
@@ -134,18 +140,24 @@ def text_rows(seed: int, count: int) -> dict[str, Any]:
          "answers": {"text": [animal], "answer_start": [text.index(animal)]}}
         for i, (text, animal) in enumerate(zip(texts, animals, strict=True))
     ]  # fmt: skip
-    return {"glue": glue, "ner": ner, "summarization": summaries, "qa": {"data": squad}}
+    swag = [
+        {"sent1": text, "sent2": "the", "label": i % 4, **{f"ending{j}": texts[(i + j) % count] for j in range(4)}}
+        for i, text in enumerate(texts)
+    ]
+    return {"glue": glue, "ner": ner, "summarization": summaries, "qa": {"data": squad}, "swag": swag}
 
 
 def write_data(folder: Path) -> None:
     draw = np.random.default_rng(0)
     pictures: dict[str, Dataset] = {}
     scenes: dict[str, Dataset] = {}
+    speech: dict[str, Dataset] = {}
     for seed, (split, count) in enumerate(SPLITS.items()):
         for name, rows in text_rows(seed, count).items():
             text = json.dumps(rows) if isinstance(rows, dict) else "\n".join(map(json.dumps, rows))
             (folder / f"{name}-{split}.json").write_text(text, encoding="utf-8")
-        (folder / f"lines-{split}.txt").write_text("\n".join(sentences(4 * count, seed)), encoding="utf-8")
+        texts = sentences(4 * count, seed)
+        (folder / f"lines-{split}.txt").write_text("\n".join(texts), encoding="utf-8")
         images = []
         for i in range(count):
             image = Picture.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -161,10 +173,14 @@ def write_data(folder: Path) -> None:
             {"image": [row["image"] for row in images], "label": labels},
             features=Features({"image": Image(), "label": Image()}),
         )
+        sounds = [draw.standard_normal(draw.integers(400, 800)).astype(np.float32) for _ in range(count)]
+        audio = [{"array": sound, "sampling_rate": 16000} for sound in sounds]
+        speech[split] = Dataset.from_dict({"audio": audio, "text": [text[4:11] for text in texts[:count]]})
         features = Features({"image": Image(), "labels": ClassLabel(names=["cats", "dogs"])})
         pictures[split] = Dataset.from_list(images, features=features)
     DatasetDict(pictures).save_to_disk(str(folder / "pictures"))
     DatasetDict(scenes).save_to_disk(str(folder / "scenes"))
+    DatasetDict(speech).save_to_disk(str(folder / "speech"))
 
 
 def write_models(folder: Path) -> None:
@@ -198,6 +214,14 @@ def write_models(folder: Path) -> None:
         )  # fmt: skip
         return SegformerForSemanticSegmentation(config)
 
+    def wav2vec2(hidden: int) -> Any:
+        return Wav2Vec2ForCTC(wav2vec2_config(hidden, vocab_size=len(letters), pad_token_id=0))
+
+    letters = {letter: i for i, letter in enumerate(["<pad>", "<unk>", "|", *"abcdefghijklmnopqrstuvwxyz"])}
+    folder.mkdir()
+    (folder / "letters.json").write_text(json.dumps(letters), encoding="utf-8")
+    spelled = Wav2Vec2CTCTokenizer(str(folder / "letters.json"), bos_token=None, eos_token=None)
+    speech = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(return_attention_mask=True), spelled)
     scene_names = {i: f"class {i}" for i in range(3)}
     names = {"id2label": {0: "cats", 1: "dogs"}, "label2id": {"cats": 0, "dogs": 1}, "num_labels": 2}
     torch.manual_seed(0)
@@ -215,9 +239,13 @@ def write_models(folder: Path) -> None:
         "run_image_classification.py": tiny.vit(32, hidden_size=24, **names),
         "segformer": segformer(8),
         "run_semantic_segmentation.py": segformer(16),
+        "run_swag.py": bert(BertForMultipleChoice, 24),
+        "wav2vec2": wav2vec2(16),
+        "run_speech_recognition_ctc.py": wav2vec2(24),
     }
     size = {"height": 32, "width": 32}
     processors = {"vit": ViTImageProcessor(size=size), "segformer": SegformerImageProcessor(size=size)}
+    processors["wav2vec2"] = speech
     for name, model in models.items():
         model.save_pretrained(folder / name)
         processors.get(model.config.model_type, tokenizer).save_pretrained(folder / name)
@@ -247,6 +275,8 @@ def options(name: str, given: Path, folder: Path) -> dict[str, Any]:
         "run_semantic_segmentation.py": (
             "segformer", {"dataset_name": str(given / "scenes"), "remove_unused_columns": False}
         ),
+        "run_speech_recognition_ctc.py": ("wav2vec2", {"dataset_name": str(given / "speech"), "mask_time_prob": 0.0}),
+        "run_swag.py": ("bert", text),
         "run_ner.py": ("bert", text),
         "run_clm.py": ("llama", {**lines, "block_size": 16}),
         "run_mlm.py": ("bert", {**lines, "line_by_line": True}),

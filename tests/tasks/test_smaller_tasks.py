@@ -14,6 +14,8 @@ from transformers import (
     BertForPreTraining,
     CLIPConfig,
     CLIPModel,
+    DetrConfig,
+    DetrForObjectDetection,
     DPTConfig,
     DPTForDepthEstimation,
     ElectraConfig,
@@ -22,6 +24,14 @@ from transformers import (
     ImageGPTForCausalImageModeling,
     LayoutLMConfig,
     LayoutLMForQuestionAnswering,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+    ResNetConfig,
+    Swin2SRConfig,
+    Swin2SRForImageSuperResolution,
+    SwinConfig,
     Trainer,
     ViltConfig,
     ViltForQuestionAnswering,
@@ -32,7 +42,7 @@ from transformers import (
 )
 
 from kd_trainer import DistillationTrainer
-from kd_trainer.tasks.resolve import outputs_declared
+from kd_trainer.tasks.resolve import outputs_declared, task_for
 from tests.helpers import tiny
 from tests.helpers.tiny_generative import wav2vec2_config
 
@@ -61,11 +71,62 @@ def bart_without_head() -> nn.Module:
     return BartModel(BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=tiny.VOCAB, **heads))
 
 
+DETR = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 3,
+}  # fmt: skip
+
+
+def detr() -> nn.Module:
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=["stage4"])
+    return DetrForObjectDetection(DetrConfig(backbone_config=backbone, use_timm_backbone=False, backbone=None, **DETR))
+
+
+def swin() -> SwinConfig:
+    names = [f"stage{i}" for i in range(1, 5)]
+    return SwinConfig(
+        image_size=32, patch_size=2, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2, out_features=names
+    )
+
+
+def maskformer() -> nn.Module:
+    sizes = {"fpn_feature_size": 32, "mask_feature_size": 32}
+    return MaskFormerForInstanceSegmentation(
+        MaskFormerConfig(backbone_config=swin(), decoder_config=DetrConfig(**DETR), **sizes)
+    )
+
+
+def mask2former() -> nn.Module:
+    sizes = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32}
+    layers = {"dim_feedforward": 32, "encoder_layers": 1, "decoder_layers": 1, "num_attention_heads": 2}
+    return Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(backbone_config=swin(), num_queries=3, **sizes, **layers)
+    )
+
+
 REFUSED: dict[str, tuple[Any, str, str]] = {
     "object detection": (
         lambda: YolosForObjectDetection(YolosConfig(**{**VISION, "image_size": [8, 8]}, patch_size=4)),
         "a YolosForObjectDetection for object detection",
         "pred_boxes",
+    ),
+    "object detection by queries": (detr, "a DetrForObjectDetection for object detection", "pred_boxes"),
+    "instance segmentation": (
+        maskformer,
+        "a MaskFormerForInstanceSegmentation for segmentation",
+        "masks_queries_logits",
+    ),
+    "universal segmentation": (
+        mask2former,
+        "a Mask2FormerForUniversalSegmentation for segmentation",
+        "masks_queries_logits",
+    ),
+    "image to image": (
+        lambda: Swin2SRForImageSuperResolution(
+            Swin2SRConfig(image_size=16, embed_dim=8, depths=[1], num_heads=[1], window_size=4)
+        ),
+        "a Swin2SRForImageSuperResolution for image to image",
+        "reconstruction",
     ),
     "depth": (
         lambda: DPTForDepthEstimation(DPTConfig(**VISION, patch_size=4, backbone_out_indices=[0, 0, 0, 0])),
@@ -102,6 +163,15 @@ def test_what_has_no_class_logits_is_refused_with_what_it_offers(name, tmp_path)
         DistillationTrainer(model=model, teacher_model=teacher, args=tiny.arguments(tmp_path), train_dataset=[{}])
     with pytest.raises(ValueError, match=f"`model` is {shown}"):  # and where the teacher comes by path
         DistillationTrainer(model=model, teacher_model="nowhere", args=tiny.arguments(tmp_path), train_dataset=[{}])
+
+
+@pytest.mark.parametrize(("build", "task"), [(maskformer, "semantic_segmentation"), (detr, "token_classification")])
+def test_queries_are_no_classes_or_positions_under_any_task(build, task):
+    """Query i of one model is not query i of another: their logits would fit by shape."""
+    with pytest.raises(
+        ValueError, match=r"`model` is a .* for .*segmentation|detection.*; expected a model with class"
+    ):
+        task_for(build(), task, False)
 
 
 def test_a_module_of_ones_own_with_kd_task_is_the_way_out(tmp_path):

@@ -176,6 +176,34 @@ def test_the_mixture_of_the_models_own_loss_and_the_frames(accumulate, tmp_path)
     assert 0.7 * metrics["eval_soft_loss"] + 0.3 * metrics["eval_hard_loss"] == pytest.approx(metrics["eval_loss"])
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
+def test_the_weights_do_not_depend_on_the_split(reduction, tmp_path):
+    """Of rows of unequal length; a model whose own loss sums over rows is divided by the micro-batches upstream."""
+    found = []
+    for accumulate in (1, 2, 4):
+        torch.manual_seed(0)
+        models = wav2vec2(16, ctc_loss_reduction="mean"), wav2vec2(24)
+        batches = {"per_device_train_batch_size": 8 // accumulate, "gradient_accumulation_steps": accumulate}
+        trainer = ours(tmp_path, "wav2vec2", models=models, kd_reduction=reduction, **batches)
+        before = tiny.weights(trainer.model).clone()
+        trainer.train()
+        found.append(tiny.weights(trainer.model))
+        assert (found[-1] - before).abs().max() > 1e-2
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
+@pytest.mark.parametrize("alpha", [0.7, 1.0])
+def test_doubled_padding_changes_nothing(alpha, reduction, tmp_path):
+    trainer = ours(tmp_path, "wav2vec2", kd_alpha=alpha, kd_reduction=reduction)
+    batch = collate(rows("wav2vec2")[:8])
+    longer = {name: F.pad(batch[name], (0, batch[name].shape[1])) for name in ("input_values", "attention_mask")}
+    longer["labels"] = F.pad(batch["labels"], (0, 4), value=-100)
+    losses = [trainer.compute_loss(trainer.model, inputs).item() for inputs in (batch, longer)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def test_loads_a_teacher_by_path_and_saves(tmp_path):
     student, teacher = pair("wav2vec2")
     teacher.save_pretrained(tmp_path / "teacher")
