@@ -1,4 +1,4 @@
-"""What of a batch goes into a model, and how many token ids the model knows.
+"""What of a batch goes into a model, and how many token ids the model reads.
 
 For: the trainer, the teacher and the tasks. Leaves targets to `task.py`.
 Shapes: B rows, S positions.
@@ -34,7 +34,7 @@ NOT_INPUTS = frozenset(
 TEACHER_PREFIX = "teacher_"
 # A column of the student, and with the prefix one of the teacher: the number of the text chunk that each token is in.
 CHUNK_IDS = "chunk_ids"
-# A column of the dataset that says which row it is: a teacher cache is joined by it. No model reads it.
+# A column of the dataset with the number of the row, by which a teacher cache is joined. No model reads it.
 ROW_ID = TEACHER_PREFIX + "row_id"
 # The column that selects the teachers of a row among several, by number or name.
 TEACHER_ID = TEACHER_PREFIX + "id"

@@ -1,6 +1,6 @@
 """The kinds of `Task`, and the table of tasks.
 
-For: the trainer, which knows no task. A new task is a new entry of `TASKS`.
+For: the trainer, which has no code of a single task. A new task is a new entry of `TASKS`.
 Shapes: B rows, S positions, C classes or vocabulary entries, D outputs of a regression; logits are [B, C] or [B, S, C].
 """
 
@@ -37,6 +37,7 @@ class NumbersTask(Task):
         return labels if labels is None or labels.is_floating_point() else labels.float()
 
     def labelled(self, targets: Tensor) -> Tensor:
+        """How many rows have a label."""
         return (~self._unknown(targets)).all(-1).sum()
 
     def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

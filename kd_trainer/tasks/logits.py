@@ -28,6 +28,7 @@ class Wanted(NamedTuple):
     at_least: int = 0
 
     def allows(self, tensor: Tensor) -> bool:
+        """Whether the logits may have the tensor's shape."""
         return (self.dims is None or tensor.dim() == self.dims) and tensor.shape[-1] >= self.at_least
 
 
@@ -96,7 +97,7 @@ def _chosen(groups: Sequence[_Candidates], wanted: Wanted) -> Tensor | None:
                 return None
     if groups and len(fitting[-1]) == 1:  # the last group has those of the others
         return fitting[-1][0]
-    if groups and len(groups[-1]) == 1:  # of another shape than the task has: `check_shapes` says so
+    if groups and len(groups[-1]) == 1:  # of another shape than the task has: `check_shapes` raises
         return groups[-1][0][1]
     return None
 

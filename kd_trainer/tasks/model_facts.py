@@ -1,4 +1,4 @@
-"""What is told of a model in a line: its name, its size, where it lies."""
+"""A model in one line: its name, its size, where it lies."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from .logits import logits_of
 
 _SAMPLE = 16  # positions of a row whose product is looked at
 _SIZES = (0.1, 1.0, 10.0, 100.0)  # of the known logits, each at one position: a cap shows in the large ones
-# Where a config says by what the logits are multiplied (or, for `logits_scaling`, in most models divided) and capped.
+# Fields of configs: by what the logits are multiplied (or, for `logits_scaling`, in most models divided) and capped.
 _FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISOR = "logits_scaling"
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
@@ -46,7 +46,7 @@ class OutputHead:
         model: unwrapped.
 
     Attributes:
-        scale, softcap: logits = softcap * tanh(scale * (h @ weight.T + bias) / softcap), as `fused_linear` says.
+        scale, softcap: logits = softcap * tanh(scale * (h @ weight.T + bias) / softcap), as in `fused_linear`.
         verified: whether this was seen to be so, in the mode (training or evaluation) that the model is in.
 
     Raises:
@@ -72,14 +72,17 @@ class OutputHead:
 
     @property
     def verified(self) -> bool:
+        """Whether a forward in this mode has been compared with the logits that came out."""
         return self.module.training in self._verified
 
     @property
     def scale(self) -> float:
+        """What the product is multiplied by, as far as is known."""
         return self._ways[0][0]
 
     @property
     def softcap(self) -> float | None:
+        """The cap of the logits, as far as is known; None without."""
         return self._ways[0][1]
 
     def settle(self, known: Tensor, logits: Tensor) -> bool:
@@ -130,7 +133,7 @@ def plain_heads(
 
 
 def full_logits(reason: UnsupportedHead, implementation: str) -> str:
-    """The line that says why; an error where `implementation` leaves no choice."""
+    """The line with the reason; an error where `implementation` leaves no choice."""
     if implementation == "fused":
         expected = "'auto' or 'full' with these models"
         fix = "Set kd_loss_implementation to auto: it takes full logits where it must."
@@ -171,36 +174,36 @@ def _ways(model: nn.Module) -> list[tuple[float, float | None]]:
     return [(scale, cap) for cap in (*caps, None) for scale in dict.fromkeys((*scales, 1.0))]
 
 
-def few_products(ask: Callable[[], Any], head: OutputHead) -> Tensor:
+def few_products(forward: Callable[[], Any], head: OutputHead) -> Tensor:
     """The product of the teacher's head at a few positions [B, few, V]; as `teacher_hidden`."""
     with _replaced(head, _keep) as kept:
-        outputs = ask()
+        outputs = forward()
     _right(head, kept, outputs)
     return kept["product"]
 
 
-def teacher_hidden(ask: Callable[[], Any], head: OutputHead) -> Tensor:
+def teacher_hidden(forward: Callable[[], Any], head: OutputHead) -> Tensor:
     """Final hidden states [B, S, H] of the teacher.
 
     Args:
-        ask: runs the teacher's forward once and returns its outputs.
+        forward: runs the teacher's forward once and returns its outputs.
 
     Raises:
         UnsupportedHead: see `OutputHead`.
     """
     with _replaced(head, _keep) as kept:
-        outputs = ask()
+        outputs = forward()
     _right(head, kept, outputs)
     return kept["hidden"]
 
 
 def student_loss(
-    ask: Callable[[], Any], head: OutputHead, loss: Callable[[Tensor, Tensor, Tensor | None], FusedLoss]
+    forward: Callable[[], Any], head: OutputHead, loss: Callable[[Tensor, Tensor, Tensor | None], FusedLoss]
 ) -> tuple[FusedLoss, Any, Tensor]:
     """The loss, computed inside the student's forward, its outputs (whose logits mean nothing), its hidden states.
 
     Args:
-        ask: runs the wrapped student's forward once.
+        forward: runs the wrapped student's forward once.
         loss: from hidden states [B, S, H], weight [V, H] and bias of the head.
 
     Raises:
@@ -217,7 +220,7 @@ def student_loss(
         drawn = None if head.verified else _random_state(head.module.weight.device)
         try:
             with _replaced(head, compute) as kept:
-                outputs = ask()
+                outputs = forward()
             right = _right(head, kept, outputs)
         except UnsupportedHead:
             _draw_again(drawn)
@@ -284,8 +287,8 @@ def _replaced(head: OutputHead, act: Callable[[dict[str, Any], Tensor, nn.Linear
         if "hidden" not in kept:
             raise
         cause = error.__cause__ or error  # a teacher's error is explained by what raised it
-        said = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise UnsupportedHead(f"{head.name} cannot do without its logits ({said})") from error
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise UnsupportedHead(f"{head.name} cannot do without its logits ({reason})") from error
     finally:
         if patched is None:
             del module.forward

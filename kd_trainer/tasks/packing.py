@@ -37,7 +37,7 @@ class PackingWatch:
             self.see(is_packed(batch, task.sequences(batch).shape), now=now)
 
     def see(self, packed: bool | Tensor, *, now: bool = False) -> None:
-        """Takes the answer of `is_packed`; raises ValueError where it may be read and is true."""
+        """Takes the result of `is_packed`; raises ValueError where it may be read and is true."""
         if isinstance(packed, Tensor) and packed.device.type != "cpu" and not now:
             self._note = packed if self._note is None else self._note | packed
         elif packed:

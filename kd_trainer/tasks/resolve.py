@@ -1,6 +1,6 @@
 """Which task of `TASKS` a model has: by its Auto class, its config, its labels, or in the end by its logits.
 
-For: the trainer on the first batch, and the teacher, whom the same Auto class loads.
+For: the trainer on the first batch, and the teacher, which the same Auto class loads.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def classes_of(student: nn.Module, task: Task) -> int | None:
     need not be true."""
     if task.over_tokens:
         return vocabulary_rows(student, written=True, measured=True)
-    if not task.named_classes:  # num_labels says nothing of choices or of positions
+    if not task.named_classes:  # num_labels is no number of choices or positions
         return None
     classes = getattr(getattr(student, "config", None), "num_labels", None)
     return classes if isinstance(classes, int) else None

@@ -22,17 +22,17 @@ from .logits import named_outputs
 
 MODULES = "modules.json"
 EMBEDDING = "sentence_embedding"  # the key of outputs that holds a vector for each row
-_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # the library's names, and ours
+_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # the library's names: those of kd_pooling
 _ACTIVATIONS = {"Identity": nn.Identity, "Tanh": nn.Tanh, "ReLU": nn.ReLU, "GELU": nn.GELU, "Sigmoid": nn.Sigmoid}
 # What `from_pretrained` takes to find the files of a hub name.
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-# Files of the folder that say how texts are read, copied as they are.
+# Files of the folder on how texts are read, copied as they are.
 _COPIED = ("config_sentence_transformers.json", "sentence_bert_config.json")
 _OTHER_MODULES = "Give the model as a SentenceTransformer, whose own modules then run."
 
 
 class SentenceFolder(NamedTuple):
-    """What the files of a sentence-transformers folder say.
+    """What the files of a sentence-transformers folder hold.
 
     Args:
         path: folder or hub name. where: arguments of `from_pretrained` that find it.
@@ -51,6 +51,7 @@ class SentenceFolder(NamedTuple):
 
     @property
     def normalises(self) -> bool:
+        """Whether embeddings are scaled to length 1."""
         return any(kind == "Normalize" for kind, _, _ in self.layers)
 
     @property
@@ -298,7 +299,7 @@ def _dense(folder: SentenceFolder, place: str, config: Mapping[str, Any]) -> Den
 
 
 def width_of(model: nn.Module) -> int | None:
-    """The numbers of a model's embedding, by its layers or its config; None where neither tells."""
+    """The numbers of a model's embedding, by its layers or its config; None where neither has it."""
     inner = getattr(model, "transformers_model", None)
     if takes_features(model):
         return model.get_embedding_dimension()  # type: ignore[operator]

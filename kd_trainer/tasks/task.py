@@ -68,7 +68,7 @@ class Task:
     has_formula: ClassVar[bool] = True  # of the hard loss; else the model's own is the only one
     position: ClassVar[str] = "token"  # what a position is called
     over_positions: ClassVar[bool] = False  # the classes are the positions of a row
-    cacheable: ClassVar[bool] = True  # which positions count can be told from a batch alone
+    cacheable: ClassVar[bool] = True  # which positions count follows from a batch alone
     has_hard_loss: ClassVar[bool] = True
     embeds: ClassVar[bool] = False  # a row's output is a vector, by which it is compared with other rows
     mixed_as: ClassVar[str] = "probabilities"  # what of several teachers is mixed: these, "numbers", or "" for neither
@@ -113,7 +113,7 @@ class Task:
         return self
 
     def teacher_folder(self, path: str, init_kwargs: Mapping[str, Any]) -> Any:
-        """What a teacher's folder says of the task beside its transformer; None where it says nothing."""
+        """What a teacher's folder holds for the task beside its transformer; None where there is nothing."""
         return None
 
     def teacher_module(self, teacher: Any, folder: Any = None) -> Any:
@@ -206,14 +206,14 @@ class Task:
         return F.pad(counted & ~begins_next(inputs, mask), (0, 1), value=False)
 
     def _real(self, inputs: Mapping[str, Any], shape: Sequence[int]) -> Tensor | None:
-        """Boolean [B, S]: positions that are no padding; None where no mask says."""
+        """Boolean [B, S]: positions that are no padding; None without a mask."""
         name = "decoder_attention_mask" if self.encoder_decoder else "attention_mask"
         return real_tokens(inputs.get(name), shape)
 
     def made_at(self, inputs: Mapping[str, Any], targets: Tensor) -> Tensor | None:
         """Boolean [B, S]: positions whose prediction is made at a real token, of the sequence that it is about.
 
-        None where nothing in the batch tells padding or sequences: then all are. `shift_labels` name what follows
+        None where the batch marks neither padding nor sequences: then all are. `shift_labels` name what follows
         themselves, at the end of a sequence too.
         """
         mask = self._real(inputs, targets.shape)
@@ -343,7 +343,7 @@ class Task:
         """
         logits = wide(logits)
         wrong = None if targets.device.type == "cpu" else wrong_labels(targets, logits.shape[-1])
-        if wrong is not None:  # a device would stop the process: NaN says what the rest of the batch is worth
+        if wrong is not None:  # a device would stop the process; a batch with a wrong label gets NaN
             targets = targets.masked_fill(wrong, IGNORE_INDEX)
         try:
             total = F.cross_entropy(

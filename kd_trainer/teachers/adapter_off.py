@@ -36,6 +36,7 @@ class AdapterOffTeacher(LiveTeacher):
         return self if self.model is student else AdapterOffTeacher(student, over_tokens=over_tokens)
 
     def describe(self) -> str:
+        """One line on the teacher."""
         return "the student with its adapters off"
 
     def prepare(self, device: torch.device, accelerator: Any = None) -> None:
@@ -44,7 +45,7 @@ class AdapterOffTeacher(LiveTeacher):
     def compare_classes(self, *_: Any, **__: Any) -> None:
         """The classes are the student's."""
 
-    def _ask(self, inputs: dict[str, Any], student: nn.Module | None) -> Any:
+    def _run(self, inputs: dict[str, Any], student: nn.Module | None) -> Any:
         # The wrapped one: FSDP and DeepSpeed gather the weights in its forward.
         with adapters_off(self.model):
             return (self.model if student is None else student)(**inputs)
@@ -93,7 +94,7 @@ def check_adapters(student: nn.Module, *, over_tokens: bool) -> None:
 
 
 def _is_adapter_layer(module: nn.Module) -> bool:
-    """A layer of peft that can be switched off, told by the attributes that are used here: no import of peft."""
+    """A layer of peft that can be switched off, recognised by its attributes, without importing peft."""
     return hasattr(module, "_disable_adapters") and hasattr(module, "adapter_layer_names")
 
 

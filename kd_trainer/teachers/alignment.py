@@ -45,7 +45,7 @@ def align_teacher_tokens(
         text_column: the column of the text; or of chats, lists of messages {"role", "content"}: each tokenizer's own
             chat template is applied, and the contents are aligned, not the template. An EOS token behind a content, or
             behind the text, is a chunk on its own where both sides have it.
-        tokenizer, teacher_tokenizer: fast tokenizers, which know the text positions of their tokens.
+        tokenizer, teacher_tokenizer: fast tokenizers, which give the text positions of their tokens.
         max_length: tokens kept of a row, on either side. Default None: all.
         label_column: the student's labels, one for each of its tokens; a chunk with a label of -100 is left out on both
             sides. Default None; masks that the data collator makes are honoured too.
@@ -82,7 +82,7 @@ def align_teacher_tokens(
 
 def _check_tokenizer(argument: str, tokenizer: Any, append_eos: bool) -> None:
     if not getattr(tokenizer, "is_fast", False):
-        because = "only these know where in the text a token stands (offsets)"
+        because = "only these give the place of a token in the text (offsets)"
         fix = "Load it with AutoTokenizer.from_pretrained(..., use_fast=True), or convert it to a tokenizer.json."
         fail(argument, f"a slow {type(tokenizer).__name__}", "a fast tokenizer", fix, because=because)
     if append_eos and tokenizer.eos_token_id is None:

@@ -29,7 +29,7 @@ class TeacherBatch:
     """
 
     def __init__(self) -> None:
-        # Of floating inputs, the likeliest first; None: as they come. Of several the first batch tells which.
+        # Of floating inputs, the likeliest first; None: as they come. Of several the first batch decides.
         self.dtypes: list[torch.dtype | None] = [None]
         self.device: torch.device | None = None  # of a teacher that its loader placed; None: where the batch is
         self.writes: bool | None = None  # None: not known before the first batch

@@ -1,6 +1,6 @@
-"""A teacher that reads something else than the student: its own columns in the dataset, padded beside the student's.
+"""Columns of the dataset for a teacher with other inputs than the student, padded beside the student's.
 
-For: `add_teacher_inputs` before training, `TeacherCollator` around the script's own collator. The trainer hands every
+For: `add_teacher_inputs` before training, `TeacherCollator` around the script's own collator. The trainer passes every
 column `teacher_<name>` to the teacher as `<name>`; nothing else reads them.
 """
 
@@ -62,7 +62,7 @@ def add_teacher_inputs(
     check_dataset(dataset, names, "columns")
     cut: dict[str, Any] = {"max_length": max_length} if max_length is not None else {}
     limit = getattr(teacher_tokenizer, "model_max_length", 0)
-    if max_length is not None or 0 < limit < 10**9:  # beyond it there is none
+    if max_length is not None or 0 < limit < 10**9:  # larger values mean no limit
         cut["truncation"] = True
 
     def add(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def check_dataset(dataset: Any, names: Sequence[str], argument: str) -> None:
         fail("dataset", shown, "a dataset of the datasets library", fix, error=TypeError)
     known = getattr(dataset, "column_names", None)
     for split, there in known.items() if isinstance(known, Mapping) else [("dataset", known)]:
-        if there is None:  # a stream does not always know its columns
+        if there is None:  # a stream may have columns that are not known
             continue
         missing = [name for name in names if name not in there]
         if missing:
@@ -97,8 +97,8 @@ def _check_callable(argument: str, value: Any, expected: str) -> None:
 class TeacherCollator:
     """A data collator that pads the `teacher_*` columns by the teacher's tokenizer and the rest by another collator.
 
-    When to use: around the script's own collator, which knows nothing of the teacher's columns and fails where their
-    lengths differ. It pads the chunk ids of `align_teacher_tokens` as the tokens beside them.
+    When to use: around the script's own collator, which fails where the teacher's columns differ in length. It pads the
+    chunk ids of `align_teacher_tokens` as the tokens beside them.
 
     Args:
         base_collator: makes the student's batch; it never sees a `teacher_*` column, nor `chunk_ids`.
@@ -123,17 +123,19 @@ class TeacherCollator:
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         rows = [dict(feature) for feature in features]
         chunks = [row.pop(CHUNK_IDS) for row in rows if CHUNK_IDS in row]
-        taught = [{k: row.pop(k) for k in list(row) if k.startswith(TEACHER_PREFIX)} for row in rows]
-        teacher_chunks = [row.pop(TEACHER_PREFIX + CHUNK_IDS) for row in taught if TEACHER_PREFIX + CHUNK_IDS in row]
+        teacher_rows = [{k: row.pop(k) for k in list(row) if k.startswith(TEACHER_PREFIX)} for row in rows]
+        teacher_chunks = [
+            row.pop(TEACHER_PREFIX + CHUNK_IDS) for row in teacher_rows if TEACHER_PREFIX + CHUNK_IDS in row
+        ]
         batch = dict(self.base_collator(rows))
-        names = set(taught[0])
-        if any(set(row) != names for row in taught):
+        names = set(teacher_rows[0])
+        if any(set(row) != names for row in teacher_rows):
             fix = "Add them to the whole dataset with add_teacher_inputs."
             fail("features", "rows of which some lack teacher columns", "the same columns in all", fix)
         tokens = names & {TEACHER_PREFIX + name for name in self._token_names()}
         for chosen, collate in ((tokens, self._pad), (names - tokens, self._stack)):
             if chosen:
-                own = [{k.removeprefix(TEACHER_PREFIX): row[k] for k in sorted(chosen)} for row in taught]
+                own = [{k.removeprefix(TEACHER_PREFIX): row[k] for k in sorted(chosen)} for row in teacher_rows]
                 batch.update({TEACHER_PREFIX + k: v for k, v in collate(own).items()})
         for prefix, ids in (("", chunks), (TEACHER_PREFIX, teacher_chunks)):
             if ids:

@@ -77,7 +77,7 @@ def match_classes(
         argument, what: the teacher, as an error names it.
 
     Raises:
-        ValueError: the numbers of classes differ; a name that both know stands at different ids, and `remap` is False
+        ValueError: the numbers of classes differ; a name of both stands at different ids, and `remap` is False
             or the names are no permutation of each other; or `remap` is True and the names do not tell the order.
     """
     if student_names is None or teacher_names is None:
@@ -268,7 +268,7 @@ def common_ids(student: int, teacher: int, known_by: str | None) -> int | None:
         known_by: what `check_same_tokens` returned.
 
     Raises:
-        ValueError: nothing tells that the tokens are the same; or special ids alone do, and the larger vocabulary is
+        ValueError: nothing shows that the tokens are the same; or special ids alone do, and the larger vocabulary is
             no multiple of 8, so that it holds tokens of its own rather than padding (Whisper v3: 51,866 with a new
             token in the middle, v2: 51,865).
     """
@@ -276,7 +276,7 @@ def common_ids(student: int, teacher: int, known_by: str | None) -> int | None:
         return None
     if known_by == "tokenizers" or (known_by is not None and max(student, teacher) % 8 == 0):
         return min(student, teacher)
-    because = "nothing tells that class i of one means class i of the other"
+    because = "nothing shows that class i of one means class i of the other"
     fail("teacher_model", f"a model of {teacher} token ids", f"{student} as the student", _COMPARE, because=because)
 
 

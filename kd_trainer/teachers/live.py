@@ -1,7 +1,7 @@
-"""The teacher: loaded by path, kept in eval mode and on the student's device, asked for its logits.
+"""The teacher that is run: in eval mode, without gradient, on the student's device or sharded as its backend shards.
 
 For: `trainer.py`. Leaves what teacher and student must agree on to `compatibility.py`. The teacher is never registered
-with the accelerator and never a submodule of the student: checkpoints and optimizers do not know of it.
+with the accelerator and never a submodule of the student, so that no checkpoint and no optimizer holds it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .sharding import prepare_teacher
 
 logger = logging.getLogger(__name__)
 
-# In place of a teacher: the student with its adapters switched off. It says what happens and is no likely name of a
-# folder, as "base" would be; such a folder is still reached as "./adapter_off".
+# In place of a teacher: the student with its adapters switched off. A folder of this name is reached as
+# "./adapter_off".
 ADAPTER_OFF = "adapter_off"
 # Columns that describe the tokens in `input_ids` one by one.
 OF_THE_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
@@ -54,9 +54,9 @@ class LiveTeacher:
         class_order: indices that reorder the teacher's classes into the student's, or None (see `compatibility`).
         start_tokens: decoder_start_token_id of the student and of the teacher, where they differ: the decoder's inputs,
             made by the student, begin with the teacher's own for the teacher. None where they are the same.
-        most_positions: columns of ids that the teacher can take, or None (see `teacher_errors`).
+        most_positions: columns of ids that the teacher can take, or None (see `errors.py`).
         id_limit: where the student's embedding has more rows than the teacher's, the number of the latter; the ids of
-            every batch are compared with it. None where the student would stumble first.
+            every batch are compared with it. None where the student's own lookup would fail first.
     """
 
     manifest: None = None
@@ -74,7 +74,7 @@ class LiveTeacher:
         self.prepared = model  # what is called: the model, or the backend's wrapper around it
         self.class_order: Tensor | None = None
         self.accepted = accepted_inputs(model)
-        # What would only cost: the cache, and the load-balancing loss of a mixture of experts.
+        # Outputs that only cost time and memory: the cache, and the load-balancing loss of a mixture of experts.
         routed = getattr(getattr(model, "config", None), "output_router_logits", False)
         costly = ("use_cache", "output_router_logits") if routed else ("use_cache",)
         self._off = {name: False for name in costly if name in self.accepted}
@@ -83,6 +83,7 @@ class LiveTeacher:
 
     @property
     def live(self) -> LiveTeacher:
+        """Itself: it is run."""
         return self
 
     @property
@@ -91,14 +92,16 @@ class LiveTeacher:
 
     @property
     def parts(self) -> dict[str, Any]:
+        """None: no outputs are on disk."""
         return {}
 
     @property
     def has_own_weights(self) -> bool:
+        """Whether it is no part of the student."""
         return not self.is_student
 
     def for_student(self, student: nn.Module, *, over_tokens: bool) -> LiveTeacher:
-        """Itself: it belongs to no student."""
+        """The teacher itself, which depends on no student."""
         return self
 
     def describe(self) -> str:
@@ -113,13 +116,13 @@ class LiveTeacher:
         """Logits serve every loss."""
 
     def release(self, student: nn.Module) -> None:
-        """To the CPU, where a script may hold it still; not what the backend or a loader has placed."""
+        """Moves it to the CPU, since a script may still hold it; but not what the backend or a loader has placed."""
         placed = any(getattr(self.model, name, None) is not None for name in ("hf_device_map", "quantization_method"))
         if not (placed or self.sharded or self.model is student):
             self.model.to("cpu")
 
     def prepare(self, device: torch.device, accelerator: Any = None) -> None:
-        """Places the teacher, once: whole on `device`, or sharded by the accelerator's backend (see `backends`).
+        """Places the teacher, once: whole on `device`, or sharded by the accelerator's backend (see `sharding.py`).
 
         Quantised models and those with a `device_map` stay where they are. Every process must call it.
         """
@@ -151,7 +154,7 @@ class LiveTeacher:
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of the batch the teacher reads: the student's columns that its forward takes, `teacher_*` ones first."""
         own = {k[len(TEACHER_PREFIX) :]: v for k, v in batch.items() if k.startswith(TEACHER_PREFIX) and k != ROW_ID}
-        if "input_ids" in own:  # another text: what the student's columns say of its tokens does not hold for it
+        if "input_ids" in own:  # another text: the student's columns describe other tokens
             batch = {k: v for k, v in batch.items() if k not in OF_THE_TEXT}
         taken = {**model_inputs({**batch, **own}, self.accepted), **self._off}
         ids = taken.get("decoder_input_ids")
@@ -222,7 +225,7 @@ class LiveTeacher:
         # Autocast is entered here because upstream patches only the student's forward with it.
         with torch.no_grad(), autocast:
             try:
-                return self._given.forward(lambda **given: self._ask(given, student), inputs)
+                return self._given.forward(lambda **given: self._run(given, student), inputs)
             except Exception as error:  # a forward may raise anything
                 explained = explain(self.model, inputs, error)
                 if explained is None:
@@ -232,7 +235,7 @@ class LiveTeacher:
                 for module in in_training:
                     module.training = True
 
-    def _ask(self, inputs: dict[str, Any], student: nn.Module | None) -> Any:
+    def _run(self, inputs: dict[str, Any], student: nn.Module | None) -> Any:
         if not self.compiled:
             return self.prepared(**inputs)
         if self._compiled_model is not None:
@@ -243,6 +246,6 @@ class LiveTeacher:
         except RuntimeError as error:
             outputs = self.prepared(**inputs)  # raises again where the compiler was not to blame
             self.compiled = False
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            warn(logger, "teacher_compile: the teacher runs uncompiled, because torch.compile said: %s", said)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warn(logger, "teacher_compile: the teacher runs uncompiled, because torch.compile raised: %s", reason)
             return outputs

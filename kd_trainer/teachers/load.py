@@ -18,24 +18,25 @@ from ..validation import fail, message, quoted
 
 
 def _from_pretrained(task: Task, auto_class: Any, path: str, kwargs: dict[str, Any]) -> tuple[Any, dict]:
-    """(model, loading info) by the student's Auto class, or by another one of its task, where that one knows the path.
+    """(model, loading info) by the student's Auto class; where that has none for the config, by another of its task.
 
     A causal teacher that reads images or speech too has another Auto class than a student of text alone.
     """
     others = [*auto_classes(task), *(auto_classes(TASKS["seq2seq_lm"]) if task.left_to_right else ())]
-    refusal = None
+    first_error = None
     for candidate in dict.fromkeys([auto_class, *others]):
         try:
             return candidate.from_pretrained(path, output_loading_info=True, **kwargs)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
-            refusal = refusal or error
-    raise refusal or AssertionError("there is at least the student's own Auto class")
+            first_error = first_error or error
+    raise first_error or AssertionError("there is at least the student's own Auto class")
 
 
-# Nothing is unpickled and no code of the checkpoint's runs; left open, upstream asks at the terminal and waits.
-_UNLESS_ASKED = {"use_safetensors": True, "trust_remote_code": False}
+# Nothing is unpickled and no code of the checkpoint is run; without a value, upstream waits for an answer at the
+# terminal.
+_SAFE_LOADING = {"use_safetensors": True, "trust_remote_code": False}
 
 
 def load_teacher(
@@ -43,7 +44,7 @@ def load_teacher(
 ) -> nn.Module:
     """The teacher as the module that is run: itself, or loaded by path with the Auto class of the student's task.
 
-    A path is read from safetensors unless `init_kwargs` asks otherwise, and no remote code runs unless it says so.
+    A path is read from safetensors, and no remote code runs, unless `init_kwargs` says otherwise.
 
     Args:
         task: of the student; None where it is not known yet.
@@ -75,27 +76,27 @@ def load_teacher(
     folder = None if task is None else task.teacher_folder(path, init_kwargs)
     place = {"subfolder": folder.transformer} if folder is not None and folder.transformer else {}
     try:
-        model, info = _from_pretrained(loaded_as, auto_class, path, {**_UNLESS_ASKED, **place, **init_kwargs})
+        model, info = _from_pretrained(loaded_as, auto_class, path, {**_SAFE_LOADING, **place, **init_kwargs})
     except Exception as error:  # upstream and safetensors raise many kinds
         secrets = set(secrets_in(init_kwargs))
         line = scrub((str(error).splitlines() or [""])[0], secrets)
         cause = error if scrub(str(error), secrets) == str(error) else None  # its traceback would show a secret
-        said = f"{auto_class.__name__} can load ({type(error).__name__}: {line})"
+        loadable = f"{auto_class.__name__} can load ({type(error).__name__}: {line})"
         if init_kwargs and isinstance(error, (TypeError, RuntimeError, ImportError)):
-            expected, fix = f"arguments with which {said}", "Check their names and values."
+            expected, fix = f"arguments with which {loadable}", "Check their names and values."
             raise ValueError(message("teacher_model_init_kwargs", quoted(init_kwargs), expected, fix)) from cause
         fix = "Check the path for a typing error."
         if any(Path(path).glob("*.bin")):
             fix = (
                 "Its weights are a pickle, which can run code: save them again as safetensors, or, if you trust "
-                'whoever made it, set teacher_model_init_kwargs to {"use_safetensors": false}.'
+                'its source, set teacher_model_init_kwargs to {"use_safetensors": false}.'
             )
         if "custom code" in str(error):
             fix = (
                 "It comes with code of its own: read it, and if you trust it, set teacher_model_init_kwargs to "
                 '{"trust_remote_code": true}.'
             )
-        expected = f"a folder with config.json and safetensors weights, or a hub name, that {said}"
+        expected = f"a folder with config.json and safetensors weights, or a hub name, that {loadable}"
         raise ValueError(message("teacher_model", repr(path), expected, fix)) from cause
     if init_kwargs.get("device_map") is not None and getattr(model, "hf_device_map", None) is None:
         model.hf_device_map = {"": model.device}  # upstream notes a map of several devices only

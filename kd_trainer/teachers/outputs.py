@@ -1,4 +1,4 @@
-"""What a teacher said of a batch, in one of the forms in which a cache keeps it.
+"""The teacher's output for a batch, in one of the forms in which a cache keeps it.
 
 For: `cache/formats.py`, which writes and reads them, and `training/objective.py`, which makes losses of them.
 Letters: N positions, or [B, S] or [B] of a batch; V classes, H hidden size, k classes kept, n draws.

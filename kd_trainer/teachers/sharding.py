@@ -1,7 +1,7 @@
 """The teacher under the accelerator's backend: whole on the device, or sharded as the student is.
 
 For: `live.py`. One device, DDP, FSDP 1 and ZeRO 0 to 2 keep a whole teacher in every process; FSDP2 and DeepSpeed
-ZeRO-3 shard it. The teacher never passes through `accelerator.prepare`: the accelerator knows no model but the student,
+ZeRO-3 shard it. The teacher never passes through `accelerator.prepare`: the accelerator holds no model but the student,
 so that checkpoints, backward and the patch of autocast stay the student's.
 """
 
@@ -19,7 +19,7 @@ from ..validation import fail
 
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-# What a DeepSpeed config says about weights and the forward pass; the rest of it is about the student's training.
+# The parts of a DeepSpeed config on weights and the forward pass; the others are of the student's training.
 TEACHER_KEYS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "aio", "communication_data_type", "data_types")
 
 
@@ -76,7 +76,7 @@ def layer_classes(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _wrap_policy_of(model: nn.Module, plugin: Any) -> Iterator[None]:
-    """The plugin's wrap policy made anew for `model`; the student's is back afterwards."""
+    """Inside, the plugin's wrap policy is that of `model`; afterwards it is the student's again."""
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     policy, names = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
@@ -107,7 +107,7 @@ def zero3_config(student: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
 
     Args:
         student: the student's config, which is not changed; values still "auto" become DeepSpeed's defaults.
-        model: the teacher; one in half precision keeps it where the student's config asks for no other.
+        model: the teacher; one in half precision keeps it where the student's config sets no other.
     """
     config = {key: copy.deepcopy(student[key]) for key in TEACHER_KEYS if key in student}
     zero = config["zero_optimization"]
@@ -116,7 +116,7 @@ def zero3_config(student: Mapping[str, Any], model: nn.Module) -> dict[str, Any]
     half = next((HALVES[p.dtype] for p in model.parameters() if p.dtype in HALVES), None)
     if half is not None and not any(config.get(name, {}).get("enabled") is True for name in HALVES.values()):
         config[half] = {"enabled": True}
-    # DeepSpeed asks for a batch size; nothing of a forward pass depends on it.
+    # DeepSpeed requires a batch size, on which no forward pass depends.
     return {**config, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 
 

@@ -92,7 +92,7 @@ def watch_shared_buffers(student: nn.Module, buffers: dict[str, Tensor]) -> Any:
 
 
 class _Memory:
-    """The memory of some tensors, to ask of others whether they have a byte in common."""
+    """The memory of some tensors, to find out whether others share a byte with it."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._ids = {id(tensor) for tensor in tensors}  # tensors on the meta device have no memory to compare

@@ -1,6 +1,6 @@
 """A student made of some of its teacher's layers: same widths, embeddings and head, fewer hidden layers.
 
-For: whoever has a teacher and no student yet; a student that starts from the teacher's weights needs fewer steps than
+For: a teacher without a student yet; a student that starts from the teacher's weights needs fewer steps than
 one drawn at random. Leaves training to `trainer.py`; a narrower student is a config of the user's own.
 Works for any transformers model whose config counts the entries of one stack of layers (decoder-only, encoder-only,
 vision) or of two (encoder-decoder): the stacks are found in the model, there is no table of architectures.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _COUNT = re.compile(r"(num_|n_)?((hidden|encoder|decoder)_)?(layers?|blocks?)")
 # Lists of a config with one entry a layer: layer_types, no_rope_layers, attention_layers, activation_sparsity_pattern.
 _PER_LAYER = re.compile(r".*(layer|block|pattern).*")
-# Attributes of a layer that are switched at run time and say nothing of what it computes.
+# Attributes of a layer that are switched at run time and do not change what it computes.
 _SWITCHES = frozenset({"training", "gradient_checkpointing"})
 
 # GPT-2's: the one computation by place that no attribute of a layer shows.
@@ -72,7 +72,7 @@ def student_from_teacher(
     Raises:
         TypeError: `teacher` is no transformers model (a PEFT wrapper: merge it first), or `layers` is of another type.
         ValueError: an index out of range, twice or out of order; no layer at all; another word than "every_k"; a
-            quantised teacher; a model whose layers cannot be told from its config, or change with their place.
+            quantised teacher; a model whose layers do not follow from its config, or change with their place.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,8 +110,8 @@ def _load(path: str | Path) -> PreTrainedModel:
     try:
         named = transformers.AutoConfig.from_pretrained(path).architectures or []
     except (OSError, ValueError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        expected = f"a transformers model, or the folder or hub name of one ({said})"
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        expected = f"a transformers model, or the folder or hub name of one ({reason})"
         raise type(error)(
             message("teacher", repr(str(path)), expected, "Check the path for a typing error.")
         ) from error

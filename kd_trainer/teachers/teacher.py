@@ -1,4 +1,4 @@
-"""`Teacher`: what the trainer asks a teacher, whether it is run, is the student's own base, or is read from disk."""
+"""`Teacher`: what the trainer uses of a teacher that is run, is the student's own base, or is read from disk."""
 
 from __future__ import annotations
 

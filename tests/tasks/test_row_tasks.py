@@ -267,7 +267,7 @@ def test_evaluation_of_questions_without_answers(tmp_path):
     assert len(run.predict(data).predictions) == 2
 
 
-def test_outputs_that_no_head_takes_are_described(tmp_path):
+def test_outputs_that_fit_no_task_are_described(tmp_path):
     teacher = BertForSequenceClassification(tiny.bert_config())
     run = tiny.trainer("question_answering", tmp_path, pair=(tiny.models("question_answering")[0], teacher))
     with pytest.raises(TypeError, match=r"returns a mapping with the keys logits; expected .*start_logits"):

@@ -103,7 +103,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_class_of_a_model_tells_head_and_auto_class(name):
+def test_task_and_auto_class_follow_from_the_class_of_a_model(name):
     build, task, auto_class = MODELS[name]
     model = build()
     known = auto_class_of(model)
@@ -112,7 +112,7 @@ def test_the_class_of_a_model_tells_head_and_auto_class(name):
     assert task_for(model, None, False) is TASKS[task]
 
 
-def test_every_head_has_a_model_above():
+def test_every_task_has_a_model_above():
     by_labels = {"multi_label_classification", "regression"}  # of the classifiers above: see test_row_tasks.py
     of_speech = {"ctc", "audio_frame_classification"}  # see test_speech_frames.py
     assert {task for _, task, _ in MODELS.values()} == set(TASKS) - by_labels - of_speech - {"semantic_segmentation"}
@@ -126,7 +126,7 @@ class OwnHead(BertModel):
 
 
 @pytest.mark.parametrize("model", [OwnHead(tiny.bert_config()), tiny.Plain()])
-def test_models_that_no_head_fits_have_none(model):
+def test_models_that_fit_no_task_have_none(model):
     assert auto_class_of(model) is None
     assert task_for(model, None, False) is None
     assert task_for(model, None, True) is TASKS["causal_lm"]  # a loss that upstream shifts is a causal one
@@ -138,7 +138,7 @@ def test_kd_task_wins(task):
     assert task_for(tiny.Plain(), task, True) == TASKS[task]
 
 
-def test_the_logits_of_a_plain_module_tell_its_head():
+def test_the_logits_of_a_plain_module_decide_its_task():
     assert task_from_logits(torch.zeros(2, 3)) is TASKS["classification"]
     assert task_from_logits(torch.zeros(2, 3, 4)) is TASKS["token_classification"]
     with pytest.raises(

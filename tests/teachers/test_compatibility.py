@@ -407,7 +407,7 @@ def test_ids_left_out_get_no_gradient_from_the_soft_loss(divergence, dtype):
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if name not in ("question_answering", "embedding")])
-def test_no_head_takes_other_sizes_unasked(task):
+def test_no_task_takes_other_sizes_unasked(task):
     task = TASKS[task]
     shape = (2, 5, 5)[: task.dims - 1]
     student, teacher = torch.zeros(*shape, 8), torch.zeros(*shape, 11)

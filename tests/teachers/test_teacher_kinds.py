@@ -186,7 +186,7 @@ def teach_through_ddp() -> None:
 def test_the_trainer_hands_over_the_wrapped_student(tmp_path):
     run = run_with(with_adapters(), ADAPTER_OFF, tmp_path, max_steps=1)
     seen = []
-    run.teacher._ask = lambda inputs, student, ask=run.teacher._ask: seen.append(student) or ask(inputs, student)
+    run.teacher._run = lambda inputs, student, run=run.teacher._run: seen.append(student) or run(inputs, student)
     run.train()
     assert len(seen) == 2  # the first look and the step
     assert all(student is run.model_wrapped for student in seen)
@@ -429,7 +429,7 @@ def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path, caplog):
     torch.compiler.reset()
     said = [record.message for record in caplog.records if record.name.startswith("kd_trainer")]
     assert len(said) == 1
-    assert said[0].startswith("teacher_compile: the teacher runs uncompiled, because torch.compile said: ")
+    assert said[0].startswith("teacher_compile: the teacher runs uncompiled, because torch.compile raised: ")
     assert "\n" not in said[0]
     plain = tiny.trainer("causal_lm", tmp_path, max_steps=2, **LM)
     plain.train()
