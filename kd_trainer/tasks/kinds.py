@@ -304,6 +304,7 @@ class FrameTask(Task):
     """
 
     cacheable: ClassVar[bool] = False
+    position: ClassVar[str] = "frame"
     along: ClassVar[tuple[int, str, str] | None] = (
         1,
         "frame",
