@@ -164,7 +164,7 @@ class DistillationMixin(_InFrontOf):
     def _hp_search_setup(self, trial: Any) -> None:
         """Upstream calls this first in every training, with a trial or without."""
         super()._hp_search_setup(trial)
-        self._run_settings.read(self.args)
+        self._follow_settings()
         self._run_settings.require_teacher(self.teacher)
 
     def check(self, *, evaluate: bool = True, batch: Mapping[str, Any] | None = None) -> list[CheckResult]:

@@ -112,6 +112,10 @@ class EmbeddingTask(Task):
         folder = folder or sentence_folder_of(teacher)
         return SentenceEncoder(teacher, self.pooling or "mean") if folder is None else sentence_encoder(teacher, folder)
 
+    def set_teacher(self, teacher: Any) -> None:
+        if self.pooling and getattr(teacher, "pooling_of_run", False) and teacher.pooling is not None:
+            teacher.pooling = self.pooling
+
     def teacher_settings(self, teacher: Any) -> dict[str, Any]:
         if teacher.pooling is None:  # its outputs are pooled by modules of its own
             return {}

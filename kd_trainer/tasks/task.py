@@ -120,6 +120,9 @@ class Task:
         """The module that is run as the teacher."""
         return teacher
 
+    def set_teacher(self, teacher: Any) -> None:
+        """Changes what the settings decide of the module that is run as the teacher."""
+
     def teacher_settings(self, teacher: Any) -> dict[str, Any]:
         """What a teacher cache notes of the teacher, beside its identity, that its outputs depend on."""
         return {}

@@ -86,6 +86,8 @@ def task(first: FirstBatch) -> None:
         task = task.with_settings(first.kd, student, pooling_of(first.teacher))
         first.known_task = task.with_label_names(trainer.label_names, first.batch)
         first.settings.adopt(task)
+        if first.live is not None:
+            task.set_teacher(first.live.model)
     if first.teacher is not None:
         first.teacher = first.teacher.for_student(student, over_tokens=task is not None and task.over_tokens)
         for one, member in zip(first.of_each(), first.teacher.members, strict=False):

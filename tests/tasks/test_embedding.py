@@ -332,6 +332,17 @@ def test_settings_of_embeddings_are_refused_for_other_tasks(settings, message, t
         tiny.trainer("classification", tmp_path, **settings).train()
 
 
+def test_a_pooling_that_a_script_changes_is_that_of_both_models(tmp_path):
+    run, other = trainer(tmp_path, kd_pooling="cls"), trainer(tmp_path, kd_pooling="last")
+    run.evaluate()
+    run.args.kd_pooling = "last"
+    run.train()
+    other.train()
+    assert tiny.logged(run, "loss") == tiny.logged(other, "loss")
+    run.args.kd_pooling = "cls"
+    assert run.evaluate() != other.evaluate()
+
+
 def test_unknown_names_list_the_choices():
     with pytest.raises(ValueError, match="`kd_pooling` is 'max'; expected one of 'mean', 'cls', 'last'"):
         tiny.arguments("out", kd_pooling="max")
