@@ -109,6 +109,7 @@ def _first(entry: dict[str, Any]) -> dict[str, Any]:
     return next(iter(entry.values()))
 
 
+FOUR = {name: {"logprob": value} for name, value in {"9": -0.9, "1": -1.5, "2": -2.5, "3": -9.0}.items()}
 MALFORMED = {
     "no object": (lambda a: a.clear(), "no list 'choices'"),
     "two choices": (lambda a: a["choices"].append({}), "no list 'choices' with one object"),
@@ -124,10 +125,7 @@ MALFORMED = {
     "too few": (_entry(lambda e: [e[3].pop(name) for name in list(e[3])[1:]]), "1 log-probabilities for token 3"),
     "too many": (_entry(lambda e: e[3].update({str(i): {"logprob": -9.0} for i in range(V)})), "37 log-probabilities"),
     "not the row's token": (_entry(lambda e: e[3].pop("9")), "for token 3 without its id"),
-    "another token than the k + 1": (
-        _entry(lambda e: e[3].update({"9": {"logprob": -0.5}, "36": {"logprob": -99.0}, "35": {"logprob": -98.0}})),
-        "log-probabilities for token 3; expected the 3 largest",
-    ),
+    "k + 1 with the row's token among the k": (_entry(lambda e: e.__setitem__(3, FOUR)), "4 log-probabilities for tok"),
     "a foreign id": (_entry(lambda e: e[3].update({"37": e[3].pop(_other(e[3]))})), "the token id 37; expected ids"),
     "logits": (_entry(lambda e: [x.update(logprob=-0.01) for x in e[3].values()]), "whose exponentials sum to"),
 }  # fmt: skip
