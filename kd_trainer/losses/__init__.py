@@ -41,7 +41,7 @@ from .features import (
 from .fused_arguments import chunk_rows, group_rows
 from .fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain, release_memory
 from .modules import DistillationLoss, SoftTargetLoss
-from .projection import OutputProjection, cap_and_scale, cast_as_autocast
+from .projection import MixedLogits, OutputProjection, cap_and_scale, cast_as_autocast
 from .reductions import IGNORE_INDEX, bad_rows, divide, is_bad, select_positions, wrong_labels
 from .small_batch import is_small, small_batch_loss
 from .sparse_targets import Samples, TopK, draw_samples, sampled_forward_kl, top_k, top_k_divergence
@@ -55,6 +55,7 @@ __all__ = [
     "DistillationLoss",
     "FusedLoss",
     "KLDivergenceLoss",
+    "MixedLogits",
     "OutputProjection",
     "Samples",
     "SoftTargetLoss",

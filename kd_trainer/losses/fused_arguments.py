@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..validation import check_number, check_temperature, check_tensor, fail
 from .checks import check_class_ids, check_standardized
 from .divergences import DIVERGENCES, check_divergence
-from .projection import OutputProjection, cast_as_autocast
+from .projection import MixedLogits, OutputProjection, cast_as_autocast
 from .reductions import IGNORE_INDEX, divide, select_positions
 from .sparse_targets import Samples, TopK, check_sparse
 from .tile_sparse import MOST_IDS
@@ -54,7 +54,7 @@ class FusedInputs:
     factor: float
     label_smoothing: float
     common_ids: int | None
-    teacher_logits: Tensor | None
+    teacher_logits: Tensor | MixedLogits | None
     teacher_top_k: tuple[Tensor, Tensor, Tensor] | None
     teacher_samples: tuple[Tensor, Tensor, Tensor] | None
     chunk_rows: int | None
@@ -86,7 +86,8 @@ class Job:
         capped = any(side is not None and side.softcap is not None for side in (self.student, self.teacher))
         capped = capped or self.label_smoothing > 0 or self.common_ids is not None
         capped = capped or (self.sparse is not None and self.sparse.ids.shape[1] > MOST_IDS)
-        excluding = [self.student.bias, self.teacher.bias if self.teacher is not None else self.teacher_rows]
+        rows = self.teacher.bias if self.teacher is not None else self.teacher_rows
+        excluding = [self.student.bias, *(rows.biases if isinstance(rows, MixedLogits) else [rows])]
         known = [excludes(x) for x in excluding if x is not None]
         self.plain_rows = capped or any(known)
         if None in known and self.sparse is None:
@@ -130,9 +131,13 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         common = None if common == weight.shape[0] else common
     if teacher_weight is not None:
         teacher = OutputProjection(teacher_weight.detach(), _detached(teacher_bias), g.teacher_scale, g.teacher_softcap)
-    teacher_rows: Any = _detached(select(g.teacher_logits) if teacher_hidden is None else teacher_hidden)
-    if soft is not None and teacher_rows is not None:  # the teacher output elsewhere may be NaN: 0 * NaN
-        teacher_rows = teacher_rows.masked_fill(~soft.unsqueeze(1), 0.0)
+    # The teacher output may be NaN where it is not counted: 0 * NaN.
+    counted_alone = functools.partial(_zero_elsewhere, soft)
+    teacher_rows: Any
+    if isinstance(g.teacher_logits, MixedLogits):
+        teacher_rows = g.teacher_logits.cast().each(cast(Any, select)).each(counted_alone)
+    else:
+        teacher_rows = counted_alone(_detached(select(g.teacher_logits) if teacher_hidden is None else teacher_hidden))
     sparse = _sparse(g, counted, soft)
     temperature = DIVERGENCES[g.divergence].temperature(float(g.temperature))
     setting = Setting(g.divergence, beta, temperature, labels is not None, g.standardize_logits)
@@ -158,6 +163,10 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
 
 def _counted(counted: Tensor | None, tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or counted is None else select_positions(tensor, counted)
+
+
+def _zero_elsewhere(soft: Tensor | None, rows: Any) -> Any:
+    return rows if soft is None or rows is None else rows.masked_fill(~soft.unsqueeze(1), 0.0)
 
 
 def _sparse(g: FusedInputs, counted: Tensor | None, soft: Tensor | None) -> TopK | Samples | None:
@@ -238,7 +247,7 @@ def _check_numbers(g: FusedInputs) -> None:
 
 def _check_types(g: FusedInputs) -> None:
     for name in ("labels", "soft_mask", "student_bias", "teacher_bias", "teacher_logits"):
-        if getattr(g, name) is not None:
+        if getattr(g, name) is not None and not isinstance(getattr(g, name), MixedLogits):
             check_tensor(name, getattr(g, name))
     for name in ("soft_count", "hard_count"):
         if getattr(g, name) is not None and not isinstance(getattr(g, name), Tensor):
@@ -299,7 +308,9 @@ def _check_shapes(g: FusedInputs) -> None:
             fix = "Give the teacher as logits or hidden states."
             fail("standardize_logits", True, f"False with {given[0]}", fix, because=because)
     else:
-        columns[given[0]] = forms[given[0]][..., 0] if forms[given[0]].dim() == 2 else forms[given[0]]
+        form = forms[given[0]]
+        for rows in [hidden for hidden, *_ in form.parts] if isinstance(form, MixedLogits) else [form]:
+            columns[given[0]] = rows[..., 0] if rows.dim() == 2 else rows
     for name, column in columns.items():
         if column is not None and tuple(column.shape) != (positions,):
             shown = f"of shape {list(column.shape)}"

@@ -24,7 +24,7 @@ from torch import Tensor
 from .divergences import DIVERGENCES
 from .formulas import standardize
 from .fused_arguments import CHUNK_ROWS, FusedInputs, Job, group_rows, read
-from .projection import OutputProjection
+from .projection import MixedLogits, OutputProjection
 from .reductions import IGNORE_INDEX, wrong_labels
 from .sparse_targets import TopK, bucket_divergence, sampled_forward_kl
 from .tile import compile_pays, tile_loss
@@ -64,7 +64,7 @@ def fused_linear_distillation(
     factor: float = 1.0,
     label_smoothing: float = 0.0,
     common_ids: int | None = None,
-    teacher_logits: Tensor | None = None,
+    teacher_logits: Tensor | MixedLogits | None = None,
     teacher_top_k: tuple[Tensor, Tensor, Tensor] | None = None,
     teacher_samples: tuple[Tensor, Tensor, Tensor] | None = None,
     chunk_rows: int | None = None,
@@ -92,7 +92,7 @@ def fused_linear_distillation(
         factor: of the total, e.g. the number of processes over which gradients are averaged.
         label_smoothing: of the hard loss, as torch's `cross_entropy`.
         common_ids: the soft loss sees the first so many ids of both vocabularies, renormalised; the hard loss sees all.
-        teacher_logits: [N, Vt], the teacher as logits.
+        teacher_logits: [N, Vt], the teacher as logits; of several teachers their `MixedLogits`.
         teacher_top_k: distinct ids [N, k], log-probabilities at T [N, k], log of the mass of all other ids at T [N], as
             `sparse_targets.top_k` gives them: the divergence of the k + 1 buckets.
         teacher_samples: ids [N, n], the class on top [N], entropy at T [N], as `sparse_targets.draw_samples` gives
@@ -142,7 +142,10 @@ def fused_linear_distillation_plain(
         return _nothing(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         z_s = OutputProjection(weight, bias, job.student.scale, job.student.softcap).logits(hidden)
-        z_t: Any = job.teacher_rows if job.teacher is None else job.teacher.logits(job.teacher_rows)
+        z_t: Any = job.teacher_rows
+        if isinstance(z_t, MixedLogits):
+            z_t = z_t[:]
+        z_t = z_t if job.teacher is None else job.teacher.logits(job.teacher_rows)
         soft, hard, same = _row_losses(job, z_s, z_t, slice(None))
     soft_sum, hard_sum = soft.sum() * job.setting.temperature**2, hard.sum()
     agreement = same.sum().to(hard_sum.dtype)

@@ -4,7 +4,9 @@ Letters: N positions, H hidden size, V classes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +44,57 @@ class OutputProjection:
         if factor == 1:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=factor, out=out)
+
+
+@dataclass(frozen=True)
+class MixedLogits:
+    """T * log p of a mixture of teachers, p = sum of w * softmax(z / T): computed for the rows that are sliced.
+
+    Args:
+        parts: of each teacher its final hidden states [..., H], its projection and its weight w.
+        temperature: T of the loss.
+    """
+
+    parts: tuple[tuple[Tensor, OutputProjection, float], ...]
+    temperature: float
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Of some rows of hidden states [N, H]: in memory are these [R, V] and those of one teacher."""
+        mixed: Any = None
+        for hidden, side, weight in self.parts:
+            part = torch.log_softmax(side.logits(hidden[rows]).div_(self.temperature), -1).add_(math.log(weight))
+            mixed = part if mixed is None else torch.logaddexp(mixed, part, out=mixed)
+        return mixed.mul_(self.temperature)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> MixedLogits:
+        """The same with every tensor of hidden states changed."""
+        return replace(self, parts=tuple((change(hidden), side, weight) for hidden, side, weight in self.parts))
+
+    def cast(self) -> MixedLogits:
+        """The same, detached and as autocast would hand it to a matrix product."""
+        parts = []
+        for hidden, side, weight in self.parts:
+            bias = None if side.bias is None else cast_as_autocast(side.bias).detach()
+            projection = replace(side, weight=cast_as_autocast(side.weight).detach(), bias=bias)
+            parts.append((cast_as_autocast(hidden).detach(), projection, weight))
+        return replace(self, parts=tuple(parts))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        hidden, side, _ = self.parts[0]
+        return (*hidden.shape[:-1], side.weight.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.parts[0][0].dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0][0].device
+
+    @property
+    def biases(self) -> list[Tensor | None]:
+        return [side.bias for _, side, _ in self.parts]
 
 
 def cast_as_autocast(tensor: Any) -> Any:

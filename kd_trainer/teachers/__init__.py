@@ -8,7 +8,7 @@ from .errors import check_ids, check_padding, positions_of
 from .live import ADAPTER_OFF, LiveTeacher
 from .load import load_teacher
 from .outputs import COLUMN_PREFIX, Sparse, TeacherOutput
-from .several import SeveralTeachers, cache_prefix, columns_of, naming, routed
+from .several import SeveralTeachers, cache_prefix, columns_of, mixed_hidden, naming, routed
 from .sharding import HALVES, layer_classes, reshard
 from .shared_memory import check_separate, watch_shared_buffers
 from .students import student_from_teacher
@@ -42,6 +42,7 @@ __all__ = [
     "listed",
     "load_teacher",
     "match_classes",
+    "mixed_hidden",
     "naming",
     "positions_of",
     "reshard",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import OutputProjection, Samples, TopK
+from ..losses import MixedLogits, OutputProjection, Samples, TopK
 from ..tasks import TEACHER_PREFIX
 
 Sparse = TopK | Samples
@@ -22,29 +22,31 @@ COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that join cached out
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """One of the four, aligned with the student's logits; uncounted positions hold zeros.
+    """One of these, aligned with the student's logits; uncounted positions hold zeros.
 
     Args:
         logits: [..., V].
         hidden: [..., H], final hidden states; `head` then has what makes logits of them, by the argument names of
             `fused_linear_distillation` (teacher_weight, teacher_bias, teacher_scale, teacher_softcap).
         sparse: `TopK` or `Samples` of [..., k] or [..., n].
+        mixed: of several teachers, whose heads make logits of hidden states [..., H] piece by piece.
     """
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
     sparse: Sparse | None = None
     head: Mapping[str, Any] = field(default_factory=dict)
+    mixed: MixedLogits | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TeacherOutput:
         """The same with every tensor of positions changed."""
         sparse = None if self.sparse is None else type(self.sparse)(*map(change, self.sparse))
         logits, hidden = (None if x is None else change(x) for x in (self.logits, self.hidden))
-        return TeacherOutput(logits, hidden, sparse, self.head)
+        return TeacherOutput(logits, hidden, sparse, self.head, self.mixed and self.mixed.each(change))
 
     def to(self, device: torch.device) -> TeacherOutput:
         """The same on a device; itself where it is there."""
-        one = next(x for x in (self.logits, self.hidden, *(self.sparse or ())) if x is not None)
+        one = next(x for x in (self.logits, self.hidden, self.mixed, *(self.sparse or ())) if x is not None)
         return self if one.device == device else self.each(lambda tensor: tensor.to(device))
 
     def reordered(self, order: Tensor) -> TeacherOutput:
@@ -61,7 +63,8 @@ class TeacherOutput:
     @property
     def positions(self) -> tuple[int, ...]:
         """The shape of the batch's positions, or of its rows."""
-        one = self.sparse.ids if self.sparse is not None else self.hidden if self.logits is None else self.logits
+        known = (None if self.sparse is None else self.sparse.ids, self.logits, self.hidden, self.mixed)
+        one = next((each for each in known if each is not None), None)
         return () if one is None else tuple(one.shape[:-1])
 
     def as_logits(self, accelerator: Any) -> Tensor | None:
@@ -81,4 +84,5 @@ class TeacherOutput:
             return {"teacher_top_k": tuple(self.sparse)}
         if isinstance(self.sparse, Samples):
             return {"teacher_samples": tuple(self.sparse)}
-        return {"teacher_hidden": self.hidden, "teacher_logits": self.logits, **self.head}
+        logits = self.logits if self.mixed is None else self.mixed
+        return {"teacher_hidden": self.hidden, "teacher_logits": logits, **self.head}

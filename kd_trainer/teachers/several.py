@@ -3,7 +3,8 @@
     log p = logsumexp over teachers k of (log w_k + log p_k),    p_k = softmax(z_k / T)
 
 Its logits are T * log p, so that softmax(logits / T) = p in every loss. The mean of the logits would be a product of
-experts. The teachers run one after another: the running mixture and the logits of one teacher are in memory.
+experts. The teachers run one after another: the running mixture and the logits of one teacher are in memory, or, in the
+fused loss, the hidden states of all and the logits of a few positions.
 Letters: B rows, N positions, V classes.
 """
 
@@ -11,14 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..losses import DIVERGENCES
-from ..tasks import TEACHER_ID, Task
+from ..losses import DIVERGENCES, MixedLogits, OutputProjection
+from ..tasks import TEACHER_ID, OutputHead, Task, UnsupportedHead, teacher_hidden, teacher_side, whole_weight
 from ..validation import Message, fail, nearest, quoted
 from .compatibility import Classes, match_classes
 from .outputs import COLUMN_PREFIX, TeacherOutput
@@ -41,6 +43,7 @@ class SeveralTeachers:
 
     Attributes:
         class_orders: of each, what reorders the classes of a cache into the student's, or None.
+        heads: of each that is run, its output head; None where the logits of a teacher are needed.
         classes: of vocabularies that differ in size, how many first ids are mixed; None: all.
     """
 
@@ -64,6 +67,7 @@ class SeveralTeachers:
         self.compiled = any(member.compiled for member in self.members)
         self.class_orders: list[Tensor | None] = [None] * count
         self.classes: int | None = None
+        self.heads: list[OutputHead | None] | None = None
 
     # ---- what it is ----
 
@@ -181,6 +185,35 @@ class SeveralTeachers:
                 del logits
         return TeacherOutput(logits=mixture.logits())
 
+    @contextmanager
+    def hidden(
+        self, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None, *, temperature: float
+    ) -> Iterator[TeacherOutput | None]:
+        """Without logits, which the loss mixes piece by piece; None where `heads` or the rows do not allow it.
+
+        The weights of the output heads are whole inside the context.
+        """
+        if self.heads is None or batch.get(TEACHER_ID) is not None:
+            yield None
+            return
+        with ExitStack() as stack:
+            parts: list[Any] = []
+            for index, (member, weight, head) in enumerate(zip(self.members, self.weights, self.heads, strict=True)):
+                if head is None or member.live is None:
+                    continue  # it is never run
+                given = columns_of(batch, index)
+                with naming(index):
+                    hidden = teacher_hidden(partial(member.live.outputs, given, accelerator, student), head)
+                    hidden = member.live.behind_front(hidden, given)
+                if parts and hidden.shape[:-1] != parts[0][0].shape[:-1]:
+                    raise UnsupportedHead("the teachers give hidden states for different positions")
+                side = teacher_side(head, *stack.enter_context(whole_weight(head)), hidden)
+                matrix, bias = (
+                    None if x is None else x[: self.classes] for x in (side["teacher_weight"], side["teacher_bias"])
+                )
+                parts.append((hidden, OutputProjection(cast(Any, matrix), bias, head.scale, head.softcap), weight))
+            yield TeacherOutput(mixed=MixedLogits(tuple(parts), temperature))
+
 
 class Routes:
     """Which teachers a row has, by its `teacher_id`.
@@ -258,6 +291,15 @@ class RoutedCollator:
 def routed(collator: Callable[[Any], Any], teacher: Teacher | None) -> Callable[[Any], Any]:
     """The script's collator, around which `teacher_id` is read where there are several teachers."""
     return RoutedCollator(collator, teacher.routes) if isinstance(teacher, SeveralTeachers) else collator
+
+
+def mixed_hidden(
+    teacher: Teacher, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None, temperature: float
+) -> AbstractContextManager[TeacherOutput | None]:
+    """`SeveralTeachers.hidden`; None of another teacher."""
+    if not isinstance(teacher, SeveralTeachers):
+        return nullcontext()
+    return teacher.hidden(batch, accelerator, student, temperature=temperature)
 
 
 class Mixture:

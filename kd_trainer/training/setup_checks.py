@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..cache import head_of, tokenizer_identity
 from ..losses import bad_rows
 from ..tasks import (
+    TEACHER_ID,
     TEACHER_PREFIX,
     Accepted,
     AmbiguousOutputs,
@@ -300,7 +301,12 @@ def _outputs_of_each(first: FirstBatch) -> None:
     if first.settings.always_hard:
         return
     _find_heads(first, None)
-    if first.heads is not None:
+    if first.heads is None:
+        return
+    heads = [None if one.heads is None else one.heads[1] for one in first.each]
+    run = [head is not None for head, weight in zip(heads, teacher.weights, strict=True) if weight > 0]
+    teacher.heads = heads if all(run) else None
+    if teacher.heads is None or TEACHER_ID in first.batch:
         first.path = "no logits of the student are held; of the teachers one mixture and one teacher's logits at a time"
 
 

@@ -28,7 +28,7 @@ from ..tasks import (
     teacher_side,
     whole_weight,
 )
-from ..teachers import LiveTeacher, Teacher, TeacherOutput
+from ..teachers import LiveTeacher, Teacher, TeacherOutput, mixed_hidden
 from ..validation import fail, warn
 from .objective import Counts, Objective, Parts
 from .own_loss import OwnHardLoss
@@ -122,7 +122,8 @@ class TeacherOutputs:
             head: of a live teacher, whose weight is whole inside the context; None for a cache.
         """
         if head is None:
-            yield self._output(teacher, batch, accelerator)
+            with mixed_hidden(teacher, batch.inputs, accelerator, batch.model, batch.objective.temperature) as mixed:
+                yield self._output(teacher, batch, accelerator) if mixed is None else mixed
             return
         forward = partial(teacher.outputs, batch.inputs, accelerator, batch.model)
         hidden = teacher_hidden(partial(batch.capture, "teacher", teacher.model, forward), head)

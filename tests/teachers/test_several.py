@@ -10,10 +10,19 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 import kd_trainer
-from kd_trainer import DIVERGENCES, CachedTeacher, DistillationArguments, DistillationTrainer, forward_kl
+from kd_trainer import (
+    DIVERGENCES,
+    CachedTeacher,
+    DistillationArguments,
+    DistillationTrainer,
+    forward_kl,
+    fused_linear_distillation,
+)
+from kd_trainer.losses import MixedLogits, OutputProjection, fused_linear
 from kd_trainer.tasks import TASKS
 from kd_trainer.tasks import output_head as output_head
 from kd_trainer.teachers.several import Mixture, Routes
@@ -410,14 +419,112 @@ def test_a_json_list_of_paths_with_arguments_for_each(tmp_path):
     assert DistillationArguments(teacher_model_name_or_path='["a", "b"]').teacher_model_name_or_path == ["a", "b"]
 
 
-def test_fused_is_full(monkeypatch):
+@pytest.fixture
+def all_fused(monkeypatch):
+    """The tiny vocabularies are large ones."""
     monkeypatch.setattr(output_head, "SMALL_VOCABULARY", 0)
-    teachers = several("causal_lm")
-    one = trained("causal_lm", teachers, kd_loss_implementation="fused", teacher_weights=[1, 3])
-    other = trained("causal_lm", teachers, kd_loss_implementation="full", teacher_weights=[1, 3])
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "dkd"])
+def test_fused_is_full(divergence, all_fused):
+    teachers = several("causal_lm", 3)
+    settings = {"teacher_weights": [1, 3, 0], "kd_divergence": divergence}
+    one = trained("causal_lm", teachers, kd_loss_implementation="fused", **settings)
+    other = trained("causal_lm", teachers, kd_loss_implementation="full", **settings)
     assert one._plan.heads is not None
-    assert any("of the teachers one mixture" in note for note in one._plan.notes)
+    assert "the loss is computed inside the output heads: no logits are held" in one._plan.notes
     assert_same(one, other, rel=1e-4)
+    assert one.evaluate()["eval_soft_loss"] == pytest.approx(other.evaluate()["eval_soft_loss"], rel=1e-5)
+
+
+def test_fused_makes_no_logits_of_a_teacher(all_fused, monkeypatch):
+    monkeypatch.setattr("kd_trainer.teachers.several.Mixture", None)
+    made = trained("causal_lm", several("causal_lm"), kd_loss_implementation="fused")
+    heads = [member.model.lm_head for member in made.teacher.members]
+    assert all(head is not None for head in heads)
+    assert len(tiny.logged(made, "loss")) == 3
+
+
+def test_fused_with_routes_is_full(all_fused):
+    data = with_ids(tiny.rows("causal_lm"), [0, 1, 1, 0, 1])
+    student, teachers = tiny.models("causal_lm")[0], several("causal_lm")
+    made = [
+        tiny.trainer("causal_lm", tempfile.mkdtemp(), pair=(copy.deepcopy(student), teachers), data=data,
+                     kd_loss_implementation=way, **LM)
+        for way in ("fused", "full")
+    ]  # fmt: skip
+    for each in made:
+        each.train()
+    assert any("of the teachers one mixture" in note for note in made[0]._plan.notes)
+    assert_same(*made, rel=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_loss_of_a_mixture_is_that_of_its_logits(masked):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    n, v = 9, 31
+    hidden, weight = draw(n, 4).requires_grad_(), draw(v, 4).requires_grad_()
+    parts = [(draw(n, h), OutputProjection(draw(v, h), draw(v) if h == 5 else None, 0.5, cap), w)
+             for h, cap, w in ((5, None, 0.7), (3, 4.0, 0.3))]  # fmt: skip
+    z = [side.logits(states) for states, side, _ in parts]
+    p = sum(w * (each / 2).softmax(-1) for each, (*_, w) in zip(z, parts, strict=True))
+    labels = torch.randint(v, (n,), generator=generator)
+    options = {"labels": labels, "alpha": 0.6, "temperature": 2.0}
+    if masked:
+        options["soft_mask"] = torch.arange(n) % 2 == 0
+        for states, *_ in parts:
+            states[1] = torch.nan
+    results = []
+    for given in (MixedLogits(tuple(parts), 2.0), 2 * p.log()):
+        for function in (fused_linear_distillation, fused_linear.fused_linear_distillation_plain):
+            loss = function(hidden, weight, None, None, teacher_logits=given, **options)
+            results.append((loss.total, loss.soft, loss.agreement, *torch.autograd.grad(loss.total, (hidden, weight))))
+    for other in results[1:]:
+        for one, value in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, value.to(one.dtype))
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor with memory of its own that an operation returns, of all but `torch.full`."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.known, self.numbers, self.whole = {t.untyped_storage().data_ptr() for t in known}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            place = made.untyped_storage().data_ptr()
+            if func is torch.ops.aten.full.default:
+                self.known.add(place)
+                self.whole += made.numel()
+            elif place not in self.known:
+                self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+def test_beside_the_mixture_and_a_teachers_logits_little_is_held(monkeypatch):
+    monkeypatch.setattr("kd_trainer.teachers.several._AT_ONCE", 4 * 101)
+    logits = torch.randn(3, 6, 50, 101)
+    with Largest(logits) as seen:
+        mixed("causal_lm", logits, [0.2, 0.3, 0.5], 2.0)
+    assert seen.whole == logits[0].numel()
+    assert seen.numbers <= 4 * 101
+
+
+def test_the_fused_mixture_holds_a_tile_a_teacher():
+    parts = tuple((torch.randn(4096, 8), OutputProjection(torch.randn(997, 8), None, 1.0, None), w) for w in (0.5, 0.5))
+    hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(997, 8, requires_grad=True)
+    with Largest() as seen:
+        loss = fused_linear_distillation(
+            hidden, weight, None, None, teacher_logits=MixedLogits(parts, 1.0), alpha=1.0, chunk_rows=64
+        )
+    assert loss.soft > 0
+    assert seen.numbers < 4096 * 997 / 8
 
 
 # ---- caches ----
