@@ -6,8 +6,8 @@ nothing else; formulas stand in the files below.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,16 @@ from .diagnostics.check import Inspection, LossOfPlan, examine
 from .diagnostics.results import CheckResult, has_errors
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
-from .tasks import EMBEDDING, PackingWatch, accepted_inputs, model_inputs, takes_features, unchanged_attributes
+from .report.seeds import Compared, compare_over_seeds
+from .tasks import (
+    EMBEDDING,
+    PackingWatch,
+    accepted_inputs,
+    changed_attributes,
+    model_inputs,
+    takes_features,
+    unchanged_attributes,
+)
 from .tasks import Task as Task
 from .tasks.inputs import CHUNK_IDS, ROW_ID, TEACHER_PREFIX, WithTeacherColumns
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
@@ -211,13 +220,17 @@ class DistillationMixin(_InFrontOf):
         """`Trainer.train`; writes `distillation.json` (formula and teacher, for the report) beside the results.
 
         It resumes from whole checkpoints alone: True takes the newest; a named one that is not whole is a ValueError.
-        With `kd_run` "check" it runs `check` instead, with "cache" `build_teacher_cache`, and raises SystemExit.
+        With `kd_run` "check" it runs `check` instead, with "cache" `build_teacher_cache`, with "compare" the comparison
+        of `report/seeds.py`, and raises SystemExit.
         """
         kd_run = DistillationArguments.of(self.args).kd_run
         if kd_run == "check":
             if not is_sharded(self):
                 raise SystemExit(int(has_errors(self.check())))
             self.callback_handler.callbacks = []  # `get_batch_samples` checks, after training's own preparation
+        if kd_run == "compare":
+            compare_over_seeds(Compared(self, self._changed, lambda: self._plan, self._loss_shifts_labels))
+            raise SystemExit(0)
         if self._teacher_cache.can_build and (not self._run_settings.always_hard or kd_run == "cache"):
             self.build_teacher_cache()
         elif self.teacher is not None:
@@ -236,6 +249,18 @@ class DistillationMixin(_InFrontOf):
         if self.teacher is not None and not self._run_settings.always_hard and self.is_world_process_zero():
             write_summary(self.args.output_dir, self.summary())
         return result
+
+    @contextmanager
+    def _changed(self, arguments: Mapping[str, Any], **attributes: Any) -> Iterator[None]:
+        """The trainer with other arguments and attributes; a teacher that it is without leaves the device."""
+        if self.teacher is not None and attributes.get("teacher", self) is None:
+            self.teacher.release(self.unwrapped_student())
+        try:
+            with changed_attributes(self.args, **arguments), changed_attributes(self, _plan=None, **attributes):
+                self._run_settings.read(self.args)
+                yield
+        finally:
+            self._run_settings.read(self.args)
 
     def summary(self) -> dict[str, Any]:
         """Teacher, formula and the numbers in it, as JSON values: for the report and the model card."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,6 +22,7 @@ from rich.text import Text
 from ..files import write_atomically
 from ..losses import IGNORE_INDEX
 from ..validation import fail
+from .paired import Difference, Metric, paired_differences, sentence
 from .plots import draw_all
 from .runs import NUMBERS, PREDICTIONS_FILE, Row, Run, accuracy_of, compare, finite
 
@@ -73,13 +75,14 @@ class Report:
     findings: list[str]
     notes: list[str]
     files: list[Path]
+    paired: list[Difference] = field(default_factory=list)
 
     @property
     def pictures(self) -> list[str]:
         return [path.name for path in self.files if path.suffix == ".png"]
 
 
-def _findings(rows: Sequence[Row]) -> list[str]:
+def _findings(rows: Sequence[Row], paired: Sequence[Difference], primary: Metric | None) -> list[str]:
     """Sentences that follow from the numbers alone, good or bad."""
     accuracies = [value for row in rows if (value := row.mean("test_accuracy_percent")) is not None]
     if len(rows) > 1 and len(accuracies) == len(rows) and min(accuracies) >= 99.95:
@@ -88,7 +91,12 @@ def _findings(rows: Sequence[Row]) -> list[str]:
             "This comparison cannot show what distillation brings."
         ]
     teacher = next((row for row in rows if row.role == "teacher"), None)
-    sentences = [_verdict(row) for row in rows if row.role == "student"]
+    if primary is not None:
+        sentences: list[str | None] = [
+            sentence(each._replace(metric=primary)) for each in paired if each.metric.name == primary.name
+        ]
+    else:
+        sentences = [_verdict(row) for row in rows if row.role == "student"]
     best = teacher.mean("improvement_points") if teacher else None
     if best is not None and best <= 0:
         sentences.append("The teacher is no better than the baseline: a student can gain little from it on these rows.")
@@ -174,6 +182,7 @@ def build_report(
     title: str = "Distillation report",
     notes: Iterable[str] = (),
     plots: bool = True,
+    primary: Metric | None = None,
 ) -> Report:
     """Compares runs and writes report.md, report.json and the pictures to `output_dir`.
 
@@ -186,6 +195,8 @@ def build_report(
         title: the heading.
         notes: sentences to print below the table.
         plots: draw the pictures; without matplotlib the rest is written, with a note on how to install it.
+        primary: the metric of the evaluation by which it is said whether distillation helps, from its difference over
+            the seeds and the interval of that; None: the test accuracy, by its spread.
 
     Returns:
         The `Report`, for `print_table` and `markdown_table`.
@@ -199,7 +210,7 @@ def build_report(
     if not runs:
         fail("runs", list(runs), "at least one run", "Give the output folders of Trainer runs.")
     rows = compare(runs)
-    all_notes = [*notes, *_missing(rows)]
+    all_notes = [*notes, *(_missing(rows) if primary is None else ())]
     pictures: dict[str, bytes] = {}
     if plots:
         try:
@@ -207,7 +218,9 @@ def build_report(
         except ImportError as error:
             all_notes.append(str(error))
     names = ["report.md", "report.json", *pictures]
-    report = Report(title, rows, _findings(rows), all_notes, [Path(output_dir, name) for name in names])
+    paired = paired_differences(rows)
+    findings = _findings(rows, paired, primary)
+    report = Report(title, rows, findings, all_notes, [Path(output_dir, name) for name in names], paired)
     contents: list[str | bytes] = [_markdown(report), _json(report), *pictures.values()]
     for path, content in zip(report.files, contents, strict=True):
         write_atomically(path, content)
@@ -236,6 +249,27 @@ def markdown_table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _paired_cells(each: Difference) -> list[str]:
+    numbers = [each.teacher, statistics.fmean(each.baselines), statistics.fmean(each.students)]
+    share = "–" if each.share is None else f"{100 * each.share:.0f}%"
+    name = each.metric.name.replace("_", " ") + (" (%)" if each.scale == 100 else "")
+    shown = ["–" if number is None else each.shown(number) for number in numbers]
+    return [name, *shown, each.shown(each.mean, "+"), each.shown_interval(), share]
+
+
+_PAIRED_NOTE = (
+    "Means over the seeds. Difference: student minus baseline of the same seed; its 95% interval by Student's t. "
+    "Of the lead: share of the teacher's lead over the baseline."
+)
+_PAIRED_HEADINGS = ("Evaluation", "Teacher", "Baseline", "Student", "Difference", "95% interval", "Of the lead")
+
+
+def _paired_markdown(paired: Sequence[Difference]) -> str:
+    lines = [f"| {' | '.join(_PAIRED_HEADINGS)} |", "|:---|" + "---:|" * (len(_PAIRED_HEADINGS) - 1)]
+    lines += [f"| {' | '.join(_paired_cells(each))} |" for each in paired]
+    return "\n".join(lines)
+
+
 def _how_to_read(rows: Sequence[Row]) -> str:
     counts = {len(row.runs) for row in rows}
     each = f"seeds ({'; '.join(f'{row.name}: {len(row.runs)}' for row in rows)})"
@@ -252,6 +286,9 @@ def _how_to_read(rows: Sequence[Row]) -> str:
 
 def _markdown(report: Report) -> str:
     parts = [f"# {report.title}", markdown_table(report), _how_to_read(report.rows)]
+    for name in dict.fromkeys(each.student for each in report.paired):
+        table = _paired_markdown([each for each in report.paired if each.student == name])
+        parts += [f"## {name.capitalize()} minus baseline, pair by pair", table, _PAIRED_NOTE]
     if report.findings:
         parts += ["## Findings", "\n".join(f"- {sentence}" for sentence in report.findings)]
     formulas = [f"- {row.name}: `{formula}`" for row in report.rows for formula in row.formulas()]
@@ -281,8 +318,8 @@ def _json(report: Report) -> str:
         }
         for row in report.rows
     ]
-    content = {"title": report.title, "rows": rows, "findings": report.findings, "notes": report.notes}
-    content["pictures"] = report.pictures
+    content: dict[str, Any] = {"title": report.title, "rows": rows, "findings": report.findings, "notes": report.notes}
+    content |= {"paired": [each.json() for each in report.paired], "pictures": report.pictures}
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -293,15 +330,24 @@ def print_table(report: Report, console: Console | None = None) -> None:
         if not console.is_terminal:
             console = Console(highlight=False, width=_WIDTH)
     console.print(Text(report.title, style="bold"))
-    for columns in (_ACCURACY, _FIDELITY, _SIMILARITY):
-        if not any(row.mean(column.number) is not None for row in report.rows for column in columns):
+    wide = console.width >= _WIDTH
+    for group in (_ACCURACY, _FIDELITY, _SIMILARITY):
+        columns = tuple(c for c in group if any(row.mean(c.number) is not None for row in report.rows))
+        if not columns:
             continue
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("Model", overflow="fold")
         for column in columns:
-            table.add_column(column.short, justify="right", overflow="fold", no_wrap=console.width >= _WIDTH)
+            table.add_column(column.short, justify="right", overflow="fold", no_wrap=wide)
         for row in report.rows:
             table.add_row(Text(row.name), *(_cell(row, column) for column in columns))
+        console.print(table)
+    if report.paired:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for heading in _PAIRED_HEADINGS:
+            table.add_column(heading, justify="left" if heading == _PAIRED_HEADINGS[0] else "right", no_wrap=wide)
+        for each in report.paired:
+            table.add_row(*map(Text, _paired_cells(each)))
         console.print(table)
     formulas = [f"Loss of {row.name}: {formula}" for row in report.rows for formula in row.formulas()]
     notes = [f"Note: {note}" for note in report.notes]

@@ -54,7 +54,14 @@ from .resolve import (
     task_from_logits,
     wanted_logits,
 )
-from .restore import as_in_training, same_random_numbers, unchanged_attributes, unchanged_buffers, unchanged_modes
+from .restore import (
+    as_in_training,
+    changed_attributes,
+    same_random_numbers,
+    unchanged_attributes,
+    unchanged_buffers,
+    unchanged_modes,
+)
 from .sentence_folder import sentence_folder_of
 from .task import Fault, Task, class_labels
 
@@ -85,6 +92,7 @@ __all__ = [
     "begins_next",
     "behind_front",
     "by_problem_type",
+    "changed_attributes",
     "check_batch",
     "check_required",
     "check_virtual_tokens",

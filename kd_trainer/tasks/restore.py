@@ -48,6 +48,15 @@ def unchanged_attributes(owner: Any, *names: str) -> Iterator[None]:
 
 
 @contextmanager
+def changed_attributes(owner: Any, **values: Any) -> Iterator[None]:
+    """Sets attributes of `owner`; afterwards they have the values that they had."""
+    with unchanged_attributes(owner, *values):
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+
+
+@contextmanager
 def unchanged_modes(model: nn.Module) -> Iterator[None]:
     """Afterwards each module is in training or evaluation mode as it was."""
     modes = [(module, module.training) for module in model.modules()]

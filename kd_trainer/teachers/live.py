@@ -120,6 +120,7 @@ class LiveTeacher:
         placed = any(getattr(self.model, name, None) is not None for name in ("hf_device_map", "quantization_method"))
         if not (placed or self.sharded or self.model is student):
             self.model.to("cpu")
+            self._modules = []  # the next `prepare` places it again
 
     def prepare(self, device: torch.device, accelerator: Any = None) -> None:
         """Places the teacher, once: whole on `device`, or sharded by the accelerator's backend (see `sharding.py`).

@@ -6,10 +6,10 @@ from .arguments import (
     Seq2SeqDistillationTrainingArguments,
     parse_args,
 )
-from .checkpoints import ResumableInterrupt, newest_resumable
+from .checkpoints import ResumableInterrupt, newest_resumable, on_main_process, unchanged_callbacks
 from .logs import MetricsBuffer
 from .objective import Counts, Objective
-from .settings import Settings
+from .settings import HARD_LOSS_ONLY, WITHOUT_FEATURES, Settings
 from .setup import Plan, Setup, make_plan
 from .setup_checks import (
     WITH_MODELS,
@@ -21,6 +21,8 @@ from .setup_checks import (
 )
 
 __all__ = [
+    "HARD_LOSS_ONLY",
+    "WITHOUT_FEATURES",
     "WITHOUT_MODELS",
     "WITH_MODELS",
     "Counts",
@@ -38,6 +40,8 @@ __all__ = [
     "is_sharded",
     "make_plan",
     "newest_resumable",
+    "on_main_process",
     "parse_args",
     "tokens",
+    "unchanged_callbacks",
 ]

@@ -40,7 +40,7 @@ POSITIONS = ("labels", "attended")
 SCHEDULES = ("constant", "linear", "cosine")
 CHECK_FINITE = ("step", "log", "off")
 IMPLEMENTATIONS = ("auto", "full", "fused")
-RUNS = ("train", "check", "cache")
+RUNS = ("train", "check", "cache", "compare")
 CHUNKS = "chunks"
 CROSS_TOKENIZERS = ("error", CHUNKS)
 HARD_LOSSES = ("auto", "task", "model")
@@ -201,9 +201,13 @@ class DistillationArguments:
     kd_run: str = field(
         default="train",
         metadata={
-            "help": "What trainer.train() does: train, check (print a table of results, then end with 0 or 1), or "
-            "cache (build the teacher cache in teacher_cache_dir, then end)."
+            "help": "What trainer.train() does: train, check (print a table of results, then end with 0 or 1), "
+            "cache (build the teacher cache in teacher_cache_dir, then end), or compare (baseline and distilled "
+            "student over kd_compare_seeds seeds, then the report, then end)."
         },
+    )
+    kd_compare_seeds: int = field(
+        default=3, metadata={"help": "kd_run compare: number of seeds, from `seed` upwards; more can be added later."}
     )
     teacher_model_name_or_path: list | str | None = field(
         default=None,
@@ -266,6 +270,7 @@ class DistillationArguments:
         check_choice("kd_loss_implementation", self.kd_loss_implementation, IMPLEMENTATIONS)
         check_choice("kd_schedule", self.kd_schedule, SCHEDULES)
         check_choice("kd_run", self.kd_run, RUNS)
+        check_number("kd_compare_seeds", self.kd_compare_seeds, low=1)
         check_choice("kd_hard_loss", self.kd_hard_loss, HARD_LOSSES)
         check_choice("kd_embedding_loss", self.kd_embedding_loss, EMBEDDING_LOSSES)
         if self.kd_pooling is not None:

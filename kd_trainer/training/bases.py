@@ -51,7 +51,6 @@ UPSTREAM_ATTRIBUTES = (
     "_signature_columns",
     "accelerator",
 )
-
 # Trainers whose own compute_loss the mixin replaces on purpose, since what they compute is its hard loss; and what
 # they log no longer.
 REPLACED = {

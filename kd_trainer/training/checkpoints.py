@@ -7,6 +7,7 @@ numbers, without a warning.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -24,8 +25,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 
 from ..files import digest, write_atomically
+from ..tasks import unchanged_attributes
 from ..validation import fail, message, warn
 
 logger = logging.getLogger(__name__)
@@ -260,6 +263,25 @@ def _manifest(folder: Path) -> _Manifest | None:
         return _Manifest(read["processes"], read["resumable"], {folder / name: files[name] for name in files})
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError from error
+
+
+@contextmanager
+def unchanged_callbacks(handler: Any) -> Iterator[None]:
+    """Afterwards upstream's `CallbackHandler` has the callbacks and models it had, and those with a state theirs."""
+    states = [
+        (callback, name, copy.deepcopy(value))
+        for callback in handler.callbacks
+        if isinstance(callback, ExportableState)
+        for name, value in callback.state().get("attributes", {}).items()
+    ]
+    held = ("callbacks", "model", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+    try:
+        with unchanged_attributes(handler, *held):
+            handler.callbacks = list(handler.callbacks)  # a resumed training replaces some of them
+            yield
+    finally:
+        for callback, name, value in states:
+            setattr(callback, name, value)
 
 
 class ResumableInterrupt(TrainerCallback):

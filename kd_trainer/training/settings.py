@@ -24,8 +24,17 @@ from .terms import added_terms
 
 _NAMES = (*(f.name for f in dataclasses.fields(DistillationArguments)), "label_smoothing_factor")
 # What may change without another plan; and what else may without a teacher cache.
-_FREE = frozenset({"kd_alpha", "kd_alpha_end", "kd_beta", "kd_schedule", "kd_check_finite", "kd_run"})
+_FREE = frozenset(
+    {"kd_alpha", "kd_alpha_end", "kd_beta", "kd_schedule", "kd_check_finite", "kd_run", "kd_compare_seeds"}
+)
 _FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
+
+# Arguments that switch the features off; and everything else that needs a teacher.
+WITHOUT_FEATURES: dict[str, Any] = {"kd_features": None, "kd_feature_layers": "last", "kd_relation_heads": None}
+HARD_LOSS_ONLY: dict[str, Any] = {
+    "kd_alpha": 0.0, "kd_alpha_end": None, "kd_temperature_end": None, "kd_schedule": "constant",
+    "kd_cross_tokenizer": "error", "kd_chunk_temperature": 1.0, **WITHOUT_FEATURES,
+}  # fmt: skip
 
 
 class Settings:

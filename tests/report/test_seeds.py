@@ -1,0 +1,332 @@
+"""`kd_run` "compare": the numbers of separate runs, what is on disk, what goes on after a stop, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
+
+from kd_trainer import DistillationTrainer, classification_metrics, load_run
+from kd_trainer.report import seeds
+from tests.helpers import tiny
+
+DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "initializer_range": 0.5}
+SHUFFLED = {"train_sampling_strategy": "random", "max_steps": 6}
+
+
+def pair_with_dropout():
+    torch.manual_seed(0)
+    return tuple(BertForSequenceClassification(tiny.bert_config(width, **DROPOUT)) for width in (16, 24))
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """They take longer than the runs; other tests draw them."""
+    monkeypatch.setattr(seeds, "build_report", partial(seeds.build_report, plots=False))
+
+
+def build(task, out, pair=None, *, callbacks=(), **kwargs):
+    student, teacher = pair or (pair_with_dropout() if task == "classification" else tiny.models(task))
+    compute = {"compute_metrics": classification_metrics()} if task in ("classification", "plain") else {}
+    return DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=tiny.arguments(out, **{**SHUFFLED, **kwargs}),
+        data_collator=tiny.pad,
+        train_dataset=tiny.rows(task),
+        eval_dataset=tiny.rows(task, 21, seed=2),
+        callbacks=list(callbacks),
+        **compute,
+    )
+
+
+def run(trainer):
+    with pytest.raises(SystemExit) as end:
+        trainer.train()
+    assert end.value.code == 0
+    return report_of(trainer)
+
+
+def report_of(trainer):
+    return json.loads((seeds.Path(trainer.args.output_dir) / "report" / "report.json").read_text())
+
+
+def compare(task, out, **kwargs):
+    trainer = build(task, out, kd_run="compare", kd_compare_seeds=2, **kwargs)
+    return trainer, run(trainer)
+
+
+def results(out, name, seed):
+    return json.loads((out / f"seed-{seed}" / name / "all_results.json").read_text())
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_the_numbers_are_those_of_separate_runs(tmp_path, task):
+    reduction = {"kd_reduction": "tokenmean"} if task == "causal_lm" else {}
+    compare(task, tmp_path / "switch", seed=5, optim="adamw_torch", learning_rate=1e-3, **reduction)
+    for seed in (5, 6):
+        for name, alpha in (("baseline", 0.0), ("distilled", 0.7)):
+            settings = {"seed": seed, "optim": "adamw_torch", "learning_rate": 1e-3, "kd_alpha": alpha, **reduction}
+            alone = build(task, tmp_path / name / str(seed), **settings)
+            alone.train()
+            weights = load_file(tmp_path / "switch" / f"seed-{seed}" / name / "model.safetensors")
+            expected = alone.model.state_dict()
+            assert weights
+            for key, value in weights.items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-6)
+            alone.args.kd_alpha = 0.7
+            measured, kept = alone.evaluate(), results(tmp_path / "switch", name, seed)
+            for key in ("eval_loss", "eval_hard_loss", "eval_soft_loss", "eval_teacher_agreement"):
+                assert kept[key] == pytest.approx(measured[key], rel=1e-5), key
+            if task == "classification":
+                assert kept["eval_accuracy"] == measured["eval_accuracy"]
+
+
+def test_the_seeds_and_the_students_differ(tmp_path):
+    trainer, report = compare("classification", tmp_path)
+    weights = [load_file(path)["classifier.weight"] for path in sorted(tmp_path.glob("seed-*/*/model.safetensors"))]
+    assert len(weights) == 4
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    assert [(row["name"], len(row["runs"])) for row in report["rows"]] == [
+        ("teacher", 1), ("baseline", 2), ("distilled", 2),
+    ]  # fmt: skip
+    assert {"accuracy", "hard_loss", "soft_loss", "teacher_agreement"} <= {each["metric"] for each in report["paired"]}
+    assert report["findings"][0].startswith(("Whether distillation helps", "Distillation"))
+    assert "same start" in report["notes"][0]
+    assert report["rows"][0]["mean"]["parameters"] == sum(p.numel() for p in trainer.teacher.model.parameters())
+
+
+def test_the_teacher_is_measured_as_the_students_are(tmp_path):
+    trainer, report = compare("classification", tmp_path)
+    teacher = trainer.teacher.model.eval()
+    batch = tiny.pad(tiny.rows("classification", 21, seed=2))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = teacher(**batch).logits
+    kept = json.loads((tmp_path / "teacher" / "all_results.json").read_text())
+    assert kept["eval_accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+    assert kept["eval_hard_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    torch.testing.assert_close(load_run(tmp_path / "teacher").predictions.logits, logits, rtol=1e-5, atol=1e-5)
+    accuracy = next(each for each in report["paired"] if each["metric"] == "accuracy")
+    assert accuracy["teacher"] == kept["eval_accuracy"]
+
+
+def test_a_baseline_never_calls_the_teacher(tmp_path, monkeypatch):
+    calls = []
+
+    class Counts(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            calls.append((args.output_dir.rpartition("/")[2], trainer.teacher is None, args.kd_alpha))
+
+    trainer = build("classification", tmp_path, kd_run="compare", kd_compare_seeds=1, callbacks=[Counts()])
+    run(trainer)
+    assert set(calls) == {("baseline", True, 0.0), ("distilled", False, 0.7)}
+
+
+def test_the_trainer_is_afterwards_as_it_was(tmp_path):
+    trainer = build("classification", tmp_path, kd_run="compare", kd_compare_seeds=1)
+    args, model, teacher, weights = trainer.args.to_dict(), trainer.model, trainer.teacher, tiny.weights(trainer.model)
+    run(trainer)
+    assert trainer.args.to_dict() == args
+    assert trainer.model is model
+    assert trainer.teacher is teacher
+    assert trainer.model_init is None
+    assert trainer.optimizer is None
+    assert torch.equal(tiny.weights(trainer.model), weights)
+    trainer.args.kd_run = "train"
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+@pytest.mark.parametrize("task", ["regression", "plain", "token_classification", "question_answering", "causal_lm"])
+def test_other_tasks(tmp_path, task):
+    _, report = compare(task, tmp_path, max_steps=2)
+    metrics = {each["metric"]: each for each in report["paired"]}
+    assert metrics["hard_loss"]["teacher"] is not None
+    assert len(metrics["hard_loss"]["interval_95"]) == 2
+    primary = {"causal_lm": "perplexity", "plain": "accuracy"}.get(task, "hard loss")
+    assert primary in report["findings"][0]
+
+
+def test_the_teacher_may_be_read_from_disk(tmp_path):
+    cache = {"teacher_cache_dir": str(tmp_path / "cache")}
+    _, cached = compare("classification", tmp_path / "cached", **cache)
+    _, live = compare("classification", tmp_path / "live")
+    for a, b in zip(cached["paired"], live["paired"], strict=True):
+        assert a["students"] == pytest.approx(b["students"], rel=1e-5), a["metric"]
+        assert a["teacher"] == b["teacher"]
+
+
+def test_model_init_gives_each_seed_a_start(tmp_path):
+    start, teacher = pair_with_dropout()
+
+    def new():
+        return BertForSequenceClassification(start.config)
+
+    trainer = DistillationTrainer(
+        model_init=new, teacher_model=teacher, data_collator=tiny.pad, train_dataset=tiny.rows("classification"),
+        args=tiny.arguments(tmp_path, kd_run="compare", kd_compare_seeds=2, learning_rate=1e-12),
+        eval_dataset=tiny.rows("classification", 21, seed=2),
+    )  # fmt: skip
+    report = run(trainer)
+    first, same, other, _ = (
+        load_file(path)["classifier.weight"] for path in sorted(tmp_path.glob("seed-*/*/model.safetensors"))
+    )
+    torch.testing.assert_close(first, same)
+    assert (first - other).abs().max() > 0.01
+    assert not report["notes"]
+    assert trainer.model_init is new
+
+
+# ---- stopped and started again ----
+
+
+class Stop(TrainerCallback):
+    """Ends the process at a step of a run, as a kill would."""
+
+    def __init__(self, folder, step):
+        self.folder, self.step = folder, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(self.folder) and state.global_step == self.step:
+            raise MemoryError
+
+
+CHECKPOINTS = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+
+
+def without_times(report):
+    """A report without seconds and folders."""
+    rows = [{**row, "mean": None, "std": None, "runs": None} for row in report["rows"]]
+    numbers = [
+        {name: value for name, value in each.items() if name not in ("path", "train_seconds")}
+        for row in report["rows"]
+        for each in row["runs"]
+    ]
+    return [rows, numbers, report["paired"], report["findings"], report["notes"]]
+
+
+def early():
+    return EarlyStoppingCallback(early_stopping_patience=3)
+
+
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_hard_loss", "greater_is_better": False}
+
+
+def test_it_goes_on_where_it_stopped(tmp_path):
+    settings = {
+        "kd_run": "compare",
+        "kd_compare_seeds": 2,
+        "max_steps": 8,
+        "optim": "adamw_torch",
+        **CHECKPOINTS,
+        **BEST,
+    }
+    whole = run(build("classification", tmp_path / "whole", callbacks=[early()], **settings))
+    stops = [("seed-42/baseline", 5), ("seed-42/distilled", 3), ("seed-43/baseline", 1), ("seed-43/distilled", 7)]
+    for stop in stops:
+        torch.manual_seed(len(stop))
+        trainer = build("classification", tmp_path / "stopped", callbacks=[early(), Stop(*stop)], **settings)
+        with pytest.raises(MemoryError):
+            trainer.train()
+    kept = (tmp_path / "stopped" / "seed-42" / "distilled" / "all_results.json").stat().st_mtime_ns
+    stopped = run(build("classification", tmp_path / "stopped", callbacks=[early()], **settings))
+    assert without_times(stopped) == without_times(whole)
+    assert (tmp_path / "stopped" / "seed-42" / "distilled" / "all_results.json").stat().st_mtime_ns == kept
+
+
+def test_a_student_that_is_drawn_anew_has_the_first_start(tmp_path):
+    compare("classification", tmp_path)
+    before = results(tmp_path, "baseline", 42)
+    shutil.rmtree(tmp_path / "seed-42" / "baseline")
+    _, teacher = pair_with_dropout()
+    torch.manual_seed(99)
+    other = BertForSequenceClassification(tiny.bert_config(16, **DROPOUT))
+    compare("classification", tmp_path, pair=(other, teacher))
+    assert results(tmp_path, "baseline", 42)["eval_hard_loss"] == before["eval_hard_loss"]
+
+
+def test_more_seeds_can_be_added(tmp_path):
+    compare("classification", tmp_path)
+    before = results(tmp_path, "distilled", 43)
+    report = run(build("classification", tmp_path, kd_run="compare", kd_compare_seeds=3))
+    assert len(report["rows"][2]["runs"]) == 3
+    assert results(tmp_path, "distilled", 43) == before
+
+
+def test_callbacks_begin_each_run_as_they_were(tmp_path):
+    stopping = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0)
+    settings = {**CHECKPOINTS, **BEST, "kd_run": "compare", "kd_compare_seeds": 2, "max_steps": 8}
+    run(build("classification", tmp_path, callbacks=[stopping], **settings))
+    steps = {load_run(folder).steps for folder in tmp_path.glob("seed-*/*")}
+    assert steps == {4}  # each stops at its second evaluation; with a counter of the run before at the first
+    assert stopping.early_stopping_patience_counter == 0
+
+
+# ---- what is refused ----
+
+
+def refusal(trainer):
+    with pytest.raises(ValueError, match="expected") as error:
+        trainer.train()
+    return str(error.value)
+
+
+def test_other_settings_are_refused(tmp_path):
+    compare("classification", tmp_path)
+    shown = refusal(build("classification", tmp_path, kd_run="compare", kd_temperature=2.0))
+    assert shown.startswith("`kd_temperature` is 2.0; expected the same in all runs of a comparison, because")
+    assert "begun with 3.0" in shown
+
+
+def test_another_architecture_is_refused(tmp_path):
+    compare("classification", tmp_path)
+    student, teacher = pair_with_dropout()
+    trainer = build("classification", tmp_path, pair=(teacher, copy.deepcopy(student)), kd_run="compare")
+    assert refusal(trainer).startswith("`model` is BertForSequenceClassification; expected the architecture")
+
+
+@pytest.mark.parametrize(
+    ("change", "begins"),
+    [
+        ({"eval_dataset": None}, "`eval_dataset` is None; expected data on which the students are compared"),
+        ({"teacher": None}, "`teacher_model` is None; expected a teacher, with kd_run 'compare'"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)], 0.1)}, "`optimizers` is given; expected none with kd_run"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, change, begins):
+    trainer = build("classification", tmp_path, kd_run="compare")
+    vars(trainer).update(change)
+    assert refusal(trainer).startswith(begins)
+
+
+def test_the_baseline_itself_is_refused(tmp_path):
+    trainer = build("classification", tmp_path, kd_run="compare", kd_alpha=0.0)
+    assert refusal(trainer).startswith("`kd_alpha` is 0.0; expected above 0 with kd_run 'compare'")
+
+
+def test_a_task_without_hard_loss_is_refused(tmp_path):
+    trainer = tiny.trainer("classification", tmp_path, kd_run="compare", kd_task=None)
+    trainer.args.kd_task = "embedding"
+    assert "it has no hard loss" in refusal(trainer)
+
+
+@pytest.mark.parametrize("data", ["train_dataset", "eval_dataset"])
+def test_rows_without_labels_are_refused(tmp_path, data):
+    trainer = build("classification", tmp_path, kd_run="compare")
+    for row in getattr(trainer, data):
+        del row["labels"]
+    trainer.compute_metrics = None
+    assert refusal(trainer).startswith(f"`{data}` is without labels")
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "3"])
+def test_the_number_of_seeds_is_checked(tmp_path, value):
+    with pytest.raises((ValueError, TypeError), match="`kd_compare_seeds` is"):
+        tiny.arguments(tmp_path, kd_compare_seeds=value)
