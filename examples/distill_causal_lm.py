@@ -146,6 +146,7 @@ def train_student(student, teacher, tokenizer, data, args) -> dict[str, float]:
         teacher_model=teacher,
         args=args,
         train_dataset=data["train"],
+        eval_dataset=data["validation"],  # for kd_run "compare" alone: measure() evaluates
         data_collator=default_data_collator,
         processing_class=tokenizer,
     )
