@@ -201,9 +201,8 @@ class DistillationArguments:
     kd_run: str = field(
         default="train",
         metadata={
-            "help": "What trainer.train() does: train, check (print a table of results, then end with 0 or 1), "
-            "cache (build the teacher cache in teacher_cache_dir, then end), or compare (baseline and distilled "
-            "student over kd_compare_seeds seeds, then the report, then end)."
+            "help": "What trainer.train() does: train; or, and then end: check (print a table of results), cache (build "
+            "the teacher cache), compare (baseline and distilled student over kd_compare_seeds seeds, and a report)."
         },
     )
     kd_compare_seeds: int = field(
@@ -340,12 +339,8 @@ class DistillationArguments:
             }
             for name, value in given.items():
                 if value is not None:
-                    fail(
-                        name,
-                        quoted(value),
-                        "no value without teacher_cache_dir",
-                        "Set teacher_cache_dir, or leave it out.",
-                    )
+                    fix = "Set teacher_cache_dir, or leave it out."
+                    fail(name, quoted(value), "no value without teacher_cache_dir", fix)
 
     def _check_features(self) -> None:
         given = self.kd_features = read_json_value("kd_features", self.kd_features, '{"relation": 1}')
