@@ -66,9 +66,9 @@ if TYPE_CHECKING:
     from .training.arguments import DistillationArguments as DistillationArguments
     from .training.arguments import DistillationTrainingArguments as DistillationTrainingArguments
     from .training.arguments import Seq2SeqDistillationTrainingArguments as Seq2SeqDistillationTrainingArguments
-    from .training.arguments import parse_args as parse_args
     from .training.checkpoints import ResumableInterrupt as ResumableInterrupt
     from .training.checkpoints import newest_resumable as newest_resumable
+    from .training.parse import parse_args as parse_args
 
 __version__ = "0.1.0"
 
@@ -126,9 +126,9 @@ _HOME = {
         "DistillationArguments",
         "DistillationTrainingArguments",
         "Seq2SeqDistillationTrainingArguments",
-        "parse_args",
     ],
     "training.checkpoints": ["ResumableInterrupt", "newest_resumable"],
+    "training.parse": ["parse_args"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -38,8 +38,7 @@ from .teachers import Teacher, routed
 from .training import Counts, DistillationArguments, MetricsBuffer, Objective, Plan, Settings, Setup, is_sharded
 from .training import bases as bases
 from .training.checkpoints import Checkpoints, ResumableInterrupt
-from .training.finite_watch import FiniteWatch
-from .training.logs import Evaluation, logged_row
+from .training.logs import Evaluation, FiniteWatch, logged_row
 from .training.own_loss import OwnHardLoss
 from .training.projectors import TermModules
 from .training.start_block import print_start, put_card_section, summary_of, write_summary

@@ -4,11 +4,11 @@ from .arguments import (
     DistillationArguments,
     DistillationTrainingArguments,
     Seq2SeqDistillationTrainingArguments,
-    parse_args,
 )
 from .checkpoints import ResumableInterrupt, newest_resumable, on_main_process, unchanged_callbacks
 from .logs import MetricsBuffer
 from .objective import Counts, Objective
+from .parse import parse_args
 from .settings import HARD_LOSS_ONLY, WITHOUT_FEATURES, Settings
 from .setup import Plan, Setup, make_plan
 from .setup_checks import (

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from kd_trainer import DistillationTrainer
 from kd_trainer.tasks.kinds import TASKS
-from kd_trainer.training.finite_watch import FiniteWatch
+from kd_trainer.training.logs import FiniteWatch
 from tests.helpers import tiny
 
 IGNORED = -100

@@ -23,7 +23,7 @@ from kd_trainer.losses.tile import tile_loss
 from kd_trainer.losses.tile_sparse import sparse_tile_loss
 from kd_trainer.losses.tile_types import Setting
 from kd_trainer.tasks.kinds import TASKS
-from kd_trainer.training.finite_watch import FiniteWatch
+from kd_trainer.training.logs import FiniteWatch
 from tests.helpers import tiny
 from tests.losses.test_tile import compiler
 
