@@ -139,6 +139,29 @@ def test_features_of_layers_gain_in_the_small_encoder(tmp_path, monkeypatch, cap
     assert printed[1] < printed[2] < printed[4] < printed[0]
 
 
+EMBEDDINGS = ("untrained", "trained with mean pooling", "trained with cls pooling")
+
+
+@pytest.mark.trains
+def test_embeddings_are_compared_over_seeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["embeddings.py"])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    assert len((EXAMPLES / "embeddings.py").read_text(encoding="utf-8").splitlines()) < 80
+    runpy.run_path(str(EXAMPLES / "embeddings.py"))["main"](seeds=1, teacher_steps=2, steps=3)
+    printed = figures(capsys.readouterr().out, *(rf"{name} +(-?\d\.\d+) ±" for name in EMBEDDINGS))
+    assert len({*printed}) == 3
+
+
+@pytest.mark.trains
+def test_embeddings_keep_their_promises(tmp_path):
+    printed, header = output_of("embeddings.py", tmp_path), header_of("embeddings.py")
+    patterns = [rf"{name} +(-?\d\.\d+) ±" for name in EMBEDDINGS]
+    untrained, right, wrong = found = figures(printed, *patterns)
+    assert found == pytest.approx(figures(header, *patterns), abs=0.08)  # another machine's rounding moves the teacher
+    assert right > max(untrained, wrong) + 0.015
+
+
 def test_minimal_marks_every_line_that_differs():
     """Without the marked lines it is a script of transformers and data alone."""
     lines = (EXAMPLES / "minimal.py").read_text(encoding="utf-8").splitlines()
