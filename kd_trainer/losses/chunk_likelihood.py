@@ -8,6 +8,7 @@ Letters: B rows, S tokens, C chunks, N positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -119,35 +120,42 @@ def label_log_probs(
         tile_rows: positions of a tile; None: as the fused loss.
     """
     hidden, projection = cast_as_autocast(hidden), _as_autocast(projection)
+    found = [hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        log_probs, _ = _all_log_probs(hidden, projection, labels, _tile(hidden, projection, tile_rows))
-    return log_probs
+        for rows, tile in _filled_tiles(hidden, projection, _tiles(len(hidden), None, tile_rows, projection.weight)):
+            found.append(_tile_log_probs(tile, projection, labels[rows])[0])
+    return torch.cat(found)
 
 
 def loss_of_log_probs(
     hidden: Tensor,
     projection: OutputProjection,
     labels: Tensor,
-    loss: Callable[[Tensor], tuple[Tensor, ...]],
+    loss: Callable[[Tensor, slice], tuple[Tensor, ...]],
     *,
+    groups: Tensor | None = None,
     tile_rows: int | None = None,
 ) -> tuple[Tensor, ...]:
     """A loss of the labels' log-probabilities from final hidden states [N, H], with its gradient, without logits.
 
-    As in `fused_linear_distillation` the gradient is computed beside the loss and backward only scales. The gradient at
-    a position may depend on all others, so tiles are computed twice, except for the last one: four products at most.
+    As in `fused_linear_distillation` the gradient is computed beside the loss, tile by tile, and backward only scales:
+    three products.
 
     Args:
         hidden: [N, H]; gradients flow into it and into the weight and bias of `projection`.
         labels: [N] class ids; an id out of range gives NaN.
-        loss: log-probabilities [N], in float32 or wider -> the loss, and further tensors that have no gradient.
+        loss: (log-probabilities of a tile in float32 or wider, its rows) -> the loss of the tile, and further numbers
+            that have no gradient; all add up over tiles.
+        groups: [N] integers; neighbours with the same number >= 0 are in one tile, which is higher than `tile_rows`
+            where a group is.
 
     Returns:
-        What `loss` returned.
+        The sums of what `loss` returned.
     """
     hidden, projection = cast_as_autocast(hidden), _as_autocast(projection)
+    tiles = _tiles(len(hidden), groups, tile_rows, projection.weight)
     return _FromLogProbs.apply(
-        hidden, projection.weight, projection.bias, projection, labels, loss, tile_rows, torch.is_grad_enabled()
+        hidden, projection.weight, projection.bias, projection, labels, loss, tiles, torch.is_grad_enabled()
     )
 
 
@@ -157,31 +165,37 @@ def _as_autocast(projection: OutputProjection) -> OutputProjection:
     )
 
 
-def _tile(hidden: Tensor, projection: OutputProjection, tile_rows: int | None) -> Tensor:
-    """Memory for the logits of a tile."""
-    weight = projection.weight
-    rows = tile_rows or chunk_rows(len(weight), weight.element_size(), on_cpu=weight.device.type == "cpu")
-    keep = keeps_tiles(len(hidden), weight.shape[1])
-    return kept_memory("student", max(1, min(rows, len(hidden))), len(weight), weight, keep=keep)
+def _tiles(count: int, groups: Tensor | None, tile_rows: int | None, weight: Tensor) -> list[slice]:
+    """The rows of each tile, which parts no group."""
+    most = tile_rows or chunk_rows(len(weight), weight.element_size(), on_cpu=weight.device.type == "cpu")
+    if groups is None:
+        return [slice(start, min(start + most, count)) for start in range(0, count, most)]
+    ends = ((groups[1:] != groups[:-1]) | (groups[1:] < 0)).nonzero().squeeze(1).add(1).tolist()
+    tiles, start = [], 0
+    for end, following in itertools.pairwise([*ends, count, count + most + 1]):
+        if following - start > most and end > start:
+            tiles.append(slice(start, end))
+            start = end
+    return tiles
 
 
-def _parts(rows: slice, size: int) -> Iterator[slice]:
-    for start in range(rows.start, rows.stop, size):
-        yield slice(start, min(start + size, rows.stop))
+def _filled_tiles(hidden: Tensor, projection: OutputProjection, tiles: list[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of each tile and h @ weight.T + bias, in the same memory."""
+    weight, most = projection.weight, max((rows.stop - rows.start for rows in tiles), default=1)
+    memory = kept_memory("student", most, len(weight), weight, keep=keeps_tiles(len(hidden), weight.shape[1]))
+    for rows in tiles:
+        yield rows, projection.product(hidden[rows], 1.0, memory[: rows.stop - rows.start])
 
 
-def _all_log_probs(hidden: Tensor, projection: OutputProjection, labels: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
-    """The labels' log-probabilities [N] and the log of the sum of exponentials [N]; the last tile stays filled."""
-    wrong = wrong_labels(labels, len(projection.weight)) | (labels < 0)
-    index = labels.masked_fill(wrong, 0).long().unsqueeze(1)
-    of_label = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    norms = torch.empty_like(of_label)
-    for rows in _parts(slice(0, len(hidden)), len(tile)):
-        filled = projection.product(hidden[rows], 1.0, tile[: rows.stop - rows.start])
-        for part in _parts(rows, block_rows(filled)):
-            logits = projection.capped(widened(filled[part.start - rows.start : part.stop - rows.start]))
-            norms[part] = logits.logsumexp(-1)
-            of_label[part] = logits.gather(1, index[part]).squeeze(1)
+def _tile_log_probs(tile: Tensor, projection: OutputProjection, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels' log-probabilities [R] of a tile, and the logarithms of the sums of exponentials [R]."""
+    wrong = wrong_labels(labels, tile.shape[1]) | (labels < 0)
+    index, found = labels.masked_fill(wrong, 0).long().unsqueeze(1), []
+    size = block_rows(tile)
+    for block, own in zip(tile.split(size), index.split(size), strict=True):
+        logits = projection.capped(widened(block))
+        found.append((logits.gather(1, own).squeeze(1), logits.logsumexp(-1)))
+    of_label, norms = (torch.cat(column) for column in zip(*found, strict=True))
     return (of_label - norms).clamp(max=0).masked_fill(wrong, torch.nan), norms
 
 
@@ -196,74 +210,84 @@ class _FromLogProbs(torch.autograd.Function):
         bias: Tensor | None,
         projection: OutputProjection,
         labels: Tensor,
-        loss: Callable[[Tensor], tuple[Tensor, ...]],
-        tile_rows: int | None,
+        loss: Callable[[Tensor, slice], tuple[Tensor, ...]],
+        tiles: list[slice],
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
         wanted = [grad_enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+        gradients = _Gradients(hidden, weight, wanted)
         with torch.autocast(hidden.device.type, enabled=False):
-            tile = _tile(hidden, projection, tile_rows)
-            log_probs, norms = _all_log_probs(hidden, projection, labels, tile)
-            with torch.set_grad_enabled(any(wanted)):
-                results = loss(log_probs.requires_grad_(any(wanted)))
+            nothing = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+            sums = loss(nothing, slice(0, 0))
+            for rows, tile in _filled_tiles(hidden, projection, tiles):
+                log_probs, norms = _tile_log_probs(tile, projection, labels[rows])
+                with torch.set_grad_enabled(any(wanted)):
+                    found = loss(log_probs.requires_grad_(any(wanted)), rows)
+                sums = tuple(a + b.detach() for a, b in zip(sums, found, strict=True))
                 if any(wanted):
-                    (slope,) = torch.autograd.grad(results[0], log_probs, materialize_grads=True)
-            gradients: list[Tensor | None] = [None, None, None]
-            ctx.unit = 1.0
-            if any(wanted):
-                log_probs = log_probs.detach()
-                if hidden.dtype == torch.float16 and len(slope):  # gradients divided by counts would vanish
-                    ctx.unit = slope.abs().amax().clamp(min=torch.finfo(slope.dtype).tiny)
-                gradients = _gradients(hidden, projection, labels, tile, log_probs, norms, slope / ctx.unit, wanted)
-        ctx.save_for_backward(*gradients)
-        results = tuple(each.detach() for each in results)
-        ctx.mark_non_differentiable(*results[1:])
-        return results
+                    (slope,) = torch.autograd.grad(found[0], log_probs, materialize_grads=True)
+                    unit = gradients.unit(slope)
+                    _to_gradient(tile, projection, labels[rows], log_probs.detach(), norms, slope / unit)
+                    gradients.add(tile, hidden[rows], rows, unit)
+        ctx.save_for_backward(*gradients.found())
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(*sums[1:])
+        return sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Any, ...]:
-        factor = grad_total * ctx.unit
-        scaled = (g if g is None else (g.to(factor.dtype) * factor).to(g.dtype) for g in ctx.saved_tensors)
+        same = grad_total.device.type == "cpu" and grad_total.item() == 1
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = (g if g is None else (g if same else g.to(grad_total.dtype) * grad_total).to(to) for g, to in pairs)
         return *scaled, None, None, None, None, None
 
 
-def _gradients(
-    hidden: Tensor, projection: OutputProjection, labels: Tensor, tile: Tensor, log_probs: Tensor, norms: Tensor,
-    slope: Tensor, wanted: list[bool],
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of hidden states, weight and bias from that of the log-probabilities, `slope` [N].
+def _to_gradient(
+    tile: Tensor, projection: OutputProjection, labels: Tensor, log_probs: Tensor, norms: Tensor, slope: Tensor
+) -> None:
+    """Overwrites a tile with the gradient at the product, from that of the log-probabilities, `slope` [R]."""
+    index = labels.clamp(0, tile.shape[1] - 1).long().unsqueeze(1)
+    at_label = (-torch.expm1(log_probs) * slope).unsqueeze(1)  # 1 - q may be very small
+    columns = (tile, index, at_label, norms.unsqueeze(1), slope.unsqueeze(1))
+    size = block_rows(tile)
+    for block, own, of_label, norm, weight in zip(*(column.split(size) for column in columns), strict=True):
+        logits = projection.capped(widened(block))
+        gradient = torch.exp(logits - norm).mul_(-weight).scatter_(1, own, of_label)
+        if projection.softcap is not None:
+            gradient.mul_(1 - (logits / projection.softcap).square())
+        block.copy_(gradient if projection.scale == 1 else gradient.mul_(projection.scale))
 
-    Args:
-        tile: the logits of the last rows, as `_all_log_probs` left them.
+
+class _Gradients:
+    """The gradients of hidden states, weight and bias, summed over tiles.
+
+    In float16 a gradient that is divided by counts would vanish: tiles have a unit, and sums are float32.
     """
-    weight = projection.weight
-    sums = torch.promote_types(weight.dtype, torch.float32)
-    of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    of_weight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None
-    of_bias = torch.zeros(len(weight), dtype=sums, device=weight.device) if wanted[2] else None
-    index = labels.clamp(0, len(weight) - 1).long().unsqueeze(1)
-    last_first = reversed(list(_parts(slice(0, len(hidden)), len(tile))))
-    for number, rows in enumerate(last_first):
-        filled = tile[: rows.stop - rows.start]
-        if number:
-            projection.product(hidden[rows], 1.0, filled)
-        for part in _parts(rows, block_rows(filled)):
-            block = filled[part.start - rows.start : part.stop - rows.start]
-            logits = projection.capped(widened(block))
-            gradient = torch.exp(logits - norms[part, None]).mul_(-slope[part, None])
-            at_label = -torch.expm1(log_probs[part]) * slope[part]  # 1 - q may be very small
-            gradient.scatter_(1, index[part], at_label.unsqueeze(1))
-            if projection.softcap is not None:
-                gradient.mul_(1 - (logits / projection.softcap).square())
-            block.copy_(gradient if projection.scale == 1 else gradient.mul_(projection.scale))
-        if of_hidden is not None:
-            torch.mm(filled, weight, out=of_hidden[rows])
-        if of_weight is not None:
-            if of_weight.dtype == filled.dtype:
-                of_weight.addmm_(filled.t(), hidden[rows])
+
+    def __init__(self, hidden: Tensor, weight: Tensor, wanted: list[bool]) -> None:
+        sums = torch.promote_types(weight.dtype, torch.float32)
+        self.small, self.weight = hidden.dtype == torch.float16, weight.detach()
+        self.of_hidden = torch.empty_like(hidden, dtype=sums if self.small else None) if wanted[0] else None
+        self.of_weight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None
+        self.of_bias = torch.zeros(len(weight), dtype=sums, device=weight.device) if wanted[2] else None
+
+    def unit(self, slope: Tensor) -> Any:
+        return slope.abs().amax().clamp(min=torch.finfo(slope.dtype).tiny) if self.small else 1.0
+
+    def add(self, tile: Tensor, hidden: Tensor, rows: slice, unit: Any) -> None:
+        if self.of_hidden is not None:
+            if self.small:
+                self.of_hidden[rows] = torch.mm(tile, self.weight).float() * unit
             else:
-                of_weight += torch.mm(filled.t(), hidden[rows])
-        if of_bias is not None:
-            of_bias += filled.sum(0, dtype=sums)
-    return [None if g is None else g.to(weight.dtype) for g in (of_hidden, of_weight, of_bias)]
+                torch.mm(tile, self.weight, out=self.of_hidden[rows])
+        if self.of_weight is not None:
+            if self.of_weight.dtype == tile.dtype:
+                self.of_weight.addmm_(tile.t(), hidden)
+            else:
+                self.of_weight += torch.mm(tile.t(), hidden) * unit
+        if self.of_bias is not None:
+            self.of_bias += tile.sum(0, dtype=self.of_bias.dtype) * unit
+
+    def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.of_hidden, self.of_weight, self.of_bias

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,17 @@ from .arguments import CHUNKS
 from .objective import Counts, Objective, Parts
 
 _TEACHER_IDS, _TEACHER_CHUNKS = TEACHER_PREFIX + "input_ids", TEACHER_PREFIX + CHUNK_IDS
+
+
+class _Scored(NamedTuple):
+    """The N positions of the student whose log-probability either loss needs, and the C chunks of all rows."""
+
+    places: Tensor  # [N] in [B * S]
+    labels: Tensor  # [N]
+    labelled: Tensor  # [N] bool: counted by the hard loss
+    chunks: Tensor  # [N] number of the chunk; -1: none
+    counted: Tensor  # [C] bool
+    likelihoods: Tensor  # [C] of the teacher
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,9 @@ class ChunkObjective(Objective):
             return super().__call__(
                 task, soft_loss, student_logits, None, inputs, counts, own_hard=own_hard, takes_own=takes_own
             )
-        index, labels = _scored(task, inputs, targets, self.positions)
-        log_probs = logits_log_probs(student_logits.flatten(0, 1)[index], labels)
-        likelihoods = self._teacher_likelihoods(TeacherOutput(logits=teacher), inputs)
-        _, chunks_sum, hard_sum = self._sums(task, log_probs, index, likelihoods, inputs, counts)
+        scored = self._scored(task, TeacherOutput(logits=teacher), inputs)
+        log_probs = logits_log_probs(student_logits.flatten(0, 1)[scored.places], scored.labels)
+        chunks_sum, hard_sum = self._sums(scored, log_probs, slice(None))
         hard_count, soft_count = self._denominators(counts)
         hard: Any = None if targets is None else divide(hard_sum, hard_count) * counts.scale
         hard, chunks = own_hard if takes_own else hard, divide(chunks_sum, soft_count) * counts.scale
@@ -99,45 +109,46 @@ class ChunkObjective(Objective):
         common_ids: int | None = None,
     ) -> FusedLoss:
         """The same from final hidden states [B, S, H] and [B, T, H], without logits."""
-        targets = task.targets(inputs)
-        index, labels = _scored(task, inputs, targets, self.positions)
-        likelihoods = self._teacher_likelihoods(teacher, inputs)
-        total, chunks, hard = loss_of_log_probs(
-            student_hidden.flatten(0, 1)[index],
-            _projection(weights, "student"),
-            labels,
-            lambda log_probs: self._sums(task, log_probs, index, likelihoods, inputs, counts),
-        )
+        scored, (hard_count, soft_count) = self._scored(task, teacher, inputs), self._denominators(counts)
+        has_labels = task.targets(inputs) is not None
+
+        def loss(log_probs: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+            chunks, hard = self._sums(scored, log_probs, rows)
+            hard_mean = divide(hard, hard_count) * counts.scale if has_labels else None
+            return self._mix(hard_mean, divide(chunks, soft_count) * counts.scale, log_probs), chunks, hard
+
+        hidden, projection = student_hidden.flatten(0, 1)[scored.places], _projection(weights, "student")
+        total, chunks, hard = loss_of_log_probs(hidden, projection, scored.labels, loss, groups=scored.chunks)
         return FusedLoss(total, chunks, hard, torch.zeros_like(hard))
 
     def parts(self, loss: FusedLoss, counts: Counts, *, labelled: bool) -> Parts:
         return super().parts(loss, counts, labelled=labelled)._replace(agreement=None)
 
-    def _sums(
-        self,
-        task: Task,
-        log_probs: Tensor,
-        index: Tensor,
-        teacher_likelihoods: Tensor,
-        inputs: Mapping[str, Any],
-        counts: Counts,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The total, and the sums of the chunk and the hard loss, from the log-probabilities of the scored positions.
+    def _scored(self, task: Task, teacher: TeacherOutput, inputs: Mapping[str, Any]) -> _Scored:
+        targets, chunks = task.targets(inputs), _of_next(inputs[CHUNK_IDS], NO_CHUNK)
+        mask, labels = task.soft_mask(inputs, targets, self.positions), _of_next(inputs["input_ids"], 0)
+        scored = chunks >= 0 if mask is None else mask & (chunks >= 0)
+        labelled = torch.zeros_like(scored) if targets is None else targets != IGNORE_INDEX
+        if targets is not None:
+            labels, scored = torch.where(labelled, targets, labels), scored | labelled
+        places = scored.flatten().nonzero().squeeze(1)
+        first = torch.arange(len(chunks), device=chunks.device).unsqueeze(1) * chunks.shape[1]
+        chunks = torch.where(chunks >= 0, chunks + first, NO_CHUNK)  # numbered over all rows
+        counted, likelihoods = _counted(task, inputs, self.positions), self._teacher_likelihoods(teacher, inputs)
+        labels, labelled, chunks = (x.flatten()[places] for x in (labels, labelled, chunks))
+        likelihoods = likelihoods.to(places.device).flatten()
+        return _Scored(places, labels, labelled, chunks, counted.flatten(), likelihoods)
 
-        Args:
-            log_probs: [N]; index: [N] their places in [B * S].
-        """
-        ids, targets = inputs[CHUNK_IDS], task.targets(inputs)
-        placed = log_probs.new_zeros(ids.numel()).index_put((index,), log_probs).view(ids.shape)
-        likelihoods = chunk_sums(placed, _of_next(ids, NO_CHUNK), ids.shape[1])
-        counted = _counted(task, inputs, self.positions)
-        student, teacher = (x.masked_fill(~counted, -1.0) for x in (likelihoods, teacher_likelihoods.to(ids.device)))
+    def _sums(self, scored: _Scored, log_probs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The sums of the chunk and the hard loss over these rows of the scored positions; they part no chunk."""
+        slots = len(scored.counted)
+        chunks = torch.where(scored.chunks[rows] >= 0, scored.chunks[rows], slots)
+        likelihoods = log_probs.new_zeros(slots + 1).index_add(0, chunks, log_probs)[:slots]
+        here = torch.zeros(slots + 1, dtype=torch.bool, device=chunks.device).index_fill(0, chunks, True)[:slots]
+        left_out = ~(here & scored.counted)
+        student, teacher = (x.masked_fill(left_out, -1.0) for x in (likelihoods, scored.likelihoods))
         chunks_sum = chunk_kl(student, teacher, temperature=self.chunk_temperature).sum()
-        hard_sum = placed.new_zeros(()) if targets is None else -placed.masked_fill(targets == IGNORE_INDEX, 0.0).sum()
-        hard_count, soft_count = self._denominators(counts)
-        hard = None if targets is None else divide(hard_sum, hard_count) * counts.scale
-        total = self._mix(hard, divide(chunks_sum, soft_count) * counts.scale, placed)
-        return total, chunks_sum, hard_sum
+        return chunks_sum, -log_probs.masked_fill(~scored.labelled[rows], 0.0).sum()
 
     @staticmethod
     def _teacher_likelihoods(teacher: TeacherOutput, inputs: Mapping[str, Any]) -> Tensor:
@@ -164,19 +175,6 @@ def _of_next(values: Tensor, last: int) -> Tensor:
 
 def _projection(given: Mapping[str, Any], side: str) -> OutputProjection:
     return OutputProjection(*(given[f"{side}_{name}"] for name in ("weight", "bias", "scale", "softcap")))
-
-
-def _scored(task: Task, inputs: Mapping[str, Any], targets: Tensor | None, positions: str) -> tuple[Tensor, Tensor]:
-    """The student's positions whose log-probability either loss needs, as places in [B * S], and their labels."""
-    labels = _of_next(inputs["input_ids"], 0)
-    mask = task.soft_mask(inputs, targets, positions)
-    mask = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
-    mask = mask & (_of_next(inputs[CHUNK_IDS], NO_CHUNK) >= 0)
-    if targets is not None:
-        labelled = targets != IGNORE_INDEX
-        labels, mask = torch.where(labelled, targets, labels), mask | labelled
-    index = mask.flatten().nonzero().squeeze(1)
-    return index, labels.flatten()[index]
 
 
 def _counted(task: Task, inputs: Mapping[str, Any], positions: str) -> Tensor:

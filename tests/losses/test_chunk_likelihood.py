@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_trainer.losses.chunk_likelihood import chunk_kl, chunk_sums, label_log_probs, log1mexp, loss_of_log_probs
+from kd_trainer.losses.chunk_likelihood import (
+    _tiles,
+    chunk_kl,
+    chunk_sums,
+    label_log_probs,
+    log1mexp,
+    loss_of_log_probs,
+)
+from kd_trainer.losses.divergences import DIVERGENCES
 from kd_trainer.losses.projection import OutputProjection
 
 
@@ -43,6 +51,8 @@ def test_one_tokenizer_and_tau_1_is_the_target_term_of_dkd():
     target_and_rest = [torch.stack([x.exp(), 1 - x.exp()], 1) for x in (log_p, log_q)]
     expected = (target_and_rest[0] * (target_and_rest[0] / target_and_rest[1]).log()).sum(1)
     torch.testing.assert_close(chunk_kl(log_q, log_p), expected, rtol=1e-9, atol=1e-12)
+    without_the_rest = DIVERGENCES["dkd"](z_s, z_t, labels=labels, beta=1e-13)
+    torch.testing.assert_close(chunk_kl(log_q, log_p), without_the_rest, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(chunk_kl(log_q.float(), log_p.float()), expected.float(), rtol=1e-5, atol=1e-6)
 
 
@@ -123,9 +133,14 @@ def problem(dtype: torch.dtype, bias: bool, n: int = 13) -> tuple:
     return *(None if x is None else x.to(dtype).requires_grad_() for x in (hidden, weight, offset)), labels
 
 
-def squares(log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A loss whose gradient at a position depends on its neighbours."""
-    return (log_probs[1:] * log_probs[:-1]).sum() / 7, log_probs.sum()
+GROUPS = torch.tensor([0, 0, 0, 1, 1, -1, -1, 4, 4, 4, 4, 4, 9])
+
+
+def squares(log_probs: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """A loss whose gradient at a position depends on the others of its group."""
+    groups = GROUPS[rows]
+    same = (groups[:, None] == groups) & (groups >= 0)
+    return (same * log_probs[:, None] * log_probs).sum() / 7, log_probs.sum()
 
 
 @pytest.mark.parametrize(("scale", "softcap", "bias"), WAYS)
@@ -133,7 +148,7 @@ def squares(log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_value_and_gradients_are_those_of_whole_logits(scale, softcap, bias, tile_rows):
     hidden, weight, offset, labels = problem(torch.float64, bias)
     projection = OutputProjection(weight, offset, scale, softcap)
-    total, log_sum = loss_of_log_probs(hidden, projection, labels, squares, tile_rows=tile_rows)
+    total, log_sum = loss_of_log_probs(hidden, projection, labels, squares, groups=GROUPS, tile_rows=tile_rows)
     (3 * total).backward()
     given = [x for x in (hidden, weight, offset) if x is not None]
     found = [x.grad.clone() for x in given]
@@ -142,7 +157,7 @@ def test_value_and_gradients_are_those_of_whole_logits(scale, softcap, bias, til
     z = scale * F.linear(hidden, weight, offset)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     log_probs = torch.log_softmax(z, -1)[torch.arange(len(labels)), labels]
-    expected, expected_sum = squares(log_probs)
+    expected, expected_sum = squares(log_probs, slice(None))
     (3 * expected).backward()
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(log_sum, expected_sum)
@@ -158,7 +173,7 @@ def test_value_and_gradients_are_those_of_whole_logits(scale, softcap, bias, til
 def test_half_precision_keeps_small_gradients(dtype):
     hidden, weight, _, labels = problem(dtype, bias=False)
     loss_of_log_probs(
-        hidden, OutputProjection(weight, None, 1.0, None), labels, lambda x: (x.sum() * 1e-6,), tile_rows=4
+        hidden, OutputProjection(weight, None, 1.0, None), labels, lambda x, rows: (x.sum() * 1e-6,), tile_rows=4
     )[0].backward()
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     (F.log_softmax(wide[0] @ wide[1].T, -1)[torch.arange(13), labels].sum() * 1e-6).backward()
@@ -167,10 +182,24 @@ def test_half_precision_keeps_small_gradients(dtype):
         torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0, atol=room)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 13, 100])
+def test_tiles_part_no_group(rows):
+    tiles = _tiles(13, GROUPS, rows, torch.empty(29, 6))
+    covered = [i for tile in tiles for i in range(tile.start, tile.stop)]
+    assert covered == list(range(13))
+    for tile in tiles[:-1]:
+        assert GROUPS[tile.stop - 1] != GROUPS[tile.stop] or GROUPS[tile.stop] == -1
+    heights = [tile.stop - tile.start for tile in tiles]
+    assert max(heights) <= max(rows, 5)  # the largest group
+    assert _tiles(0, GROUPS[:0], rows, torch.empty(29, 6)) == []
+    if rows == 13:
+        assert len(tiles) == 1
+
+
 def test_nothing_counted_wrong_labels_and_no_gradient():
     hidden, weight, _, labels = problem(torch.float32, bias=False)
     projection = OutputProjection(weight, None, 1.0, None)
-    total, *_ = loss_of_log_probs(hidden[:0], projection, labels[:0], lambda x: (x.sum(),))
+    total, *_ = loss_of_log_probs(hidden[:0], projection, labels[:0], lambda x, rows: (x.sum(),))
     total.backward()
     assert total.item() == 0
     assert not weight.grad.any()
@@ -178,7 +207,7 @@ def test_nothing_counted_wrong_labels_and_no_gradient():
     log_probs = label_log_probs(hidden, projection, labels)
     assert log_probs.isnan().nonzero().flatten().tolist() == [3, 5]
     with torch.no_grad():
-        total, *_ = loss_of_log_probs(hidden, projection, labels.clamp(0, 28), squares)
+        total, *_ = loss_of_log_probs(hidden, projection, labels.clamp(0, 28), squares, groups=GROUPS)
     assert not total.requires_grad
 
 
@@ -194,5 +223,7 @@ def test_the_logits_are_never_whole():
             return result
 
     with Watch():
-        loss_of_log_probs(hidden, OutputProjection(weight, None, 1.0, None), labels, squares, tile_rows=8)[0].backward()
+        loss_of_log_probs(
+            hidden, OutputProjection(weight, None, 1.0, None), labels, lambda x, rows: (x.square().sum(),), tile_rows=8
+        )[0].backward()
     assert max(largest) <= 400 * 6  # the hidden states; whole logits have 400 * 29

@@ -201,7 +201,7 @@ def test_logits_of_no_model_are_held(tmp_path):
     student, teacher = models()
     run = trainer(tmp_path, pair=(student, teacher), kd_loss_implementation="fused")
     batch = collator()(rows()[:16])
-    run.compute_loss(student, batch)  # the plan, with its comparisons
+    whole = run.compute_loss(student, batch).item()  # makes the plan, with its comparisons
     sizes = []
     for model, name in ((student, "input_ids"), (teacher, "teacher_input_ids")):
         sizes.append(batch[name].numel() * model.config.vocab_size)
@@ -209,7 +209,9 @@ def test_logits_of_no_model_are_held(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, LargestTensor() as largest:
         patch.setattr(module, "chunk_rows", lambda *args, **kwargs: 8)
-        run.compute_loss(student, batch).backward()
+        loss = run.compute_loss(student, batch)
+        loss.backward()
+    assert loss.item() == pytest.approx(whole, rel=1e-6)
     assert largest.bytes < 2 * min(sizes)  # half of the logits in float32
 
 
