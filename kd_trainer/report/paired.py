@@ -72,9 +72,14 @@ class Difference(NamedTuple):
         return self.gain / lead if lead > 0 else None
 
     @property
+    def same(self) -> bool:
+        """Whether all seeds have the same numbers, of which an interval says nothing."""
+        return len(set(self.baselines)) == len(set(self.students)) == 1
+
+    @property
     def helps(self) -> bool | None:
         """Whether the whole interval is on one side of 0, and on which; None where it is not."""
-        if self.interval is None or self.metric.higher_is_better is None:
+        if self.interval is None or self.metric.higher_is_better is None or self.same:
             return None
         low, high = self.interval
         if low <= 0 <= high:
@@ -200,8 +205,12 @@ def sentence(difference: Difference) -> str:
     if difference.helps is None:
         if difference.interval is not None and not any(difference.differences):
             return f"Distillation makes no difference here: {numbers}, over {seeds}."
-        more = "more seeds narrow the interval" if difference.interval is not None else "one seed has no interval"
-        return f"Whether distillation helps cannot be told from {seeds}: {numbers}; {more} (kd_compare_seeds)."
+        more = "more seeds narrow the interval (kd_compare_seeds)"
+        if count == 1:
+            more = "one seed has no interval (kd_compare_seeds)"
+        elif difference.same:
+            more = "all have the same numbers (shuffle the rows, or give the trainer a model_init)"
+        return f"Whether distillation helps cannot be told from {seeds}: {numbers}; {more}."
     if not difference.helps:
         return f"Distillation does not help here: {numbers}, over {seeds}."
     share = difference.share

@@ -196,8 +196,8 @@ class DistillationArguments:
     kd_run: str = field(
         default="train",
         metadata={
-            "help": "What trainer.train() does: train; or, and then end: check (print a table of results), cache (build "
-            "the teacher cache), compare (baseline and distilled student over kd_compare_seeds seeds, and a report)."
+            "help": "What trainer.train() does: train; or, and then end: check (print a table of results), cache (the "
+            "teacher cache), compare (baseline and distilled student over kd_compare_seeds seeds, and a report)."
         },
     )
     kd_compare_seeds: int = field(

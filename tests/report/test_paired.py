@@ -61,6 +61,7 @@ def test_each_pair_is_of_one_seed():
         (("perplexity", [2.0, 2.1], [2.5, 2.61]), "Distillation does not help here: perplexity +0.505", ""),
         (("accuracy", [0.5, 0.6], [0.6, 0.5]), "Whether distillation helps cannot be told from 2 seeds", "more seeds"),
         (("accuracy", [0.5], [0.6]), "Whether distillation helps cannot be told from 1 seed: accuracy +10", "one seed"),
+        (("accuracy", [0.5, 0.5], [0.6, 0.6]), "Whether distillation helps cannot be told from 2 seeds", "the same"),
         (("accuracy", [0.5, 0.6], [0.5, 0.6]), "Distillation makes no difference here", "+0.0 to +0.0"),
         (("points", [5, 6, 7], [6, 7, 8]), "Whether a higher points is better is not known", "greater_is_better"),
     ],
