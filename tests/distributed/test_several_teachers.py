@@ -36,7 +36,7 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize(("backend", "case"), RUNS)
 def test_two_processes_give_what_one_gives(backend, case, results, tmp_path):
     folder = results(backend) / backend / case
-    alone = several_run.build(case, tmp_path)
+    alone = several_run.build("mixture" if case == "fused" else case, tmp_path)
     alone.train()
     alone.save_model(str(tmp_path / "saved"))
     name = "adapter_model.safetensors" if case == "base_without" else "model.safetensors"

@@ -17,13 +17,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from transformers import LlamaForCausalLM
 
+from kd_trainer.tasks import output_head
 from tests.helpers import backend_run, tiny
 from tests.helpers.launch import leave
 
+_SMALL = output_head.SMALL_VOCABULARY
 # Of eight rows of a step the first four are the first process's. The second one has no row of teacher 1.
 IDS = {"all_on_one": [0] * 8, "one_without": [0, 1, 1, 0, 0, 0, 0, 0], "base_without": [1, 0, 0, 1, 1, 1, 1, 1],
-       "mixture": None}  # fmt: skip
-CASES = {"ddp": list(IDS), "zero3": ["all_on_one", "one_without", "mixture"], "fsdp2": ["one_without", "mixture"]}
+       "mixture": None, "fused": None}  # fmt: skip
+CASES = {
+    "ddp": list(IDS),
+    "zero3": ["all_on_one", "one_without", "mixture", "fused"],
+    "fsdp2": ["one_without", "mixture", "fused"],
+}
 
 
 def build(case: str, folder: Path, **arguments: Any) -> Any:
@@ -33,6 +39,7 @@ def build(case: str, folder: Path, **arguments: Any) -> Any:
     data, ids = tiny.rows("causal_lm"), IDS[case]
     if ids is not None:
         data = [{**row, "teacher_id": ids[i % 8]} for i, row in enumerate(data)]
+    output_head.SMALL_VOCABULARY = 0 if case == "fused" else _SMALL
     settings = {"kd_reduction": "tokenmean", "max_steps": 4, "teacher_weights": [3, 1], **arguments}
     return tiny.trainer("causal_lm", folder, pair=(student, [base, other]), data=data, **settings)
 
@@ -55,6 +62,7 @@ def main(out: Path, backends: list[str]) -> None:
             run.train()
             run.save_model(str(folder / "saved"))
             sharded = [member.live.sharded for member in run.teacher.members]
+            assert (run.teacher.heads is not None) == (case == "fused")
             found = {"world_size": run.accelerator.num_processes, "logs": tiny.logs(run), "sharded": sharded}
             (folder / f"process_{run.args.process_index}.json").write_text(json.dumps(found))
             run.accelerator.wait_for_everyone()
