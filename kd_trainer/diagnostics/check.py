@@ -22,12 +22,13 @@ from ..tasks import (
     unchanged_buffers,
     unchanged_modes,
 )
+from ..teachers import labels_of
 from ..training import WITH_MODELS, WITHOUT_MODELS, FirstBatch, classes_of_logits, is_sharded, make_plan, tokens
 from ..validation import fail
 from . import advice as advice
 from .inspection import Inspection as Inspection
 from .inspection import LossOfPlan as LossOfPlan
-from .results import CheckResult, Results, has_errors, ok, print_results, refused, warning
+from .results import CheckResult, Results, has_errors, print_results, refused, warning
 from .trial import Trial, batches, run
 
 
@@ -70,25 +71,35 @@ def _look_at_models(inspection: Inspection, results: Results) -> None:
             settings.require_teacher(teacher)
     results.add("student", advice.about_student, student, fp16=args.fp16)
     use = {"called": not settings.always_hard, "mixed": trainer.accelerator.mixed_precision != "no"}
-    members = (None,) if teacher is None else teacher.members
-    if len(members) > 1:
-        results.rows += [ok("teacher", line) for line in teacher.describe().splitlines()]
-    for member in members:
-        results.add("teacher", advice.about_teacher, member, student, args.device, **use)
+    members, labels = ((None,) if teacher is None else teacher.members), labels_of(teacher)
+    for label, member in zip(labels, members, strict=True):
+        with _labelled(results, label):
+            results.add("teacher", advice.about_teacher, member, student, args.device, **use)
     task = task_for(student, settings.kd.kd_task, inspection.loss_shifts_labels)
     with results.attempt("classes"):
-        for member in filter(None, members):
-            compared = member.compare_classes(student, task, remap=settings.kd.kd_remap_labels)
-            results.rows += advice.about_classes(compared) if compared else []
+        for label, member in zip(labels, members, strict=True):
+            compared = member and member.compare_classes(student, task, remap=settings.kd.kd_remap_labels)
+            with _labelled(results, label):
+                results.rows += advice.about_classes(compared) if compared else []
+
+
+@contextmanager
+def _labelled(results: Results, label: str) -> Iterator[None]:
+    """Rows that are added inside begin with the label of one of several teachers; "" of a single one."""
+    before = len(results.rows)
+    yield
+    if label:
+        results.rows[before:] = [row._replace(found=f"{label}: {row.found}") for row in results.rows[before:]]
 
 
 def _look_at_batch(inspection: Inspection, results: Results, batch: Mapping[str, Any]) -> Trial | None:
     """The list of checks, and advice on the batch; None where the models could not be run on it."""
     trainer, setup, before = inspection.trainer, inspection.first_batch(batch), len(results.rows)
     passed = {check: results.passes(what, partial(check, setup)) for what, check in WITHOUT_MODELS}
-    for one in setup.each or (setup,):
+    for label, one in zip(labels_of(setup.teacher), setup.each or (setup,), strict=True):
         if passed[tokens] and one.teacher is not None and one.teacher.has_own_weights:
-            results.rows += advice.about_tokens(batch, one.known_by)
+            with _labelled(results, label):
+                results.rows += advice.about_tokens(batch, one.known_by)
     with results.attempt("student's tokens"):
         advice.check_student_ids(setup.student, batch)
     _look_closer(inspection, setup, results)

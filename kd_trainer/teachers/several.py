@@ -87,13 +87,16 @@ class SeveralTeachers:
     def note(self) -> str:
         return f"the teachers' probabilities are mixed by weight; a column {TEACHER_ID} selects the teachers of a row"
 
+    @property
+    def labels(self) -> list[str]:
+        """Number, name and weight of each."""
+        names = [f" ({name})" for name in self.names] or [""] * len(self.members)
+        return [f"{index}{names[index]}, weight {weight:.4g}" for index, weight in enumerate(self.weights)]
+
     def describe(self) -> str:
         """One line a teacher."""
-        lines = []
-        for index, (weight, member) in enumerate(zip(self.weights, self.members, strict=True)):
-            name = f" ({self.names[index]})" if self.names else ""
-            lines.append(f"{index}{name}, weight {weight:.4g}: {member.describe()}")
-        return "\n".join(lines)
+        each = zip(self.labels, self.members, strict=True)
+        return "\n".join(f"{label}: {member.describe()}" for label, member in each)
 
     def identity(self) -> dict[str, Any]:
         """`name` with the weights, `parameters` of all, and `teachers` one by one."""
@@ -293,6 +296,11 @@ def routed(collator: Callable[[Any], Any], teacher: Teacher | None) -> Callable[
     return RoutedCollator(collator, teacher.routes) if isinstance(teacher, SeveralTeachers) else collator
 
 
+def labels_of(teacher: Teacher | None) -> list[str]:
+    """Of each of several teachers, number, name and weight; [""] of a single one."""
+    return teacher.labels if isinstance(teacher, SeveralTeachers) else [""]
+
+
 def mixed_hidden(
     teacher: Teacher, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None, temperature: float
 ) -> AbstractContextManager[TeacherOutput | None]:
@@ -331,6 +339,9 @@ class Mixture:
         if probable:
             batch = self._batch if rows is None else _rows_of(self._batch, rows, count)
             logits = self._task.distributions(logits, batch)
+        elif logits.dim() > 2:
+            shown, because = "one whose outputs hold a variance", "the mean of variances is none of the mixture"
+            fail("teacher_model", shown, "teachers of numbers alone", "Leave the variance out.", because=because)
         classes = logits.shape[-1] if self._classes is None else self._classes
         shape, flat = (count, *logits.shape[1:-1], classes), logits.flatten(0, -2)[:, :classes]
         positions = flat.shape[0] // max(len(logits), 1)

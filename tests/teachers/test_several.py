@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import tempfile
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaForCausalLM
+from transformers import BertForSequenceClassification, LlamaForCausalLM
 
 import kd_trainer
 from kd_trainer import (
@@ -619,6 +621,48 @@ def test_check_has_rows_of_each_teacher():
     made = run("classification", several("classification"), teacher_weights=[3, 1])
     rows = made.check()
     assert not [row for row in rows if row.status == "error"]
-    assert [row.found.split(",")[0] for row in rows if row.what == "teacher"][:2] == ["0", "1"]
-    assert [row.found for row in rows if row.what == "classes"] == ["the same 5 names in the same order"] * 2
+    for what, found in (("teacher", "BertForSequenceClassification, 7,349 parameters"),
+                        ("classes", "the same 5 names in the same order"),
+                        ("tokens", "sizes and special ids of the configs alone were compared")):  # fmt: skip
+        lines = [row.found for row in rows if row.what == what]
+        assert len(lines) == 2
+        for line, label in zip(lines, ["0, weight 0.75: ", "1, weight 0.25: "], strict=True):
+            assert line.startswith(label + found)
     assert any(row.what == "split" and row.status == "ok" for row in rows)
+
+
+def test_check_names_the_teacher_that_does_not_fit():
+    other = BertForSequenceClassification(tiny.bert_config(24, vocab_size=20))
+    rows = run("classification", [tiny.models("classification")[1], other]).check()
+    (wrong,) = [row for row in rows if row.status == "error"]
+    assert wrong.what == "tokens"
+    assert "`teacher_model[1]` is a model with vocab_size 20" in wrong.found
+
+
+def test_the_model_card_names_the_teachers():
+    made = run("classification", several("classification"), teacher_weights=[3, 1])
+    made.train()
+    made.save_model()
+    made.create_model_card()
+    folder = Path(made.args.output_dir)
+    name = "0.75 * BertForSequenceClassification + 0.25 * BertForSequenceClassification"
+    assert f"Distilled from the teacher `{name}`" in (folder / "README.md").read_text()
+    kept = json.loads((folder / "distillation.json").read_text())
+    assert [one["weight"] for one in kept["teachers"]] == [0.75, 0.25]
+
+
+def test_a_variance_is_refused():
+    with pytest.raises(ValueError, match="`teacher_model` is one whose outputs hold a variance; expected teachers of"):
+        mixed("regression", torch.rand(2, 5, 1, 2), [0.5, 0.5])
+
+
+def test_features_take_one_teacher():
+    with pytest.raises(ValueError, match="`teacher_model` is a list of 2; expected one teacher, because the term"):
+        trained("classification", several("classification"), kd_features={"hidden_mse": 1})
+
+
+def test_a_teacher_is_not_run_where_alpha_is_0():
+    teachers = [Counting(teacher) for teacher in several("plain")]
+    made = trained("plain", teachers, kd_alpha=0.0)
+    assert [teacher.rows for teacher in teachers] == [[], []]
+    assert made.evaluate()["eval_soft_loss"] > 0
