@@ -49,9 +49,8 @@ class TeacherBatch:
                 del self.dtypes[0]
 
     def _forward(self, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Any:
-        shared: list[
-            tuple[str, Tensor, int, Tensor | None]
-        ] = []  # name, tensor, its version, on the first batch a copy
+        # Name, tensor, its version, and on the first batch a copy.
+        shared: list[tuple[str, Tensor, int, Tensor | None]] = []
 
         def given(name: str, tensor: Tensor) -> Tensor:
             made = self._moved(name, tensor)

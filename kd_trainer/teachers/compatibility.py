@@ -29,9 +29,7 @@ class Classes(NamedTuple):
     student: Mapping[int, str] | None
     teacher: Mapping[int, str] | None
     known: bool = False  # whether class i is known to mean the same in both
-    order: Tensor | None = (
-        None  # the teacher's class of each of the student's; None where they stand in the same places
-    )
+    order: Tensor | None = None  # the teacher's class of each of the student's; None where the places are the same
 
     @property
     def unnamed(self) -> bool:
@@ -90,10 +88,10 @@ def match_classes(
         expected = f"{len(student_names)} classes as the student has ({listed(student_names)})"
         fail(argument, shown, expected, "Give both models the same num_labels and id2label.")
     a, b = _alike(student_names, teacher_names)
-    telling = not _unnamed(a) and not _unnamed(b) and sorted(a) == sorted(b) == list(range(len(a)))
-    if telling and a == b:
+    both_named = not _unnamed(a) and not _unnamed(b) and sorted(a) == sorted(b) == list(range(len(a)))
+    if both_named and a == b:
         return Classes(student_names, teacher_names, known=True)
-    moved = [i for i in sorted(a) if a[i] in b.values() and b.get(i) != a[i]] if telling else []
+    moved = [i for i in sorted(a) if a[i] in b.values() and b.get(i) != a[i]] if both_named else []
     permuted = len(set(a.values())) == len(a) and set(a.values()) == set(b.values())
     if moved and permuted and remap:
         order = torch.tensor([_id(b, a[i]) for i in range(len(a))])
