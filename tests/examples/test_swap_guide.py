@@ -268,6 +268,7 @@ def options(name: str, given: Path, folder: Path) -> dict[str, Any]:
     """What a user of the stock script would write for a run of 4 steps on the CPU."""
     text = {**files(given, name[4:-3]), "do_predict": True}
     lines = {k: v for k, v in files(given, "lines", "txt").items() if "test" not in k}
+    choices = {k: v for k, v in files(given, "swag").items() if "test" not in k}
     images = {f"{split}_dir": str(given / "images" / split) for split in ("train", "validation")}
     student, own = {
         "run_glue.py": ("bert", {**text, "max_seq_length": 24}),
@@ -276,7 +277,7 @@ def options(name: str, given: Path, folder: Path) -> dict[str, Any]:
             "segformer", {"dataset_name": str(given / "scenes"), "remove_unused_columns": False}
         ),
         "run_speech_recognition_ctc.py": ("wav2vec2", {"dataset_name": str(given / "speech"), "mask_time_prob": 0.0}),
-        "run_swag.py": ("bert", text),
+        "run_swag.py": ("bert", choices),
         "run_ner.py": ("bert", text),
         "run_clm.py": ("llama", {**lines, "block_size": 16}),
         "run_mlm.py": ("bert", {**lines, "line_by_line": True}),
