@@ -23,7 +23,6 @@ from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
 from .report.seeds import Compared, compare_over_seeds
 from .tasks import (
-    EMBEDDING,
     PackingWatch,
     accepted_inputs,
     changed_attributes,
@@ -386,7 +385,7 @@ class DistillationMixin(_InFrontOf):
         elif self._evaluation is not None:
             self._evaluation.add(result.parts, result.counts, objective, batch.plan, self._gathered)
             if plan.task.embeds and result.teacher is not None:
-                embeddings = result.outputs[EMBEDDING], result.teacher
+                embeddings = plan.task.logits(result.outputs, "model"), result.teacher  # without a projection
                 self._evaluation.add_embeddings(*embeddings, None if own is None else own.rows)
         return (total, as_mapping(result.outputs, total)) if return_outputs else total
 

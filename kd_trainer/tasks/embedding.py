@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..losses import EMBEDDING_LOSSES, SoftTargetLoss, cosine_loss, normalised
 from ..validation import fail
 from .inputs import takes_features
+from .logits import logits_of
 from .sentence_folder import (
     EMBEDDING,
     SentenceEncoder,
@@ -161,7 +162,12 @@ class EmbeddingTask(Task):
         return pooled
 
     def logits(self, outputs: Any, argument: str) -> Tensor:
-        """The embeddings [B, H] in pooled outputs; of a student a projection, which is taken out as no prediction."""
+        """The embeddings [B, H] in pooled outputs; of a student a projection, which is taken out as no prediction.
+
+        A hook of the user's own may have made a tuple of them.
+        """
+        if not isinstance(outputs, Mapping):
+            return logits_of(outputs, argument, self.wanted)
         return outputs.pop(PROJECTED, outputs[EMBEDDING])
 
     def soft_term(self, divergence: str) -> str:

@@ -90,7 +90,7 @@ def predict(task: str, folder: Any, data: Any, gives: str | None = None, **setti
     def add(module: Any, inputs: Any, outputs: Any) -> Any:
         if gives == "tuple":
             given = {"logits": outputs} if isinstance(outputs, torch.Tensor) else outputs
-            first = [given[name] for name in ("loss", "logits") if given.get(name) is not None]
+            first = [given[name] for name in ("loss", "logits", "sentence_embedding") if given.get(name) is not None]
             return (*first, *extras().values())
         named = {"logits": outputs} if isinstance(outputs, torch.Tensor) else outputs
         return {k: v for k, v in named.items() if v is not None} | extras()
