@@ -34,6 +34,7 @@ from .tasks import Task as Task
 from .tasks.inputs import CHUNK_IDS, ROW_ID, TEACHER_PREFIX, WithTeacherColumns
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
 from .teachers import Teacher, routed
+from .teachers.sequences import StudentRows
 from .training import Counts, DistillationArguments, MetricsBuffer, Objective, Plan, Settings, Setup, is_sharded
 from .training import bases as bases
 from .training.checkpoints import Checkpoints, ResumableInterrupt
@@ -109,7 +110,7 @@ class DistillationMixin(_InFrontOf):
         self._started, self._term_modules = False, TermModules()
         self._teacher_outputs = TeacherOutputs(cache.at_hand)
         self._predicting = self._loss_only = False  # in a `prediction_step`; in one whose outputs are dropped
-        self._metrics_buffer = MetricsBuffer(self.args.device)
+        self._metrics_buffer, self._student_rows = MetricsBuffer(self.args.device), StudentRows()
         self._evaluation: Evaluation | None = None
         finite_mode = self._run_settings.finite_mode(self.args.device.type)
         self._finite, self._packing = FiniteWatch(finite_mode, self.args.process_index), PackingWatch()
@@ -314,6 +315,8 @@ class DistillationMixin(_InFrontOf):
             raise SystemExit(int(has_errors(self.check(batch=batches[0]))))
         plan = self._plan_of(batches[0])
         objective, _ = self._objective(training=True)
+        if self.kd_args.kd_student_fraction > 0:
+            batches, num_items = self._student_rows.written(batches, self, plan, self._same_batch()), None
         for batch in batches:
             self._packing.look(plan.task, batch, objective.reduction)
         if num_items is None and plan.takes_num_items(self._run_settings.always_hard):
@@ -477,7 +480,7 @@ class DistillationMixin(_InFrontOf):
             means = self._metrics_buffer.means(self.accelerator, cast(Plan, self._plan).task, objective)
             if means and self.kd_args.kd_schedule != "constant":
                 means.update(kd_alpha=objective.alpha, kd_temperature=objective.temperature)
-            logs.update(means)
+            logs.update(means | self._student_rows.means(self.accelerator, self.args.device))
             self._metrics_buffer = MetricsBuffer(self.args.device)
         super().log(logs, start_time)
 

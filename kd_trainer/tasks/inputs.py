@@ -29,11 +29,14 @@ NOT_INPUTS = frozenset(
         "return_loss",
         "skip_logits",
         "chunk_ids",
+        "student_tokens",
     }
 )
 TEACHER_PREFIX = "teacher_"
 # A column of the student, and with the prefix one of the teacher: the number of the text chunk that each token is in.
 CHUNK_IDS = "chunk_ids"
+# A column that marks the tokens that the student has generated, of rows without labels: see `teachers/sequences.py`.
+STUDENT_TOKENS = "student_tokens"
 # A column of the dataset with the number of the row, by which a teacher cache is joined. No model reads it.
 ROW_ID = TEACHER_PREFIX + "row_id"
 # The column that selects the teachers of a row among several, by number or name.

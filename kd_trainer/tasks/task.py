@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..losses import DIVERGENCES, IGNORE_INDEX, SoftTargetLoss, check_standardized, divide, wrong_labels
 from ..validation import fail
-from .inputs import begins_next, decoder_input_ids, main_input, real_tokens, tells_sequences, token_mask
+from .inputs import STUDENT_TOKENS, begins_next, decoder_input_ids, main_input, real_tokens, tells_sequences, token_mask
 from .logits import Wanted, logits_of
 
 
@@ -171,7 +171,16 @@ class Task:
             return None
         if not self.token_level:
             return labels if labels.dim() == 1 else labels.reshape(-1)
-        return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:] if self.shifted else labels
+        return self._where_predicted(labels, IGNORE_INDEX)
+
+    def _where_predicted(self, column: Tensor, fill: int) -> Tensor:
+        """What is known of each token [B, S], at the position that predicts it."""
+        return F.pad(column, (0, 1), value=fill)[..., 1:] if self.shifted else column
+
+    def generated(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Boolean [B, S]: positions that predict a token of the student's, which is no label; None without any."""
+        tokens = inputs.get(STUDENT_TOKENS)
+        return None if tokens is None else self._where_predicted(tokens, False)
 
     def _class_ids(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """The label column as it stands, signed; raises TypeError where it holds no integers."""
@@ -245,15 +254,17 @@ class Task:
     def soft_mask(self, inputs: Mapping[str, Any], targets: Tensor | None, positions: str) -> Tensor | None:
         """Boolean mask of the positions counted for the soft loss, or None when all are.
 
-        `positions` is "labels" (where there is a label, predicted at a real token: the hard loss counts those that are
-        predicted at padding too, as upstream does) or "attended"; without labels it is always "attended".
+        `positions` is "labels" (where there is a label or a `generated` token, predicted at a real token: the hard loss
+        counts labels that are predicted at padding too, as upstream does) or "attended"; without labels it is always
+        "attended".
         Rows of a classification task all count: an unlabelled row has a soft loss.
         """
         if not self.token_level:
             return None
         if positions == "labels" and targets is not None:
-            made_at = self.made_at(inputs, targets)
-            return targets != IGNORE_INDEX if made_at is None else made_at & (targets != IGNORE_INDEX)
+            made_at, generated = self.made_at(inputs, targets), self.generated(inputs)
+            counted = targets != IGNORE_INDEX if generated is None else generated | (targets != IGNORE_INDEX)
+            return counted if made_at is None else made_at & counted
         return self.attended(inputs)
 
     def kept_positions(self, inputs: Mapping[str, Any], positions: str, rows: int) -> Tensor:

@@ -19,6 +19,7 @@ from ..files import as_json
 from ..losses import DIVERGENCES, EMBEDDING_LOSSES, FEATURES, POOLINGS
 from ..redaction import SecretiveDict, hidden, is_secret_name
 from ..tasks import TASKS
+from ..teachers.sequences import MAX_NEW_TOKENS, check_student_fields
 from ..validation import (
     are_pairs,
     as_declared,
@@ -64,13 +65,8 @@ def refuse_borrowed_names(kwargs: dict[str, Any], known: Any = ()) -> None:
     """Raises TypeError for `alpha` and `temperature`: elsewhere they mean the opposite, so they are never guessed."""
     for name, meaning in _BORROWED.items():
         if name in kwargs and name not in known:
-            fail(
-                name,
-                quoted(kwargs[name]),
-                f"the argument {meaning}",
-                "Rename it in the training arguments.",
-                error=TypeError,
-            )
+            fix = "Rename it in the training arguments."
+            fail(name, quoted(kwargs[name]), f"the argument {meaning}", fix, error=TypeError)
 
 
 def has_accelerator() -> bool:
@@ -193,6 +189,15 @@ class DistillationArguments:
     kd_chunk_temperature: float = field(
         default=1.0, metadata={"help": "tau > 0, which divides the log-likelihoods of chunks."}
     )
+    kd_student_fraction: float = field(
+        default=0.0, metadata={"help": "Causal LMs: share of the rows whose completion the student generates."}
+    )
+    kd_max_new_tokens: int | None = field(
+        default=None, metadata={"help": f"Most tokens of such a completion; unset: {MAX_NEW_TOKENS}."}
+    )
+    kd_generation_kwargs: dict | str | None = field(
+        default=None, metadata={"help": 'How it is sampled, e.g. {"temperature": 0.9}.'}
+    )
     kd_run: str = field(
         default="train",
         metadata={
@@ -273,6 +278,9 @@ class DistillationArguments:
         self._check_features()
         self._check_chunks()
         check_server_settings(self)
+        given = self.kd_generation_kwargs
+        self.kd_generation_kwargs = read_json_value("kd_generation_kwargs", given, '{"temperature": 0.9}')
+        check_student_fields(self)
         self._check_beta()
         if self.kd_task is not None:
             check_choice("kd_task", self.kd_task, TASKS)
@@ -318,12 +326,8 @@ class DistillationArguments:
             check_choice("teacher_cache_dtype", self.teacher_cache_dtype, DTYPES)
         k = self.teacher_cache_k
         if k is not None and k < 1:
-            fail(
-                "teacher_cache_k",
-                repr(k),
-                "a whole number, at least 1",
-                "Leave it out for 64 (topk) or 50 draws (sampled).",
-            )
+            fix = "Leave it out for 64 (topk) or 50 draws (sampled)."
+            fail("teacher_cache_k", repr(k), "a whole number, at least 1", fix)
         if self.kd_run == "cache" and self.teacher_cache_dir is None:
             fail("teacher_cache_dir", None, "a folder with kd_run 'cache'", "Set it to the folder for the cache.")
         if self.teacher_cache_dir is None:
@@ -372,12 +376,8 @@ class DistillationArguments:
             name, value = next(iter(given.items()))
             fail(name, quoted(value), "no value with kd_schedule 'constant'", "Set kd_schedule to linear or cosine.")
         if not given and self.kd_schedule != "constant":
-            fail(
-                "kd_schedule",
-                repr(self.kd_schedule),
-                "'constant' without an end",
-                "Set kd_alpha_end or kd_temperature_end.",
-            )
+            fix = "Set kd_alpha_end or kd_temperature_end."
+            fail("kd_schedule", repr(self.kd_schedule), "'constant' without an end", fix)
 
     def _read_teacher_kwargs(self) -> None:
         name, fix = "teacher_model_init_kwargs", 'Write it as {"dtype": "bfloat16"}.'

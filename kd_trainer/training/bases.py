@@ -49,6 +49,7 @@ UPSTREAM_ATTRIBUTES = (
     "label_smoother",
     "_loss_shifts_labels",
     "_signature_columns",
+    "_train_batch_size",
     "accelerator",
 )
 # Trainers whose own compute_loss the mixin replaces on purpose, since what they compute is its hard loss; and what

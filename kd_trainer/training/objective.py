@@ -202,7 +202,8 @@ class Objective:
         mask = task.soft_mask(inputs, targets, self.positions)
         chosen, logits, labels = student_logits, student_logits, targets
         if task.token_level:
-            chosen, teacher, logits, labels = self._counted(student_logits, teacher, targets, mask)
+            within_labels = self.positions == "labels" and task.generated(inputs) is None
+            chosen, teacher, logits, labels = self._counted(student_logits, teacher, targets, mask, within_labels)
         if common_ids is not None and teacher is not None:
             chosen = chosen[..., :common_ids]
             teacher = teacher[..., :common_ids] if isinstance(teacher, Tensor) else teacher
@@ -236,14 +237,23 @@ class Objective:
         return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
 
     def _counted(
-        self, student_logits: Tensor, teacher: Tensor | Sparse | None, targets: Tensor | None, mask: Tensor | None
+        self,
+        student_logits: Tensor,
+        teacher: Tensor | Sparse | None,
+        targets: Tensor | None,
+        mask: Tensor | None,
+        within_labels: bool,
     ) -> tuple[Tensor, Tensor | Sparse | None, Tensor, Tensor | None]:
-        """The counted positions: student logits and teacher of the soft loss, student logits and labels of the hard."""
+        """The counted positions: student logits and teacher of the soft loss, student logits and labels of the hard.
+
+        Args:
+            within_labels: whether every position of the mask has a label.
+        """
         logits, labels = student_logits, targets
         if targets is not None:  # padding's NaN would reach the gradient: 0 * NaN
             labelled = targets != IGNORE_INDEX
             logits, labels = select_positions(student_logits, labelled), select_positions(targets, labelled)
-        if mask is not None and targets is not None and self.positions == "labels":
+        if mask is not None and targets is not None and within_labels:
             within = select_positions(mask, labelled)  # usually all: then the same rows serve both losses
             same_rows = within.device.type == "cpu" and bool(within.all())
             chosen = logits if same_rows else select_positions(logits, within)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import IGNORE_INDEX, select_positions
-from ..tasks import Accepted, Task, behind_front, model_inputs, text_config
+from ..tasks import STUDENT_TOKENS, Accepted, Task, behind_front, model_inputs, text_config
 from ..validation import fail
 from .terms import aux_weight
 
@@ -64,7 +64,7 @@ def own_loss(outputs: Any) -> Tensor | None:
 
 def label_columns(batch: Mapping[str, Any], accepted: Accepted) -> dict[str, Any]:
     """The columns of the batch that hold targets and that the model's forward takes."""
-    names = accepted.targets - {"num_items_in_batch", "skip_logits"}
+    names = accepted.targets - {"num_items_in_batch", "skip_logits", STUDENT_TOKENS}
     return {k: v for k, v in batch.items() if k in names and v is not None and accepted.take_target(k)}
 
 

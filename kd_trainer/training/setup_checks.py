@@ -60,6 +60,7 @@ from ..teachers import (
     watch_shared_buffers,
 )
 from ..teachers import compatibility as compatibility
+from ..teachers.sequences import check_student_rows
 from ..validation import fail
 from .chunks import check_chunks
 from .own_loss import Comparison, HardLoss, agreed, choose
@@ -235,6 +236,14 @@ def added_terms(first: FirstBatch) -> None:
         fail("teacher_model", f"a list of {len(first.each)}", "one teacher", fix, because=because)
     lines = [term.check(first) for term in first.settings.added if term.check is not None]
     first.terms = tuple(line for line in lines if line is not None)
+
+
+def student_rows(first: FirstBatch) -> str | None:
+    """The student can write rows, and the teacher is run on them."""
+    fsdp1 = bool(first.trainer.is_fsdp_enabled) and not first.trainer.accelerator.is_fsdp2
+    line = check_student_rows(first.kd, first.student, first.known_task, first.teacher, fsdp1)
+    first.terms += () if line is None else (line,)
+    return line
 
 
 def _check_soft_alone(first: FirstBatch, task: Task) -> None:
@@ -516,6 +525,7 @@ WITHOUT_MODELS: tuple[tuple[str, Check], ...] = (
     ("cache", cache),
     ("task", settings),
     ("added terms", added_terms),
+    ("student rows", student_rows),
 )
 WITH_MODELS: tuple[tuple[str, Check], ...] = (
     ("first batch", outputs),

@@ -25,12 +25,12 @@ from tests.helpers import backend_run, launch, tiny
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
 EVERYWHERE = ["same_layers", "other_layers", "by_path", "plain", "bf16", "plain_bf16", "resumed"]
-EVERYWHERE += ["fused", "fused_other_layers", "fused_bf16", "own_loss", "features", "features_resumed"]
+EVERYWHERE += ["fused", "fused_other_layers", "fused_bf16", "own_loss", "features", "features_resumed", "student_rows"]
 OTHERS = ["adapter_off", "unknown_head"]
 RUNS = {
     "fsdp2": [*EVERYWHERE, *OTHERS], "zero3": [*EVERYWHERE, "evaluated", *OTHERS], "zero2": ["plain_bf16"],
 }  # fmt: skip
-FEATURES = ["features", "features_resumed"]
+IN_DDP = ["features", "features_resumed", "student_rows"]
 WRAPPERS = {
     "fsdp2": ("FSDPModule", "FSDPModule"),
     "zero3": ("DeepSpeedEngine", "DeepSpeedEngine"),
@@ -49,7 +49,7 @@ ALL = [
 ]
 SHARDED = [row for row in ALL if row.values[0] != "zero2"]
 EXACT = [row for row in SHARDED if "bf16" not in row.values[1] and row.values[1] != "evaluated"]
-EXACT += cases("ddp", FEATURES)
+EXACT += cases("ddp", IN_DDP)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def results(tmp_path_factory):
     def make(backend: str, out: Path) -> None:
         for kind in ("llama", "gpt2"):
             backend_run.pair(kind)[1].save_pretrained(out / kind)
-        launch.two_processes("backend_run.py", str(out), backend, *RUNS.get(backend, FEATURES))
+        launch.two_processes("backend_run.py", str(out), backend, *RUNS.get(backend, IN_DDP))
 
     def folder(backend: str, case: str) -> Path:
         return launch.once(tmp_path_factory, backend, functools.partial(make, backend)) / case

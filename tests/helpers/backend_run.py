@@ -67,6 +67,7 @@ CASES = {
             "ddp_find_unused_parameters": False,
         },
     ),
+    "student_rows": Case("llama", {"kd_student_fraction": 0.75, "kd_max_new_tokens": 6, "max_steps": 6}),
     "unknown_head": Case("scaled", {"max_steps": 6, "kd_loss_implementation": "auto"}),
 }
 RESUMED = ("resumed", "features_resumed")

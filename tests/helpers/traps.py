@@ -75,8 +75,8 @@ TRAPS = {
     7: Trap(
         "a causal count uses labels[..., 1:]",
         "kd_trainer/tasks/task.py",
-        "[..., 1:] if self.shifted else labels",
-        "[..., :-1] if self.shifted else labels",
+        "[..., 1:] if self.shifted else column",
+        "[..., :-1] if self.shifted else column",
         "tests/training/test_trainer.py -k first_loss",
     ),
     8: Trap(

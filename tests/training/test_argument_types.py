@@ -21,10 +21,10 @@ from tests.helpers import tiny
 FIELDS = {field.name: field for field in dataclasses.fields(DistillationArguments)}
 BOOLS = ("kd_remap_labels", "kd_standardize_logits", "teacher_compile")
 NUMBERS = ("kd_alpha", "kd_temperature", "kd_beta", "kd_alpha_end", "kd_temperature_end", "kd_chunk_temperature",
-           "teacher_server_timeout")  # fmt: skip
-WHOLE = ("teacher_cache_k", "kd_relation_heads",
+           "teacher_server_timeout", "kd_student_fraction")  # fmt: skip
+WHOLE = ("teacher_cache_k", "kd_relation_heads", "kd_max_new_tokens",
          "teacher_server_top_k", "teacher_server_retries", "teacher_server_concurrency")  # fmt: skip
-OBJECTS = ("teacher_model_init_kwargs", "kd_features")
+OBJECTS = ("teacher_model_init_kwargs", "kd_features", "kd_generation_kwargs")
 LISTS = ("teacher_weights", "teacher_names")
 PATHS = ("teacher_model_name_or_path", "teacher_cache_dir")
 TEXTS = tuple(name for name in FIELDS if name not in (*BOOLS, *NUMBERS, *WHOLE, *OBJECTS, *LISTS))
@@ -40,6 +40,8 @@ BESIDE = {
     "kd_temperature_end": {"kd_schedule": "linear"},
     "kd_feature_layers": {"kd_features": {"relation": 1}},
     "kd_relation_heads": {"kd_features": {"relation": 1}},
+    "kd_max_new_tokens": {"kd_student_fraction": 1.0},
+    "kd_generation_kwargs": {"kd_student_fraction": 1.0},
     "teacher_cache_k": {"teacher_cache_dir": "x"},
     "teacher_cache_format": {"teacher_cache_dir": "x"},
     "teacher_cache_dtype": {"teacher_cache_dir": "x"},
