@@ -7,7 +7,7 @@ Shapes: B rows, S positions, H numbers of a hidden state or an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, cast
@@ -166,7 +166,7 @@ class EmbeddingTask(Task):
 
         A hook of the user's own may have made a tuple of them.
         """
-        if not isinstance(outputs, Mapping):
+        if not isinstance(outputs, MutableMapping):
             return logits_of(outputs, argument, self.wanted)
         return outputs.pop(PROJECTED, outputs[EMBEDDING])
 
