@@ -126,7 +126,10 @@ def compare_over_seeds(compared: Compared) -> None:
 def _check(compared: Compared) -> None:
     trainer = compared.trainer
     args, student = trainer.args, trainer.unwrapped_student()
-    because, fix = "each run of a comparison makes it anew", "Name it by optim and lr_scheduler_type in the arguments."
+    because, fix = (
+        "each run of a comparison creates its own",
+        "Name it by optim and lr_scheduler_type in the arguments.",
+    )
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:
         fail("optimizers", "given", "none with kd_run 'compare'", fix, because=because)
     if trainer.eval_dataset is None:
@@ -172,6 +175,9 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
     """Writes the settings; raises ValueError where the folder holds a comparison with others."""
     path = folder / SETTINGS
     if not path.is_file():
+        if others := sorted(folder.glob(f"seed-*/*/{RESULTS}")):
+            expected = f"a folder without {others[0].relative_to(folder)}, with kd_run 'compare'"
+            fail("output_dir", repr(str(folder)), expected, "Set it to another folder.", because="it is of another run")
         write_atomically(path, json.dumps(settings, indent=1))
         return
     try:
@@ -188,7 +194,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _same_start(compared: Compared) -> None:
-    """The student's trained parameters as the first start of the comparison had them: a script may draw them anew."""
+    """Gives the student the trained parameters of the comparison's first start: a script may initialise others."""
     student, path = compared.trainer.unwrapped_student(), compared.folder / START
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad and p.device.type != "meta"}
 

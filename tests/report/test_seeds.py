@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def run(trainer):
 
 
 def report_of(trainer):
-    return json.loads((seeds.Path(trainer.args.output_dir) / "report" / "report.json").read_text())
+    return json.loads((Path(trainer.args.output_dir) / "report" / "report.json").read_text())
 
 
 def compare(task, out, **kwargs):
@@ -241,7 +242,7 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     assert (tmp_path / "stopped" / "seed-42" / "distilled" / "all_results.json").stat().st_mtime_ns == kept
 
 
-def test_a_student_that_is_drawn_anew_has_the_first_start(tmp_path):
+def test_a_student_with_other_first_weights_gets_the_first_start(tmp_path):
     compare("classification", tmp_path)
     before = results(tmp_path, "baseline", 42)
     shutil.rmtree(tmp_path / "seed-42" / "baseline")
@@ -283,6 +284,13 @@ def test_other_settings_are_refused(tmp_path):
     shown = refusal(build("classification", tmp_path, kd_run="compare", kd_temperature=2.0))
     assert shown.startswith("`kd_temperature` is 2.0; expected the same in all runs of a comparison, because")
     assert "begun with 3.0" in shown
+
+
+def test_runs_of_something_else_are_not_taken_for_its_own(tmp_path):
+    compare("classification", tmp_path)
+    (tmp_path / seeds.SETTINGS).unlink()
+    shown = refusal(build("classification", tmp_path, kd_run="compare"))
+    assert "expected a folder without seed-42/baseline/all_results.json" in shown
 
 
 def test_another_architecture_is_refused(tmp_path):

@@ -329,3 +329,14 @@ def test_early_stopping(metric, larger, tmp_path):
     run.train()
     assert run.state.global_step == 3  # nothing improves at such a learning rate
     assert run.state.best_metric == pytest.approx(tiny.logged(run, metric)[0], abs=1e-6)
+
+
+def test_a_comparison_in_front_of_sft(tokenizer, tmp_path):
+    run = sft(tokenizer, tmp_path, kd_run="compare", kd_compare_seeds=2, max_steps=2)
+    with pytest.raises(SystemExit) as end:
+        run.train()
+    assert end.value.code == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    metrics = {each["metric"]: each for each in report["paired"]}
+    assert metrics["perplexity"]["teacher"] > 1
+    assert len(metrics["hard_loss"]["students"]) == 2
