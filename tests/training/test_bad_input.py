@@ -406,7 +406,7 @@ def kd_task_that_the_model_has_not(tmp_path):
     run.compute_loss(run.model, {k: v for k, v in tiny.pad(tiny.rows("classification")[:8]).items() if k != "labels"})
 
 
-@case("teacher_model", "Take a teacher with the student's tokenizer", "vocab_size 20; expected at least 37")
+@case("teacher_model", "Else take a teacher with the student's tokenizer", "vocab_size 20; expected at least 37")
 def teacher_with_fewer_tokens(tmp_path):
     train(tmp_path, tiny.models("classification")[0], BertForSequenceClassification(tiny.bert_config(vocab_size=20)))
 
