@@ -33,7 +33,8 @@ _FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
 WITHOUT_FEATURES: dict[str, Any] = {"kd_features": None, "kd_feature_layers": "last", "kd_relation_heads": None}
 HARD_LOSS_ONLY: dict[str, Any] = {
     "kd_alpha": 0.0, "kd_alpha_end": None, "kd_temperature_end": None, "kd_schedule": "constant",
-    "kd_cross_tokenizer": "error", "kd_chunk_temperature": 1.0, **WITHOUT_FEATURES,
+    "kd_cross_tokenizer": "error", "kd_chunk_temperature": 1.0, "kd_student_fraction": 0.0,
+    "kd_max_new_tokens": None, "kd_generation_kwargs": None, **WITHOUT_FEATURES,
 }  # fmt: skip
 
 

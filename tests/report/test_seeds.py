@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from transformers import BertForSequenceClassification, EarlyStoppingCallback, T
 
 from kd_trainer import DistillationTrainer, classification_metrics, load_run
 from kd_trainer.report import seeds
-from tests.helpers import tiny
+from tests.helpers import launch, tiny
 
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "initializer_range": 0.5}
 SHUFFLED = {"train_sampling_strategy": "random", "max_steps": 6}
@@ -338,3 +342,48 @@ def test_rows_without_labels_are_refused(tmp_path, data):
 def test_the_number_of_seeds_is_checked(tmp_path, value):
     with pytest.raises((ValueError, TypeError), match="`kd_compare_seeds` is"):
         tiny.arguments(tmp_path, kd_compare_seeds=value)
+
+
+# ---- in processes of their own ----
+
+KILLS = ["seed-42/baseline 5", "results seed-42/baseline", "save seed-42/distilled", "seed-43/baseline 3"]
+KILLS += ["seed-43/distilled 7"]
+
+
+def started(out, *moment):
+    script = Path(launch.__file__).with_name("compare_run.py")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(out), *moment], capture_output=True, text=True, timeout=300, env=environment
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def report_in(out):
+    return json.loads((out / "report" / "report.json").read_text())
+
+
+@pytest.mark.launch
+def test_five_kills_give_the_same_report(tmp_path):
+    code, output = started(tmp_path / "whole")
+    assert code == 0, output[-3000:]
+    for moment in KILLS:
+        code, output = started(tmp_path / "killed", moment)
+        assert code == -signal.SIGKILL, (moment, output[-3000:])
+    code, output = started(tmp_path / "killed")
+    assert code == 0, output[-3000:]
+    assert without_times(report_in(tmp_path / "killed")) == without_times(report_in(tmp_path / "whole"))
+
+
+@pytest.mark.launch
+def test_two_processes_have_the_report_of_one(tmp_path, monkeypatch):
+    launch.two_processes("compare_run.py", str(tmp_path / "two"))
+    monkeypatch.setitem(DROPOUT, "hidden_dropout_prob", 0.0)
+    monkeypatch.setitem(DROPOUT, "attention_probs_dropout_prob", 0.0)
+    _, alone = compare("classification", tmp_path / "one", max_steps=8, optim="adamw_torch")
+    shared = {each["metric"]: each for each in report_in(tmp_path / "two")["paired"]}
+    found = {each["metric"]: each for each in alone["paired"] if each["metric"] in shared}
+    assert {"hard_loss", "soft_loss", "accuracy", "teacher_agreement"} <= found.keys()
+    for name, each in found.items():
+        assert shared[name]["students"] == pytest.approx(each["students"], rel=1e-3), name
+        assert shared[name]["baselines"] == pytest.approx(each["baselines"], rel=1e-3), name
