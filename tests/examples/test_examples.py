@@ -226,3 +226,25 @@ def test_by_hand_is_the_trainer(alpha, temperature, tmp_path):
     # 1e-6 as long as the loss is not small beside the rounding of the log-probabilities that it is a difference of.
     rounding = alpha * temperature**2 * torch.finfo(torch.float32).eps * math.log(10)
     assert logged == pytest.approx(by_hand, rel=1e-6, abs=rounding if alpha == 1 else 0)
+
+
+ON_POLICY = ("before", "given text", "own text")
+
+
+def test_on_policy_measures_all_three(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len((EXAMPLES / "on_policy.py").read_text(encoding="utf-8").splitlines()) < 80
+    runpy.run_path(str(EXAMPLES / "on_policy.py"))["main"](seeds=2, steps=2, teacher_steps=3)
+    printed = figures(capsys.readouterr().out, *(rf"{name} +KL (\d+\.\d+) ±" for name in ON_POLICY))
+    assert all(0 <= value < 1 for value in printed)
+
+
+@pytest.mark.trains
+def test_on_policy_keeps_its_promises(tmp_path):
+    printed, header = output_of("on_policy.py", tmp_path), header_of("on_policy.py")
+    patterns = [rf"{name} +KL (\d+\.\d+) ±" for name in ON_POLICY]
+    before, given, own = figures(printed, *patterns)
+    assert own < 0.7 * before
+    assert own < given
+    # Another machine's rounding changes the text that is written, and the training with it.
+    assert [before, given, own] == pytest.approx(figures(header, *patterns), rel=0.25)
