@@ -162,6 +162,26 @@ def test_embeddings_keep_their_promises(tmp_path):
     assert right > max(untrained, wrong) + 0.015
 
 
+CROSS = ("teacher", "no teacher", "chunks, tau 1", "chunks, tau 100")
+
+
+def test_students_of_a_teacher_with_other_tokens_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import lm_text
+
+    text = (EXAMPLES / "cross_tokenizer.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 80
+    words = "abcdefgh ijkl mnop".split()  # noqa: SIM905
+    made = [f"{words[i % 3]} {i} {words[i % 2]}" for i in range(6600)]
+    monkeypatch.setattr(lm_text, "local_texts", lambda: {"train": made[:6050], "validation": made[6050:]})
+    runpy.run_path(str(EXAMPLES / "cross_tokenizer.py"))["main"](seeds=2, teacher_steps=2, steps=2)
+    printed = capsys.readouterr().out
+    bits = figures(printed, *(rf"{name} +(\d+\.\d+) ± \d+\.\d+ bits per byte" for name in CROSS))
+    assert all(0 < value < 20 for value in bits)
+    assert len({*bits}) > 1  # the students differ from the teacher
+
+
 def test_minimal_marks_every_line_that_differs():
     """Without the marked lines it is a script of transformers and data alone."""
     lines = (EXAMPLES / "minimal.py").read_text(encoding="utf-8").splitlines()
