@@ -344,8 +344,11 @@ def print_table(report: Report, console: Console | None = None) -> None:
         console.print(table)
     if report.paired:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for heading in _PAIRED_HEADINGS:
-            table.add_column(heading, justify="left" if heading == _PAIRED_HEADINGS[0] else "right", no_wrap=wide)
+        first, *numbers, last = _PAIRED_HEADINGS
+        table.add_column(first, no_wrap=wide)
+        for heading in numbers:
+            table.add_column(heading, justify="right", no_wrap=wide)
+        table.add_column(last, justify="right")
         for each in report.paired:
             table.add_row(*map(Text, _paired_cells(each)))
         console.print(table)
