@@ -24,7 +24,7 @@ from kd_trainer import (
     parse_args,
 )
 from kd_trainer.training import arguments as training_args
-from kd_trainer.training import processes
+from kd_trainer.training import bases
 from tests.helpers import launch, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,14 +215,14 @@ def build(tmp_path: Path, **arguments) -> DistillationTrainer:
 def test_a_process_that_would_train_alone_is_refused(name, monkeypatch, tmp_path):
     for known in LAUNCHERS:
         monkeypatch.delenv(known, raising=False)
-    monkeypatch.setattr(processes, "has_accelerator", lambda: False)
+    monkeypatch.setattr(bases, "has_accelerator", lambda: False)
     args = TrainingArguments(str(tmp_path), report_to="none")  # made before: it sees one process
     student, teacher = tiny.models("classification")
     monkeypatch.setenv(name, "2")
     message = rf"`use_cpu` is False; expected true for several processes on the CPU, because {name} is 2 and the "
     with pytest.raises(ValueError, match=message + "arguments see one process.*Set use_cpu to true"):
         DistillationTrainer(model=student, args=args, teacher_model=teacher)
-    monkeypatch.setattr(processes, "has_accelerator", lambda: True)
+    monkeypatch.setattr(bases, "has_accelerator", lambda: True)
     with pytest.raises(ValueError, match=rf"`{name}` is 2; expected 1, the number .*accelerate launch or torchrun"):
         DistillationTrainer(model=student, args=args, teacher_model=teacher)
     monkeypatch.setenv(name, "1")
