@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .diagnostics.memory import estimate_memory as estimate_memory
     from .losses.calibration import fit_temperature as fit_temperature
     from .losses.distributions import KLDivergenceLoss as KLDivergenceLoss
+    from .losses.distributions import entropy as entropy
     from .losses.distributions import kl_bernoulli as kl_bernoulli
     from .losses.distributions import kl_categorical as kl_categorical
     from .losses.distributions import kl_diagonal_gaussian as kl_diagonal_gaussian
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from .losses.distributions import kl_gaussian as kl_gaussian
     from .losses.distributions import kl_to_standard_normal as kl_to_standard_normal
     from .losses.distributions import monte_carlo_kl as monte_carlo_kl
+    from .losses.distributions import soft_cross_entropy as soft_cross_entropy
     from .losses.divergences import DIVERGENCES as DIVERGENCES
     from .losses.divergences import dkd as dkd
-    from .losses.divergences import entropy as entropy
     from .losses.divergences import entropy_switch as entropy_switch
     from .losses.divergences import forward_kl as forward_kl
     from .losses.divergences import jsd as jsd
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from .losses.divergences import reverse_kl as reverse_kl
     from .losses.divergences import skew_forward_kl as skew_forward_kl
     from .losses.divergences import skew_reverse_kl as skew_reverse_kl
-    from .losses.divergences import soft_cross_entropy as soft_cross_entropy
     from .losses.divergences import symmetric_kl as symmetric_kl
     from .losses.divergences import total_variation as total_variation
     from .losses.fused_linear import FusedLoss as FusedLoss
@@ -81,6 +81,7 @@ _HOME = {
     "diagnostics.memory": ["Memory", "estimate_memory"],
     "losses.calibration": ["fit_temperature"],
     "losses.distributions": [
+        "entropy",
         "kl_bernoulli",
         "kl_categorical",
         "kl_diagonal_gaussian",
@@ -89,11 +90,11 @@ _HOME = {
         "kl_to_standard_normal",
         "KLDivergenceLoss",
         "monte_carlo_kl",
+        "soft_cross_entropy",
     ],
     "losses.divergences": [
         "DIVERGENCES",
         "dkd",
-        "entropy",
         "entropy_switch",
         "forward_kl",
         "jsd",
@@ -101,7 +102,6 @@ _HOME = {
         "reverse_kl",
         "skew_forward_kl",
         "skew_reverse_kl",
-        "soft_cross_entropy",
         "symmetric_kl",
         "total_variation",
     ],

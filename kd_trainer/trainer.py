@@ -22,16 +22,8 @@ from .diagnostics.results import CheckResult, has_errors
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
 from .report.seeds import Compared, compare_over_seeds
-from .tasks import (
-    PackingWatch,
-    accepted_inputs,
-    changed_attributes,
-    model_inputs,
-    takes_features,
-    unchanged_attributes,
-)
-from .tasks import Task as Task
-from .tasks.inputs import CHUNK_IDS, ROW_ID, TEACHER_PREFIX, WithTeacherColumns
+from .tasks import PackingWatch, Task, accepted_inputs, changed_attributes, takes_features, unchanged_attributes
+from .tasks.inputs import CHUNK_IDS, ROW_ID, TEACHER_PREFIX, WithTeacherColumns, model_inputs
 from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
 from .teachers import Teacher, routed
 from .teachers.sequences import StudentRows

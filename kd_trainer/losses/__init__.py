@@ -5,6 +5,7 @@ from .checks import check_standardized
 from .chunk_likelihood import chunk_kl, chunk_sums, label_log_probs, logits_log_probs, loss_of_log_probs
 from .distributions import (
     KLDivergenceLoss,
+    entropy,
     kl_bernoulli,
     kl_categorical,
     kl_diagonal_gaussian,
@@ -12,11 +13,11 @@ from .distributions import (
     kl_gaussian,
     kl_to_standard_normal,
     monte_carlo_kl,
+    soft_cross_entropy,
 )
 from .divergences import (
     DIVERGENCES,
     dkd,
-    entropy,
     entropy_switch,
     forward_kl,
     jsd,
@@ -24,7 +25,6 @@ from .divergences import (
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
-    soft_cross_entropy,
     symmetric_kl,
     total_variation,
 )

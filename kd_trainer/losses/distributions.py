@@ -1,7 +1,7 @@
-"""Closed forms of the KL divergence between named distributions, and a Monte Carlo estimate where there is none.
+"""Closed forms of the KL divergence between named distributions, a Monte Carlo estimate, and entropies of logits.
 
 For: Bernoulli and categorical probabilities, Gaussians, the KL term of a VAE, any pair one can sample and score. Leaves
-logits to `divergences.py` and means over a batch to the caller.
+divergences of logits to `divergences.py` and means over a batch to the caller.
 Letters: ... batch dimensions; C classes; D dimensions of a Gaussian; N samples. P, the distribution under which the
 expectation is taken, comes first, as in `torch.distributions.kl_divergence(p, q)`.
 """
@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..validation import check_number, check_tensor, fail
-from .formulas import kl_terms, wide
+from ..validation import check_number, check_temperature, check_tensor, fail
+from .checks import check_logits
+from .formulas import kl_terms, log_probs, weigh, wide
 from .reductions import divide
 
 
@@ -272,6 +273,62 @@ def monte_carlo_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> MonteCarloKL:
         fail("p_log_probs", shown, "at least two samples in the first dimension", "Draw more samples from P.")
     log_ratio = p_log_probs - q_log_probs
     return MonteCarloKL(log_ratio.mean(0), log_ratio.std(0) / log_ratio.shape[0] ** 0.5)
+
+
+def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """H(P) = -sum p log p: the uncertainty of a distribution, in nats.
+
+    When to use: to see how soft the teacher's targets are at a temperature.
+
+    Args:
+        logits: [..., V], any floating dtype; p = softmax(logits/T).
+        temperature: T > 0.
+
+    Returns:
+        Nats [...] between 0 and log V, float32 or wider.
+
+    Raises:
+        ValueError, TypeError: as `forward_kl`.
+
+    Example:
+        >>> round(entropy(torch.zeros(8)).item(), 4)  # log 8
+        2.0794
+
+    Source: Shannon 1948.
+    """
+    return soft_cross_entropy(logits, logits, temperature=temperature)
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """H(P, Q) = -sum p log q = H(P) + KL(P || Q): cross-entropy with the teacher's probabilities as targets.
+
+    When to use: as a loss with the student's gradient of `forward_kl`, whose floor is H(P) instead of 0.
+
+    Args:
+        student_logits: z_s [..., V], any floating dtype.
+        teacher_logits: z_t [..., V], the same shape.
+        temperature: T > 0, divides both logits.
+
+    Returns:
+        Nats [...], float32 or wider; +inf where q = 0 at a class with p > 0.
+
+    Raises:
+        ValueError, TypeError: as `forward_kl`.
+
+    Example:
+        >>> from kd_trainer import forward_kl
+        >>> student, teacher = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0])
+        >>> sum_of_both = entropy(teacher) + forward_kl(student, teacher)
+        >>> bool(torch.isclose(soft_cross_entropy(student, teacher), sum_of_both))
+        True
+
+    Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
+    """
+    check_temperature("temperature", temperature)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    dtype = wide(student_logits, teacher_logits)
+    log_q = log_probs(student_logits, temperature, dtype)
+    return -weigh(log_probs(teacher_logits, temperature, dtype).exp(), log_q).sum(-1)
 
 
 class KLDivergenceLoss(nn.Module):

@@ -27,12 +27,10 @@ from .formulas import (
     jsd_terms,
     kl_terms,
     kl_to_mixture_terms,
-    log_probs,
     per_position,
     skew_reverse_kl_terms,
     squared_error_terms,
     total_variation_terms,
-    weigh,
     wide,
 )
 
@@ -453,58 +451,3 @@ def entropy_switch(
     Source: Jin et al. 2026 (EOPD), arXiv:2603.07079, where the forward KL is added instead.
     """
     return DIVERGENCES["entropy_switch"](student_logits, teacher_logits, temperature=temperature, beta=beta)
-
-
-def entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """H(P) = -sum p log p: the uncertainty of a distribution, in nats.
-
-    When to use: to see how soft the teacher's targets are at a temperature.
-
-    Args:
-        logits: [..., V], any floating dtype; p = softmax(logits/T).
-        temperature: T > 0.
-
-    Returns:
-        Nats [...] between 0 and log V, float32 or wider.
-
-    Raises:
-        ValueError, TypeError: as `forward_kl`.
-
-    Example:
-        >>> round(entropy(torch.zeros(8)).item(), 4)  # log 8
-        2.0794
-
-    Source: Shannon 1948.
-    """
-    return soft_cross_entropy(logits, logits, temperature=temperature)
-
-
-def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """H(P, Q) = -sum p log q = H(P) + KL(P || Q): cross-entropy with the teacher's probabilities as targets.
-
-    When to use: as a loss with the student's gradient of `forward_kl`, whose floor is H(P) instead of 0.
-
-    Args:
-        student_logits: z_s [..., V], any floating dtype.
-        teacher_logits: z_t [..., V], the same shape.
-        temperature: T > 0, divides both logits.
-
-    Returns:
-        Nats [...], float32 or wider; +inf where q = 0 at a class with p > 0.
-
-    Raises:
-        ValueError, TypeError: as `forward_kl`.
-
-    Example:
-        >>> student, teacher = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.0])
-        >>> sum_of_both = entropy(teacher) + forward_kl(student, teacher)
-        >>> bool(torch.isclose(soft_cross_entropy(student, teacher), sum_of_both))
-        True
-
-    Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
-    """
-    check_temperature("temperature", temperature)
-    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
-    dtype = wide(student_logits, teacher_logits)
-    log_q = log_probs(student_logits, temperature, dtype)
-    return -weigh(log_probs(teacher_logits, temperature, dtype).exp(), log_q).sum(-1)

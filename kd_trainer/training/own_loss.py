@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import IGNORE_INDEX, select_positions
-from ..tasks import STUDENT_TOKENS, Accepted, Task, behind_front, model_inputs, text_config
+from ..tasks import (
+    STUDENT_TOKENS,
+    Accepted,
+    Task,
+    as_in_training,
+    behind_front,
+    model_inputs,
+    same_random_numbers,
+    text_config,
+)
+from ..teachers import reshard
 from ..validation import fail
 from .terms import aux_weight
 
@@ -432,3 +442,29 @@ def choose(
             fail("kd_hard_loss", repr(wanted), "'auto' or 'task' with this model", fix, because=reason)
         return (found or HardLoss(True, task))._replace(own=True, line="the model's own, as kd_hard_loss sets it")
     return found or HardLoss(False, task)
+
+
+def compare_losses(first: Any, accepted: Accepted) -> HardLoss | None:
+    """The model's own loss beside the task's formula on a piece of the batch, the same answer on every process."""
+    trainer, student, accelerator = first.trainer, first.student, first.trainer.accelerator
+    batch, called = first.prepared(), trainer.model_wrapped if first.sharded else student
+
+    def forward(inputs: dict[str, Any]) -> Any:
+        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}  # a forward may write
+        with same_random_numbers(trainer.args.device), torch.no_grad():
+            return called(**own)
+
+    with as_in_training(student):
+        counts_shifted = trainer._loss_shifts_labels if trainer.model_accepts_loss_kwargs else None
+        weight = aux_weight(student)
+        found = Comparison(forward, student, first.task, accepted, weight, counts_shifted).look(batch)
+    if accelerator.is_fsdp2:
+        reshard(called)
+    if accelerator.num_processes == 1 or first.setup.each_alone:
+        return found
+
+    def anywhere(mine: list[bool]) -> list[bool]:
+        seen = torch.tensor([float(x) for x in mine], device=trainer.args.device)
+        return [bool(x) for x in accelerator.reduce(seen, reduction="sum").tolist()]
+
+    return agreed(found, first.task, anywhere)

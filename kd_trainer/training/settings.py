@@ -234,3 +234,10 @@ def of_each_teacher(check: Callable[[FirstBatch], None]) -> Callable[[FirstBatch
             check(first)
 
     return checked
+
+
+def pooling_of(teacher: Teacher | None) -> str | None:
+    """Of a teacher of embeddings."""
+    if teacher is None:
+        return None
+    return getattr(teacher.model, "pooling", None) if teacher.manifest is None else teacher.manifest.get("pooling")

@@ -38,8 +38,8 @@ from ..teachers import (
 )
 from ..validation import fail, quoted, warn
 from .arguments import DistillationArguments
-from .settings import Settings
-from .setup_checks import WITH_MODELS, WITHOUT_MODELS, FirstBatch, pooling_of
+from .settings import Settings, pooling_of
+from .setup_checks import WITH_MODELS, WITHOUT_MODELS, FirstBatch
 from .terms import notes_on_own_losses
 
 logger = logging.getLogger(__name__)

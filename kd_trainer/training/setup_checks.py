@@ -21,13 +21,11 @@ from ..losses import bad_rows
 from ..tasks import (
     TEACHER_ID,
     TEACHER_PREFIX,
-    Accepted,
     AmbiguousOutputs,
     Task,
     UnsupportedHead,
     Wanted,
     accepted_inputs,
-    as_in_training,
     by_problem_type,
     check_batch,
     check_required,
@@ -51,22 +49,20 @@ from ..tasks import (
 )
 from ..teachers import (
     LiveTeacher,
-    Teacher,
     check_ids,
     check_padding,
     check_separate,
     naming,
-    reshard,
     watch_shared_buffers,
 )
 from ..teachers import compatibility as compatibility
 from ..teachers.sequences import check_student_rows
 from ..validation import fail
 from .chunks import check_chunks
-from .own_loss import Comparison, HardLoss, agreed, choose
-from .settings import Check, FirstBatch, of_each_teacher
+from .own_loss import choose, compare_losses
+from .settings import Check, FirstBatch, of_each_teacher, pooling_of
 from .settings import is_sharded as is_sharded
-from .terms import aux_weight, check_aux_loss
+from .terms import check_aux_loss
 
 # ---- checks without a forward ----
 
@@ -94,13 +90,6 @@ def task(first: FirstBatch) -> None:
         first.teacher = first.teacher.for_student(student, over_tokens=task is not None and task.over_tokens)
         for one, member in zip(first.of_each(), first.teacher.members, strict=False):
             one.teacher = member
-
-
-def pooling_of(teacher: Teacher | None) -> str | None:
-    """Of a teacher of embeddings."""
-    if teacher is None:
-        return None
-    return getattr(teacher.model, "pooling", None) if teacher.manifest is None else teacher.manifest.get("pooling")
 
 
 @of_each_teacher
@@ -485,32 +474,6 @@ def classes_of_logits(first: FirstBatch) -> int | None:
         raise
     except Exception:  # the forward of the training step raises it again
         return None
-
-
-def compare_losses(first: FirstBatch, accepted: Accepted) -> HardLoss | None:
-    """The model's own loss beside the task's formula on a piece of the batch, the same answer on every process."""
-    trainer, student, accelerator = first.trainer, first.student, first.trainer.accelerator
-    batch, called = first.prepared(), trainer.model_wrapped if first.sharded else student
-
-    def forward(inputs: dict[str, Any]) -> Any:
-        own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}  # a forward may write
-        with same_random_numbers(trainer.args.device), torch.no_grad():
-            return called(**own)
-
-    with as_in_training(student):
-        counts_shifted = trainer._loss_shifts_labels if trainer.model_accepts_loss_kwargs else None
-        weight = aux_weight(student)
-        found = Comparison(forward, student, first.task, accepted, weight, counts_shifted).look(batch)
-    if accelerator.is_fsdp2:
-        reshard(called)
-    if accelerator.num_processes == 1 or first.setup.each_alone:
-        return found
-
-    def anywhere(mine: list[bool]) -> list[bool]:
-        seen = torch.tensor([float(x) for x in mine], device=trainer.args.device)
-        return [bool(x) for x in accelerator.reduce(seen, reduction="sum").tolist()]
-
-    return agreed(found, first.task, anywhere)
 
 
 # In this order, by the name of the row that `check()` makes of a refusal. The first ones run no model and do not need

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kd_trainer.losses import formulas
-from kd_trainer.losses.divergences import DIVERGENCES, divergence_terms, entropy
+from kd_trainer.losses.distributions import entropy
+from kd_trainer.losses.divergences import DIVERGENCES, divergence_terms
 from kd_trainer.losses.modules import SoftTargetLoss
 
 CI = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
