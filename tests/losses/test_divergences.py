@@ -10,16 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from kd_trainer.losses import formulas
+from kd_trainer.losses.distributions import entropy, soft_cross_entropy
 from kd_trainer.losses.divergences import (
     DIVERGENCES,
     divergence_terms,
-    entropy,
     forward_kl,
     jsd,
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
-    soft_cross_entropy,
     symmetric_kl,
     total_variation,
 )
