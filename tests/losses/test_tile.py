@@ -42,10 +42,17 @@ def results_of(setting: Setting, given: dict, gradient: bool = True, **ways: boo
     return (student if gradient else torch.zeros(1), rows.soft.float(), rows.hard.float(), rows.same.float())
 
 
+# One of each form of the C code; the others are compiled by CI.
+QUICK = ("forward_kl", "jsd", "skew_reverse_kl")
+
+
 @compiler
-@pytest.mark.parametrize("divergence", C_DIVERGENCES)
+@pytest.mark.parametrize(
+    "divergence", [pytest.param(d, marks=[] if d in QUICK else pytest.mark.trains) for d in C_DIVERGENCES]
+)
 def test_compiled_is_eager(divergence):
-    for dtype, temperature in itertools.product([torch.float32, torch.bfloat16], [0.5, 1.0, 1.5, 2.0, 2.3, 4.0, 5.0]):
+    # Each temperature is compiled: 1, powers of two on either side, and one whose inverse is rounded.
+    for dtype, temperature in itertools.product([torch.float32, torch.bfloat16], [0.5, 1.0, 2.0, 2.3]):
         room = 1e-6 if divergence in KLS else MIXED
         for hard, gradient, classes in ((True, True, 301), (False, True, 4099), (True, False, 5)):
             given = tile(classes=classes, dtype=dtype)

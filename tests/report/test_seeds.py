@@ -248,6 +248,7 @@ def early():
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_hard_loss", "greater_is_better": False}
 
 
+@pytest.mark.trains
 def test_it_goes_on_where_it_stopped(tmp_path):
     settings = {
         "kd_run": "compare",
