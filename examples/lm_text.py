@@ -35,6 +35,7 @@ HARD_LOSS_ONLY = {
     "kd_divergence": "forward_kl",
     "kd_beta": None,
     "kd_standardize_logits": False,
+    "kd_position_fraction": 1.0,
     "teacher_cache_dir": None,
     "teacher_cache_format": "auto",
     "teacher_cache_k": None,

@@ -42,7 +42,17 @@ from .fused_arguments import chunk_rows, group_rows
 from .fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain, release_memory
 from .modules import DistillationLoss, SoftTargetLoss
 from .projection import MixedLogits, OutputProjection, cap_and_scale, cast_as_autocast
-from .reductions import IGNORE_INDEX, bad_rows, divide, is_bad, select_positions, wrong_labels
+from .reductions import (
+    IGNORE_INDEX,
+    bad_rows,
+    divide,
+    is_bad,
+    position_entropies,
+    quota_sum,
+    select_positions,
+    top_entropy_mask,
+    wrong_labels,
+)
 from .small_batch import is_small, small_batch_loss
 from .sparse_targets import Samples, TopK, draw_samples, sampled_forward_kl, top_k, top_k_divergence
 
@@ -94,6 +104,8 @@ __all__ = [
     "monte_carlo_kl",
     "normalised",
     "pool",
+    "position_entropies",
+    "quota_sum",
     "release_memory",
     "reverse_kl",
     "sampled_forward_kl",
@@ -105,6 +117,7 @@ __all__ = [
     "soft_cross_entropy",
     "squared_error",
     "symmetric_kl",
+    "top_entropy_mask",
     "top_k",
     "top_k_divergence",
     "total_variation",

@@ -267,6 +267,16 @@ class Task:
             return counted if made_at is None else made_at & counted
         return self.attended(inputs)
 
+    def segments(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
+        """[B, S]: which sequence of its row a position belongs to, from 0 on; None where each row is one.
+
+        Args:
+            mask: [B, S], one entry for each position.
+        """
+        if self.encoder_decoder or not tells_sequences(inputs):
+            return None
+        return F.pad(begins_next(inputs, mask), (1, 0)).cumsum(-1)
+
     def kept_positions(self, inputs: Mapping[str, Any], positions: str, rows: int) -> Tensor:
         """Boolean [B, S]: positions of which a cache keeps the teacher's output; [B, 1] where rows have one each."""
         targets = self.targets(inputs)

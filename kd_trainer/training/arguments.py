@@ -125,6 +125,10 @@ class DistillationArguments:
         default="labels",
         metadata={"help": "Token-level tasks: soft loss where there are labels, or at every attended position."},
     )
+    kd_position_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Share of a row's positions that the soft loss counts: those of highest student entropy."},
+    )
     kd_schedule: str = field(
         default="constant", metadata={"help": "How alpha and temperature move to kd_*_end: constant, linear, cosine."}
     )
@@ -266,6 +270,7 @@ class DistillationArguments:
         check_choice("kd_divergence", self.kd_divergence, DIVERGENCES)
         check_choice("kd_reduction", self.kd_reduction, REDUCTIONS)
         check_choice("kd_positions", self.kd_positions, POSITIONS)
+        check_number("kd_position_fraction", self.kd_position_fraction, low=0, high=1, open_low=True)
         check_choice("kd_loss_implementation", self.kd_loss_implementation, IMPLEMENTATIONS)
         check_choice("kd_schedule", self.kd_schedule, SCHEDULES)
         check_choice("kd_run", self.kd_run, RUNS)
@@ -311,7 +316,7 @@ class DistillationArguments:
                 fail("kd_chunk_temperature", self.kd_chunk_temperature, expected, "Set kd_cross_tokenizer to 'chunks'.")
             return
         unread = ["kd_temperature", "kd_temperature_end", "kd_divergence", "kd_beta", "kd_standardize_logits"]
-        unread, cached = [*unread, "kd_features"], ["teacher_cache_dir"]
+        unread, cached = [*unread, "kd_features", "kd_position_fraction"], ["teacher_cache_dir"]
         for entry in dataclasses.fields(DistillationArguments):
             value = getattr(self, entry.name)
             if entry.name in unread + cached and value != entry.default:

@@ -22,15 +22,20 @@ from ..losses import (
     DIVERGENCES,
     IGNORE_INDEX,
     FusedLoss,
+    OutputProjection,
     Samples,
     SoftTargetLoss,
     TopK,
+    chunk_rows,
     divide,
     fused_linear_distillation,
     is_small,
+    position_entropies,
+    quota_sum,
     sampled_forward_kl,
     select_positions,
     small_batch_loss,
+    top_entropy_mask,
     top_k_divergence,
 )
 from ..tasks import Task, class_labels, main_input
@@ -104,6 +109,7 @@ class Objective:
     label_smoothing: float = 0.0
     added: tuple[Term, ...] = ()
     standardize_logits: bool = False
+    position_fraction: float = 1.0  # of a row: soft loss at its positions of highest student entropy
 
     soft_name: ClassVar[str] = "soft"
     by_position: ClassVar[bool] = True  # position i of the student is compared with position i of the teacher
@@ -148,6 +154,8 @@ class Objective:
             soft += "" if self.beta is None else f", beta={self.beta:g}"
             soft += "" if DIVERGENCES[self.divergence].of_logits else f", T={self.temperature:g}"
             soft += ", standardized logits" if self.standardize_logits else ""
+        if self.position_fraction < 1:
+            soft += f", {self.position_fraction:g} of the {'position' if task is None else task.position}s"
         return soft
 
     def count(self, task: Task, inputs: Mapping[str, Any]) -> Counts:
@@ -158,9 +166,13 @@ class Objective:
         added = tuple([rows if term.count is None else term.count(task, inputs) for term in self.added])
         if not task.by_position:
             return Counts(hard, rows, rows, added=added)
-        if self.positions == "labels" and targets is not None and task.made_at(inputs, targets) is None:
+        selects = self.position_fraction < 1
+        if not selects and self.positions == "labels" and targets is not None and task.made_at(inputs, targets) is None:
             return Counts(hard, hard, rows, added=added)
         mask = task.soft_mask(inputs, targets, self.positions)
+        if selects:
+            mask = torch.ones_like(task.sequences(inputs), dtype=torch.bool) if mask is None else mask
+            return Counts(hard, quota_sum(mask, self.position_fraction, task.segments(inputs, mask)), rows, added=added)
         soft = task.sequences(inputs).numel() if mask is None else mask.sum()
         return Counts(hard, soft, rows, added=added)
 
@@ -200,6 +212,13 @@ class Objective:
         targets = task.targets(inputs)
         task.check_shapes(student_logits, teacher if isinstance(teacher, Tensor) else None, targets, common_ids)
         mask = task.soft_mask(inputs, targets, self.positions)
+        if self.position_fraction < 1 and teacher is not None:
+            flat = student_logits.detach().flatten(0, 1)
+            if mask is None:
+                mask = torch.ones(student_logits.shape[:2], dtype=torch.bool, device=flat.device)
+            size = chunk_rows(flat.shape[-1], 4, on_cpu=not flat.is_cuda)
+            entropy = position_entropies(mask, lambda rows: flat[rows], size, classes=common_ids)
+            mask = self._of_highest(entropy, task, inputs, mask)
         chosen, logits, labels = student_logits, student_logits, targets
         if task.token_level:
             within_labels = self.positions == "labels" and task.generated(inputs) is None
@@ -307,16 +326,21 @@ class Objective:
                 "Check the label column and the data collator.",
             )
         mask = None  # both losses count the positions with a label, or all of them
-        if targets is None or self.positions != "labels" or task.made_at(inputs, targets) is not None:
+        if self.position_fraction == 1 and (
+            targets is None or self.positions != "labels" or task.made_at(inputs, targets) is not None
+        ):
             mask = task.soft_mask(inputs, targets, self.positions)
             if mask is None and targets is not None:
                 mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)
+        hard = None
+        if self.position_fraction < 1:
+            mask, targets, hard = self._selected(task, student_hidden, weights, inputs, targets, common_ids)
         if targets is None and DIVERGENCES[self.divergence].needs_labels:
             targets = torch.full(shape, IGNORE_INDEX, device=student_hidden.device)
         hard_count, soft_count = self._denominators(counts)
         given: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
         given |= teacher.each(partial(torch.flatten, start_dim=0, end_dim=1)).as_arguments()
-        return fused_linear_distillation(
+        loss = fused_linear_distillation(
             student_hidden.flatten(0, 1),
             labels=None if targets is None else targets.flatten(),
             alpha=self.alpha,
@@ -333,6 +357,42 @@ class Objective:
             **weights,
             **given,
         )
+        return loss if hard is None else loss._replace(hard=hard)
+
+    def _selected(
+        self,
+        task: Task,
+        student_hidden: Tensor,
+        weights: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        targets: Tensor | None,
+        common_ids: int | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The soft mask of the selected positions, the labels that remain, and the hard sum where it is known already.
+
+        The entropies take one product of the student's head. At alpha 1, where the hard loss is for the log alone, it
+        is taken from that product, so that both heads then multiply the selected positions alone.
+        """
+        mask = task.soft_mask(inputs, targets, self.positions)
+        if mask is None:
+            mask = torch.ones(student_hidden.shape[:-1], dtype=torch.bool, device=student_hidden.device)
+        bias, scale, softcap = (weights.get(f"student_{name}") for name in ("bias", "scale", "softcap"))
+        head = OutputProjection(weights["student_weight"], bias, 1.0 if scale is None else scale, softcap)
+        hidden, size = student_hidden.detach().flatten(0, 1), chunk_rows(len(head.weight), 4, on_cpu=not mask.is_cuda)
+        entropies = partial(position_entropies, logits_of=lambda rows: head.logits(hidden[rows]), tile_rows=size)
+        if targets is None or self.alpha < 1:
+            return self._of_highest(entropies(mask, classes=common_ids), task, inputs, mask), targets, None
+        labels, sums = targets.flatten(), []
+
+        def also(rows: Tensor, logits: Tensor) -> None:
+            sums.append(task.hard_loss_sum(logits, labels[rows], self.label_smoothing))
+
+        entropy = entropies(mask | (targets != IGNORE_INDEX), classes=common_ids, also=also)
+        mask = self._of_highest(entropy, task, inputs, mask)
+        return mask, targets.masked_fill(~mask, IGNORE_INDEX), torch.stack(sums).sum() if sums else None
+
+    def _of_highest(self, entropy: Tensor, task: Task, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        return top_entropy_mask(entropy, mask, self.position_fraction, task.segments(inputs, mask))
 
     def parts(self, loss: FusedLoss, counts: Counts, *, labelled: bool) -> Parts:
         """`Parts` of a fused loss: its sums over the denominators, as `__call__` gives them."""

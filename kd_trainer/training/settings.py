@@ -33,7 +33,7 @@ _FREE_WITH_LOGITS = frozenset({"kd_temperature", "kd_temperature_end"})
 WITHOUT_FEATURES: dict[str, Any] = {"kd_features": None, "kd_feature_layers": "last", "kd_relation_heads": None}
 HARD_LOSS_ONLY: dict[str, Any] = {
     "kd_alpha": 0.0, "kd_alpha_end": None, "kd_temperature_end": None, "kd_schedule": "constant",
-    "kd_cross_tokenizer": "error", "kd_chunk_temperature": 1.0, "kd_student_fraction": 0.0,
+    "kd_position_fraction": 1.0, "kd_cross_tokenizer": "error", "kd_chunk_temperature": 1.0, "kd_student_fraction": 0.0,
     "kd_max_new_tokens": None, "kd_generation_kwargs": None, **WITHOUT_FEATURES,
 }  # fmt: skip
 
@@ -117,13 +117,20 @@ class Settings:
         temperature = scheduled(kd.kd_temperature, kd.kd_temperature_end, kd.kd_schedule, progress)
         if (alpha, temperature) not in self._objectives:
             divergence, beta = kd.kd_divergence, kd.kd_beta
-            settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, self._smoothing, self.added)
+            settings = (
+                divergence,
+                beta,
+                kd.kd_reduction,
+                kd.kd_positions,
+                self._smoothing,
+                self.added,
+            )
             if kd.kd_cross_tokenizer == CHUNKS:
                 objective: Objective = ChunkObjective(
                     alpha, temperature, *settings, chunk_temperature=kd.kd_chunk_temperature
                 )
             else:
-                objective = Objective(alpha, temperature, *settings, standardize_logits=kd.kd_standardize_logits)
+                objective = Objective(alpha, temperature, *settings, kd.kd_standardize_logits, kd.kd_position_fraction)
             self._objectives = {(alpha, temperature): (objective, objective.soft_loss())}
         return self._objectives[alpha, temperature]
 

@@ -179,12 +179,13 @@ def settings(first: FirstBatch) -> str | None:
         return None
     objective, soft_loss = first.settings.objective(first.trainer.state, training=True)
     task.check_soft_loss(soft_loss)
-    if not task.embeds:
-        unused = {"kd_pooling": (kd.kd_pooling, None), "kd_embedding_loss": (kd.kd_embedding_loss, "cosine")}
-        for name, (value, default) in unused.items():
-            if value != default:
-                expected = f"{default!r} (the default) for the task {task.name!r}"
-                fail(name, repr(value), expected, "Leave it out.", because="its outputs are no embeddings")
+    unused = {} if task.embeds else dict.fromkeys(("kd_pooling", "kd_embedding_loss"), "its outputs are no embeddings")
+    unused |= {} if task.token_level else {"kd_position_fraction": "it selects among the tokens of a row"}
+    for name, because in unused.items():
+        value, default = getattr(kd, name), getattr(type(kd), name)
+        if value != default:
+            expected = f"{default!r} (the default) for the task {task.name!r}"
+            fail(name, repr(value), expected, "Leave it out.", because=because)
     if not task.has_hard_loss:
         _check_soft_alone(first, task)
     if task.embeds and first.sharded and takes_features(first.student):
@@ -199,8 +200,7 @@ def settings(first: FirstBatch) -> str | None:
         fail("kd_hard_loss", repr(kd.kd_hard_loss), expected, "Leave it out.", because=because)
     if kd.teacher_cache_dir is not None and not task.cacheable:
         expected, because = f"None for the task {task.name!r}", "which frames count is known to the student alone"
-        fix = "Train with the live teacher."
-        fail("teacher_cache_dir", repr(kd.teacher_cache_dir), expected, fix, because=because)
+        fail("teacher_cache_dir", repr(kd.teacher_cache_dir), expected, "Train with the live teacher.", because=because)
     if smoothing > 0 and not task.softmax:
         fail("label_smoothing_factor", smoothing, f"0 for the task {task.name!r}", "Leave it out.")
     check_virtual_tokens(first.student, task, "model")

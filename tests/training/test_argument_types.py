@@ -21,7 +21,7 @@ from tests.helpers import tiny
 FIELDS = {field.name: field for field in dataclasses.fields(DistillationArguments)}
 BOOLS = ("kd_remap_labels", "kd_standardize_logits", "teacher_compile")
 NUMBERS = ("kd_alpha", "kd_temperature", "kd_beta", "kd_alpha_end", "kd_temperature_end", "kd_chunk_temperature",
-           "teacher_server_timeout", "kd_student_fraction")  # fmt: skip
+           "teacher_server_timeout", "kd_student_fraction", "kd_position_fraction")  # fmt: skip
 WHOLE = ("teacher_cache_k", "kd_relation_heads", "kd_max_new_tokens", "kd_compare_seeds",
          "teacher_server_top_k", "teacher_server_retries", "teacher_server_concurrency")  # fmt: skip
 OBJECTS = ("teacher_model_init_kwargs", "kd_features", "kd_generation_kwargs")
