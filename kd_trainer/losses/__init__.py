@@ -39,7 +39,13 @@ from .features import (
     squared_error,
 )
 from .fused_arguments import chunk_rows, group_rows
-from .fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain, release_memory
+from .fused_linear import (
+    FusedLoss,
+    fused_linear_distillation,
+    fused_linear_distillation_plain,
+    logits_in_tiles,
+    release_memory,
+)
 from .modules import DistillationLoss, SoftTargetLoss
 from .projection import MixedLogits, OutputProjection, cap_and_scale, cast_as_autocast
 from .reductions import (
@@ -99,6 +105,7 @@ __all__ = [
     "kl_to_standard_normal",
     "label_log_probs",
     "logit_mse",
+    "logits_in_tiles",
     "logits_log_probs",
     "loss_of_log_probs",
     "monte_carlo_kl",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy
@@ -478,6 +478,15 @@ def kept_memory(name: str, rows: int, columns: int, like: Tensor, *, keep: bool 
     else:
         _KEPT.__dict__.pop(name, None)
     return torch.from_numpy(part).view(like.dtype).view(rows, columns)
+
+
+def logits_in_tiles(head: OutputProjection, hidden: Tensor, size: int) -> Callable[[Tensor], Tensor]:
+    """From indices of at most `size` rows of hidden [N, H] to their logits, which the next call may overwrite."""
+    weight, n = head.weight, len(hidden)
+    if weight.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(weight.device.type):
+        return lambda rows: head.logits(hidden[rows])
+    tile = kept_memory("student", min(size, n), len(weight), weight, keep=keeps_tiles(n, weight.shape[1]))
+    return lambda rows: head.capped(head.product(hidden[rows], 1.0, tile[: len(rows)]))
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:

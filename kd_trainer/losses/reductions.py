@@ -226,10 +226,11 @@ def top_entropy_mask(entropy: Tensor, mask: Tensor, fraction: float, segments: T
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    logits = (logits - logits.amax(-1, True)).clamp_(min=-1e4)  # of an excluded class 0 * -inf would be NaN
+    """Overwrites the logits."""
+    logits.sub_(logits.amax(-1, True)).clamp_(min=-1e4)  # of an excluded class 0 * -inf would be NaN
     odds = logits.exp()
     total = odds.sum(-1)
-    return total.log() - torch.linalg.vecdot(odds, logits) / total
+    return total.log() - logits.mul_(odds).sum(-1) / total
 
 
 @torch.no_grad()
@@ -245,7 +246,7 @@ def position_entropies(
 
     Args:
         mask: [B, S] bool, True where counted.
-        logits_of: from indices [R] into the B * S positions to their logits [R, V].
+        logits_of: from indices [R] into the B * S positions to their logits [R, V], which are overwritten.
         tile_rows: R at most.
         classes: the first so many alone, renormalised; None: all.
         also: called with indices and logits, of some positions at a time.

@@ -30,6 +30,7 @@ from ..losses import (
     divide,
     fused_linear_distillation,
     is_small,
+    logits_in_tiles,
     position_entropies,
     quota_sum,
     sampled_forward_kl,
@@ -216,7 +217,7 @@ class Objective:
             flat = student_logits.detach().flatten(0, 1)
             if mask is None:
                 mask = torch.ones(student_logits.shape[:2], dtype=torch.bool, device=flat.device)
-            size = chunk_rows(flat.shape[-1], 4, on_cpu=not flat.is_cuda)
+            size = chunk_rows(flat.shape[-1], 4, on_cpu=flat.device.type == "cpu")
             entropy = position_entropies(mask, lambda rows: flat[rows], size, classes=common_ids)
             mask = self._of_highest(entropy, task, inputs, mask)
         chosen, logits, labels = student_logits, student_logits, targets
@@ -378,8 +379,11 @@ class Objective:
             mask = torch.ones(student_hidden.shape[:-1], dtype=torch.bool, device=student_hidden.device)
         bias, scale, softcap = (weights.get(f"student_{name}") for name in ("bias", "scale", "softcap"))
         head = OutputProjection(weights["student_weight"], bias, 1.0 if scale is None else scale, softcap)
-        hidden, size = student_hidden.detach().flatten(0, 1), chunk_rows(len(head.weight), 4, on_cpu=not mask.is_cuda)
-        entropies = partial(position_entropies, logits_of=lambda rows: head.logits(hidden[rows]), tile_rows=size)
+        hidden, size = (
+            student_hidden.detach().flatten(0, 1),
+            chunk_rows(len(head.weight), 4, on_cpu=mask.device.type == "cpu"),
+        )
+        entropies = partial(position_entropies, logits_of=logits_in_tiles(head, hidden, size), tile_rows=size)
         if targets is None or self.alpha < 1:
             return self._of_highest(entropies(mask, classes=common_ids), task, inputs, mask), targets, None
         labels, sums = targets.flatten(), []

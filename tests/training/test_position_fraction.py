@@ -8,8 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kd_trainer.losses import SoftTargetLoss, position_entropies, quota_sum, top_entropy_mask
+from kd_trainer.losses import OutputProjection, SoftTargetLoss, position_entropies, quota_sum, top_entropy_mask
 from kd_trainer.tasks.kinds import TASKS
+from kd_trainer.teachers import TeacherOutput
 from kd_trainer.training.objective import Objective
 from tests.helpers import tiny
 
@@ -137,7 +138,7 @@ def test_loss_is_the_one_written_out_in_float64(reduction, positions):
 def test_padding_doubled_changes_nothing(side, positions):
     parts, _, gradient = parts_of("tokenmean", positions)
     padded, _, other = parts_of("tokenmean", positions, side, 12)
-    assert float(padded.soft) == pytest.approx(float(parts.soft), rel=1e-6)
+    assert padded.soft.item() == pytest.approx(parts.soft.item(), rel=1e-6)
     other = other[:, 12:] if side == "left" else other[:, :12]
     assert torch.allclose(other, gradient, atol=1e-6)
     assert torch.isfinite(other).all()
@@ -197,6 +198,34 @@ def test_fused_loss_is_the_full_loss(settings, tmp_path):
     for key, values in logs.items():
         assert other[key] == pytest.approx(values, rel=1e-5, abs=1e-7), key
     assert made.evaluate()["eval_soft_loss"] > 0
+
+
+def test_at_alpha_1_the_heads_multiply_the_selected_positions_alone(monkeypatch):
+    """One product of the student's head for the entropies, of every counted position; then the fused loss."""
+    sizes: list[int] = []
+    product = OutputProjection.product
+
+    def counted(self, hidden, factor, out):
+        sizes.append(len(hidden))
+        return product(self, hidden, factor, out)
+
+    monkeypatch.setattr(OutputProjection, "product", counted)
+    generator, task = torch.Generator().manual_seed(2), TASKS["causal_lm"]
+    hidden, weight, teacher = (torch.randn(*shape, generator=generator) for shape in ((4, 12, 5), (VOCABULARY, 5),
+                                                                                     (4, 12, 5)))  # fmt: skip
+    objective, inputs = Objective(1.0, T, reduction="tokenmean", position_fraction=0.4), batch()
+    counts = objective.count(task, inputs)
+    output = TeacherOutput(hidden=teacher, head={"teacher_weight": weight, "teacher_bias": None})
+    weights = {"student_weight": weight.clone().requires_grad_()}
+    found = objective.fused(task, hidden.requires_grad_(), output, weights, inputs, counts)
+    assert sizes == [int(counts.hard), int(counts.soft), int(counts.soft)]
+    found.total.backward()
+    soft_loss = SoftTargetLoss(temperature=T, reduction="sum")
+    parts = objective(task, soft_loss, hidden @ weight.T, teacher @ weight.T, inputs, counts)
+    assert objective.parts(found, counts, labelled=True).hard.item() == pytest.approx(parts.hard.item(), rel=1e-5)
+    assert found.total.item() == pytest.approx(parts.total.item(), rel=1e-5)
+    gradient = torch.autograd.grad(parts.total, hidden)[0]
+    assert torch.allclose(hidden.grad, gradient, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["full", "fused"])
