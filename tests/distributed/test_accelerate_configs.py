@@ -54,7 +54,9 @@ def in_one_process(task: str, folder: Path):
     run = config_run.build(task.partition("+")[0], folder)
     run.train()
     run.save_model(str(folder / task))
-    return load_file(folder / task / "model.safetensors"), tiny.logs(run)  # saved, keys may have other names
+    # Saved, keys may have other names, and some backends save both names of a tied weight.
+    weights = run.model.state_dict() | load_file(folder / task / "model.safetensors")
+    return weights, tiny.logs(run)
 
 
 @functools.cache

@@ -146,7 +146,7 @@ for dtype in (torch.int64, torch.int32):
 
 for divergence in TRITON_DIVERGENCES:
     for hard in (True, False):
-        setting = Setting(divergence, 0.3, 2.0, hard, True)
+        setting = Setting(divergence, 0.3, 2.0, hard, excluding=True)
         for who in t.EXCLUDED:
             student, teacher, labels = t.excluded(who)
             exact, gradient = t.by_autograd(setting, student, teacher, labels if hard else None)
