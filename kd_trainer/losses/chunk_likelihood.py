@@ -119,7 +119,7 @@ def label_log_probs(
         labels: [N] class ids; an id out of range gives NaN.
         tile_rows: positions of a tile; None: as the fused loss.
     """
-    hidden, projection = cast_as_autocast(hidden), _as_autocast(projection)
+    hidden, projection = cast_as_autocast(hidden), projection.as_autocast()
     found = [hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))]
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         for rows, tile in _filled_tiles(hidden, projection, _tiles(len(hidden), None, tile_rows, projection.weight)):
@@ -152,16 +152,10 @@ def loss_of_log_probs(
     Returns:
         The sums of what `loss` returned.
     """
-    hidden, projection = cast_as_autocast(hidden), _as_autocast(projection)
+    hidden, projection = cast_as_autocast(hidden), projection.as_autocast()
     tiles = _tiles(len(hidden), groups, tile_rows, projection.weight)
     return _FromLogProbs.apply(
         hidden, projection.weight, projection.bias, projection, labels, loss, tiles, torch.is_grad_enabled()
-    )
-
-
-def _as_autocast(projection: OutputProjection) -> OutputProjection:
-    return OutputProjection(
-        cast_as_autocast(projection.weight), cast_as_autocast(projection.bias), projection.scale, projection.softcap
     )
 
 

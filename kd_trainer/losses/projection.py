@@ -5,7 +5,7 @@ Letters: N positions, H hidden size, V classes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,16 @@ class OutputProjection:
     bias: Tensor | None
     scale: float
     softcap: float | None
+
+    @classmethod
+    def from_arguments(cls, given: Mapping[str, Any], side: str) -> OutputProjection:
+        """Of a side, "student" or "teacher", by the argument names of `fused_linear_distillation`."""
+        weight, bias, softcap = given[f"{side}_weight"], given.get(f"{side}_bias"), given.get(f"{side}_softcap")
+        return cls(weight, bias, given.get(f"{side}_scale", 1.0), softcap)
+
+    def as_autocast(self) -> OutputProjection:
+        """With weight and bias as autocast would hand them to a matrix product."""
+        return replace(self, weight=cast_as_autocast(self.weight), bias=cast_as_autocast(self.bias))
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = F.linear(hidden, self.weight, self.bias)
@@ -74,8 +84,9 @@ class MixedLogits:
         """The same, detached and as autocast would hand it to a matrix product."""
         parts = []
         for hidden, side, weight in self.parts:
-            bias = None if side.bias is None else cast_as_autocast(side.bias).detach()
-            projection = replace(side, weight=cast_as_autocast(side.weight).detach(), bias=bias)
+            side = side.as_autocast()
+            bias = None if side.bias is None else side.bias.detach()
+            projection = replace(side, weight=side.weight.detach(), bias=bias)
             parts.append((cast_as_autocast(hidden).detach(), projection, weight))
         return replace(self, parts=tuple(parts))
 

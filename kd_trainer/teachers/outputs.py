@@ -71,10 +71,7 @@ class TeacherOutput:
         """The logits, where need be computed of the hidden states; None where it is sparse."""
         if self.hidden is None:
             return self.logits
-        head = self.head
-        side = OutputProjection(
-            head["teacher_weight"], head["teacher_bias"], head["teacher_scale"], head["teacher_softcap"]
-        )
+        side = OutputProjection.from_arguments(self.head, "teacher")
         with torch.no_grad(), accelerator.autocast():
             return side.logits(self.hidden)
 

@@ -117,7 +117,10 @@ class ChunkObjective(Objective):
             hard_mean = divide(hard, hard_count) * counts.scale if has_labels else None
             return self._mix(hard_mean, divide(chunks, soft_count) * counts.scale, log_probs), chunks, hard
 
-        hidden, projection = student_hidden.flatten(0, 1)[scored.places], _projection(weights, "student")
+        hidden, projection = (
+            student_hidden.flatten(0, 1)[scored.places],
+            OutputProjection.from_arguments(weights, "student"),
+        )
         total, chunks, hard = loss_of_log_probs(hidden, projection, scored.labels, loss, groups=scored.chunks)
         return FusedLoss(total, chunks, hard, torch.zeros_like(hard))
 
@@ -163,7 +166,7 @@ class ChunkObjective(Objective):
             if teacher.hidden is None:
                 log_probs = logits_log_probs(rows, labels)
             else:
-                log_probs = label_log_probs(rows, _projection(teacher.head, "teacher"), labels)
+                log_probs = label_log_probs(rows, OutputProjection.from_arguments(teacher.head, "teacher"), labels)
             placed = log_probs.new_zeros(chunks.numel()).index_put((index,), log_probs).view(chunks.shape)
             return chunk_sums(placed, chunks, inputs[CHUNK_IDS].shape[1])
 
@@ -171,10 +174,6 @@ class ChunkObjective(Objective):
 def _of_next(values: Tensor, last: int) -> Tensor:
     """At each position the value of the token that is predicted there, the next one."""
     return F.pad(values[:, 1:], (0, 1), value=last)
-
-
-def _projection(given: Mapping[str, Any], side: str) -> OutputProjection:
-    return OutputProjection(*(given[f"{side}_{name}"] for name in ("weight", "bias", "scale", "softcap")))
 
 
 def _counted(task: Task, inputs: Mapping[str, Any], positions: str) -> Tensor:

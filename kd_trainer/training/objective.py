@@ -326,16 +326,13 @@ class Objective:
                 f"{tuple(shape)}, one for each position of the model's hidden states",
                 "Check the label column and the data collator.",
             )
-        mask = None  # both losses count the positions with a label, or all of them
-        if self.position_fraction == 1 and (
-            targets is None or self.positions != "labels" or task.made_at(inputs, targets) is not None
-        ):
+        mask = hard = None  # no mask: both losses count the positions with a label, or all of them
+        if self.position_fraction < 1:
+            mask, targets, hard = self._selected(task, student_hidden, weights, inputs, targets, common_ids)
+        elif targets is None or self.positions != "labels" or task.made_at(inputs, targets) is not None:
             mask = task.soft_mask(inputs, targets, self.positions)
             if mask is None and targets is not None:
                 mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)
-        hard = None
-        if self.position_fraction < 1:
-            mask, targets, hard = self._selected(task, student_hidden, weights, inputs, targets, common_ids)
         if targets is None and DIVERGENCES[self.divergence].needs_labels:
             targets = torch.full(shape, IGNORE_INDEX, device=student_hidden.device)
         hard_count, soft_count = self._denominators(counts)
@@ -377,12 +374,8 @@ class Objective:
         mask = task.soft_mask(inputs, targets, self.positions)
         if mask is None:
             mask = torch.ones(student_hidden.shape[:-1], dtype=torch.bool, device=student_hidden.device)
-        bias, scale, softcap = (weights.get(f"student_{name}") for name in ("bias", "scale", "softcap"))
-        head = OutputProjection(weights["student_weight"], bias, 1.0 if scale is None else scale, softcap)
-        hidden, size = (
-            student_hidden.detach().flatten(0, 1),
-            chunk_rows(len(head.weight), 4, on_cpu=mask.device.type == "cpu"),
-        )
+        head, hidden = OutputProjection.from_arguments(weights, "student"), student_hidden.detach().flatten(0, 1)
+        size = chunk_rows(len(head.weight), 4, on_cpu=mask.device.type == "cpu")
         entropies = partial(position_entropies, logits_of=logits_in_tiles(head, hidden, size), tile_rows=size)
         if targets is None or self.alpha < 1:
             return self._of_highest(entropies(mask, classes=common_ids), task, inputs, mask), targets, None
