@@ -2,13 +2,13 @@
 
     python tests/benchmarks/bench_mlp_step.py
 
-bare       a PyTorch loop: teacher forward, student forward and backward, naive loss, clipping, AdamW
-naive      the stock Trainer with F.kl_div in compute_loss, no counting, no parts logged
-ours       DistillationTrainer with its defaults on the same tensors
-ours/...   the same with other forms of the data
+bare             a PyTorch loop: teacher forward, student forward and backward, naive loss, clipping, AdamW
+naive            the stock Trainer with F.kl_div in compute_loss, no counting, no parts logged
+kd_trainer       DistillationTrainer with its defaults on the same tensors
+kd_trainer/...   the same with other forms of the data
 
 The variants take turns in random order. Ratios are those of the medians over the rounds and, in brackets, of the lower
-quartiles, since other work on the machine only adds time. Bars: ours/bare <= 1.4, ours/naive <= 1.05.
+quartiles, since other work on the machine only adds time. Bars: kd_trainer/bare <= 1.4, kd_trainer/naive <= 1.05.
 """
 
 from __future__ import annotations
@@ -124,11 +124,13 @@ def main() -> None:
     variants = {
         "bare": lambda: bare(batch, steps),
         "naive": lambda: through(NaiveTrainer, TrainingArguments, tensors, collate_tensors, steps),
-        "ours": lambda: through(DistillationTrainer, DistillationTrainingArguments, tensors, collate_tensors, steps),
-        "ours, torch format": lambda: through(
+        "kd_trainer": lambda: through(
+            DistillationTrainer, DistillationTrainingArguments, tensors, collate_tensors, steps
+        ),
+        "kd_trainer, torch format": lambda: through(
             DistillationTrainer, DistillationTrainingArguments, dataset, None, steps
         ),
-        "ours, Python lists": lambda: through(
+        "kd_trainer, Python lists": lambda: through(
             DistillationTrainer, DistillationTrainingArguments, lists, None, steps // 4
         ) * 4,
     }  # fmt: skip

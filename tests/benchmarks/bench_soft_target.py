@@ -31,7 +31,7 @@ from torch import Tensor
 from kd_trainer import DIVERGENCES, SoftTargetLoss
 
 SHAPES = [(2048, 32_000), (256, 151_936), (32, 10)]
-SIDES = ("plain", "ours")
+SIDES = ("plain", "kd_trainer")
 THREADS = 2
 
 
@@ -72,7 +72,7 @@ def step(side: str, divergence: str, shape: tuple[int, int]) -> Callable[[], flo
 
     def run() -> float:
         student.grad = None
-        loss = module(student, teacher) if side == "ours" else plain(divergence, student, teacher)
+        loss = module(student, teacher) if side == "kd_trainer" else plain(divergence, student, teacher)
         loss.backward()
         return loss.item()
 
@@ -96,11 +96,11 @@ def measure_time(divergence: str, shape: tuple[int, int], rounds: int) -> tuple[
             for _ in range(repeats):
                 runs[side]()
             seconds[side].append((time.perf_counter() - start) / repeats)
-    ratio = statistics.median(ours / other for ours, other in zip(seconds["ours"], seconds["plain"], strict=True))
+    ratio = statistics.median(own / other for own, other in zip(seconds["kd_trainer"], seconds["plain"], strict=True))
     return (
         {side: statistics.median(seconds[side]) for side in SIDES},
         ratio,
-        min(seconds["ours"]) / min(seconds["plain"]),
+        min(seconds["kd_trainer"]) / min(seconds["plain"]),
     )
 
 
@@ -137,15 +137,16 @@ def main() -> None:
         cases += [(name, SHAPES[0]) for name in DIVERGENCES if name != "forward_kl"]
     memory = {case: {side: measure_memory(side, *case) for side in SIDES} for case in cases if is_large(case[1])}
     print(f"torch {torch.__version__}, {THREADS} threads, {options.rounds} rounds")
-    header = f"{'divergence':16} {'shape':>15} {'plain':>11} {'ours':>11} {'time':>6} {'best':>6}"
-    print(f"{header} {'plain':>9} {'ours':>9} {'memory':>6}")
+    header = f"{'divergence':16} {'shape':>15} {'plain':>11} {'kd_trainer':>11} {'time':>6} {'best':>6}"
+    print(f"{header} {'plain':>9} {'kd_trainer':>10} {'memory':>6}")
     for divergence, shape in cases:
         seconds, time_ratio, best_ratio = measure_time(divergence, shape, options.rounds)
-        line = f"{divergence:16} {list(shape)!s:>15} {seconds['plain'] * 1e3:8.3f} ms {seconds['ours'] * 1e3:8.3f} ms "
+        line = f"{divergence:16} {list(shape)!s:>15}"
+        line += f" {1e3 * seconds['plain']:8.3f} ms {1e3 * seconds['kd_trainer']:8.3f} ms "
         line += f"{time_ratio:6.2f} {best_ratio:6.2f}"
         if is_large(shape):
-            theirs, ours = (memory[divergence, shape][side] for side in SIDES)
-            line += f" {theirs / 2**20:6.0f} MB {ours / 2**20:6.0f} MB {ours / theirs:6.2f}"
+            other, own = (memory[divergence, shape][side] for side in SIDES)
+            line += f" {other / 2**20:6.0f} MB {own / 2**20:7.0f} MB {own / other:6.2f}"
         print(line, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The files of a cache: what is written is read, by ours and by other readers, and nothing else is."""
+"""The files of a cache: what is written is read, by this package and by other readers, and nothing else is."""
 
 from __future__ import annotations
 

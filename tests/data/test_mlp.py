@@ -29,8 +29,8 @@ def test_weights_are_those_of_the_plain_module_and_follow_the_seed() -> None:
     plain = nn.Sequential(nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))
     assert torch.equal(after, torch.rand(1)), "the model drew more random numbers than its layers need"
     rows = torch.randn(4, 784)
-    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
     assert torch.equal(model(rows).logits, plain(rows))
     assert not torch.equal(model.layers[0].weight, MLPForImageClassification(model.config).layers[0].weight)
 

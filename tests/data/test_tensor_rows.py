@@ -79,9 +79,9 @@ def test_determinism_and_independence_of_the_splits() -> None:
     large = synthetic_classification(num_train=50, num_validation=9, num_test=5, num_unlabelled=4, seed=1)
     other = synthetic_classification(num_train=20, num_validation=5, num_test=5, seed=2)
     for split in small:
-        for mine, same, more in zip(*(arrays(data[split]) for data in (small, again, large)), strict=True):
-            assert np.array_equal(mine, same)
-            assert np.array_equal(mine, more[: len(mine)])
+        for values, same, more in zip(*(arrays(data[split]) for data in (small, again, large)), strict=True):
+            assert np.array_equal(values, same)
+            assert np.array_equal(values, more[: len(values)])
         assert not np.array_equal(arrays(small[split])[0], arrays(other[split])[0])
 
 
@@ -173,11 +173,11 @@ def test_tensor_rows_equal_the_torch_format_without_a_copy() -> None:
     assert rows.columns["features"].data_ptr() == contiguous("features", train)
     assert rows.column_names == ["features", "labels"]
     assert len(rows) == 40
-    for mine, theirs in ((rows[7], train[7]), (rows[-1], train[-1]), (rows[3:20:4], train[3:20:4])):
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            assert mine[name].dtype == theirs[name].dtype
-            assert torch.equal(mine[name], theirs[name])
+    for row, expected in ((rows[7], train[7]), (rows[-1], train[-1]), (rows[3:20:4], train[3:20:4])):
+        assert row.keys() == expected.keys()
+        for name in row:
+            assert row[name].dtype == expected[name].dtype
+            assert torch.equal(row[name], expected[name])
     with pytest.raises(IndexError):
         rows[40]
     before = train[0]["features"]

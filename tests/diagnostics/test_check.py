@@ -236,10 +236,10 @@ def tokenizer(tmp_path: Any, words: int = tiny.VOCAB, **kwargs: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", **kwargs)
 
 
-def with_tokenizer(tmp_path: Any, theirs: Any, **kwargs: Any) -> Any:
+def with_tokenizer(tmp_path: Any, teacher_tokenizer: Any, **kwargs: Any) -> Any:
     student, teacher = tiny.models("classification")
     teacher.save_pretrained(tmp_path / "teacher")
-    theirs.save_pretrained(tmp_path / "teacher")
+    teacher_tokenizer.save_pretrained(tmp_path / "teacher")
     pair = student, str(tmp_path / "teacher")
     return build(tmp_path, pair, tiny.rows("classification"), processing_class=tokenizer(tmp_path), **kwargs)
 
@@ -363,21 +363,21 @@ def texts(*lengths: int) -> list[dict[str, Any]]:
     return [{"input_ids": [3] * n, "attention_mask": [1] * n, "labels": i % 5} for i, n in enumerate(lengths)]
 
 
-def berts(ours: int = 128, theirs: int = 128) -> list[nn.Module]:
+def berts(student: int = 128, teacher: int = 128) -> list[nn.Module]:
     pair = [tiny.bert_config(h) for h in (16, 24)]
-    for config, positions in zip(pair, (ours, theirs), strict=True):
+    for config, positions in zip(pair, (student, teacher), strict=True):
         config.max_position_embeddings = positions
     return [BertForSequenceClassification(config) for config in pair]
 
 
 @case("error", "lengths", "a row of 40 positions; the student has 32", "max_length=32, truncation=True")
 def a_row_longer_than_the_student(tmp_path):
-    return build(tmp_path, berts(ours=32), texts(5, 40, 3, 4))
+    return build(tmp_path, berts(student=32), texts(5, 40, 3, 4))
 
 
 @case("error", "lengths", "a row of 40 positions; the teacher has 32", "max_length=32, truncation=True")
 def a_row_longer_than_the_teacher(tmp_path):
-    return build(tmp_path, berts(theirs=32), texts(5, 40, 3, 4))
+    return build(tmp_path, berts(teacher=32), texts(5, 40, 3, 4))
 
 
 @case("warning", "lengths", "a row of 40 positions; the student has 32 and was never trained beyond", "Cut the texts")
@@ -389,7 +389,7 @@ def a_row_longer_than_the_student_was_trained_for(tmp_path):
 @case("warning", "lengths", "the tokenizer cuts texts at 64 tokens, a model has 32", "model_max_length to 32")
 def a_tokenizer_that_cuts_too_late(tmp_path):
     cut = tokenizer(tmp_path, model_max_length=64)
-    return build(tmp_path, berts(theirs=32), texts(5, 12, 3, 4), processing_class=cut)
+    return build(tmp_path, berts(teacher=32), texts(5, 12, 3, 4), processing_class=cut)
 
 
 @case("warning", "lengths", "3 of 8 rows have exactly 48 tokens: they were probably cut", "Raise max_length")
@@ -591,7 +591,7 @@ def a_head_that_looks_at_the_other_rows(tmp_path):
 
 @case("warning", "split", "relative difference", "load-balancing loss of the experts")
 def a_router_loss(tmp_path):
-    return test_moe.ours("Mixtral", tmp_path)
+    return test_moe.distillation("Mixtral", tmp_path)
 
 
 @case("ok", "split", "not tried: the batch cannot be cut into rows")
@@ -1150,20 +1150,20 @@ def test_a_script_ends_with_0_or_1(classes, code, tmp_path):
 @pytest.mark.launch
 def test_two_processes_tell_of_what_one_has_found(tmp_path):
     launch.two_processes("check_run.py", str(tmp_path), "ddp")
-    ours, theirs = (json.loads((tmp_path / f"ddp_{i}.json").read_text()) for i in range(2))
-    assert ours["world_size"] == theirs["world_size"] == 2
+    first, second = (json.loads((tmp_path / f"ddp_{i}.json").read_text()) for i in range(2))
+    assert first["world_size"] == second["world_size"] == 2
     for name in ("label", "evaluated"):
-        assert ours[name] == theirs[name]
-    assert {row[0] for row in ours["evaluated"]} == {"ok"}
-    quality = next(row[2] for row in ours["evaluated"] if row[1] == "teacher's quality")
+        assert first[name] == second[name]
+    assert {row[0] for row in first["evaluated"]} == {"ok"}
+    quality = next(row[2] for row in first["evaluated"] if row[1] == "teacher's quality")
     assert "(32 labels of the evaluation data)" in quality  # 21 rows fill two batches of 8 on each process
-    assert ours["same_weights"] is True
-    assert theirs["same_weights"] is True
-    (wrong,) = (row for row in ours["label"] if row[0] == "error")
+    assert first["same_weights"] is True
+    assert second["same_weights"] is True
+    (wrong,) = (row for row in first["label"] if row[0] == "error")
     assert re.match(r"process 1: `labels` is 9 at position 0 of the batch; expected 0 to 4", wrong[2])
-    assert ours["code"] == theirs["code"] == 1
-    assert "1 error, 0 warnings" in ours["printed"]
-    assert "Found" not in theirs["printed"]
+    assert first["code"] == second["code"] == 1
+    assert "1 error, 0 warnings" in first["printed"]
+    assert "Found" not in second["printed"]
 
 
 @pytest.mark.launch

@@ -115,8 +115,8 @@ def test_a_config_starts_what_it_says_and_trains_as_one_process(name, task, resu
             assert found["logs"][key] == pytest.approx(values, rel=1e-4, abs=1e-5), key
         assert found["read"] == ("+" in task)
     if "+" in task:
-        ours, name_of_it = cache_in_one_process(task, tmp_path_factory.getbasetemp()), f"cache-{task.partition('+')[0]}"
-        caches = (folder / "run" / name_of_it, ours / name_of_it)
+        expected, cache = cache_in_one_process(task, tmp_path_factory.getbasetemp()), f"cache-{task.partition('+')[0]}"
+        caches = (folder / "run" / cache, expected / cache)
         same_rows(*caches, exact=name in ("single", "ddp_cpu", "ddp"))
     saved = load_file(folder / task / "model.safetensors")
     assert saved

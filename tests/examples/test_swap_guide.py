@@ -196,8 +196,8 @@ def write_models(folder: Path) -> None:
 
     def bert(cls: Any, hidden: int, *names: str) -> Any:
         labels = dict(enumerate(names or ("LABEL_0", "LABEL_1")))
-        ours = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "vocab_size": len(tokenizer)}
-        return cls(tiny.bert_config(hidden, initializer_range=0.5, **ours))
+        config = {"id2label": labels, "label2id": {name: i for i, name in labels.items()}, "vocab_size": len(tokenizer)}
+        return cls(tiny.bert_config(hidden, initializer_range=0.5, **config))
 
     def llama(hidden: int) -> Any:  # 2,048 rows for fewer tokens: the loss is computed inside the output heads
         return LlamaForCausalLM(tiny.llama_config(hidden, vocab_size=2048, **ids))
@@ -335,8 +335,8 @@ def test_a_patched_script_distils(name, given, tmp_path):
 
     # The settings are those of the guide's JSON.
     used = json.loads((tmp_path / "out" / "distillation.json").read_text(encoding="utf-8"))
-    ours = {key.removeprefix("kd_"): value for key, value in kd.items() if key.startswith("kd_")}
-    assert {key: used[key] for key in ours} == ours
+    expected = {key.removeprefix("kd_"): value for key, value in kd.items() if key.startswith("kd_")}
+    assert {key: used[key] for key in expected} == expected
     assert f"loss = {kd['kd_alpha']:g} * soft(forward_kl, T={kd['kd_temperature']:g})" in printed
 
     if "perplexity" in keys:
@@ -358,13 +358,13 @@ def test_alpha_zero_is_the_stock_script(name, given, tmp_path):
         path = script(name, folder, patched=which == "patched")
         runs[which] = started(path, {**options(name, given, folder), **extra}, as_json=False)
     for key in ("loss", "grad_norm"):
-        stock, ours = ([entry[key] for entry in run[2] if key in entry] for run in (runs["stock"], runs["patched"]))
+        stock, patched = ([entry[key] for entry in run[2] if key in entry] for run in (runs["stock"], runs["patched"]))
         assert len(stock) == 2
-        assert ours == pytest.approx(stock, rel=1e-5)
-    (_, stock, _), (_, ours, _) = runs["stock"], runs["patched"]
+        assert patched == pytest.approx(stock, rel=1e-5)
+    (_, stock, _), (_, patched, _) = runs["stock"], runs["patched"]
     same = [key for key in stock if key.endswith(("loss", "accuracy", "perplexity", "f1", "exact_match", "rouge1"))]
     assert same
-    assert {key: ours[key] for key in same} == pytest.approx({key: stock[key] for key in same}, rel=1e-5)
+    assert {key: patched[key] for key in same} == pytest.approx({key: stock[key] for key in same}, rel=1e-5)
 
 
 @pytest.mark.trains
@@ -399,10 +399,11 @@ def test_the_patched_page_has_the_pages_loss(given, tmp_path):
     test, processor = load_from_disk(str(given / "pictures"))["test"], AutoImageProcessor.from_pretrained(teacher)
     with torch.no_grad():
         pixels = processor([row["image"] for row in test], return_tensors="pt")["pixel_values"]
-        ours, theirs = (
+        student_logits, teacher_logits = (
             AutoModelForImageClassification.from_pretrained(folder)(pixels).logits
             for folder in (log["best_model_checkpoint"], teacher)
         )
-    soft = F.kl_div(F.log_softmax(ours / 5, -1), F.softmax(theirs / 5, -1), reduction="batchmean") * 5**2
-    hard = F.cross_entropy(ours, torch.tensor(test["labels"]))
+    log_q, p = F.log_softmax(student_logits / 5, -1), F.softmax(teacher_logits / 5, -1)
+    soft = F.kl_div(log_q, p, reduction="batchmean") * 5**2
+    hard = F.cross_entropy(student_logits, torch.tensor(test["labels"]))
     assert metrics["eval_loss"] == pytest.approx(float(0.5 * hard + 0.5 * soft), rel=1e-4)

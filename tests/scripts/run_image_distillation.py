@@ -39,13 +39,16 @@ class ImageDistilTrainer(Trainer):
         self.temperature, self.lambda_param = temperature, lambda_param
 
     def compute_loss(self, student, inputs, return_outputs=False):
-        ours = self.student(**inputs)
+        student_output = self.student(**inputs)
         with torch.no_grad():
-            theirs = self.teacher(**inputs)
-        log_probs = F.log_softmax(ours.logits / self.temperature, dim=-1)
-        soft = self.divergence(log_probs, F.softmax(theirs.logits / self.temperature, dim=-1)) * self.temperature**2
-        loss = (1.0 - self.lambda_param) * ours.loss + self.lambda_param * soft
-        return (loss, ours) if return_outputs else loss
+            teacher_output = self.teacher(**inputs)
+        log_probs = F.log_softmax(student_output.logits / self.temperature, dim=-1)
+        soft = (
+            self.divergence(log_probs, F.softmax(teacher_output.logits / self.temperature, dim=-1))
+            * self.temperature**2
+        )
+        loss = (1.0 - self.lambda_param) * student_output.loss + self.lambda_param * soft
+        return (loss, student_output) if return_outputs else loss
 
 
 from transformers import AutoModelForImageClassification, MobileNetV2Config, MobileNetV2ForImageClassification

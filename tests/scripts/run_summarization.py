@@ -113,8 +113,8 @@ def main():
         if isinstance(preds, tuple):
             preds = preds[0]
         scores = []
-        for ours, theirs in zip(decoded(preds), decoded(labels), strict=True):
-            a, b = set(ours.split()), set(theirs.split())
+        for pred, label in zip(decoded(preds), decoded(labels), strict=True):
+            a, b = set(pred.split()), set(label.split())
             scores.append(200 * len(a & b) / max(len(a) + len(b), 1))
         lengths = [np.count_nonzero(pred != tokenizer.pad_token_id) for pred in preds]
         return {"rouge1": float(np.mean(scores)), "gen_len": float(np.mean(lengths))}

@@ -119,9 +119,9 @@ def difference(one: DistillationTrainer, other: DistillationTrainer) -> float:
     worst = 0.0
     for prefix in ("", "eval_"):
         for key in (*KEYS, "perplexity"):
-            ours, theirs = tiny.logged(one, prefix + key), tiny.logged(other, prefix + key)
-            assert len(ours) == len(theirs)
-            worst = max([worst, *(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(ours, theirs, strict=True))])
+            values, expected = tiny.logged(one, prefix + key), tiny.logged(other, prefix + key)
+            assert len(values) == len(expected)
+            worst = max([worst, *(abs(a - b) / max(abs(b), 1e-3) for a, b in zip(values, expected, strict=True))])
     return worst
 
 

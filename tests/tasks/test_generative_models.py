@@ -24,7 +24,7 @@ READERS = [name for name, kind in KINDS.items() if kind.task == "causal_lm"]
 BASE = {**tiny._BASE, "kd_reduction": "tokenmean"}
 
 
-def ours(name: str, folder: Any, *, teacher: Any = None, **kwargs: Any) -> Any:
+def distillation(name: str, folder: Any, *, teacher: Any = None, **kwargs: Any) -> Any:
     student, other = pair(name)
     kind = KINDS[name]
     data = {"train_dataset": kind.rows(), "eval_dataset": kind.rows(9, seed=2), "data_collator": collate}
@@ -70,7 +70,7 @@ def test_a_subclass_is_what_its_base_is():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_alpha_zero_is_the_stock_trainer(name, tmp_path):
-    expected, got = stock(name, tmp_path), ours(name, tmp_path, kd_alpha=0.0)
+    expected, got = stock(name, tmp_path), distillation(name, tmp_path, kd_alpha=0.0)
     for trainer in (expected, got):
         trainer.train()
     assert tiny.logged(got, "loss") == pytest.approx(tiny.logged(expected, "loss"), rel=1e-4)
@@ -97,7 +97,7 @@ def reference(name: str, batch: dict[str, Any], temperature: float) -> tuple[flo
 @pytest.mark.parametrize("implementation", ["full", "fused"])
 @pytest.mark.parametrize("name", KINDS)
 def test_both_losses_are_those_of_a_float64_reference(name, implementation, tmp_path):
-    trainer = ours(name, tmp_path, kd_loss_implementation=implementation, max_steps=1, kd_temperature=2.0)
+    trainer = distillation(name, tmp_path, kd_loss_implementation=implementation, max_steps=1, kd_temperature=2.0)
     trainer.train()
     soft, hard = reference(name, collate(KINDS[name].rows()[:8]), 2.0)
     assert tiny.logged(trainer, "soft_loss") == pytest.approx([soft], rel=1e-4)
@@ -110,7 +110,7 @@ def test_both_losses_are_those_of_a_float64_reference(name, implementation, tmp_
 
 @pytest.mark.parametrize("name", KINDS)
 def test_evaluates_predicts_saves_and_loads_by_path(name, tmp_path):
-    first = ours(name, tmp_path / "run", max_steps=1)
+    first = distillation(name, tmp_path / "run", max_steps=1)
     first.train()
     metrics = first.evaluate()
     assert 0.7 * metrics["eval_soft_loss"] + 0.3 * metrics["eval_hard_loss"] == pytest.approx(metrics["eval_loss"])
@@ -120,7 +120,7 @@ def test_evaluates_predicts_saves_and_loads_by_path(name, tmp_path):
     first.save_model(tmp_path / "saved")
     teacher = pair(name)[1]
     teacher.save_pretrained(tmp_path / "teacher")
-    by_path = ours(name, tmp_path / "again", teacher=str(tmp_path / "teacher"), max_steps=1)
+    by_path = distillation(name, tmp_path / "again", teacher=str(tmp_path / "teacher"), max_steps=1)
     assert type(by_path.teacher.model) is type(teacher)
     by_path.train()
     assert tiny.logged(by_path, "loss") == tiny.logged(first, "loss")
@@ -131,7 +131,7 @@ def test_evaluates_predicts_saves_and_loads_by_path(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in WRITERS if name not in ("florence2", "blip2-t5")])
 def test_generation_is_the_stock_trainers(name, tmp_path):
     given = {"predict_with_generate": True, "generation_max_length": 6, "max_steps": 2}
-    expected, got = stock(name, tmp_path, **given), ours(name, tmp_path, kd_alpha=0.0, **given)
+    expected, got = stock(name, tmp_path, **given), distillation(name, tmp_path, kd_alpha=0.0, **given)
     for trainer in (expected, got):
         trainer.train()
         trainer.model.generation_config.max_length = 6
@@ -142,7 +142,7 @@ def test_generation_is_the_stock_trainers(name, tmp_path):
 
 
 def test_whisper_learns_with_a_frozen_encoder(tmp_path):
-    trainer = ours("whisper", tmp_path, predict_with_generate=True, max_steps=20, learning_rate=0.1)
+    trainer = distillation("whisper", tmp_path, predict_with_generate=True, max_steps=20, learning_rate=0.1)
     trainer.model.freeze_encoder()
     frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
     assert any(name.startswith("model.encoder.layers") for name in frozen)
@@ -186,9 +186,9 @@ def test_a_teacher_of_another_kind_is_a_module(tmp_path):
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor) -> Any:
             return self.inner(input_ids, attention_mask=attention_mask, pixel_values=pixel_values).logits
 
-    trainer = ours("llava", tmp_path, teacher=Own(), max_steps=1)
+    trainer = distillation("llava", tmp_path, teacher=Own(), max_steps=1)
     trainer.train()
-    expected = ours("llava", tmp_path, max_steps=1)
+    expected = distillation("llava", tmp_path, max_steps=1)
     expected.train()
     assert tiny.logged(trainer, "loss") == tiny.logged(expected, "loss")
 
@@ -196,8 +196,8 @@ def test_a_teacher_of_another_kind_is_a_module(tmp_path):
 @pytest.mark.parametrize("name", ["whisper", "llava", "qwen2_vl"])
 def test_a_cache_gives_what_the_live_teacher_gives(name, tmp_path):
     pair(name)[1].save_pretrained(tmp_path / "teacher")
-    live = ours(name, tmp_path / "live", kd_loss_implementation="full")
-    cached = ours(name, tmp_path, teacher=str(tmp_path / "teacher"), teacher_cache_dir=str(tmp_path / "cache"))
+    live = distillation(name, tmp_path / "live", kd_loss_implementation="full")
+    cached = distillation(name, tmp_path, teacher=str(tmp_path / "teacher"), teacher_cache_dir=str(tmp_path / "cache"))
     for trainer in (live, cached):
         trainer.train()
     assert tiny.logged(cached, "loss") == pytest.approx(tiny.logged(live, "loss"), rel=1e-5)
@@ -205,7 +205,7 @@ def test_a_cache_gives_what_the_live_teacher_gives(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["vision-encoder-decoder", "paligemma"])
 def test_check_finds_nothing_wrong(name, tmp_path):
-    results = ours(name, tmp_path).check()
+    results = distillation(name, tmp_path).check()
     assert not [row for row in results if row.status == "error"], results
 
 
@@ -218,4 +218,4 @@ def test_another_tokenizer_is_seen_in_the_config_of_the_language_model(name, tmp
     with pytest.raises(
         ValueError, match="`teacher_model` is a model with pad_token_id 4; expected 0 as in the student"
     ):
-        ours(name, tmp_path, teacher=teacher).train()
+        distillation(name, tmp_path, teacher=teacher).train()

@@ -60,7 +60,7 @@ def rows(count: int = 32, choices: int = CHOICES, seed: int = 1) -> list[dict[st
     return made
 
 
-def ours(folder: Any, kind: str = "bert", data: Any = None, **kwargs: Any) -> Any:
+def distillation(folder: Any, kind: str = "bert", data: Any = None, **kwargs: Any) -> Any:
     student, teacher = pair(kind)
     return DistillationTrainer(
         model=student, teacher_model=teacher, args=tiny.arguments(folder, **kwargs), data_collator=tiny.pad,
@@ -74,7 +74,7 @@ def test_alpha_zero_is_the_stock_trainer(kind, tmp_path):
         model=pair(kind)[0], args=tiny.stock_arguments(tmp_path), data_collator=tiny.pad, train_dataset=rows(),
         eval_dataset=rows(11, seed=2),
     )  # fmt: skip
-    got = ours(tmp_path, kind, kd_alpha=0.0)
+    got = distillation(tmp_path, kind, kd_alpha=0.0)
     for trainer in (expected, got):
         trainer.train()
     assert got._plan.task.name == "multiple_choice"
@@ -85,7 +85,7 @@ def test_alpha_zero_is_the_stock_trainer(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", BUILDS)
 def test_both_losses_are_those_of_a_float64_reference(kind, tmp_path):
-    trainer = ours(tmp_path, kind, max_steps=1, kd_temperature=2.0)
+    trainer = distillation(tmp_path, kind, max_steps=1, kd_temperature=2.0)
     trainer.train()
     student, teacher = pair(kind)
     batch = tiny.pad(rows()[:8])
@@ -99,7 +99,7 @@ def test_both_losses_are_those_of_a_float64_reference(kind, tmp_path):
 
 
 def test_evaluates_saves_and_loads_by_path(tmp_path, capsys):
-    trainer = ours(tmp_path / "run", max_steps=2)
+    trainer = distillation(tmp_path / "run", max_steps=2)
     trainer.train()
     assert "task     multiple_choice" in capsys.readouterr().out
     metrics = trainer.evaluate()
@@ -118,18 +118,18 @@ def test_a_label_beyond_the_choices_is_named_with_their_number(tmp_path):
     data = rows()
     data[3]["labels"] = 6
     with pytest.raises(ValueError, match=r"`labels` is 6 at position 3 of the batch; expected 0 to 3"):
-        ours(tmp_path, data=data).train()
+        distillation(tmp_path, data=data).train()
 
 
 def test_rows_without_a_label_have_a_soft_loss(tmp_path):
     data = [{**row, "labels": -100} for row in rows()]
-    trainer = ours(tmp_path, data=data, max_steps=1, kd_alpha=1.0)
+    trainer = distillation(tmp_path, data=data, max_steps=1, kd_alpha=1.0)
     trainer.train()
-    labelled = ours(tmp_path, max_steps=1, kd_alpha=1.0)
+    labelled = distillation(tmp_path, max_steps=1, kd_alpha=1.0)
     labelled.train()
     assert tiny.logged(trainer, "soft_loss") == tiny.logged(labelled, "soft_loss")
 
 
 def test_check_finds_nothing_wrong(tmp_path):
-    results = ours(tmp_path).check()
+    results = distillation(tmp_path).check()
     assert not [row for row in results if row.status == "error"], results

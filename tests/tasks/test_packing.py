@@ -66,12 +66,12 @@ def apart_runs(tmp_path_factory):
 @pytest.mark.parametrize("positions", ["labels", "attended"])
 @pytest.mark.parametrize(("kind", "attention"), [*((kind, "sdpa") for kind in FLATTENING), ("position_ids", "eager")])
 def test_packed_equals_unpacked(kind, attention, positions, apart_runs, tmp_path):  # trap 41
-    apart, theirs = apart_runs(positions, attention)
+    apart, expected = apart_runs(positions, attention)
     packed = run(tmp_path, DataCollatorWithFlattening(**FLATTENING[kind]), positions, attention)
     assert_same_run(packed, apart)
-    ours = packed.evaluate()
+    metrics = packed.evaluate()
     for key in KEYS:
-        assert ours[f"eval_{key}"] == pytest.approx(theirs[f"eval_{key}"], rel=1e-5)
+        assert metrics[f"eval_{key}"] == pytest.approx(expected[f"eval_{key}"], rel=1e-5)
 
 
 def test_without_labels(tmp_path):

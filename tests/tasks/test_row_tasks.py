@@ -50,11 +50,11 @@ def logits_of(task: str, model: torch.nn.Module, batch: dict[str, torch.Tensor])
 def test_labels_are_of_the_kind_that_upstream_takes_them_for(config, labels, task):
     model = BertForSequenceClassification(tiny.bert_config(**config))
     assert by_problem_type(TASKS["classification"], model, None, labels) is TASKS[task]
-    ours = model.config.problem_type  # trap 40
+    problem_type = model.config.problem_type  # trap 40
     if labels is not None:
         model.config.problem_type = config.get("problem_type")
         model(input_ids=torch.ones(1, 3, dtype=torch.long), labels=labels)
-        assert model.config.problem_type == ours
+        assert model.config.problem_type == problem_type
 
 
 def test_kd_task_names_the_kind_where_the_config_does_not():
@@ -75,13 +75,13 @@ def test_a_plain_module_takes_kd_task(tmp_path):
 
 @pytest.mark.parametrize("task", ROW_TASKS)
 def test_alpha_zero_is_the_stock_trainer(task, tmp_path):  # trap 37
-    ours = tiny.trainer(task, tmp_path, kd_alpha=0.0, max_steps=8, eval_strategy="steps", eval_steps=4)
+    distilled = tiny.trainer(task, tmp_path, kd_alpha=0.0, max_steps=8, eval_strategy="steps", eval_steps=4)
     stock = tiny.stock_trainer(task, tmp_path, max_steps=8, eval_strategy="steps", eval_steps=4)
-    ours.train()
+    distilled.train()
     stock.train()
     for key in ("loss", "eval_loss", "grad_norm"):
-        assert tiny.logged(ours, key) == pytest.approx(tiny.logged(stock, key), rel=1e-5), key
-    torch.testing.assert_close(tiny.weights(ours.model), tiny.weights(stock.model), rtol=1e-5, atol=1e-6)
+        assert tiny.logged(distilled, key) == pytest.approx(tiny.logged(stock, key), rel=1e-5), key
+    torch.testing.assert_close(tiny.weights(distilled.model), tiny.weights(stock.model), rtol=1e-5, atol=1e-6)
 
 
 def test_several_outputs_of_a_regression_are_the_models_own_loss(tmp_path):
@@ -241,8 +241,8 @@ def test_padding_changes_no_soft_loss(task, tmp_path):
 
 @pytest.mark.parametrize("task", ROW_TASKS)
 def test_predictions_are_upstreams(task, tmp_path):  # traps 12 and 37
-    ours, stock = tiny.trainer(task, tmp_path, kd_alpha=0.0), tiny.stock_trainer(task, tmp_path)
-    found, expected = (run.predict(tiny.rows(task, 5)) for run in (ours, stock))
+    distilled, stock = tiny.trainer(task, tmp_path, kd_alpha=0.0), tiny.stock_trainer(task, tmp_path)
+    found, expected = (run.predict(tiny.rows(task, 5)) for run in (distilled, stock))
     assert found.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-5)
     for name in ("predictions", "label_ids"):
         pair = (getattr(output, name) for output in (found, expected))

@@ -126,7 +126,7 @@ def rows(count: int = 16, seed: int = 1, side: int = SIDE, *, labelled: bool = T
     return made
 
 
-def ours(folder: Any, build: Any, data: Any = None, **kwargs: Any) -> Any:
+def distillation(folder: Any, build: Any, data: Any = None, **kwargs: Any) -> Any:
     torch.manual_seed(0)
     pair = build(8), build(16)
     if isinstance(pair[0], Strided):
@@ -157,7 +157,7 @@ def stock(folder: Any, build: Any, **kwargs: Any) -> Trainer:
 # Upstream's DPT fails on labels without an auxiliary head.
 @pytest.mark.parametrize("name", sorted(set(BUILDS) - {"dpt"}))
 def test_alpha_zero_is_the_stock_trainer(name, tmp_path, capsys):
-    run, expected = ours(tmp_path, BUILDS[name], kd_alpha=0.0), stock(tmp_path, BUILDS[name])
+    run, expected = distillation(tmp_path, BUILDS[name], kd_alpha=0.0), stock(tmp_path, BUILDS[name])
     for trainer in (run, expected):
         torch.manual_seed(0)  # an auxiliary head has dropout
         trainer.train()
@@ -177,7 +177,7 @@ def test_alpha_zero_is_the_stock_trainer(name, tmp_path, capsys):
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_mixture_trains(name, tmp_path):
     """DPT as well, whose own loss fails: the task's formula is the hard loss."""
-    run = ours(tmp_path, BUILDS[name], max_steps=2)
+    run = distillation(tmp_path, BUILDS[name], max_steps=2)
     run.train()
     metrics = run.evaluate()
     assert metrics["eval_soft_loss"] > 0
@@ -228,7 +228,7 @@ def by_hand(student: torch.Tensor, teacher: torch.Tensor, temperature: float) ->
 @pytest.mark.parametrize("positions", ["labels", "attended"])
 @pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
 def test_a_pixel_of_the_labels_has_the_losses_of_its_place(positions, reduction, tmp_path):
-    run = ours(
+    run = distillation(
         tmp_path, strided, kd_positions=positions, kd_reduction=reduction, kd_temperature=2.0, max_steps=1,
         per_device_train_batch_size=8, learning_rate=1e-3,
     )  # fmt: skip
@@ -254,7 +254,7 @@ def test_accumulation_changes_nothing(reduction, tmp_path):
     found = []
     for accumulate in (1, 4):
         batches = {"per_device_train_batch_size": 8 // accumulate, "gradient_accumulation_steps": accumulate}
-        run = ours(tmp_path, strided, kd_reduction=reduction, learning_rate=1e-3, **batches)
+        run = distillation(tmp_path, strided, kd_reduction=reduction, learning_rate=1e-3, **batches)
         run.train()
         found.append((tiny.weights(run.model), tiny.logs(run)))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
@@ -263,7 +263,7 @@ def test_accumulation_changes_nothing(reduction, tmp_path):
 
 
 def test_padding_of_an_image_has_no_soft_loss(tmp_path):
-    run, losses = ours(tmp_path, strided, kd_alpha=1.0, max_steps=1), []
+    run, losses = distillation(tmp_path, strided, kd_alpha=1.0, max_steps=1), []
     for wider in (0, 8):
         batch = tiny.pad(rows()[:4])
         batch["pixel_values"] = F.pad(batch["pixel_values"], (0, wider, 0, wider))
@@ -322,8 +322,8 @@ def test_each_counted_pixel_is_covered_once(side, few):
 
 
 def test_a_cache_of_its_maps_is_the_live_teacher(tmp_path):
-    live = ours(tmp_path / "live", strided)
-    cached = ours(tmp_path / "cached", strided, teacher_cache_dir=str(tmp_path / "cache"))
+    live = distillation(tmp_path / "live", strided)
+    cached = distillation(tmp_path / "cached", strided, teacher_cache_dir=str(tmp_path / "cache"))
     for run in (live, cached):
         run.train()
     for key, values in tiny.logs(live).items():
@@ -341,7 +341,7 @@ def test_a_cache_of_its_maps_is_the_live_teacher(tmp_path):
 )
 def test_labels_that_are_no_maps_of_classes_are_refused(change, match, tmp_path):
     with pytest.raises((ValueError, TypeError), match=match):
-        ours(tmp_path, strided, [{**row, "labels": change(row["labels"])} for row in rows()]).train()
+        distillation(tmp_path, strided, [{**row, "labels": change(row["labels"])} for row in rows()]).train()
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -351,18 +351,18 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match=match):
         tiny.trainer("segmentation", tmp_path, pair=pair, **settings).train()
     with pytest.raises(ValueError, match=r"`label_smoothing_factor` is 0\.1; expected 0 for the task 'semantic_segm"):
-        ours(tmp_path, segformer, label_smoothing_factor=0.1).train()
+        distillation(tmp_path, segformer, label_smoothing_factor=0.1).train()
     one = [{**row, "labels": torch.zeros(SIDE, SIDE).long()} for row in rows()]
     with pytest.raises(ValueError, match="`num_labels` is 1; expected 2 classes or more"):
-        ours(tmp_path, lambda hidden: segformer(hidden, **named("one")), one).train()
+        distillation(tmp_path, lambda hidden: segformer(hidden, **named("one")), one).train()
     other = segformer(8, **named("class 1", "class 0", "class 2"))
     with pytest.raises(ValueError, match="class 0"):
         tiny.trainer("segmentation", tmp_path, pair=(segformer(8), other), data=rows())
 
 
 def test_check_finds_nothing_wrong(tmp_path):
-    rows_of_it = {row[1]: row for row in ours(tmp_path, strided).check()}
+    rows_of_it = {row[1]: row for row in distillation(tmp_path, strided).check()}
     assert {what for what, row in rows_of_it.items() if row.status != "ok"} <= {"teacher's quality"}  # untrained
     assert rows_of_it["labels"].found == "736 of 1024 positions have one"
-    by_row = {row[1]: row for row in ours(tmp_path, strided, kd_reduction="batchmean").check()}
+    by_row = {row[1]: row for row in distillation(tmp_path, strided, kd_reduction="batchmean").check()}
     assert "batchmean sums over the pixels of a row: the loss is about 184 times" in by_row["reduction"].found

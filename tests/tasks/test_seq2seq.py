@@ -80,7 +80,9 @@ def of_the_trainer(kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ours(kind: str, output_dir: Any, *, cls: Any = Seq2SeqDistillationTrainer, pair: Any = None, **kwargs: Any) -> Any:
+def distillation(
+    kind: str, output_dir: Any, *, cls: Any = Seq2SeqDistillationTrainer, pair: Any = None, **kwargs: Any
+) -> Any:
     """Training arguments and, by their names, what the trainer itself takes."""
     student, teacher = pair or models(kind)
     given = of_the_trainer(kwargs)
@@ -120,7 +122,7 @@ class WithDecoderInputs:
 def test_alpha_zero_is_the_stock_trainer(kind, generate, tmp_path):
     kwargs = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 5, "predict_with_generate": generate,
               "generation_max_length": 8, "learning_rate": 0.01}  # fmt: skip
-    distilled = ours(kind, tmp_path, kd_alpha=0.0, kd_reduction="tokenmean", **kwargs)
+    distilled = distillation(kind, tmp_path, kd_alpha=0.0, kd_reduction="tokenmean", **kwargs)
     plain = stock(kind, tmp_path, **kwargs)
     distilled.train()
     plain.train()
@@ -137,12 +139,12 @@ def test_label_smoothing_is_the_stock_smoothers_loss(kind, generate, tmp_path): 
     kwargs = {"label_smoothing_factor": 0.1, "max_steps": 3, "predict_with_generate": generate,
               "generation_max_length": 8}  # fmt: skip
     collator = WithDecoderInputs(models(kind)[0])  # the stock trainer has no labels left to build them from
-    distilled = ours(kind, tmp_path, kd_alpha=0.0, kd_reduction="tokenmean", data_collator=collator, **kwargs)
+    distilled = distillation(kind, tmp_path, kd_alpha=0.0, kd_reduction="tokenmean", data_collator=collator, **kwargs)
     plain = stock(kind, tmp_path, data_collator=collator, **kwargs)
     distilled.train()
     plain.train()
     assert tiny.logged(distilled, "loss") == pytest.approx(tiny.logged(plain, "loss"), rel=1e-5)
-    # Upstream's generating step weighs each batch's mean; so does ours.
+    # Upstream's generating step weighs each batch's mean; so does the distillation trainer's.
     assert distilled.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
 
 
@@ -153,7 +155,7 @@ def test_label_smoothing_is_the_stock_smoothers_loss(kind, generate, tmp_path): 
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_loss_written_out_and_never_shifted(kind, reduction, tmp_path):  # trap 8
     student, teacher = models(kind)
-    run = ours(kind, tmp_path, pair=(student, teacher), kd_reduction=reduction, kd_temperature=2.0, max_steps=1)
+    run = distillation(kind, tmp_path, pair=(student, teacher), kd_reduction=reduction, kd_temperature=2.0, max_steps=1)
     batch = tiny.pad(rows()[:8])
     labels = batch.pop("labels")
     start = torch.full_like(labels[:, :1], student.config.decoder_start_token_id)
@@ -175,8 +177,8 @@ def test_first_loss_written_out_and_never_shifted(kind, reduction, tmp_path):  #
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4)])
 def test_accumulation_changes_nothing(kind, reduction, batch, accumulation, tmp_path):
-    whole = ours(kind, tmp_path, kd_reduction=reduction, learning_rate=0.01)
-    split = ours(
+    whole = distillation(kind, tmp_path, kd_reduction=reduction, learning_rate=0.01)
+    split = distillation(
         kind, tmp_path, kd_reduction=reduction, learning_rate=0.01, per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
     )  # fmt: skip
@@ -190,7 +192,7 @@ def test_accumulation_changes_nothing(kind, reduction, batch, accumulation, tmp_
 @pytest.mark.parametrize("positions", ["labels", "attended"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(kind, positions, tmp_path):
-    run = ours(kind, tmp_path, kd_positions=positions)
+    run = distillation(kind, tmp_path, kd_positions=positions)
     run.model.eval()
     batch = tiny.pad(rows(4))
     wider = {k: F.pad(v, (0, 5), value=-100 if k == "labels" else 0) for k, v in batch.items()}
@@ -200,7 +202,7 @@ def test_padding_changes_nothing(kind, positions, tmp_path):
 
 
 def test_decoder_inputs_of_the_batch_are_used_as_they_stand(tmp_path):
-    run = ours("t5", tmp_path)
+    run = distillation("t5", tmp_path)
     run.model.eval()
     batch = tiny.pad(rows(4))
     built = WithDecoderInputs(run.model)(rows(4))
@@ -211,7 +213,7 @@ def test_decoder_inputs_of_the_batch_are_used_as_they_stand(tmp_path):
 
 
 def test_the_student_is_unwrapped_once_and_not_at_every_step(tmp_path, monkeypatch):
-    run = ours("t5", tmp_path)
+    run = distillation("t5", tmp_path)
     batch = tiny.pad(rows(4))
     run.compute_loss(run.model, batch)
     monkeypatch.setattr(run.accelerator, "unwrap_model", lambda *a, **k: pytest.fail("unwrapped again"))
@@ -226,8 +228,8 @@ def test_the_student_is_unwrapped_once_and_not_at_every_step(tmp_path, monkeypat
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_generation_leaves_the_evaluation_as_it_is(kind, smoothing, reduction, tmp_path):  # trap 23
     kwargs = {"kd_reduction": reduction, "label_smoothing_factor": smoothing, "generation_max_length": 8}
-    plain = ours(kind, tmp_path, **kwargs).evaluate()
-    generating = ours(kind, tmp_path, predict_with_generate=True, **kwargs).evaluate()
+    plain = distillation(kind, tmp_path, **kwargs).evaluate()
+    generating = distillation(kind, tmp_path, predict_with_generate=True, **kwargs).evaluate()
     keys = {key for key in plain if not key.endswith(("_runtime", "_per_second", "_time"))}
     assert {"eval_loss", "eval_soft_loss", "eval_hard_loss", "eval_teacher_agreement"} <= keys
     assert ("eval_perplexity" in keys) == (smoothing == 0)
@@ -249,7 +251,7 @@ GENERATION = [
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_generated_tokens_are_upstreams(kind, options, tmp_path):
     kwargs = {"predict_with_generate": True, "generation_max_length": 9, "generation_num_beams": 1}
-    distilled, plain = ours(kind, tmp_path, **kwargs), stock(kind, tmp_path, **kwargs)
+    distilled, plain = distillation(kind, tmp_path, **kwargs), stock(kind, tmp_path, **kwargs)
     a, b = (run.predict(run.eval_dataset, **options) for run in (distilled, plain))
     assert a.predictions.shape == b.predictions.shape
     assert a.predictions.dtype.kind == "i"
@@ -263,7 +265,7 @@ def test_a_single_step_takes_generations_options(tmp_path):
     kwargs = {"predict_with_generate": True, "generation_max_length": 9}
     steps = [
         run.prediction_step(run.model.eval(), tiny.pad(rows(4)), False, max_length=5, num_beams=2)
-        for run in (ours("bart", tmp_path, **kwargs), stock("bart", tmp_path, **kwargs))
+        for run in (distillation("bart", tmp_path, **kwargs), stock("bart", tmp_path, **kwargs))
     ]
     assert torch.equal(steps[0][1], steps[1][1])
     assert torch.equal(steps[0][2], steps[1][2])
@@ -272,7 +274,7 @@ def test_a_single_step_takes_generations_options(tmp_path):
 def test_a_generation_config_in_the_arguments_is_obeyed(tmp_path):
     config = GenerationConfig(max_length=6, num_beams=2, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
     kwargs = {"predict_with_generate": True, "generation_config": config}
-    runs = ours("t5", tmp_path, **kwargs), stock("t5", tmp_path, **kwargs)
+    runs = distillation("t5", tmp_path, **kwargs), stock("t5", tmp_path, **kwargs)
     a, b = (run.predict(run.eval_dataset).predictions for run in runs)
     assert a.shape == (21, 6)
     assert (a == b).all()
@@ -291,7 +293,7 @@ def test_metrics_get_token_ids(tmp_path):
         return {"overlap": sum(shares) / len(shares)}
 
     kwargs = {"predict_with_generate": True, "generation_max_length": 10, "compute_metrics": overlap}
-    metrics = ours("t5", tmp_path, **kwargs).evaluate()
+    metrics = distillation("t5", tmp_path, **kwargs).evaluate()
     tokens = seen["predictions"]
     expected = stock("t5", tmp_path, **kwargs).evaluate()
     assert tokens.ndim == 2
@@ -303,7 +305,7 @@ def test_metrics_get_token_ids(tmp_path):
 @pytest.mark.parametrize("generate", [False, True])
 def test_predictions_have_upstreams_form(generate, tmp_path):  # trap 12
     kwargs = {"predict_with_generate": generate, "generation_max_length": 8}
-    runs = ours("bart", tmp_path, **kwargs), stock("bart", tmp_path, **kwargs)
+    runs = distillation("bart", tmp_path, **kwargs), stock("bart", tmp_path, **kwargs)
     a, b = (run.predict(rows(5, seed=3)) for run in runs)
     flat_a, flat_b = ((x.predictions,) if generate else x.predictions for x in (a, b))
     assert [x.shape for x in flat_a] == [x.shape for x in flat_b]
@@ -315,7 +317,7 @@ def test_predictions_have_upstreams_form(generate, tmp_path):  # trap 12
 def test_the_student_is_called_as_often_as_upstream_calls_it(tmp_path):
     counted = []
     kwargs = {"predict_with_generate": True, "generation_max_length": 8}
-    for run in (ours("t5", tmp_path, **kwargs), stock("t5", tmp_path, **kwargs)):
+    for run in (distillation("t5", tmp_path, **kwargs), stock("t5", tmp_path, **kwargs)):
         run.evaluate()  # the first batch is looked at more closely
         calls: list[int] = []
         run.model.decoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
@@ -325,7 +327,7 @@ def test_the_student_is_called_as_often_as_upstream_calls_it(tmp_path):
 
 
 def test_inputs_are_not_changed(tmp_path):  # trap 11
-    run = ours("t5", tmp_path, predict_with_generate=True, generation_max_length=8, label_smoothing_factor=0.1)
+    run = distillation("t5", tmp_path, predict_with_generate=True, generation_max_length=8, label_smoothing_factor=0.1)
     run.model.eval()
     batch = tiny.pad(rows(4, teacher_input_ids=[5, 6], teacher_attention_mask=[1, 1]))
     before = {k: v.clone() for k, v in batch.items()}
@@ -338,7 +340,7 @@ def test_inputs_are_not_changed(tmp_path):  # trap 11
 def test_teacher_columns_reach_the_teacher_and_not_generate(tmp_path):  # trap 21
     kwargs = {"predict_with_generate": True, "generation_max_length": 8, "remove_unused_columns": True}
     other = {"teacher_input_ids": [5, 6, 7], "teacher_attention_mask": [1, 1, 1]}
-    plain, given = (ours("t5", tmp_path, **kwargs) for _ in range(2))
+    plain, given = (distillation("t5", tmp_path, **kwargs) for _ in range(2))
     a, b = plain.predict(rows(6)), given.predict(rows(6, **other))
     assert (a.predictions == b.predictions).all()
     assert b.metrics["test_hard_loss"] == pytest.approx(a.metrics["test_hard_loss"], rel=1e-6)
@@ -360,9 +362,9 @@ def test_columns_of_the_teacher_alone_do_not_reach_generate(tmp_path):
     hinted = Hinted(teacher.config)
     hinted.load_state_dict(teacher.state_dict())
     kwargs = {"predict_with_generate": True, "generation_max_length": 8}
-    run = ours("t5", tmp_path, pair=(student, hinted), **kwargs)
+    run = distillation("t5", tmp_path, pair=(student, hinted), **kwargs)
     assert run.evaluate(rows(6, hints=[1]))["eval_loss"] == pytest.approx(
-        ours("t5", tmp_path, **kwargs).evaluate(rows(6))["eval_loss"], rel=1e-6
+        distillation("t5", tmp_path, **kwargs).evaluate(rows(6))["eval_loss"], rel=1e-6
     )
 
 
@@ -372,7 +374,7 @@ def test_columns_of_the_teacher_alone_do_not_reach_generate(tmp_path):
 def test_without_labels_it_generates_and_has_no_loss(tmp_path):
     free = [{k: v for k, v in row.items() if k != "labels"} for row in rows(6)]
     kwargs = {"predict_with_generate": True, "generation_max_length": 8}
-    a, b = (run.predict(free) for run in (ours("t5", tmp_path, **kwargs), stock("t5", tmp_path, **kwargs)))
+    a, b = (run.predict(free) for run in (distillation("t5", tmp_path, **kwargs), stock("t5", tmp_path, **kwargs)))
     assert (a.predictions == b.predictions).all()
     assert "test_loss" not in a.metrics
     assert "test_perplexity" not in a.metrics
@@ -383,7 +385,7 @@ def test_without_labels_the_decoders_inputs_have_a_soft_loss(generate, tmp_path)
     decoder = {"decoder_input_ids": [0, 5, 6], "decoder_attention_mask": [1, 1, 1]}
     free = [{k: v for k, v in row.items() if k != "labels"} for row in rows(6, **decoder)]
     kwargs = {"predict_with_generate": generate, "generation_max_length": 8}
-    metrics = ours("t5", tmp_path, **kwargs).predict(free, metric_key_prefix="eval").metrics
+    metrics = distillation("t5", tmp_path, **kwargs).predict(free, metric_key_prefix="eval").metrics
     assert metrics["eval_loss"] == pytest.approx(0.7 * metrics["eval_soft_loss"], rel=1e-6)
     assert "eval_hard_loss" not in metrics
     assert "eval_perplexity" not in metrics
@@ -392,7 +394,7 @@ def test_without_labels_the_decoders_inputs_have_a_soft_loss(generate, tmp_path)
 def test_without_a_teacher_it_is_the_stock_trainer_with_parts(tmp_path):
     student, _ = models("t5")
     kwargs = {"predict_with_generate": True, "generation_max_length": 8}
-    run = ours("t5", tmp_path, pair=(student, None), kd_alpha=0.0, kd_reduction="tokenmean", **kwargs)
+    run = distillation("t5", tmp_path, pair=(student, None), kd_alpha=0.0, kd_reduction="tokenmean", **kwargs)
     metrics = run.evaluate()
     assert metrics["eval_loss"] == pytest.approx(stock("t5", tmp_path, **kwargs).evaluate()["eval_loss"], rel=1e-5)
     assert metrics["eval_hard_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
@@ -413,14 +415,16 @@ def test_the_mixin_in_front_of_a_class_of_the_users_own(tmp_path):
         pass
 
     kwargs = {"predict_with_generate": True, "generation_max_length": 8}
-    run = ours("t5", tmp_path, cls=CountingKD, **kwargs)
+    run = distillation("t5", tmp_path, cls=CountingKD, **kwargs)
     metrics = run.evaluate()
     assert run.steps == 3
-    assert metrics["eval_loss"] == pytest.approx(ours("t5", tmp_path, **kwargs).evaluate()["eval_loss"], rel=1e-6)
+    assert metrics["eval_loss"] == pytest.approx(
+        distillation("t5", tmp_path, **kwargs).evaluate()["eval_loss"], rel=1e-6
+    )
 
 
 def test_arguments_of_upstreams_constructor_pass_untouched(tmp_path):  # trap 24
-    run = ours("t5", tmp_path)
+    run = distillation("t5", tmp_path)
     optimizer = torch.optim.SGD(run.model.parameters(), lr=0.5)
     again = Seq2SeqDistillationTrainer(
         run.model, run.args, tiny.pad, rows(), rows(4), teacher_model=run.teacher.model, optimizers=(optimizer, None)

@@ -90,7 +90,7 @@ def collate(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([torch.as_tensor(f[name]) for f in features]) for name in features[0]}
 
 
-def ours(folder: Any, kind: str, data: Any = None, models: Any = None, **kwargs: Any) -> Any:
+def distillation(folder: Any, kind: str, data: Any = None, models: Any = None, **kwargs: Any) -> Any:
     student, teacher = models or pair(kind)
     return DistillationTrainer(
         model=student, teacher_model=teacher, args=tiny.arguments(folder, **{"max_steps": 3, **kwargs}),
@@ -129,7 +129,9 @@ BATCHES = [(k, m, n) for k in BUILDS for m in (True, False) for n in (True, Fals
 @pytest.mark.parametrize(("kind", "masked", "labelled"), BATCHES)
 def test_the_soft_loss_counts_the_frames_of_real_samples(kind, masked, labelled, tmp_path):
     data = rows(kind, masked=masked, labelled=labelled)
-    trainer = ours(tmp_path, kind, data, kd_alpha=1.0, kd_temperature=2.0, kd_reduction="tokenmean", max_steps=1)
+    trainer = distillation(
+        tmp_path, kind, data, kd_alpha=1.0, kd_temperature=2.0, kd_reduction="tokenmean", max_steps=1
+    )
     trainer.train()
     soft, counted, frames = soft_by_hand(kind, collate(data[:8]), 2.0)
     assert (counted < frames) == masked
@@ -142,7 +144,7 @@ def test_alpha_zero_is_the_stock_trainer(kind, tmp_path, capsys):
         model=pair(kind)[0], args=tiny.stock_arguments(tmp_path, max_steps=5, learning_rate=1e-3),
         data_collator=collate, train_dataset=rows(kind), eval_dataset=rows(kind, 9, seed=2),
     )  # fmt: skip
-    got = ours(tmp_path, kind, kd_alpha=0.0, max_steps=5, learning_rate=1e-3)
+    got = distillation(tmp_path, kind, kd_alpha=0.0, max_steps=5, learning_rate=1e-3)
     for trainer in (expected, got):
         trainer.train()
     assert "hard loss: the model's own, as for every model of the task 'ctc'" in capsys.readouterr().out
@@ -165,7 +167,7 @@ def test_the_mixture_of_the_models_own_loss_and_the_frames(accumulate, own_reduc
     for model in (student, same):
         model.config.ctc_loss_reduction = own_reduction
     settings = {"kd_temperature": 2.0, "kd_reduction": "tokenmean", "max_steps": 1, **batches}
-    trainer = ours(tmp_path, "wav2vec2", models=(student, teacher), **settings)
+    trainer = distillation(tmp_path, "wav2vec2", models=(student, teacher), **settings)
     trainer.train()
     stock = Trainer(
         model=same, args=tiny.stock_arguments(tmp_path, max_steps=1, **batches), data_collator=collate,
@@ -187,7 +189,7 @@ def test_the_weights_do_not_depend_on_the_split(reduction, tmp_path):
     found = []
     for accumulate in (1, 2, 4):
         batches = {"per_device_train_batch_size": 8 // accumulate, "gradient_accumulation_steps": accumulate}
-        trainer = ours(tmp_path, "wav2vec2", kd_reduction=reduction, learning_rate=1e-3, **batches)
+        trainer = distillation(tmp_path, "wav2vec2", kd_reduction=reduction, learning_rate=1e-3, **batches)
         before = tiny.weights(trainer.model).clone()
         trainer.train()
         found.append(tiny.weights(trainer.model))
@@ -199,7 +201,7 @@ def test_the_weights_do_not_depend_on_the_split(reduction, tmp_path):
 @pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
 @pytest.mark.parametrize("alpha", [0.7, 1.0])
 def test_doubled_padding_changes_nothing(alpha, reduction, tmp_path):
-    trainer = ours(tmp_path, "wav2vec2", kd_alpha=alpha, kd_reduction=reduction)
+    trainer = distillation(tmp_path, "wav2vec2", kd_alpha=alpha, kd_reduction=reduction)
     batch = collate(rows("wav2vec2")[:8])
     longer = {name: F.pad(batch[name], (0, batch[name].shape[1])) for name in ("input_values", "attention_mask")}
     longer["labels"] = F.pad(batch["labels"], (0, 4), value=-100)
@@ -210,7 +212,7 @@ def test_doubled_padding_changes_nothing(alpha, reduction, tmp_path):
 def test_loads_a_teacher_by_path_and_saves(tmp_path):
     student, teacher = pair("wav2vec2")
     teacher.save_pretrained(tmp_path / "teacher")
-    trainer = ours(tmp_path / "run", "wav2vec2", models=(student, str(tmp_path / "teacher")))
+    trainer = distillation(tmp_path / "run", "wav2vec2", models=(student, str(tmp_path / "teacher")))
     assert type(trainer.teacher.model) is Wav2Vec2ForCTC
     trainer.train()
     trainer.save_model(tmp_path / "saved")
@@ -219,11 +221,11 @@ def test_loads_a_teacher_by_path_and_saves(tmp_path):
 
 def test_the_formula_cannot_be_asked_for(tmp_path):
     with pytest.raises(ValueError, match="`kd_hard_loss` is 'task'; expected 'auto' or 'model' for the task 'ctc'"):
-        ours(tmp_path, "wav2vec2", kd_hard_loss="task").train()
+        distillation(tmp_path, "wav2vec2", kd_hard_loss="task").train()
 
 
 def test_check_finds_nothing_wrong(tmp_path):
-    results = ours(tmp_path, "wav2vec2", kd_reduction="tokenmean").check()
+    results = distillation(tmp_path, "wav2vec2", kd_reduction="tokenmean").check()
     assert not [row for row in results if row.status == "error"], results
 
 
@@ -231,23 +233,23 @@ def test_other_frame_rates_are_refused(tmp_path):
     teacher = wav2vec2(24, conv_stride=(2, 4))
     expected = r"`teacher_model` is giving logits for \d+ frames; expected 19, the student's, because frame i"
     with pytest.raises(ValueError, match=expected):
-        ours(tmp_path, "wav2vec2", models=(pair("wav2vec2")[0], teacher)).train()
+        distillation(tmp_path, "wav2vec2", models=(pair("wav2vec2")[0], teacher)).train()
 
 
 def test_other_vocabularies_are_refused(tmp_path):
     teacher = Wav2Vec2ForCTC(wav2vec2_config(24, vocab_size=tiny.VOCAB, pad_token_id=5))
     with pytest.raises(ValueError, match="`teacher_model` is a model with pad_token_id 5; expected 0 as in the stud"):
-        ours(tmp_path, "wav2vec2", models=(pair("wav2vec2")[0], teacher)).train()
+        distillation(tmp_path, "wav2vec2", models=(pair("wav2vec2")[0], teacher)).train()
     fewer = Wav2Vec2ForCTC(wav2vec2_config(24, vocab_size=30, pad_token_id=0))
     with pytest.raises(ValueError, match=r"giving logits of shape \(8, 19, 30\); .* because class i of one"):
-        ours(tmp_path, "wav2vec2", models=(pair("wav2vec2")[0], fewer)).train()
+        distillation(tmp_path, "wav2vec2", models=(pair("wav2vec2")[0], fewer)).train()
 
 
 def test_a_cache_is_refused(tmp_path):
     pair("wav2vec2")[1].save_pretrained(tmp_path / "teacher")
     models = pair("wav2vec2")[0], str(tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"`teacher_cache_dir` is '.*'; expected None for the task 'ctc'"):
-        ours(tmp_path, "wav2vec2", models=models, teacher_cache_dir=str(tmp_path / "cache")).train()
+        distillation(tmp_path, "wav2vec2", models=models, teacher_cache_dir=str(tmp_path / "cache")).train()
 
 
 def test_frames_that_nobody_can_count_are_refused(tmp_path):
@@ -273,7 +275,7 @@ def frame_rows(count: int = 24, seed: int = 1) -> list[dict[str, Any]]:
 
 def frame_trainer(folder: Any, **kwargs: Any) -> Any:
     torch.manual_seed(0)
-    return ours(folder, "wav2vec2", frame_rows(), (diarization(16), diarization(24)), **kwargs)
+    return distillation(folder, "wav2vec2", frame_rows(), (diarization(16), diarization(24)), **kwargs)
 
 
 def pair_of(task: str) -> tuple[nn.Module, nn.Module]:

@@ -245,8 +245,8 @@ def test_hard_loss_is_the_models_own(name):
     with torch.no_grad():
         outputs = model(**batch)
     targets = task.targets(batch)
-    ours = task.hard_loss_sum(outputs.logits, targets) / (targets != IGNORED).sum()
-    assert ours.item() == pytest.approx(outputs.loss.item(), rel=1e-6)
+    hard_loss = task.hard_loss_sum(outputs.logits, targets) / (targets != IGNORED).sum()
+    assert hard_loss.item() == pytest.approx(outputs.loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bert", "bert tokens", "llama", "t5"])
@@ -255,9 +255,9 @@ def test_label_smoothing_is_the_stock_smoothers(name):
     with torch.no_grad():
         outputs = model(**batch)
     targets = task.targets(batch)
-    ours = task.hard_loss_sum(outputs.logits, targets, 0.2) / (targets != IGNORED).sum()
+    hard_loss = task.hard_loss_sum(outputs.logits, targets, 0.2) / (targets != IGNORED).sum()
     stock = LabelSmoother(epsilon=0.2)(outputs, batch["labels"].clone(), shift_labels=task.shifted)
-    assert ours.item() == pytest.approx(stock.item(), rel=1e-6)
+    assert hard_loss.item() == pytest.approx(stock.item(), rel=1e-6)
 
 
 def test_hard_loss_is_computed_in_float32_or_wider():

@@ -42,10 +42,10 @@ def whole_texts() -> list[dict[str, Any]]:
     return [{**row, "labels": list(row["input_ids"])} for row in rows]
 
 
-def pair(task: str, prompt: str | None, taught: str | None = None) -> tuple[nn.Module, nn.Module]:
+def pair(task: str, prompt: str | None, teacher_prompt: str | None = None) -> tuple[nn.Module, nn.Module]:
     student, teacher = tiny.models(task)
     student = student if prompt is None else adapted(student, prompt, task)
-    return student, teacher if taught is None else adapted(teacher, taught, task)
+    return student, teacher if teacher_prompt is None else adapted(teacher, teacher_prompt, task)
 
 
 def data(task: str, prompt: str | None = None, seed: int = 1) -> list[dict[str, Any]]:
@@ -59,10 +59,10 @@ def data(task: str, prompt: str | None = None, seed: int = 1) -> list[dict[str, 
     return rows
 
 
-def ours(folder: Any, task: str, prompt: str | None, taught: str | None = None, **kwargs: Any) -> Any:
-    rows = data(task, "multitask" if "multitask" in (prompt, taught) else prompt)
+def distillation(folder: Any, task: str, prompt: str | None, teacher_prompt: str | None = None, **kwargs: Any) -> Any:
+    rows = data(task, "multitask" if "multitask" in (prompt, teacher_prompt) else prompt)
     args = tiny.arguments(folder, **{**REDUCED, **kwargs})
-    student, teacher = pair(task, prompt, taught)
+    student, teacher = pair(task, prompt, teacher_prompt)
     return DistillationTrainer(
         model=student, teacher_model=teacher, args=args, data_collator=tiny.pad, train_dataset=rows,
         eval_dataset=rows[:9],
@@ -79,14 +79,14 @@ def test_alpha_zero_is_the_stock_trainer(task, prompt, tmp_path):
         model=pair(task, prompt)[0], args=tiny.stock_arguments(tmp_path, max_steps=3), data_collator=tiny.pad,
         train_dataset=data(task, prompt), eval_dataset=data(task, prompt)[:9],
     )  # fmt: skip
-    got = ours(tmp_path, task, prompt, kd_alpha=0.0)
+    got = distillation(tmp_path, task, prompt, kd_alpha=0.0)
     for trainer in (expected, got):
         trainer.train()
     assert tiny.logged(got, "loss") == pytest.approx(tiny.logged(expected, "loss"), rel=1e-4)
     assert torch.allclose(tiny.weights(got.model), tiny.weights(expected.model), atol=1e-5)
-    theirs, mine = (t.predict(data(task, prompt)[:3]).predictions for t in (expected, got))
+    expected_logits, logits = (t.predict(data(task, prompt)[:3]).predictions for t in (expected, got))
     first = lambda p: torch.as_tensor(p[0] if isinstance(p, tuple) else p)  # noqa: E731
-    assert torch.allclose(first(mine), first(theirs), atol=1e-5)
+    assert torch.allclose(first(logits), first(expected_logits), atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", ["prompt", "p-tuning", "prefix"])
@@ -130,43 +130,49 @@ def front(prompt: str | None) -> int:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "taught"),
+    ("prompt", "teacher_prompt"),
     [*((name, None) for name in PROMPTS), *((None, name) for name in PROMPTS), ("prompt", "p-tuning")],
 )
 @pytest.mark.parametrize("implementation", ["full", "fused"])
-def test_language_models_compare_the_texts_own_positions(prompt, taught, implementation, tmp_path):
-    trainer = ours(
-        tmp_path, "causal_lm", prompt, taught, kd_temperature=2.0, max_steps=1, kd_loss_implementation=implementation
+def test_language_models_compare_the_texts_own_positions(prompt, teacher_prompt, implementation, tmp_path):
+    trainer = distillation(
+        tmp_path,
+        "causal_lm",
+        prompt,
+        teacher_prompt,
+        kd_temperature=2.0,
+        max_steps=1,
+        kd_loss_implementation=implementation,
     )
-    student, teacher = pair("causal_lm", prompt, taught)
+    student, teacher = pair("causal_lm", prompt, teacher_prompt)
     trainer.train()
-    batch = tiny.pad(data("causal_lm", "multitask" if "multitask" in (prompt, taught) else None)[:8])
-    expected = soft_and_hard(student, teacher, batch, "causal_lm", [front(prompt), front(taught)])
+    batch = tiny.pad(data("causal_lm", "multitask" if "multitask" in (prompt, teacher_prompt) else None)[:8])
+    expected = soft_and_hard(student, teacher, batch, "causal_lm", [front(prompt), front(teacher_prompt)])
     got = [tiny.logged(trainer, "soft_loss")[0], tiny.logged(trainer, "hard_loss")[0]]
     assert got == pytest.approx(expected, rel=1e-4)
     metrics = trainer.evaluate()
     assert 0.7 * metrics["eval_soft_loss"] + 0.3 * metrics["eval_hard_loss"] == pytest.approx(metrics["eval_loss"])
 
 
-@pytest.mark.parametrize(("prompt", "taught"), [("prompt", None), (None, "prompt"), ("p-tuning", None)])
+@pytest.mark.parametrize(("prompt", "teacher_prompt"), [("prompt", None), (None, "prompt"), ("p-tuning", None)])
 @pytest.mark.parametrize("task", ["classification", "token_classification"])
-def test_classifiers_compare_their_own_classes(task, prompt, taught, tmp_path):
-    trainer = ours(tmp_path, task, prompt, taught, kd_temperature=2.0, max_steps=1)
-    student, teacher = pair(task, prompt, taught)
+def test_classifiers_compare_their_own_classes(task, prompt, teacher_prompt, tmp_path):
+    trainer = distillation(tmp_path, task, prompt, teacher_prompt, kd_temperature=2.0, max_steps=1)
+    student, teacher = pair(task, prompt, teacher_prompt)
     trainer.train()
-    expected = soft_and_hard(student, teacher, tiny.pad(data(task)[:8]), task, [front(prompt), front(taught)])
+    expected = soft_and_hard(student, teacher, tiny.pad(data(task)[:8]), task, [front(prompt), front(teacher_prompt)])
     got = [tiny.logged(trainer, "soft_loss")[0], tiny.logged(trainer, "hard_loss")[0]]
     assert got == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("taught", [False, True])
-def test_a_cache_holds_the_texts_own_positions(taught, tmp_path):
-    sides = (None, "prompt") if taught else ("prompt", None)
-    live = ours(tmp_path / "live", "causal_lm", *sides, kd_loss_implementation="fused")
+@pytest.mark.parametrize("teacher_prompt", [False, True])
+def test_a_cache_holds_the_texts_own_positions(teacher_prompt, tmp_path):
+    sides = (None, "prompt") if teacher_prompt else ("prompt", None)
+    live = distillation(tmp_path / "live", "causal_lm", *sides, kd_loss_implementation="fused")
     live.train()
     pair("causal_lm", None)[1].save_pretrained(tmp_path / "teacher")
     for cache_format in ("logits", "hidden"):
-        cached = ours(
+        cached = distillation(
             tmp_path / cache_format, "causal_lm", *sides, teacher_cache_dir=str(tmp_path / f"cache {cache_format}"),
             teacher_cache_format=cache_format,
         )  # fmt: skip

@@ -124,10 +124,12 @@ def test_a_byte_level_teacher_and_a_wordpiece_student(tmp_path, wordpiece, byte_
         processing_class=wordpiece,
         data_collator=TeacherCollator(DataCollatorWithPadding(wordpiece), byte_level),
     )
-    ours = wordpiece(SENTENCES, padding=True, return_tensors="pt")
-    theirs = byte_level(SENTENCES, padding=True, return_tensors="pt")
+    student_inputs = wordpiece(SENTENCES, padding=True, return_tensors="pt")
+    teacher_inputs = byte_level(SENTENCES, padding=True, return_tensors="pt")
     with torch.no_grad():
-        expected = SoftTargetLoss(temperature=3.0)(student(**ours).logits, teacher.eval()(**theirs).logits)
+        expected = SoftTargetLoss(temperature=3.0)(
+            student(**student_inputs).logits, teacher.eval()(**teacher_inputs).logits
+        )
     before = run.evaluate()
     assert before["eval_soft_loss"] == pytest.approx(expected.item(), rel=1e-4)
     run.train()

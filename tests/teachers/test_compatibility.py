@@ -107,15 +107,15 @@ def test_a_remap_puts_the_right_numbers_into_the_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("student_names", "teacher_names"),
     [
         (NAMES, None),
         (None, NAMES),
         (NAMES, ["anger", "joy", "scare"]),
     ],
 )
-def test_unknown_names_warn_once(ours, theirs, caplog, tmp_path):
-    student, teacher = model(ours), model(theirs)
+def test_unknown_names_warn_once(student_names, teacher_names, caplog, tmp_path):
+    student, teacher = model(student_names), model(teacher_names)
     data = [{**row, "labels": row["labels"] % 3} for row in tiny.rows("classification")]
     with caplog.at_level(logging.WARNING, logger="kd_trainer"):
         run = tiny.trainer("classification", tmp_path, pair=(student, teacher), data=data, max_steps=2)
@@ -344,9 +344,11 @@ def test_common_ids():
     assert common_ids(37, 37, None) is None
     assert common_ids(40, 37, "tokenizers") == common_ids(37, 41, "tokenizers") == 37
     assert common_ids(37, 40, "special ids") == 37
-    for theirs, known_by in ((40, None), (41, "special ids")):
-        with pytest.raises(ValueError, match=rf"a model of {theirs} token ids; expected 37 as the student, because no"):
-            common_ids(37, theirs, known_by)
+    for teacher_size, known_by in ((40, None), (41, "special ids")):
+        with pytest.raises(
+            ValueError, match=rf"a model of {teacher_size} token ids; expected 37 as the student, because no"
+        ):
+            common_ids(37, teacher_size, known_by)
 
 
 def test_the_line_names_the_side():
@@ -387,9 +389,9 @@ def test_the_loss_over_common_ids_written_out(task, positions, sizes):
     torch.testing.assert_close(parts.soft, soft / n_soft, rtol=1e-10, atol=0)
     torch.testing.assert_close(parts.hard, hard / n_hard, rtol=1e-10, atol=0)
     assert float(parts.agreement) == pytest.approx(same / n_soft)
-    (ours,) = torch.autograd.grad(parts.total, z_s, retain_graph=True)
-    (theirs,) = torch.autograd.grad(0.6 * soft / n_soft + 0.4 * hard / n_hard, z_s)
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    (gradient,) = torch.autograd.grad(parts.total, z_s, retain_graph=True)
+    (expected,) = torch.autograd.grad(0.6 * soft / n_soft + 0.4 * hard / n_hard, z_s)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -418,14 +420,14 @@ def test_no_task_takes_other_sizes_unasked(task):
         task.check_shapes(student, torch.zeros(3, *shape[1:], 11), None, 8)
 
 
-def padded_pair(task: str, ours: int, theirs: int):
+def padded_pair(task: str, student_size: int, teacher_size: int):
     torch.manual_seed(0)
     if task == "causal_lm":
-        return lm(ours), lm(theirs, 24)
+        return lm(student_size), lm(teacher_size, 24)
     if task == "masked_lm":
         return tuple(
             BertForMaskedLM(tiny.bert_config(h, vocab_size=v, initializer_range=0.5))
-            for h, v in ((16, ours), (24, theirs))
+            for h, v in ((16, student_size), (24, teacher_size))
         )
     shape = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
              "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32, "init_std": 0.5}  # fmt: skip
@@ -433,7 +435,7 @@ def padded_pair(task: str, ours: int, theirs: int):
            "forced_eos_token_id": 2}  # fmt: skip
     return tuple(
         BartForConditionalGeneration(BartConfig(vocab_size=v, d_model=h, **shape, **ids))
-        for h, v in ((16, ours), (24, theirs))
+        for h, v in ((16, student_size), (24, teacher_size))
     )
 
 
@@ -466,11 +468,11 @@ def test_equal_vocabularies_have_no_common_ids(tmp_path, capsys):
 
 def test_alpha_0_with_a_padded_teacher_is_the_stock_trainer(tmp_path):
     pair = (tiny.models("causal_lm")[0], lm(40, 24))
-    ours = tiny.trainer("causal_lm", tmp_path, pair=pair, kd_alpha=0.0, kd_reduction="tokenmean")
+    distilled = tiny.trainer("causal_lm", tmp_path, pair=pair, kd_alpha=0.0, kd_reduction="tokenmean")
     stock = tiny.stock_trainer("causal_lm", tmp_path)
-    ours.train()
+    distilled.train()
     stock.train()
-    torch.testing.assert_close(tiny.weights(ours.model), tiny.weights(stock.model), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiny.weights(distilled.model), tiny.weights(stock.model), rtol=0, atol=1e-6)
 
 
 def smaller_teacher_run(tmp_path, data, words=WORDS):

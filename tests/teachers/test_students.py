@@ -206,8 +206,8 @@ def test_it_shares_nothing_with_the_teacher(name):
     teacher = build(name)
     student = student_from_teacher(teacher.requires_grad_(False), layers="every_2")
     check_separate(student, teacher)
-    theirs = {t.untyped_storage().data_ptr() for t in [*teacher.parameters(), *teacher.buffers()]}
-    assert not theirs & {t.untyped_storage().data_ptr() for t in [*student.parameters(), *student.buffers()]}
+    teacher_memory = {t.untyped_storage().data_ptr() for t in [*teacher.parameters(), *teacher.buffers()]}
+    assert not teacher_memory & {t.untyped_storage().data_ptr() for t in [*student.parameters(), *student.buffers()]}
     assert student.config is not teacher.config
     assert not student.training
     fixed = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
@@ -277,8 +277,8 @@ def test_tokens_are_no_layers():
 def test_which_layers_are_kept(length, spec, kept):
     teacher = build("LlamaForCausalLM", num_hidden_layers=length)
     student = student_from_teacher(teacher, layers=spec)
-    for ours, theirs in zip(student.model.layers, kept, strict=True):
-        assert torch.equal(tiny.weights(ours), tiny.weights(teacher.model.layers[theirs]))
+    for layer, index in zip(student.model.layers, kept, strict=True):
+        assert torch.equal(tiny.weights(layer), tiny.weights(teacher.model.layers[index]))
 
 
 @pytest.mark.parametrize("tied", [True, False])

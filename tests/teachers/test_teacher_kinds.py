@@ -356,9 +356,9 @@ def test_a_quantised_teacher(bits, teacher_folder, tmp_path):
     run.train()
     exact = run_with(base(), teacher_folder, tmp_path)
     exact.train()
-    ours, theirs = (tiny.logged(r, "soft_loss") for r in (run, exact))
-    assert ours != theirs
-    assert ours == pytest.approx(theirs, rel=0.2)
+    quantised, expected = (tiny.logged(r, "soft_loss") for r in (run, exact))
+    assert quantised != expected
+    assert quantised == pytest.approx(expected, rel=0.2)
 
 
 def test_the_logits_can_be_saved_for_backward(teacher_folder):

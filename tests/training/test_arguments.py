@@ -174,9 +174,9 @@ def test_every_divergence_is_accepted_by_name():
 
 
 def test_the_prefix_keeps_clear_of_upstreams_fields():
-    ours = {entry.name for entry in dataclasses.fields(DistillationArguments)}
-    assert not ours & {entry.name for entry in dataclasses.fields(TrainingArguments)}
-    assert all(name.startswith(("kd_", "teacher_")) for name in ours)
+    fields = {entry.name for entry in dataclasses.fields(DistillationArguments)}
+    assert not fields & {entry.name for entry in dataclasses.fields(TrainingArguments)}
+    assert all(name.startswith(("kd_", "teacher_")) for name in fields)
 
 
 def test_round_trips(tmp_path):

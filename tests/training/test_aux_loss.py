@@ -38,7 +38,9 @@ def arguments(output_dir: Any, **kwargs: Any) -> DistillationTrainingArguments:
     return tiny.arguments(output_dir, **{"kd_reduction": "tokenmean", "learning_rate": 0.01, **kwargs})
 
 
-def ours(kind: str, output_dir: Any, *, student: Any = None, teacher: Any = None, **kwargs: Any) -> DistillationTrainer:
+def distillation(
+    kind: str, output_dir: Any, *, student: Any = None, teacher: Any = None, **kwargs: Any
+) -> DistillationTrainer:
     return DistillationTrainer(
         model=build(kind) if student is None else student, args=arguments(output_dir, **kwargs),
         teacher_model=tiny.models("causal_lm")[1] if teacher is None else teacher, data_collator=tiny.pad,
@@ -59,7 +61,7 @@ def stock(kind: str, output_dir: Any, **kwargs: Any) -> transformers.Trainer:
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "JetMoe"])
 def test_alpha_zero_is_the_stock_trainer(kind, tmp_path):
     kwargs = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 10}
-    distilled, plain = ours(kind, tmp_path, kd_alpha=0.0, **kwargs), stock(kind, tmp_path, **kwargs)
+    distilled, plain = distillation(kind, tmp_path, kd_alpha=0.0, **kwargs), stock(kind, tmp_path, **kwargs)
     distilled.train()
     plain.train()
     for key in ("loss", "eval_loss", "grad_norm"):
@@ -69,7 +71,7 @@ def test_alpha_zero_is_the_stock_trainer(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", CAUSAL)
 def test_evaluation_is_the_stock_trainers(kind, tmp_path):
-    metrics = ours(kind, tmp_path, kd_alpha=0.0).evaluate()
+    metrics = distillation(kind, tmp_path, kd_alpha=0.0).evaluate()
     assert metrics["eval_loss"] == pytest.approx(stock(kind, tmp_path).evaluate()["eval_loss"], rel=1e-5)
     assert metrics["eval_aux_loss"] > 0.5
     mixed = metrics["eval_hard_loss"] + WEIGHT * metrics["eval_aux_loss"]
@@ -78,7 +80,7 @@ def test_evaluation_is_the_stock_trainers(kind, tmp_path):
 
 def test_predictions_are_the_stock_trainers(tmp_path):  # trap 12
     rows = tiny.rows("causal_lm", 8, seed=2)
-    runs = ours("Mixtral", tmp_path), stock("Mixtral", tmp_path)
+    runs = distillation("Mixtral", tmp_path), stock("Mixtral", tmp_path)
     (_, a, labels_a), (_, b, labels_b) = (run.prediction_step(run.model.eval(), tiny.pad(rows), False) for run in runs)
     assert torch.equal(labels_a, labels_b)
     assert len(a) == len(b) == 3  # aux_loss, logits, router_logits
@@ -92,7 +94,7 @@ def test_predictions_are_the_stock_trainers(tmp_path):  # trap 12
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("kind", ["Mixtral", "JetMoe"])
 def test_weighted_parts_equal_the_logged_loss(kind, accumulation, tmp_path):  # trap 27
-    run = ours(
+    run = distillation(
         kind, tmp_path, kd_alpha=0.35, max_steps=6, logging_steps=3, gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=2, eval_strategy="steps", eval_steps=3,
     )  # fmt: skip
@@ -106,7 +108,7 @@ def test_weighted_parts_equal_the_logged_loss(kind, accumulation, tmp_path):  # 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
 def test_a_step_has_the_mean_over_its_micro_batches_by_their_rows(reduction, tmp_path):
-    run = ours("Mixtral", tmp_path, kd_reduction=reduction)
+    run = distillation("Mixtral", tmp_path, kd_reduction=reduction)
     rows = tiny.rows("causal_lm")
     batches = [tiny.pad(part) for part in (rows[:5], rows[5:8])]
     run.model.eval()
@@ -128,7 +130,7 @@ def test_a_step_has_the_mean_over_its_micro_batches_by_their_rows(reduction, tmp
 def test_the_router_learns_from_it(tmp_path):
     weights = []
     for coefficient in (0.0, WEIGHT):
-        run = ours("Mixtral", tmp_path, student=build("Mixtral", router_aux_loss_coef=coefficient), max_steps=1)
+        run = distillation("Mixtral", tmp_path, student=build("Mixtral", router_aux_loss_coef=coefficient), max_steps=1)
         run.train()
         assert tiny.logged(run, "aux_loss")[0] > 0.5
         weights.append(run.model.model.layers[0].mlp.gate.weight.detach().clone())
@@ -136,7 +138,7 @@ def test_the_router_learns_from_it(tmp_path):
 
 
 def test_a_router_loss_of_weight_zero_is_not_added(tmp_path):
-    run = ours("Mixtral", tmp_path, student=build("Mixtral", router_aux_loss_coef=0.0))
+    run = distillation("Mixtral", tmp_path, student=build("Mixtral", router_aux_loss_coef=0.0))
     forward = run.model.forward
 
     def overflowing(*args: Any, **kwargs: Any) -> Any:
@@ -150,14 +152,14 @@ def test_a_router_loss_of_weight_zero_is_not_added(tmp_path):
 
 
 def test_label_smoothing_keeps_it(tmp_path):
-    metrics = ours("Mixtral", tmp_path, label_smoothing_factor=0.1).evaluate()
+    metrics = distillation("Mixtral", tmp_path, label_smoothing_factor=0.1).evaluate()
     mixed = 0.7 * metrics["eval_soft_loss"] + 0.3 * metrics["eval_hard_loss"] + WEIGHT * metrics["eval_aux_loss"]
     assert metrics["eval_loss"] == pytest.approx(mixed, rel=1e-5)
 
 
 def test_without_labels_it_is_there_too(tmp_path):
     free = [{k: v for k, v in row.items() if k != "labels"} for row in tiny.rows("causal_lm")]
-    metrics = ours("Mixtral", tmp_path).evaluate(free)
+    metrics = distillation("Mixtral", tmp_path).evaluate(free)
     mixed = 0.7 * metrics["eval_soft_loss"] + WEIGHT * metrics["eval_aux_loss"]
     assert metrics["eval_loss"] == pytest.approx(mixed, rel=1e-5)
 
@@ -166,7 +168,7 @@ def test_without_labels_it_is_there_too(tmp_path):
 
 
 def test_the_teachers_router_has_no_part(tmp_path):
-    run = ours("Mixtral", tmp_path, student=tiny.models("causal_lm")[0], teacher=build("Mixtral"))
+    run = distillation("Mixtral", tmp_path, student=tiny.models("causal_lm")[0], teacher=build("Mixtral"))
     run.train()
     metrics = run.evaluate()
     assert not tiny.logged(run, "aux_loss")
@@ -177,7 +179,7 @@ def test_the_teachers_router_has_no_part(tmp_path):
 
 def test_it_is_the_config_that_asks(tmp_path):
     student = build("Mixtral", output_router_logits=False)
-    metrics = ours("Mixtral", tmp_path, student=student).evaluate()
+    metrics = distillation("Mixtral", tmp_path, student=student).evaluate()
     assert "eval_aux_loss" not in metrics
 
 
@@ -190,16 +192,16 @@ def test_a_vision_language_model_keeps_the_weight_in_its_text_config():
 def test_the_start_block_says_what_is_added_and_what_is_left_out(tmp_path, capsys):
     student = build("Mixtral")
     student.config.z_loss_coefficient = 0.001  # as Bamba's
-    ours("Mixtral", tmp_path, student=student, max_steps=1).train()
+    distillation("Mixtral", tmp_path, student=student, max_steps=1).train()
     said = capsys.readouterr().out
     assert "[kd_trainer] the loss has 0.5 * the student's router loss (aux_loss) added" in said
     assert "[kd_trainer] the student's own z-loss (z_loss_coefficient 0.001) is left out" in said
-    ours("Mixtral", tmp_path, student=build("Mixtral", output_router_logits=False), max_steps=1).train()
+    distillation("Mixtral", tmp_path, student=build("Mixtral", output_router_logits=False), max_steps=1).train()
     assert "aux_loss" not in capsys.readouterr().out
 
 
 def test_a_teacher_computes_no_router_loss(tmp_path):
-    run = ours("Mixtral", tmp_path, teacher=build("Mixtral"), max_steps=1)
+    run = distillation("Mixtral", tmp_path, teacher=build("Mixtral"), max_steps=1)
     run.train()
     asked = []
     run.teacher.model.register_forward_hook(lambda *a: asked.append(a[2]))

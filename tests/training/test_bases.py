@@ -82,10 +82,10 @@ def test_classes_beside_a_trainer_are_welcome(tmp_path):
 
 @pytest.mark.parametrize("module", ["sentence_transformers.trainer", "sentence_transformers.cross_encoder.trainer"])
 def test_sentence_transformers_trainers_get_advice_that_helps(module):
-    theirs = of(module, Trainer, name="SentenceTransformerTrainer", compute_loss=does_nothing)
-    own = type("Own", (theirs,), {"compute_loss": does_nothing})
-    plain = type("Plain", (theirs,), {})
-    for base in (theirs, own, plain):
+    upstream = of(module, Trainer, name="SentenceTransformerTrainer", compute_loss=does_nothing)
+    own = type("Own", (upstream,), {"compute_loss": does_nothing})
+    plain = type("Plain", (upstream,), {})
+    for base in (upstream, own, plain):
         with pytest.raises(TypeError, match=r"compute_loss of its own.*own distillation losses \(MSELoss") as e:
             type("K", (DistillationMixin, base), {})
         assert "Move it" not in str(e.value)

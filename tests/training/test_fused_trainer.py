@@ -148,9 +148,9 @@ EVALUATED = ("eval_loss", "eval_soft_loss", "eval_hard_loss", "eval_teacher_agre
 
 def assert_same_evaluation(one, other, names=EVALUATED, rel=1e-5):
     for name in names:
-        ours, theirs = tiny.logged(one, name), tiny.logged(other, name)
-        assert ours == pytest.approx(theirs, rel=rel), name
-        assert len(ours) > 0
+        values, others = tiny.logged(one, name), tiny.logged(other, name)
+        assert values == pytest.approx(others, rel=rel), name
+        assert len(values) > 0
 
 
 def test_a_larger_student(tmp_path):
@@ -187,20 +187,19 @@ def test_adapters_on_the_head_take_full_logits(where, tmp_path, monkeypatch, cap
 
 
 HALF = {
-    "teacher in bfloat16": ({}, {"dtype": torch.bfloat16}),
-    "both in bfloat16": ({"dtype": torch.bfloat16}, {"dtype": torch.bfloat16}),
-    "autocast": ({}, {}),
+    "teacher in bfloat16": (torch.float32, torch.bfloat16),
+    "both in bfloat16": (torch.bfloat16, torch.bfloat16),
+    "autocast": (torch.float32, torch.float32),
 }
 
 
 @pytest.mark.parametrize("kind", HALF)
 def test_half_precision(kind, tmp_path):
     """To what a rounding of bfloat16 (2^-9) makes of logits of a few units, over T."""
-    ours, theirs = HALF[kind]
 
     def build():
         student, teacher = pair()
-        return student.to(ours.get("dtype", torch.float32)), teacher.to(theirs.get("dtype", torch.float32))
+        return student.to(HALF[kind][0]), teacher.to(HALF[kind][1])
 
     settings = {"bf16": kind == "autocast", "max_steps": 4}
     (one, _, fused), (other, _, full) = (
@@ -278,14 +277,14 @@ def test_metrics_get_the_logits_and_training_stays_fused(tmp_path):
         trainer.compute_metrics = metrics
         found.append((trainer.evaluate(), trainer.predict(rows("causal_lm", 8, seed=3)), trainer))
         assert (trainer._plan.heads is not None) == (name == "fused")
-    (ours, predicted, trainer), (theirs, full, _) = found
-    assert ours["eval_width"] == VOCAB
+    (fused, predicted, trainer), (full, expected, _) = found
+    assert fused["eval_width"] == VOCAB
     for name in EVALUATED:
-        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+        assert fused[name] == pytest.approx(full[name], rel=1e-5), name
     assert seen[0] == pytest.approx(seen[2], abs=1e-5)
-    assert predicted.predictions == pytest.approx(full.predictions, abs=1e-5)
+    assert predicted.predictions == pytest.approx(expected.predictions, abs=1e-5)
     assert predicted.predictions.shape[-1] == VOCAB
-    assert predicted.metrics["test_loss"] == pytest.approx(full.metrics["test_loss"], rel=1e-5)
+    assert predicted.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
@@ -293,7 +292,7 @@ def test_metrics_get_the_logits_and_training_stays_fused(tmp_path):
 def test_encoder_decoders(kind, generates, tmp_path):
     trainers = []
     for name in ("fused", "full"):
-        trainer = test_seq2seq.ours(
+        trainer = test_seq2seq.distillation(
             kind, tmp_path / name, kd_loss_implementation=name, kd_reduction="tokenmean", max_steps=4,
             predict_with_generate=generates, generation_max_length=8, eval_strategy="steps", eval_steps=2,
         )  # fmt: skip

@@ -87,18 +87,18 @@ def sft(tokenizer: Any, output_dir: Any, kind: str = "text", teacher: Any = None
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("kind", DATA)
 def test_alpha_zero_is_the_stock_sft_trainer(kind, packing, tokenizer, tmp_path):
-    ours = sft(tokenizer, tmp_path, kind, kd_alpha=0.0, packing=packing, eval_packing=False)
+    distilled = sft(tokenizer, tmp_path, kind, kd_alpha=0.0, packing=packing, eval_packing=False)
     data = Dataset.from_dict(DATA[kind])
     args = SFTConfig(output_dir=str(tmp_path), packing=packing, eval_packing=False, **SFT)
     stock = SFTTrainer(
         pair(tokenizer)[0], args, train_dataset=data, eval_dataset=data.select(range(8)), processing_class=tokenizer
     )
-    ours.train()
+    distilled.train()
     stock.train()
     for key in ("loss", "grad_norm"):
-        assert tiny.logged(ours, key) == pytest.approx(tiny.logged(stock, key), rel=1e-4), key
-    torch.testing.assert_close(tiny.weights(ours.model), tiny.weights(stock.model), rtol=1e-4, atol=1e-5)
-    assert ours.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-4)
+        assert tiny.logged(distilled, key) == pytest.approx(tiny.logged(stock, key), rel=1e-4), key
+    torch.testing.assert_close(tiny.weights(distilled.model), tiny.weights(stock.model), rtol=1e-4, atol=1e-5)
+    assert distilled.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", DATA)

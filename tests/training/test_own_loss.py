@@ -253,7 +253,7 @@ def built(name: str) -> nn.Module:
 
 def run(name: str, folder: Any, *, stock: bool = False, teacher: Any = None, data: Any = None, batch: int = 4,
         train: bool = True, loss_func: Any = None, **fields: Any) -> Any:  # fmt: skip
-    """A trainer of the model after three steps: the stock one, or ours."""
+    """A trainer of the model after three steps: the stock one, or the one that distils."""
     data = data_of(name) if data is None else data
     fields = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "max_steps": 3, **fields}
     given: dict[str, Any] = {
@@ -271,9 +271,9 @@ def run(name: str, folder: Any, *, stock: bool = False, teacher: Any = None, dat
     return trainer
 
 
-def assert_same(ours: Any, stock: Any) -> None:
-    torch.testing.assert_close(tiny.weights(ours.model), tiny.weights(stock.model), rtol=1e-5, atol=1e-6)
-    assert tiny.logged(ours, "loss") == pytest.approx(tiny.logged(stock, "loss"), rel=1e-5)
+def assert_same(distilled: Any, stock: Any) -> None:
+    torch.testing.assert_close(tiny.weights(distilled.model), tiny.weights(stock.model), rtol=1e-5, atol=1e-6)
+    assert tiny.logged(distilled, "loss") == pytest.approx(tiny.logged(stock, "loss"), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -293,30 +293,30 @@ def test_kd_alpha_0_is_the_stock_trainer(name, accumulate, tmp_path, capsys):
             if MODELS[name][1] == "causal_lm":
                 row["labels"] = list(row["input_ids"])
     stock = run(name, tmp_path / "stock", stock=True, data=data, gradient_accumulation_steps=accumulate)
-    ours = run(name, tmp_path / "ours", data=data, **fields)
-    assert_same(ours, stock)
+    distilled = run(name, tmp_path / "distilled", data=data, **fields)
+    assert_same(distilled, stock)
     if name != "spans":  # upstream evaluates it without a loss
-        assert ours.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
-    assert ours._plan.own_loss is MODELS[name][2]
+        assert distilled.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
+    assert distilled._plan.own_loss is MODELS[name][2]
     line = next(line for line in capsys.readouterr().out.splitlines() if "hard loss: " in line)
     assert ("the model's own" in line) is MODELS[name][2]
 
 
 @pytest.mark.parametrize("name", ["weighted", "tuple", "unshifted", "by items", "penalised"])
 def test_an_evaluation_that_comes_first_is_the_stock_trainers(name, tmp_path):
-    ours, stock = (run(name, tmp_path, stock=stock, train=False) for stock in (False, True))
-    assert ours.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
-    ours.train()
+    distilled, stock = (run(name, tmp_path, stock=stock, train=False) for stock in (False, True))
+    assert distilled.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
+    distilled.train()
     stock.train()
-    assert_same(ours, stock)
+    assert_same(distilled, stock)
 
 
 def test_a_first_batch_that_hides_the_difference_does_not_mislead(tmp_path):
     data = tiny.rows("classification", 24)
     for row in data[:8]:
         row["labels"] = 3  # of one class alone, weights change nothing
-    ours, stock = (run("weighted", tmp_path, stock=stock, data=data, max_steps=6) for stock in (False, True))
-    assert_same(ours, stock)
+    distilled, stock = (run("weighted", tmp_path, stock=stock, data=data, max_steps=6) for stock in (False, True))
+    assert_same(distilled, stock)
     single = [run("weighted", tmp_path, stock=stock, data=data, batch=1) for stock in (False, True)]
     assert_same(*single)
     assert single[0]._plan.own_loss
@@ -376,9 +376,9 @@ def test_a_compute_loss_func_is_the_hard_loss(accumulate, tmp_path):
         return losses / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     fields: dict[str, Any] = {"loss_func": func, "gradient_accumulation_steps": accumulate}
-    ours, stock = (run("plain", tmp_path, stock=stock, **fields) for stock in (False, True))
-    assert_same(ours, stock)
-    assert ours.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
+    distilled, stock = (run("plain", tmp_path, stock=stock, **fields) for stock in (False, True))
+    assert_same(distilled, stock)
+    assert distilled.evaluate()["eval_loss"] == pytest.approx(stock.evaluate()["eval_loss"], rel=1e-5)
     with pytest.raises(ValueError, match="`kd_hard_loss` is 'task'; expected 'auto' with a compute_loss_func"):
         run("plain", tmp_path, kd_hard_loss="task", loss_func=func)
 

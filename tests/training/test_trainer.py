@@ -24,35 +24,35 @@ ROW_TASKS = ["multi_label_classification", "regression", "question_answering"]
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_alpha_zero_is_the_stock_trainer(task, tmp_path):
-    ours = tiny.trainer(
+    distilled = tiny.trainer(
         task, tmp_path, kd_alpha=0.0, kd_reduction="tokenmean", max_steps=20, eval_strategy="steps", eval_steps=5
     )
     stock = tiny.stock_trainer(task, tmp_path, max_steps=20, eval_strategy="steps", eval_steps=5)
-    ours.train()
+    distilled.train()
     stock.train()
     for key in ("loss", "eval_loss", "grad_norm"):
-        assert tiny.logged(ours, key) == pytest.approx(tiny.logged(stock, key), rel=1e-5)
-    assert len(tiny.logged(ours, "loss")) == 20
-    torch.testing.assert_close(tiny.weights(ours.model), tiny.weights(stock.model), rtol=1e-5, atol=1e-6)
+        assert tiny.logged(distilled, key) == pytest.approx(tiny.logged(stock, key), rel=1e-5)
+    assert len(tiny.logged(distilled, "loss")) == 20
+    torch.testing.assert_close(tiny.weights(distilled.model), tiny.weights(stock.model), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
 def test_classification_at_alpha_zero_is_stock_in_both_reductions(reduction, tmp_path):
-    ours = tiny.trainer("classification", tmp_path, kd_alpha=0.0, kd_reduction=reduction)
+    distilled = tiny.trainer("classification", tmp_path, kd_alpha=0.0, kd_reduction=reduction)
     stock = tiny.stock_trainer("classification", tmp_path)
-    ours.train()
+    distilled.train()
     stock.train()
-    assert tiny.logged(ours, "loss") == pytest.approx(tiny.logged(stock, "loss"), rel=1e-6)
+    assert tiny.logged(distilled, "loss") == pytest.approx(tiny.logged(stock, "loss"), rel=1e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_label_smoothing_is_the_stock_smoothers_loss(task, tmp_path):  # trap 38
     kwargs = {"label_smoothing_factor": 0.1, "max_steps": 3}
-    ours = tiny.trainer(task, tmp_path, kd_alpha=0.0, kd_reduction="tokenmean", **kwargs)
+    distilled = tiny.trainer(task, tmp_path, kd_alpha=0.0, kd_reduction="tokenmean", **kwargs)
     stock = tiny.stock_trainer(task, tmp_path, **kwargs)
-    ours.train()
+    distilled.train()
     stock.train()
-    assert tiny.logged(ours, "loss") == pytest.approx(tiny.logged(stock, "loss"), rel=1e-5)
+    assert tiny.logged(distilled, "loss") == pytest.approx(tiny.logged(stock, "loss"), rel=1e-5)
 
 
 # ---- the value, written out ----
@@ -241,10 +241,10 @@ def test_packed_equals_unpacked(positions, tmp_path):  # trap 41
 
 @pytest.mark.parametrize("task", TASKS)
 def test_predictions_equal_the_stock_trainers(task, tmp_path):  # trap 12
-    ours, stock = tiny.trainer(task, tmp_path), tiny.stock_trainer(task, tmp_path)
-    for trainer in (ours, stock):
+    distilled, stock = tiny.trainer(task, tmp_path), tiny.stock_trainer(task, tmp_path)
+    for trainer in (distilled, stock):
         trainer.model.config.output_hidden_states = True
-    a, b = ours.predict(ours.eval_dataset), stock.predict(stock.eval_dataset)
+    a, b = distilled.predict(distilled.eval_dataset), stock.predict(stock.eval_dataset)
     flat_a, flat_b = (list(_flatten(x.predictions)) for x in (a, b))
     assert [x.shape for x in flat_a] == [x.shape for x in flat_b]
     for x, y in zip(flat_a, flat_b, strict=True):

@@ -277,9 +277,9 @@ def test_a_model_of_model_init_is_looked_at_again(unwrapped, tmp_path):
 
 
 def test_no_batch_of_a_generating_evaluation_unwraps_the_student(unwrapped, tmp_path):
-    from tests.tasks.test_seq2seq import ours, rows
+    from tests.tasks.test_seq2seq import distillation, rows
 
-    run = ours("t5", tmp_path, predict_with_generate=True, per_device_eval_batch_size=2)
+    run = distillation("t5", tmp_path, predict_with_generate=True, per_device_eval_batch_size=2)
     data = rows(12)
     run.evaluate(data)
     few, many = (lambda part=data[:n]: run.evaluate(part) for n in (2, 12))
