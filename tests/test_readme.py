@@ -47,6 +47,11 @@ def test_json_blocks_parse(text, tmp_path):
     assert parse_args(DistillationTrainingArguments, argv=[str(file)]).output_dir == str(tmp_path)
 
 
+def test_pre_commit_runs_the_pinned_ruff():
+    (hook,) = re.findall(r"ruff-pre-commit\n +rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert f"\nruff=={hook} " in (ROOT / "constraints.txt").read_text()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.name)
 def test_configs_parse(path):
     script = next(

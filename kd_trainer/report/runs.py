@@ -175,7 +175,7 @@ def load_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
         fix = "Give the run's output_dir (trainer.save_state, save_metrics and save_model write these files)."
         fail("run", repr(str(path)), expected, fix, error=FileNotFoundError)
     name = name or folder.resolve().name
-    state = _read_json(found["trainer_state.json"])
+    state = read_json(found["trainer_state.json"])
     history = state.get("log_history") or []
     # For scripts without save_metrics: the Trainer's last log line holds the seconds.
     seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
@@ -184,10 +184,10 @@ def load_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
         path=folder,
         log_history=history,
         steps=state.get("global_step"),
-        results={"train_runtime": seconds[-1] if seconds else None, **_read_json(found["all_results.json"])},
+        results={"train_runtime": seconds[-1] if seconds else None, **read_json(found["all_results.json"])},
         parameters=_count_parameters(found["model.safetensors"] or found["model.safetensors.index.json"]),
         predictions=_read_predictions(found[PREDICTIONS_FILE]),
-        distillation=_read_json(found[DISTILLATION_FILE]),
+        distillation=read_json(found[DISTILLATION_FILE]),
     )
 
 
@@ -198,16 +198,17 @@ def _find(folder: Path, file: str) -> Path | None:
     return next((place / file for place in places if (place / file).is_file()), None)
 
 
-def _read_json(path: Path | None) -> dict[str, Any]:
-    if path is None:
+def read_json(path: Path | None, argument: str = "run") -> dict[str, Any]:
+    """The JSON object in a file, {} where there is none. ValueError names the file and the argument that led to it."""
+    if path is None or not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         fix = "Fix or remove the file; it may be cut off by a killed run."
-        fail("run", repr(str(path)), f"a JSON file ({error})", fix)
+        fail(argument, repr(str(path)), f"a JSON file ({error})", fix)
     if not isinstance(value, dict):
-        fail("run", repr(str(path)), "a JSON object", "Fix or remove the file.")
+        fail(argument, repr(str(path)), "a JSON object", "Fix or remove the file.")
     return value
 
 
@@ -216,7 +217,7 @@ def _count_parameters(path: Path | None) -> int | None:
         return None
     files = [path]
     if path.suffix == ".json":
-        files = sorted({path.parent / file for file in _read_json(path).get("weight_map", {}).values()})
+        files = sorted({path.parent / file for file in read_json(path).get("weight_map", {}).values()})
     total = 0
     for file in files:
         try:

@@ -34,7 +34,7 @@ from ..validation import fail, leave_progress_bar, quoted
 from .comparison import build_report, print_table
 from .fidelity import accuracy
 from .paired import NO_METRICS, Metric, paired_differences
-from .runs import Run, compare, finite, load_run, save_predictions
+from .runs import Run, compare, finite, load_run, read_json, save_predictions
 
 RESULTS = "all_results.json"
 SETTINGS, START = "comparison.json", "start.safetensors"
@@ -180,12 +180,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
             fail("output_dir", repr(str(folder)), expected, "Set it to another folder.", because="it is of another run")
         write_atomically(path, json.dumps(settings, indent=1))
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        before = None
-    if not isinstance(before, dict):
-        fail("output_dir", repr(str(folder)), f"a readable {SETTINGS} in it", "Remove the file and what is beside it.")
+    before = read_json(path, "output_dir")
     for name in (*settings, *before):
         if before.get(name) != settings.get(name):
             because = f"the comparison in {str(folder)!r} was begun with {quoted(before.get(name))}"
@@ -360,8 +355,7 @@ def _reads_other_columns(data: Any) -> bool:
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    path = folder / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(folder / RESULTS, "output_dir")
 
 
 def _primary(args: Any, results: Mapping[str, Any]) -> Metric | None:

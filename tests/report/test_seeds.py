@@ -322,6 +322,16 @@ def test_runs_of_something_else_are_not_taken_for_its_own(tmp_path):
     assert "expected a folder without seed-42/baseline/all_results.json" in shown
 
 
+@pytest.mark.parametrize(("file", "read"), [
+    (seeds.SETTINGS, lambda folder: seeds._begin(folder, {})),
+    (seeds.RESULTS, lambda folder: seeds._results(folder)),
+])  # fmt: skip
+def test_a_broken_file_is_named(tmp_path, file, read):
+    (tmp_path / file).write_text('{"seed": ')
+    with pytest.raises(ValueError, match=rf"`output_dir` is '.*{file}'; expected a JSON file .*Fix or remove the file"):
+        read(tmp_path)
+
+
 def test_another_architecture_is_refused(tmp_path):
     compare("classification", tmp_path)
     student, teacher = pair_with_dropout()
