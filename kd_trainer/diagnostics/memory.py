@@ -22,6 +22,7 @@ from ..validation import check_choice, check_number, fail, message, quoted
 
 BACKENDS = ("single", "ddp", "fsdp2", "zero2", "zero3")
 PRECISIONS = {"no": None, **{name: dtype for dtype, name in HALVES.items()}}
+_DEEPSPEED = ("zero2", "zero3")  # casts the weights; elsewhere the forward casts
 _GATES = ("gate_proj", "gate_up_proj", "wi_0")
 _INNER = ("intermediate_size", "d_ff", "encoder_ffn_dim", "ffn_dim", "hidden_dim", "n_inner")  # I in transformers
 
@@ -98,92 +99,46 @@ def estimate_memory(
 
     Source: Korthikanti et al. 2022, arXiv:2205.05198.
     """
-    check_choice("backend", backend, BACKENDS)
-    check_choice("mixed_precision", mixed_precision, PRECISIONS)
-    check_choice("kd_loss_implementation", kd_loss_implementation, ("auto", "fused", "full"))
-    check_choice("device", device, ("cuda", "cpu"))
-    for name, value in (("processes", processes), ("batch_size", batch_size), ("sequence_length", sequence_length)):
-        check_number(name, value, low=1)
-    if kd_task is not None:
-        check_choice("kd_task", kd_task, TASKS)
-    if teacher_bits not in (None, 8, 4):
-        fail("teacher_bits", repr(teacher_bits), "8, 4 or None", "Leave it out for a teacher that is not quantised.")
-    if backend == "single" and processes != 1:
-        fail("processes", repr(processes), "1 with the backend 'single'", "Name another backend, such as 'ddp'.")
+    _check_settings(
+        backend, mixed_precision, kd_loss_implementation, device, kd_task, teacher_bits, processes=processes,
+        batch_size=batch_size, sequence_length=sequence_length,
+    )  # fmt: skip
     model = _model("student", student, kd_task)
     off = isinstance(teacher, str) and teacher == ADAPTER_OFF
     teacher_model = model if off else _model("teacher", teacher, kd_task)
     task = _task(model, kd_task)
     columns = _columns(model, task, batch_size, sequence_length) if batch is None else batch
     heads = [plain_heads(side, None, task.over_tokens, kd_loss_implementation)[0] for side in (model, teacher_model)]
-    dtypes = _dtypes(backend, PRECISIONS[mixed_precision], model, teacher_model, student_dtype, teacher_dtype)
-    kept, frozen, teacher_kept, used, teacher_used = (dtype.itemsize for dtype in dtypes)  # bytes of a number
-    deepspeed = backend in ("zero2", "zero3")  # casts the weights; elsewhere the forward casts
-    item, teacher_item = (2, 2) if mixed_precision != "no" and not deepspeed else (used, teacher_used)
-    share = 1 / processes if backend in ("fsdp2", "zero3") else 1.0
-    state_share = 1 / processes if backend == "zero2" else share
+    number = _numbers(backend, mixed_precision, model, teacher_model, student_dtype, teacher_dtype)
 
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    student_bytes = (trained * kept + (_size(model) - trained) * frozen) * share
-    quantised = sum(weight.numel() for weight in _linear_weights(teacher_model)) if teacher_bits else 0
-    teacher_bytes = (_size(teacher_model) - quantised) * teacher_kept + quantised * (teacher_bits or 0) / 8
-    # The trainer leaves a quantised teacher where it is.
-    teacher_bytes *= 0.0 if teacher_model is model else 1.0 if teacher_bits else share
-    gradients = trained * kept * state_share
-    copies = trained * 4 * state_share if deepspeed else 0.0  # weights and gradients in float32
-    states = 2 * (4 if deepspeed else kept) if optimizer_bytes is None else optimizer_bytes
-    optimizer = trained * states * state_share + copies
+    share = 1 / processes if backend in ("fsdp2", "zero3") else 1.0
+    student_bytes = _student_weights(model, number, share)
+    teacher_bytes = 0.0 if teacher_model is model else _teacher_weights(teacher_model, number, share, teacher_bits)
+    state_share = 1 / processes if backend == "zero2" else share
+    gradients, copies, optimizer = _states(model, number, backend, state_share, optimizer_bytes)
     # Gradients in memory during both forwards: accumulated ones, and the buffers of ZeRO-3.
     accumulated = gradients if gradient_accumulation_steps > 1 or backend == "zero3" else 0.0
     mirrored = gradients if backend == "ddp" else 0.0
     # ZeRO-2 has two buckets, with overlap_comm; ZeRO-3 one.
-    around = {"zero2": 2, "zero3": 1}.get(backend, 0) * reduce_bucket_size * kept
+    around = {"zero2": 2, "zero3": 1}.get(backend, 0) * reduce_bucket_size * number.kept
     if share < 1:
         reused = stage3_max_reuse_distance // 2 if backend == "zero3" else 0
         apart = None if teacher_bits or teacher_model is model else teacher_model
-        around += _gathered(model, used, apart, teacher_used, reused)
+        around += _gathered(model, number.used, apart, number.teacher_used, reused)
 
-    layers = _layers(model, columns, item, used)
-    teacher_layers = _layers(teacher_model, columns, teacher_item, teacher_used) or ()
+    activations = _activations(model, columns, number, gradient_checkpointing)
+    teacher_layers = _layers(teacher_model, columns, number.teacher_item, number.teacher_used) or ()
     forward = max((whole for whole, _ in teacher_layers), default=0)
-    activations = None
-    if layers is not None:
-        activations = _activations(layers, gradient_checkpointing)
-        if item < used:  # autocast keeps the weights that it has cast
-            activations += sum(weight.numel() for weight in _linear_weights(model)) * item
     weights = [found[0].module.weight for found in heads if found is not None]
     if len(weights) == 2:
-        loss = _fused_loss(weights, task, columns, item, item < used, device == "cpu")
+        loss = _fused_loss(weights, task, columns, number.item, number.item < number.used, device == "cpu")
     else:
-        loss = _full_loss(model, task, columns, item, teacher_item)
+        loss = _full_loss(model, task, columns, number.item, number.teacher_item)
     fixed = student_bytes + teacher_bytes + optimizer + accumulated + mirrored + around
     peak = fixed + max(forward, (activations or 0) + loss, gradients - accumulated + copies)
     student_bytes, teacher_bytes, optimizer, peak = map(round, (student_bytes, teacher_bytes, optimizer, peak))
     gradients = round(gradients + mirrored)
     return Memory(student_bytes, gradients, optimizer, teacher_bytes, forward, activations, loss, around, peak)
-
-
-def _gathered(student: nn.Module, item: int, teacher: nn.Module | None, teacher_item: int, reused: int) -> int:
-    """Bytes of sharded weights that are whole at once: what of the student stays until backward, and the largest part
-    beside it.
-
-    Args:
-        item, teacher_item: bytes of a number.
-        teacher: None where it is not sharded by itself.
-        reused: elements that ZeRO-3 keeps for the backward.
-    """
-    last = _size(_end(student, "output"))
-    kept = (last + min(_size(student) - last, reused)) * item
-    largest = 0 if teacher is None else max(_largest(teacher))
-    return kept + max(_largest(student)[0] * item, largest * teacher_item)
-
-
-def _activations(layers: list[tuple[int, int]], gradient_checkpointing: bool) -> int:
-    """Bytes that the layers keep for backward; with checkpointing their inputs, and one layer computed again."""
-    whole = [size for size, _ in layers]
-    if not gradient_checkpointing:
-        return sum(whole)
-    return sum(given for _, given in layers) + max(whole, default=0)
 
 
 # The table's columns, and the parts in them.
@@ -212,7 +167,112 @@ def memory_table(student: Any, teacher: Any, *, processes: int = 8, **settings: 
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def _check_settings(
+    backend: str,
+    mixed_precision: str,
+    implementation: str,
+    device: str,
+    kd_task: str | None,
+    teacher_bits: int | None,
+    **counts: int,
+) -> None:
+    check_choice("backend", backend, BACKENDS)
+    check_choice("mixed_precision", mixed_precision, PRECISIONS)
+    check_choice("kd_loss_implementation", implementation, ("auto", "fused", "full"))
+    check_choice("device", device, ("cuda", "cpu"))
+    for name, value in counts.items():
+        check_number(name, value, low=1)
+    if kd_task is not None:
+        check_choice("kd_task", kd_task, TASKS)
+    if teacher_bits not in (None, 8, 4):
+        fail("teacher_bits", repr(teacher_bits), "8, 4 or None", "Leave it out for a teacher that is not quantised.")
+    if backend == "single" and counts["processes"] != 1:
+        shown = repr(counts["processes"])
+        fail("processes", shown, "1 with the backend 'single'", "Name another backend, such as 'ddp'.")
+
+
+# ---- weights, gradients and optimizer -------------------------------------------------------------------------------
+
+
+class _Numbers(NamedTuple):
+    """Bytes of a number."""
+
+    kept: int  # in the trained weights
+    frozen: int  # in the student's other weights
+    teacher_kept: int
+    used: int  # in the weights during the student's forward, before autocast
+    teacher_used: int
+    item: int  # in the student's products
+    teacher_item: int
+
+
+def _numbers(
+    backend: str, mixed_precision: str, student: nn.Module, teacher: nn.Module, given: Any, teacher_given: Any
+) -> _Numbers:
+    dtypes = _dtypes(backend, PRECISIONS[mixed_precision], student, teacher, given, teacher_given)
+    kept, frozen, teacher_kept, used, teacher_used = (dtype.itemsize for dtype in dtypes)
+    autocast = mixed_precision != "no" and backend not in _DEEPSPEED
+    item, teacher_item = (2, 2) if autocast else (used, teacher_used)
+    return _Numbers(kept, frozen, teacher_kept, used, teacher_used, item, teacher_item)
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _student_weights(model: nn.Module, number: _Numbers, share: float) -> float:
+    trained = _trained(model)
+    return (trained * number.kept + (_size(model) - trained) * number.frozen) * share
+
+
+def _teacher_weights(model: nn.Module, number: _Numbers, share: float, bits: int | None) -> float:
+    """A quantised teacher is whole in each process: the trainer leaves it where it is."""
+    if not bits:
+        return _size(model) * number.teacher_kept * share
+    quantised = sum(weight.numel() for weight in _linear_weights(model))
+    return (_size(model) - quantised) * number.teacher_kept + quantised * bits / 8
+
+
+def _states(
+    model: nn.Module, number: _Numbers, backend: str, share: float, optimizer_bytes: float | None
+) -> tuple[float, float, float]:
+    """Gradients, DeepSpeed's float32 copies (once of the weights, once of the gradients), states with those copies."""
+    deepspeed, trained = backend in _DEEPSPEED, _trained(model)
+    copies = trained * 4 * share if deepspeed else 0.0
+    states = 2 * (4 if deepspeed else number.kept) if optimizer_bytes is None else optimizer_bytes
+    return trained * number.kept * share, copies, trained * states * share + copies
+
+
+def _gathered(student: nn.Module, item: int, teacher: nn.Module | None, teacher_item: int, reused: int) -> int:
+    """Bytes of sharded weights that are whole at once: what of the student stays until backward, and the largest part
+    beside it.
+
+    Args:
+        item, teacher_item: bytes of a number.
+        teacher: None where it is not sharded by itself.
+        reused: elements that ZeRO-3 keeps for the backward.
+    """
+    last = _size(_end(student, "output"))
+    kept = (last + min(_size(student) - last, reused)) * item
+    largest = 0 if teacher is None else max(_largest(teacher))
+    return kept + max(_largest(student)[0] * item, largest * teacher_item)
+
+
 # ---- activations and loss -------------------------------------------------------------------------------------------
+
+
+def _activations(
+    model: nn.Module, batch: Mapping[str, Tensor], number: _Numbers, gradient_checkpointing: bool
+) -> int | None:
+    """Bytes that the layers keep for backward; with checkpointing their inputs, and one layer computed again."""
+    layers = _layers(model, batch, number.item, number.used)
+    if layers is None:
+        return None
+    whole = [size for size, _ in layers]
+    kept = sum(given for _, given in layers) + max(whole, default=0) if gradient_checkpointing else sum(whole)
+    if number.item < number.used:  # autocast keeps the weights that it has cast
+        kept += sum(weight.numel() for weight in _linear_weights(model)) * number.item
+    return kept
 
 
 def _layers(model: Any, batch: Mapping[str, Tensor], item: int, stream: int) -> list[tuple[int, int]] | None:
@@ -369,7 +429,7 @@ def _dtypes(
     frozen, teacher_dtype = own or next(student.parameters()).dtype, teacher_own or next(teacher.parameters()).dtype
     if backend == "fsdp2" and half:  # Accelerate trains in float32, and gathers in half
         return torch.float32, frozen, teacher_dtype, half, half
-    if backend in ("zero2", "zero3"):  # casts what it is given; under ZeRO-2 the trainer casts the teacher
+    if backend in _DEEPSPEED:  # under ZeRO-2 the trainer casts the teacher
         own = half or torch.float32
         wide = backend == "zero3" and teacher_dtype not in HALVES
         teacher_dtype = half or (torch.float32 if wide else teacher_dtype)
