@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..losses import IGNORE_INDEX, divide
 from ..tasks import behind_front, main_input, model_inputs, unchanged_attributes, vocabulary_rows
 from ..teachers import LiveTeacher, positions_of
-from ..training import Counts, FirstBatch, Plan
+from ..training import Counts, FirstBatch, LossInputs, Plan
 from .advice import about_path, pad_id_of
 from .batch_changes import padded, pieces_of, starts_padded
 from .inspection import Inspection, LossOfPlan
@@ -319,8 +319,8 @@ def _shares(trial: Trial) -> list[CheckResult]:
             for i, alpha in enumerate((1.0, 0.0)):  # of one term alone, before its weight
                 alone = dataclasses.replace(objective, alpha=alpha)
                 leaf = logits.detach().float().requires_grad_()
-                teacher = teacher_logits if alpha else None
-                parts = alone(plan.task, soft_loss, leaf, teacher, piece, counts, common_ids=plan.common_ids)
+                given = LossInputs(plan.task, piece, counts, plan.common_ids)
+                parts = alone(given, soft_loss, leaf, teacher_logits if alpha else None)
                 (gradient,) = torch.autograd.grad(parts.total, leaf)
                 squares[i] += gradient.square().sum().item()
     soft, hard = map(math.sqrt, squares)

@@ -7,7 +7,7 @@ from .arguments import (
 )
 from .checkpoints import ResumableInterrupt, newest_resumable, on_main_process, unchanged_callbacks
 from .logs import MetricsBuffer
-from .objective import Counts, Objective
+from .objective import Counts, LossInputs, Objective
 from .parse import parse_args
 from .settings import HARD_LOSS_ONLY, WITHOUT_FEATURES, Settings
 from .setup import Plan, Setup, make_plan
@@ -29,6 +29,7 @@ __all__ = [
     "DistillationArguments",
     "DistillationTrainingArguments",
     "FirstBatch",
+    "LossInputs",
     "MetricsBuffer",
     "Objective",
     "Plan",

@@ -34,7 +34,7 @@ from ..tasks import CHUNK_IDS, TEACHER_PREFIX, Task
 from ..teachers import NO_CHUNK, TeacherOutput
 from ..validation import fail
 from .arguments import CHUNKS
-from .objective import Counts, Objective, Parts
+from .objective import Counts, LossInputs, Objective, Parts
 
 _TEACHER_IDS, _TEACHER_CHUNKS = TEACHER_PREFIX + "input_ids", TEACHER_PREFIX + CHUNK_IDS
 
@@ -69,46 +69,26 @@ class ChunkObjective(Objective):
     def _denominators(self, counts: Counts) -> tuple[Tensor | int, Tensor | int]:
         return super()._denominators(counts)[0], counts.soft
 
-    def __call__(
-        self,
-        task: Task,
-        soft_loss: SoftTargetLoss,
-        student_logits: Tensor,
-        teacher: Any,
-        inputs: Mapping[str, Any],
-        counts: Counts,
-        *,
-        common_ids: int | None = None,
-        own_hard: Tensor | None = None,
-        takes_own: bool = False,
-    ) -> Parts:
+    def __call__(self, given: LossInputs, soft_loss: SoftTargetLoss, student_logits: Tensor, teacher: Any) -> Parts:
         """The loss of one micro-batch from logits: the student's [B, S, V], the teacher's [B, T, V]."""
-        targets = task.targets(inputs)
-        task.check_shapes(student_logits, None, targets, None)
         if teacher is None:
-            return super().__call__(
-                task, soft_loss, student_logits, None, inputs, counts, own_hard=own_hard, takes_own=takes_own
-            )
+            return super().__call__(given, soft_loss, student_logits, None)
+        task, inputs, counts, *_ = given
+        targets = task.targets(inputs)
+        task.check_shapes(student_logits, None, targets)
         scored = self._scored(task, TeacherOutput(logits=teacher), inputs)
         log_probs = logits_log_probs(student_logits.flatten(0, 1)[scored.places], scored.labels)
         chunks_sum, hard_sum = self._sums(scored, log_probs, slice(None))
         hard_count, soft_count = self._denominators(counts)
         hard: Any = None if targets is None else divide(hard_sum, hard_count) * counts.scale
-        hard, chunks = own_hard if takes_own else hard, divide(chunks_sum, soft_count) * counts.scale
+        hard, chunks = given.own_hard if given.takes_own else hard, divide(chunks_sum, soft_count) * counts.scale
         return Parts(self._mix(hard, chunks, student_logits), hard, chunks, None)
 
     def fused(
-        self,
-        task: Task,
-        student_hidden: Tensor,
-        teacher: TeacherOutput,
-        weights: Mapping[str, Any],
-        inputs: Mapping[str, Any],
-        counts: Counts,
-        *,
-        common_ids: int | None = None,
+        self, given: LossInputs, student_hidden: Tensor, teacher: TeacherOutput, weights: Mapping[str, Any]
     ) -> FusedLoss:
         """The same from final hidden states [B, S, H] and [B, T, H], without logits."""
+        task, inputs, counts, *_ = given
         scored, (hard_count, soft_count) = self._scored(task, teacher, inputs), self._denominators(counts)
         has_labels = task.targets(inputs) is not None
 

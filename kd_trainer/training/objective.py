@@ -97,6 +97,25 @@ class Parts(NamedTuple):
         return Parts(self.total, hard, soft, agreement, added)
 
 
+class LossInputs(NamedTuple):
+    """What the loss of a micro-batch is computed with beside the outputs of the models.
+
+    Args:
+        counts: the denominators of the whole optimizer step, and the scale.
+        common_ids: where the vocabularies differ in size, soft loss and agreement are over the first `common_ids` ids
+            of both, renormalised; the hard loss is over all of the student's. None: equal vocabularies.
+        own_hard: with `takes_own` the hard loss, divided as the stock Trainer divides it; None where the batch has no
+            labels.
+    """
+
+    task: Task
+    inputs: Mapping[str, Any]
+    counts: Counts
+    common_ids: int | None = None
+    own_hard: Tensor | None = None
+    takes_own: bool = False
+
+
 @dataclass(frozen=True)
 class Objective:
     """The settings of the loss at one step: total = alpha * soft + (1 - alpha) * hard + the added terms."""
@@ -185,17 +204,7 @@ class Objective:
         return each[0].with_each(*map(sum, zip(*(counts.each for counts in each), strict=True)))
 
     def __call__(
-        self,
-        task: Task,
-        soft_loss: SoftTargetLoss,
-        student_logits: Tensor,
-        teacher: Tensor | Sparse | None,
-        inputs: Mapping[str, Any],
-        counts: Counts,
-        *,
-        common_ids: int | None = None,
-        own_hard: Tensor | None = None,
-        takes_own: bool = False,
+        self, given: LossInputs, soft_loss: SoftTargetLoss, student_logits: Tensor, teacher: Tensor | Sparse | None
     ) -> Parts:
         """The loss of one micro-batch.
 
@@ -204,12 +213,8 @@ class Objective:
             student_logits: [B, C] or [B, S, C].
             teacher: logits of the same shape; or `TopK` or `Samples` [B, k] or [B, S, k]; or None where the teacher is
                 not called.
-            counts: the denominators of the whole optimizer step, and the scale.
-            common_ids: where the vocabularies differ in size, soft loss and agreement are over the first `common_ids`
-                ids of both, renormalised; the hard loss is over all of the student's. None: equal vocabularies.
-            own_hard: with `takes_own` the hard loss, divided as the stock Trainer divides it; None where the batch has
-                no labels.
         """
+        task, inputs, counts, common_ids, own_hard, takes_own = given
         targets = task.targets(inputs)
         task.check_shapes(student_logits, teacher if isinstance(teacher, Tensor) else None, targets, common_ids)
         mask = task.soft_mask(inputs, targets, self.positions)
@@ -300,23 +305,15 @@ class Objective:
         return nats.sum() * self.temperature**2, (student_logits.argmax(-1) == top).sum()
 
     def fused(
-        self,
-        task: Task,
-        student_hidden: Tensor,
-        teacher: TeacherOutput,
-        weights: Mapping[str, Any],
-        inputs: Mapping[str, Any],
-        counts: Counts,
-        *,
-        common_ids: int | None = None,
+        self, given: LossInputs, student_hidden: Tensor, teacher: TeacherOutput, weights: Mapping[str, Any]
     ) -> FusedLoss:
         """The same from final hidden states [B, S, H], without logits: see `fused_linear_distillation`.
 
         Args:
             teacher: its outputs for [B, S] positions.
-            weights: the student's output head, by that function's argument names.
-            inputs, counts, common_ids: as in `__call__`. Of the result, `parts` makes `Parts`.
+            weights: the student's output head, by that function's argument names. Of the result, `parts` makes `Parts`.
         """
+        task, inputs, counts, common_ids, *_ = given
         targets = task.targets(inputs)
         shape = student_hidden.shape[:-1]
         if targets is not None and targets.shape != shape:
@@ -336,8 +333,8 @@ class Objective:
         if targets is None and DIVERGENCES[self.divergence].needs_labels:
             targets = torch.full(shape, IGNORE_INDEX, device=student_hidden.device)
         hard_count, soft_count = self._denominators(counts)
-        given: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
-        given |= teacher.each(partial(torch.flatten, start_dim=0, end_dim=1)).as_arguments()
+        outputs: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
+        outputs |= teacher.each(partial(torch.flatten, start_dim=0, end_dim=1)).as_arguments()
         loss = fused_linear_distillation(
             student_hidden.flatten(0, 1),
             labels=None if targets is None else targets.flatten(),
@@ -353,7 +350,7 @@ class Objective:
             label_smoothing=self.label_smoothing,
             common_ids=common_ids,
             **weights,
-            **given,
+            **outputs,
         )
         return loss if hard is None else loss._replace(hard=hard)
 
@@ -413,7 +410,7 @@ class Objective:
 
         Args:
             losses: of each added term, as `Term.loss` gives it; of more rows than `inputs` have, the first are taken.
-            inputs, counts: as in `__call__`.
+            inputs, counts: as in `LossInputs`.
         """
         if all(loss is None for loss in losses):
             return parts

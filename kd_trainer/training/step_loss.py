@@ -30,7 +30,7 @@ from ..tasks import (
 )
 from ..teachers import LiveTeacher, Teacher, TeacherOutput, mixed_hidden
 from ..validation import fail, warn
-from .objective import Counts, Objective, Parts
+from .objective import Counts, LossInputs, Objective, Parts
 from .own_loss import OwnHardLoss
 from .setup import Plan
 
@@ -257,10 +257,8 @@ class MicroBatch:
         teacher = None if teacher is None else teacher.to(logits.device)
         student_logits, compared = _first(rows, logits, teacher)
         target = None if compared is None else compared.sparse or compared.logits
-        parts = self.objective(
-            plan.task, self.soft_loss, student_logits, target, inputs, counts, common_ids=plan.common_ids,
-            own_hard=hard, takes_own=own_loss is not None,
-        )  # fmt: skip
+        given = LossInputs(plan.task, inputs, counts, plan.common_ids, hard, own_loss is not None)
+        parts = self.objective(given, self.soft_loss, student_logits, target)
         seen = None if teacher is None else teacher.logits
         return BatchLoss(*self._finished(parts, outputs, teacher), logits, seen, logits.shape[-1])
 
@@ -274,10 +272,8 @@ class MicroBatch:
             if self.objective.by_position and teacher.positions != hidden.shape[:-1]:
                 raise UnsupportedHead("student and teacher give hidden states for different positions")
             hidden, compared = _first(rows, hidden, teacher.to(hidden.device))
-            weights = student_side(head, weight, bias)
-            return self.objective.fused(
-                plan.task, hidden, cast(TeacherOutput, compared), weights, inputs, counts, common_ids=plan.common_ids
-            )
+            given = LossInputs(plan.task, inputs, counts, plan.common_ids)
+            return self.objective.fused(given, hidden, cast(TeacherOutput, compared), student_side(head, weight, bias))
 
         computed, outputs, hidden = student_loss(partial(self._run_student, {}), head, loss)
         parts = self.objective.parts(computed, counts, labelled=plan.task.targets(inputs) is not None)

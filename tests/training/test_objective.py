@@ -11,7 +11,7 @@ import torch
 
 from kd_trainer.losses.modules import SoftTargetLoss
 from kd_trainer.tasks.kinds import TASKS, Task
-from kd_trainer.training.objective import Counts, Objective, scheduled
+from kd_trainer.training.objective import Counts, LossInputs, Objective, scheduled
 
 IGNORED, CLASSES, T = -100, 4, 2.0
 # The tasks of tokens and rows; the others: test_row_tasks.py and test_speech_frames.py.
@@ -91,7 +91,7 @@ def test_value_and_counts_written_out():
         hard, soft, expected = written_out(name, batch, z_s, z_t, reduction=reduction, positions=positions)
         counts = objective.count(TASKS[name], batch)
         assert tuple(int(c) for c in counts[:4]) == (*expected[:3], 1)
-        parts = objective(TASKS[name], soft_loss, z_s, z_t, batch, counts)
+        parts = objective(LossInputs(TASKS[name], batch, counts), soft_loss, z_s, z_t)
         assert parts.soft.item() == pytest.approx(soft, rel=1e-12)
         total = alpha * soft
         if labelled:
@@ -107,7 +107,7 @@ def test_label_smoothing_written_out(name):
     objective, soft_loss = build(label_smoothing=0.2)
     batch, z_s, z_t = batch_of(name), logits_of(name, 0), logits_of(name, 1)
     hard, _, _ = written_out(name, batch, z_s, z_t, reduction="batchmean", positions="labels", smoothing=0.2)
-    parts = objective(TASKS[name], soft_loss, z_s, z_t, batch, objective.count(TASKS[name], batch))
+    parts = objective(LossInputs(TASKS[name], batch, objective.count(TASKS[name], batch)), soft_loss, z_s, z_t)
     assert parts.hard.item() == pytest.approx(hard, rel=1e-12)
 
 
@@ -116,7 +116,7 @@ def test_agreement_is_the_share_of_counted_positions_with_the_same_top_class():
     z_t = torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]], [[0.0, 0, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0]]])
     objective, soft_loss = build()
     task, batch = TASKS["token_classification"], batch_of("token_classification")
-    parts = objective(task, soft_loss, z_s, z_t, batch, objective.count(task, batch))
+    parts = objective(LossInputs(task, batch, objective.count(task, batch)), soft_loss, z_s, z_t)
     assert parts.agreement == pytest.approx(2 / 4)  # labelled: (0, 0) yes, (0, 2) no, (1, 0) yes, (1, 1) no
     assert isinstance(parts.agreement, float)
 
@@ -127,14 +127,18 @@ def test_gradient_by_finite_differences(name, reduction, positions, alpha):
     batch, z_t = batch_of(name), logits_of(name, 1)
     counts = objective.count(TASKS[name], batch)
     z_s = logits_of(name, 0).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: objective(TASKS[name], soft_loss, z, z_t, batch, counts).total, (z_s,))
+    assert torch.autograd.gradcheck(
+        lambda z: objective(LossInputs(TASKS[name], batch, counts), soft_loss, z, z_t).total, (z_s,)
+    )
 
 
 def test_the_hard_loss_has_no_graph_at_alpha_one():
     objective, soft_loss = build(1.0)
     batch, z_s = batch_of("classification"), logits_of("classification", 0).requires_grad_()
     task = TASKS["classification"]
-    parts = objective(task, soft_loss, z_s, logits_of("classification", 1), batch, objective.count(task, batch))
+    parts = objective(
+        LossInputs(task, batch, objective.count(task, batch)), soft_loss, z_s, logits_of("classification", 1)
+    )
     assert not parts.hard.requires_grad
     assert parts.total is parts.soft  # a weight of one multiplies nothing
 
@@ -143,7 +147,7 @@ def test_without_teacher_logits_there_is_no_soft_loss():
     objective, soft_loss = build(0.0)
     batch, z_s = batch_of("causal_lm"), logits_of("causal_lm", 0)
     counts = objective.count(TASKS["causal_lm"], batch)
-    parts = objective(TASKS["causal_lm"], soft_loss, z_s, None, batch, counts)
+    parts = objective(LossInputs(TASKS["causal_lm"], batch, counts), soft_loss, z_s, None)
     assert parts.soft is None
     assert parts.agreement is None
     assert parts.total is parts.hard
@@ -154,10 +158,12 @@ def test_without_teacher_logits_there_is_no_soft_loss():
 def test_splitting_a_batch_changes_nothing(name, reduction):
     objective, soft_loss = build(reduction=reduction)
     task, batch, z_s, z_t = TASKS[name], batch_of(name), logits_of(name, 0), logits_of(name, 1)
-    whole = objective(task, soft_loss, z_s, z_t, batch, objective.count(task, batch))
+    whole = objective(LossInputs(task, batch, objective.count(task, batch)), soft_loss, z_s, z_t)
     each = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(z_s.shape[0])]
     counts = Counts(*(sum(c) for c in zip(*(objective.count(task, b)[:3] for b in each), strict=True)))
-    parts = [objective(task, soft_loss, z_s[i : i + 1], z_t[i : i + 1], b, counts) for i, b in enumerate(each)]
+    parts = [
+        objective(LossInputs(task, b, counts), soft_loss, z_s[i : i + 1], z_t[i : i + 1]) for i, b in enumerate(each)
+    ]
     for field in ("total", "hard", "soft", "agreement"):
         together = sum(getattr(part, field).item() for part in parts)
         assert together == pytest.approx(getattr(whole, field).item(), rel=1e-6), field
@@ -172,8 +178,8 @@ def test_the_scale_multiplies_every_part_once():
         logits_of("causal_lm", 1),
     )
     counts = objective.count(task, batch)
-    one = objective(task, soft_loss, z_s, z_t, batch, counts)
-    two = objective(task, soft_loss, z_s, z_t, batch, counts._replace(scale=2))
+    one = objective(LossInputs(task, batch, counts), soft_loss, z_s, z_t)
+    two = objective(LossInputs(task, batch, counts._replace(scale=2)), soft_loss, z_s, z_t)
     for a, b in zip(one[:4], two[:4], strict=True):
         assert b.item() == pytest.approx(2 * a.item())
 
@@ -185,7 +191,9 @@ def test_all_masked_is_zero_with_a_gradient_path(name):
         batch = batch_of(name)
         batch["labels"] = torch.full_like(batch["labels"], IGNORED)
         z_s = logits_of(name, 0).requires_grad_()
-        parts = objective(TASKS[name], soft_loss, z_s, logits_of(name, 1), batch, objective.count(TASKS[name], batch))
+        parts = objective(
+            LossInputs(TASKS[name], batch, objective.count(TASKS[name], batch)), soft_loss, z_s, logits_of(name, 1)
+        )
         parts.total.backward()
         assert torch.isfinite(z_s.grad).all()
         if name in ROWS and alpha > 0:
@@ -199,7 +207,7 @@ def test_nothing_at_all_is_zero_with_a_gradient_path():
     objective, soft_loss = build(0.0)
     z_s = logits_of("classification", 0).requires_grad_()
     batch = batch_of("classification", labelled=False)
-    parts = objective(TASKS["classification"], soft_loss, z_s, None, batch, Counts(0, 3, 3))
+    parts = objective(LossInputs(TASKS["classification"], batch, Counts(0, 3, 3)), soft_loss, z_s, None)
     parts.total.backward()
     assert parts.total.item() == 0
     assert (z_s.grad == 0).all()
@@ -218,7 +226,7 @@ def test_uncounted_positions_may_hold_anything(name, positions, bad):
         z_s, z_t = logits_of(name, 0), logits_of(name, 1)
         z_s[~counted], z_t[~counted] = value, value
         z_s.requires_grad_()
-        parts = objective(task, soft_loss, z_s, z_t, batch, counts)
+        parts = objective(LossInputs(task, batch, counts), soft_loss, z_s, z_t)
         parts.total.backward()
         results.append((parts.total.item(), parts.agreement.item(), z_s.grad[counted]))
         assert (z_s.grad[~counted] == 0).all()
@@ -231,12 +239,14 @@ def test_an_infinite_term_of_weight_zero_is_not_added():
     task, batch = TASKS["classification"], {"x": torch.zeros(1, 1), "labels": torch.tensor([0])}
     z_s, z_t = torch.tensor([[0.0, -math.inf]]), torch.tensor([[0.0, 0.0]])
     objective, soft_loss = build(0.0)
-    parts = objective(task, soft_loss, z_s, z_t, batch, objective.count(task, batch))
+    parts = objective(LossInputs(task, batch, objective.count(task, batch)), soft_loss, z_s, z_t)
     assert parts.soft.item() == math.inf
     assert parts.total.item() == 0.0
     objective, _ = build(1.0)
     batch["labels"] = torch.tensor([1])
-    parts = objective(task, soft_loss, z_s, torch.tensor([[0.0, -math.inf]]), batch, objective.count(task, batch))
+    parts = objective(
+        LossInputs(task, batch, objective.count(task, batch)), soft_loss, z_s, torch.tensor([[0.0, -math.inf]])
+    )
     assert parts.hard.item() == math.inf
     assert parts.total.item() == 0.0
 
@@ -246,8 +256,8 @@ def test_low_precision_logits_are_summed_in_float32():
     task, batch = TASKS["classification"], batch_of("classification")
     z_s, z_t = (logits_of("classification", i).bfloat16() for i in range(2))
     counts = objective.count(task, batch)
-    parts = objective(task, soft_loss, z_s, z_t, batch, counts)
-    exact = objective(task, soft_loss, z_s.double(), z_t.double(), batch, counts)
+    parts = objective(LossInputs(task, batch, counts), soft_loss, z_s, z_t)
+    exact = objective(LossInputs(task, batch, counts), soft_loss, z_s.double(), z_t.double())
     assert parts.total.dtype == torch.float32
     assert parts.total.item() == pytest.approx(exact.total.item(), rel=1e-5)
 

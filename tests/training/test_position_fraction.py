@@ -11,7 +11,7 @@ import torch
 from kd_trainer.losses import OutputProjection, SoftTargetLoss, position_entropies, quota_sum, top_entropy_mask
 from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.teachers import TeacherOutput
-from kd_trainer.training.objective import Objective
+from kd_trainer.training.objective import LossInputs, Objective
 from tests.helpers import tiny
 
 IGNORED, VOCABULARY, T = -100, 7, 2.0
@@ -108,7 +108,7 @@ def parts_of(reduction: str, positions: str, side: str = "right", pad: int = 0, 
     inputs, (student, teacher), task = batch(side=side, pad=pad), logits_of(side=side, pad=pad), TASKS["causal_lm"]
     counts = objective.count(task, inputs)
     student.requires_grad_()
-    loss = objective(task, SoftTargetLoss(temperature=T, reduction="sum"), student, teacher, inputs, counts)
+    loss = objective(LossInputs(task, inputs, counts), SoftTargetLoss(temperature=T, reduction="sum"), student, teacher)
     loss.total.backward()
     return loss, counts, student.grad
 
@@ -154,11 +154,14 @@ def test_packed_rows_are_selected_by_segment():
     packed["input_ids"] = packed["labels"].clamp(min=0)
     soft_loss = SoftTargetLoss(temperature=T, reduction="sum")
     counts = objective.count(task, packed)
-    found = objective(task, soft_loss, torch.cat(cut[0])[None], torch.cat(cut[1])[None], packed, counts)
+    found = objective(LossInputs(task, packed, counts), soft_loss, torch.cat(cut[0])[None], torch.cat(cut[1])[None])
     single = [{"labels": y[None], "input_ids": y[None].clamp(min=0)} for y in cut[2]]
     whole = objective.count_all(task, single)
     assert int(whole.soft) == int(counts.soft)
-    each = [objective(task, soft_loss, s[None], t[None], x, whole) for s, t, x in zip(*cut[:2], single, strict=True)]
+    each = [
+        objective(LossInputs(task, x, whole), soft_loss, s[None], t[None])
+        for s, t, x in zip(*cut[:2], single, strict=True)
+    ]
     assert float(sum(part.total for part in each)) == pytest.approx(float(found.total), rel=1e-12)
 
 
@@ -217,11 +220,11 @@ def test_at_alpha_1_the_heads_multiply_the_selected_positions_alone(monkeypatch)
     counts = objective.count(task, inputs)
     output = TeacherOutput(hidden=teacher, head={"teacher_weight": weight, "teacher_bias": None})
     weights = {"student_weight": weight.clone().requires_grad_()}
-    found = objective.fused(task, hidden.requires_grad_(), output, weights, inputs, counts)
+    found = objective.fused(LossInputs(task, inputs, counts), hidden.requires_grad_(), output, weights)
     assert sizes == [int(counts.hard), int(counts.soft), int(counts.soft)]
     found.total.backward()
     soft_loss = SoftTargetLoss(temperature=T, reduction="sum")
-    parts = objective(task, soft_loss, hidden @ weight.T, teacher @ weight.T, inputs, counts)
+    parts = objective(LossInputs(task, inputs, counts), soft_loss, hidden @ weight.T, teacher @ weight.T)
     assert objective.parts(found, counts, labelled=True).hard.item() == pytest.approx(parts.hard.item(), rel=1e-5)
     assert found.total.item() == pytest.approx(parts.total.item(), rel=1e-5)
     gradient = torch.autograd.grad(parts.total, hidden)[0]
