@@ -6,13 +6,14 @@ nothing else; formulas stand in the files below.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import RemoveColumnsCollator
 
@@ -22,9 +23,9 @@ from .diagnostics.results import CheckResult, has_errors
 from .losses.fused_linear import release_memory
 from .losses.modules import SoftTargetLoss
 from .report.seeds import Compared, compare_over_seeds
-from .tasks import PackingWatch, Task, accepted_inputs, changed_attributes, takes_features, unchanged_attributes
-from .tasks.inputs import CHUNK_IDS, ROW_ID, TEACHER_PREFIX, WithTeacherColumns, model_inputs
-from .tasks.predictions import as_mapping, kept_outputs, tensors_alone
+from .tasks import PackingWatch, Task, accepted_inputs, changed_attributes, model_inputs, unchanged_attributes
+from .tasks.inputs import Accepted, WithTeacherColumns, student_columns, teacher_columns
+from .tasks.predictions import as_mapping, generated_with_loss, kept_outputs, kept_tensors
 from .teachers import Teacher, routed
 from .teachers.sequences import StudentRows
 from .training import Counts, DistillationArguments, MetricsBuffer, Objective, Plan, Settings, Setup, is_sharded
@@ -76,12 +77,8 @@ class DistillationMixin(_InFrontOf):
         **kwargs: Any,
     ) -> None:
         bases.check_call(self, args, kwargs)
-        try:
+        with bases.room_for_fields(type(self), DistillationMixin, args):
             super().__init__(model, args, *trainer_args, **kwargs)
-        except TypeError as error:  # SFTTrainer builds its own class of arguments from the fields of ours
-            if "'kd_" not in str(error) and "'teacher_" not in str(error):
-                raise
-            raise TypeError(bases.no_room_for_fields(type(self), DistillationMixin, args)) from error
         bases.refuse_lone_processes(self.args)  # which upstream makes where none are given
         self.label_smoother = None  # the hard loss is smoothed already: `Seq2SeqTrainer` would do it again
         self._run_settings = Settings(self.args)
@@ -106,8 +103,7 @@ class DistillationMixin(_InFrontOf):
         self._evaluation: Evaluation | None = None
         finite_mode = self._run_settings.finite_mode(self.args.device.type)
         self._finite, self._packing = FiniteWatch(finite_mode, self.args.process_index), PackingWatch()
-        if not any(isinstance(c, ResumableInterrupt) for c in self.callback_handler.callbacks):
-            self.add_callback(ResumableInterrupt())
+        ResumableInterrupt.add_to(self)
 
     @property
     def kd_args(self) -> DistillationArguments:
@@ -125,10 +121,8 @@ class DistillationMixin(_InFrontOf):
 
     def _is_training_step(self, student: nn.Module) -> bool:
         """Whether a loss is for a training step, whatever mode the student is in: it may stay in eval mode."""
-        if self._evaluation is not None or self._predicting:
-            return False
         # Outside of `train` and `evaluate` only the mode is known; that of a DeepSpeed engine is always True.
-        return self.is_in_train or student.training
+        return self._evaluation is None and not self._predicting and (self.is_in_train or student.training)
 
     # ---- before the first step ----
 
@@ -153,13 +147,10 @@ class DistillationMixin(_InFrontOf):
 
     def _follow_settings(self) -> None:
         """Reads the arguments again where a script or a callback has changed them since."""
-        other = self._run_settings.follow(self.args, cached=self.teacher is not None and self.teacher.live is None)
-        if other is None:
-            return
-        self._run_settings.require_teacher(self.teacher)
-        self._finite.mode = self._run_settings.finite_mode(self.args.device.type)
-        if other:
-            self._plan = None
+        other_plan = self._run_settings.follow(self.args, self.teacher)
+        if other_plan is not None:
+            self._finite.mode = self._run_settings.finite_mode(self.args.device.type)
+            self._plan = None if other_plan else self._plan
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Upstream calls this first in every training, with a trial or without."""
@@ -187,10 +178,7 @@ class DistillationMixin(_InFrontOf):
             return LossOfPlan(loss, self._metrics_buffer, self._plan)
 
         setup, mode = self._setup, "off" if self._finite.mode == "off" else "step"
-        inspection = Inspection(
-            self, self._run_settings, setup.refused, self._loss_shifts_labels, setup.withheld_columns,
-            lambda: self._signature_columns, lambda batch: setup.first_batch(batch, self.teacher), compute_loss,
-        )  # fmt: skip
+        inspection = Inspection(self, self._run_settings, setup, self._loss_shifts_labels, compute_loss)
         unchanged = unchanged_attributes(self, "teacher", "_plan", "_metrics_buffer", "_finite")
         with unchanged, unchanged_attributes(setup, "each_alone"), self._with_term_modules():
             self._finite, setup.each_alone = FiniteWatch(mode, self.args.process_index), not is_sharded(self)
@@ -361,9 +349,8 @@ class DistillationMixin(_InFrontOf):
         takes_items = plan.takes_num_items(self._run_settings.always_hard)
         counts = counts_of(num_items_in_batch, plan, objective, inputs, self._scale() if takes_items else None)
         inputs = plan.task.with_decoder_inputs(plan.student, inputs)
-        several = not training and self._evaluation is not None and self.args.world_size > 1 and not plan.own_loss
-        apart = several and self._same_batch() == 1  # else processes share rows in another way
-        own = own_rows(self.accelerator, objective, plan, inputs, counts) if apart else None
+        evaluates = not training and self._evaluation is not None and not plan.own_loss
+        own = own_rows(self.accelerator, objective, plan, inputs, counts, self._same_batch()) if evaluates else None
         function, takes_items = self.compute_loss_func, self.model_accepts_loss_kwargs
         own_loss = OwnHardLoss(function, takes_items, self._scale()) if plan.own_loss else None
         teacher = None if self._run_settings.always_hard and training else plan.teacher
@@ -378,15 +365,8 @@ class DistillationMixin(_InFrontOf):
         if training:
             self._metrics_buffer.add(logged_row(result.parts, result.counts))
         elif self._evaluation is not None:
-            self._evaluation.add(result.parts, result.counts, objective, batch.plan, self._gathered)
-            if plan.task.embeds and result.teacher is not None:
-                embeddings = plan.task.logits(result.outputs, "model"), result.teacher  # without a projection
-                self._evaluation.add_embeddings(*embeddings, None if own is None else own.rows)
+            self._evaluation.add(batch, result, self.gather_function, self.args.eval_batch_size)
         return (total, as_mapping(result.outputs, total)) if return_outputs else total
-
-    def _gathered(self, values: Tensor) -> Tensor:
-        """Numbers of an evaluation batch, gathered over the processes as upstream gathers its loss."""
-        return self.gather_function(values.repeat(self.args.eval_batch_size, 1))
 
     # ---- evaluation and logs ----
 
@@ -394,21 +374,21 @@ class DistillationMixin(_InFrontOf):
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: Any = None, **gen_kwargs: Any
     ) -> tuple[Any, Any, Any]:
         """Upstream's, with the loss of `compute_loss` where it generates and for batches without labels too."""
-        self._loss_only, self._predicting = prediction_loss_only, True
-        try:
+        with changed_attributes(self, _loss_only=prediction_loss_only, _predicting=True):
             step = (model, inputs, prediction_loss_only, ignore_keys)
             loss, outputs, labels = self._prediction_step(*step, **gen_kwargs)
-        finally:
-            self._loss_only = self._predicting = False
-        outputs = tensors_alone(outputs)
-        return loss, outputs[0] if isinstance(outputs, tuple) and len(outputs) == 1 else outputs, labels
+        return loss, kept_tensors(outputs), labels
 
     def _prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any, **gen_kwargs: Any
     ) -> tuple[Any, Any, Any]:
         generates = isinstance(self, Seq2SeqTrainer) and getattr(self.args, "predict_with_generate", False)
         if generates and not prediction_loss_only:
-            return self._generation_step(model, inputs, ignore_keys, **gen_kwargs)
+            stock = partial(super().prediction_step, prediction_loss_only=False, ignore_keys=ignore_keys, **gen_kwargs)
+            taken = {*model_inputs(inputs, self._accepted()), *self.label_names}
+            return generated_with_loss(
+                stock, partial(self.compute_loss, model), self._prepare_inputs(inputs), taken, self.teacher is not None
+            )
         labelled = all(inputs.get(name) is not None for name in self.label_names)
         if labelled:
             self._plan_of(inputs)  # upstream counts the items of the batch for a loss of the model's own
@@ -418,43 +398,25 @@ class DistillationMixin(_InFrontOf):
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         return loss.detach(), None if prediction_loss_only else kept_outputs(outputs, self.model, ignore_keys), None
 
-    def _generation_step(
-        self, model: nn.Module, inputs: dict[str, Any], ignore_keys: list[str] | None, **gen_kwargs: Any
-    ) -> tuple[Any, Any, Any]:
-        """Upstream's generating step, with the distillation loss in the place of the model's own."""
-        inputs = self._prepare_inputs(inputs)
-
-        def distilled(**_: Any) -> dict[str, Tensor]:
-            return {"loss": self.compute_loss(model, inputs)}
-
-        # `generate` rejects columns that only the teacher reads.
+    def _accepted(self) -> Accepted:
+        """The inputs that the student's forward takes; without a plan slow where DeepSpeed is installed."""
         if self._plan is not None and self._plan.model is self.model:
-            accepted = self._plan.accepted
-        else:  # slow where DeepSpeed is installed
-            accepted = accepted_inputs(self.unwrapped_student(), label_names=self.label_names)
-        taken = model_inputs(inputs, accepted)
-        own = {name: value for name, value in inputs.items() if name in taken or name in self.label_names}
-        loss, tokens, labels = super().prediction_step(distilled, own, False, ignore_keys=ignore_keys, **gen_kwargs)  # type: ignore[arg-type]
-        if loss is None and self.teacher is not None and "decoder_input_ids" in inputs:
-            with torch.no_grad():
-                loss = self.compute_loss(model, inputs)
-        return loss, tokens, labels
+            return self._plan.accepted
+        return accepted_inputs(self.unwrapped_student(), label_names=self.label_names)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's, with the terms, teacher_agreement and perplexity beside the loss: see `Evaluation`."""
         self._follow_settings()
-        outer, self._evaluation = self._evaluation, Evaluation(self.args.device)
+        evaluation = Evaluation(self.args.device)
         try:
-            with self._with_term_modules():
+            with changed_attributes(self, _evaluation=evaluation), self._with_term_modules():
                 output = super().evaluation_loop(*args, **kwargs)
             self._packing.raise_noted()
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
             if self._plan is not None and output.metrics is not None:
                 objective, _ = self._objective(training=False)
-                logged = self._evaluation.logged(f"{prefix}_", self.accelerator, self._plan, objective)
-                output.metrics.update(logged)
+                output.metrics.update(evaluation.logged(f"{prefix}_", self.accelerator, self._plan, objective))
         finally:
-            self._evaluation = outer
             self._teacher_cache.release_at_hand()
             if not self.is_in_train:
                 release_memory()
@@ -485,28 +447,25 @@ class DistillationMixin(_InFrontOf):
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """Upstream's; where the teacher is read from disk, its outputs join the batches."""
-        stores, rows = self._teacher_cache.stores(dataset, self.teacher), dataset
-        collator, self.data_collator = self.data_collator, routed(self.data_collator, self.teacher)
-        try:
-            if stores:
-                self.data_collator = CachedCollator(self.data_collator, stores)
-                rows, kwargs = self._teacher_cache.numbered(dataset, description, kwargs)
+        stores, rows, collator = self._teacher_cache.stores(dataset, self.teacher), dataset, self.data_collator
+        collator = routed(collator, self.teacher)
+        if stores:
+            collator = CachedCollator(collator, stores)
+            rows, kwargs = self._teacher_cache.numbered(dataset, description, kwargs)
+        with changed_attributes(self, data_collator=collator):
             return super()._get_dataloader(rows, description, *args, **kwargs)
-        finally:
-            self.data_collator = collator
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            if takes_features(student := self.unwrapped_student()):  # its forward names none
-                self._keep_columns(accepted_inputs(student))
-            self._student_columns = frozenset(self._signature_columns or ())
+            self._signature_columns = student_columns(self._signature_columns, self.unwrapped_student())
+            self._student_columns = frozenset(self._signature_columns)
         taken = () if self.teacher is None else self.teacher.accepted
-        self._keep_columns([*taken, *(TEACHER_PREFIX + name for name in taken), ROW_ID, CHUNK_IDS])
+        self._signature_columns = teacher_columns(self._signature_columns, taken)
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
         self._set_signature_columns_if_needed()
-        self._keep_columns(name for name in dataset.column_names if name.startswith(TEACHER_PREFIX))
+        self._signature_columns = teacher_columns(self._signature_columns, of=dataset.column_names)
         return super()._remove_unused_columns(dataset, description=description)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
@@ -518,11 +477,6 @@ class DistillationMixin(_InFrontOf):
             collator.signature_columns = WithTeacherColumns(collator.signature_columns)
         return collator
 
-    def _keep_columns(self, names: Iterable[str]) -> None:
-        """Upstream removes what the student's forward does not take; the teacher may need it."""
-        kept: list[str] = self._signature_columns or []
-        self._signature_columns = [*kept, *sorted(set(names) - set(kept))]
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`Trainer.create_model_card` with a section on the distillation: teacher, formula and the last results."""
         super().create_model_card(*args, **kwargs)
@@ -531,13 +485,7 @@ class DistillationMixin(_InFrontOf):
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
-    """A `Trainer` with distillation: its arguments, and `teacher_model`.
-
-    Example::
-
-        trainer = DistillationTrainer(model=student, teacher_model=teacher, args=args, train_dataset=data)
-        trainer.train()
-    """
+    """A `Trainer` with distillation: `DistillationTrainer(student, args, teacher_model=teacher, ...)`."""
 
 
 class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):

@@ -44,7 +44,7 @@ def examine(
     trainer = inspection.trainer
     with _as_it_was(trainer):
         results = Results(trainer.accelerator, trainer.args.device)
-        results.rows += [refused("setup", refusal) for refusal in inspection.refusals]
+        results.rows += [refused("setup", refusal) for refusal in inspection.setup.refused]
         _look_at_models(inspection, results)
         if batch is None:
             with results.attempt("data"):
@@ -67,7 +67,7 @@ def _look_at_models(inspection: Inspection, results: Results) -> None:
     student, teacher, args = trainer.unwrapped_student(), trainer.teacher, trainer.args
     with results.attempt("settings"):
         settings.read(args)
-        if not inspection.refusals:  # else the teacher is missing for a reason that already has a row
+        if not inspection.setup.refused:  # else the teacher is missing for a reason that already has a row
             settings.require_teacher(teacher)
     results.add("student", advice.about_student, student, fp16=args.fp16)
     use = {"called": not settings.always_hard, "mixed": trainer.accelerator.mixed_precision != "no"}
@@ -94,7 +94,8 @@ def _labelled(results: Results, label: str) -> Iterator[None]:
 
 def _look_at_batch(inspection: Inspection, results: Results, batch: Mapping[str, Any]) -> Trial | None:
     """The list of checks, and advice on the batch; None where the models could not be run on it."""
-    trainer, setup, before = inspection.trainer, inspection.first_batch(batch), len(results.rows)
+    trainer, before = inspection.trainer, len(results.rows)
+    setup = inspection.setup.first_batch(batch, trainer.teacher)
     passed = {check: results.passes(what, partial(check, setup)) for what, check in WITHOUT_MODELS}
     for label, one in zip(labels_of(setup.teacher), setup.each or (setup,), strict=True):
         if passed[tokens] and one.teacher is not None and one.teacher.has_own_weights:
@@ -136,13 +137,15 @@ def _look_closer(inspection: Inspection, setup: FirstBatch, results: Results) ->
         return advice.about_labels(classes, task, objective, batch, pad_id)
 
     def columns() -> list[CheckResult]:
-        accepted = accepted_inputs(student, label_names=trainer.label_names, withheld=inspection.withheld_columns())
+        accepted = accepted_inputs(
+            student, label_names=trainer.label_names, withheld=inspection.setup.withheld_columns()
+        )
         read = set(model_inputs(batch, accepted)) | (set(batch) & accepted.targets)
         if trainer.teacher is not None:
             read |= {name for name in batch if name.startswith(TEACHER_PREFIX)}
         for one in setup.each or (setup,):
             read |= set() if one.live is None else set(one.live.inputs(one.batch))
-        kept = inspection.kept_columns() if trainer.args.remove_unused_columns else None
+        kept = inspection.setup.kept_columns() if trainer.args.remove_unused_columns else None
         return advice.about_columns(trainer.train_dataset, kept, batch, read, pad_id)
 
     results.add("task", advice.about_settings, trainer.args, task, objective)

@@ -5,14 +5,14 @@ For: `trainer.py`, which makes it, and `check.py`. Of `trainer` itself the diagn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..losses import SoftTargetLoss
-from ..training import Counts, FirstBatch, MetricsBuffer, Objective, Plan, Settings
+from ..training import Counts, MetricsBuffer, Objective, Plan, Settings, Setup
 
 
 class LossOfPlan(NamedTuple):
@@ -35,21 +35,15 @@ class Inspection:
     Args:
         trainer: a `DistillationMixin`.
         settings: its distillation arguments.
-        refusals: exceptions of the constructor, which kd_run "check" keeps for the table.
+        setup: makes what the checks take, and holds what the constructor refused.
         loss_shifts_labels: whether upstream compares position i with the label at i + 1, as with a decoder.
-        withheld_columns: columns that stay for the teacher and that the student's `**kwargs` do not get.
-        kept_columns: columns that `remove_unused_columns` keeps.
-        first_batch: what the checks take, for a batch.
         compute_loss: `trainer.compute_loss` by a plan: (wrapped student, batch, counts, plan).
     """
 
     trainer: Any
     settings: Settings
-    refusals: Sequence[Exception]
+    setup: Setup
     loss_shifts_labels: bool
-    withheld_columns: Callable[[], set[str]]
-    kept_columns: Callable[[], Sequence[str] | None]
-    first_batch: Callable[[Mapping[str, Any]], FirstBatch]
     compute_loss: Callable[[nn.Module, dict[str, Any], Counts | None, Plan], LossOfPlan]
 
     def objective(self, *, training: bool) -> tuple[Objective, SoftTargetLoss]:

@@ -50,6 +50,24 @@ class WithTeacherColumns(list):
         return super().__contains__(name) or str(name).startswith((TEACHER_PREFIX, CHUNK_IDS))
 
 
+def student_columns(kept: list[str] | None, student: nn.Module) -> list[str]:
+    """The columns that upstream keeps for the student's forward, and those of a forward that names none."""
+    kept = kept or []
+    return [*kept, *sorted(accepted_inputs(student) - set(kept))] if takes_features(student) else kept
+
+
+def teacher_columns(kept: list[str], accepted: Iterable[str] = (), of: Iterable[str] = ()) -> list[str]:
+    """The kept columns with those for the teacher, which upstream would remove.
+
+    Args:
+        accepted: inputs of the teacher; it may also have them as `teacher_*`.
+        of: columns of a dataset: every `teacher_*` one of them.
+    """
+    names = {*accepted, *(TEACHER_PREFIX + name for name in accepted), ROW_ID, CHUNK_IDS}
+    names.update(name for name in of if name.startswith(TEACHER_PREFIX))
+    return [*kept, *sorted(names - set(kept))]
+
+
 def check_batch(batch: Any) -> None:
     """Raises where a batch is no mapping, or where its labels have a name under which nobody would look for them."""
     if not isinstance(batch, Mapping):

@@ -5,9 +5,10 @@ For: `trainer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import nested_detach
 
@@ -24,6 +25,12 @@ def tensors_alone(outputs: Any) -> Any:
     return outputs if isinstance(outputs, Tensor) else None
 
 
+def kept_tensors(outputs: Any) -> Any:
+    """The predictions that upstream joins over batches: `tensors_alone`, of a tuple of one that one."""
+    outputs = tensors_alone(outputs)
+    return outputs[0] if isinstance(outputs, tuple) and len(outputs) == 1 else outputs
+
+
 def kept_outputs(outputs: Mapping[str, Any], model: Any, ignore_keys: Any) -> Any:
     """What upstream's prediction step returns of a model's outputs: detached, without the loss and what is ignored."""
     if ignore_keys is None:
@@ -32,6 +39,33 @@ def kept_outputs(outputs: Mapping[str, Any], model: Any, ignore_keys: Any) -> An
         ignore_keys = getattr(config, "keys_to_ignore_at_inference", default)
     kept = nested_detach(tuple(v for k, v in outputs.items() if k not in [*ignore_keys, "loss"]))
     return kept[0] if len(kept) == 1 else kept
+
+
+def generated_with_loss(
+    stock: Callable[..., Any],
+    compute_loss: Callable[..., Tensor],
+    inputs: dict[str, Any],
+    taken: Container[str],
+    distils: bool,
+) -> tuple[Any, Any, Any]:
+    """Upstream's generating prediction step, with the distillation loss in the place of the model's own.
+
+    Args:
+        stock: `Seq2SeqTrainer.prediction_step` as a function of model and inputs.
+        compute_loss: the loss of a batch.
+        inputs: prepared; `taken` names those that `generate` takes: it rejects columns that only the teacher reads.
+        distils: whether a batch without labels has a loss.
+    """
+
+    def distilled(**_: Any) -> dict[str, Tensor]:
+        return {"loss": compute_loss(inputs)}
+
+    own = {name: value for name, value in inputs.items() if name in taken}
+    loss, tokens, labels = stock(distilled, own)
+    if loss is None and distils and "decoder_input_ids" in inputs:
+        with torch.no_grad():
+            loss = compute_loss(inputs)
+    return loss, tokens, labels
 
 
 def as_mapping(outputs: Any, loss: Tensor) -> Any:

@@ -6,7 +6,8 @@ For: `trainer.py`. Refusals name the class or the option, and what to write inst
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import nn
@@ -119,12 +120,21 @@ def refuse_no_trainer(cls: type, other: type | None = None) -> NoReturn:
     _refuse(cls, shown, expected, _advice(cls.__mro__, fix), "it overrides what that class calls")
 
 
-def no_room_for_fields(cls: type, mixin: type, args: Any) -> str:
-    """The message for arguments that the trainer behind the mixin makes into a class without our fields."""
-    behind = next(c for c in cls.__mro__ if issubclass(c, Trainer) and not issubclass(c, mixin))
-    fix = "Write a dataclass Args(DistillationArguments, TheOtherArguments) and build the args of it."
-    expected = f"the arguments of {behind.__name__} with DistillationArguments in front"
-    return message("args", f"of type {type(args).__name__}", expected, fix)
+@contextmanager
+def room_for_fields(cls: type, mixin: type, args: Any) -> Iterator[None]:
+    """Raises TypeError where the trainer behind the mixin makes the arguments into a class without these fields.
+
+    `SFTTrainer` builds its own class of arguments from the fields of the given ones.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if "'kd_" not in str(error) and "'teacher_" not in str(error):
+            raise
+        behind = next(c for c in cls.__mro__ if issubclass(c, Trainer) and not issubclass(c, mixin))
+        fix = "Write a dataclass Args(DistillationArguments, TheOtherArguments) and build the args of it."
+        expected = f"the arguments of {behind.__name__} with DistillationArguments in front"
+        raise TypeError(message("args", f"of type {type(args).__name__}", expected, fix)) from error
 
 
 def check_options(args: Any, hard_loss: str, compute_loss_func: Any, accelerator: Any) -> None:

@@ -297,6 +297,12 @@ class ResumableInterrupt(TrainerCallback):
         self._saved_at = -1
         self._previous: Any = None
 
+    @classmethod
+    def add_to(cls, trainer: Any) -> None:
+        """Adds the callback to a trainer that has none of this kind."""
+        if not any(isinstance(callback, cls) for callback in trainer.callback_handler.callbacks):
+            trainer.add_callback(cls())
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._asked, self._saved_at = False, -1
         self.restore()  # an earlier training that failed has not come to its end

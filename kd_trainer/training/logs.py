@@ -18,6 +18,7 @@ from ..tasks import Fault, Task
 from ..validation import fail
 from .objective import Counts, Objective, Parts
 from .setup import Plan
+from .step_loss import BatchLoss, MicroBatch
 
 Row = tuple[Tensor | float | None, ...]  # numbers of one micro-batch, detached; None where one does not exist
 
@@ -98,7 +99,7 @@ class Evaluation:
         # Tasks that embed: of the first rows a 1, the student's embedding and the teacher's.
         self.embeddings: list[Tensor] = []
 
-    def add_embeddings(self, student: Tensor, teacher: Tensor, rows: int | None) -> None:
+    def _add_embeddings(self, student: Tensor, teacher: Tensor, rows: int | None) -> None:
         """Takes the embeddings of one batch, of its first `rows` (None: all)."""
         kept = sum(map(len, self.embeddings))
         rows = min(len(student) if rows is None else rows, MOST_EMBEDDINGS - kept)
@@ -116,21 +117,23 @@ class Evaluation:
         kept = kept[kept[:, 0] == 1, 1:]
         return similarity_correlation(kept[:, : self._width], kept[:, self._width :]).item()
 
-    def add(
-        self, parts: Parts, counts: Counts, objective: Objective, plan: Plan, gather: Callable[[Tensor], Tensor]
-    ) -> None:
+    def add(self, batch: MicroBatch, result: BatchLoss, gather: Callable[[Tensor], Tensor], repeats: int) -> None:
         """Takes the parts of one batch as sums again.
 
         Args:
-            gather: gathers numbers over the processes as upstream gathers its loss.
+            gather: gathers numbers over the processes as upstream gathers its loss, which it repeats for every row.
         """
+        plan, objective, parts, counts = batch.plan, batch.objective, result.parts, result.counts
+        if plan.task.embeds and result.teacher is not None:
+            student = plan.task.logits(result.outputs, "model")  # without a projection
+            self._add_embeddings(student, result.teacher, None if batch.own is None else batch.own.rows)
         row = logged_row(parts, counts)
         *means, agreement, labels = row
         sums = map(_times, means, objective.denominators(counts))
         over = objective.denominators(counts._replace(by_num_items=False))  # counted here, of each row once
         self.sums.add((*sums, *over, _times(agreement, counts.soft), counts.soft, labels, counts.rows))
         if plan.task.by_position or plan.own_loss:
-            self.rows.append(gather(with_existence_of(row, parts.total.device)))
+            self.rows.append(gather(with_existence_of(row, parts.total.device).repeat(repeats, 1)))
 
     def logged(self, prefix: str, accelerator: Any, plan: Plan, objective: Objective) -> dict[str, float]:
         """The terms by their logged names, and what else has a meaning for the task, from the rows of all processes.

@@ -77,14 +77,14 @@ class Settings:
     def _values(args: Any) -> tuple[Any, ...]:
         return tuple(map(vars(args).get, _NAMES))
 
-    def follow(self, args: Any, *, cached: bool) -> bool | None:
+    def follow(self, args: Any, teacher: Teacher | None) -> bool | None:
         """Reads the arguments again where they have changed since; None where they have not.
-
-        Args:
-            cached: whether the teacher is read from a cache, which was built for a temperature.
 
         Returns:
             Whether the plan of the first batch was made for other settings.
+
+        Raises:
+            ValueError: they need a teacher now and there is none.
         """
         now, before = self._values(args), self._last
         if now == before:
@@ -92,7 +92,9 @@ class Settings:
         changed = {name for name, a, b in zip(_NAMES, now, before, strict=True) if a != b}
         always_hard = self.always_hard
         self.read(args)
-        free = _FREE if cached else _FREE | _FREE_WITH_LOGITS
+        self.require_teacher(teacher)
+        # A cache is built for a temperature.
+        free = _FREE | (frozenset() if teacher is not None and teacher.live is None else _FREE_WITH_LOGITS)
         return always_hard != self.always_hard or bool(changed - free)
 
     def finite_mode(self, device_type: str) -> str:

@@ -309,9 +309,14 @@ class Setup:
 
     # ---- columns ----
 
+    def kept_columns(self) -> list[str] | None:
+        """Columns that upstream keeps where it removes others; None before it has a list."""
+        kept: list[str] | None = self._trainer._signature_columns
+        return kept
+
     def removed_columns(self) -> list[str]:
         """Columns of the data that upstream removes."""
-        kept: set[str] = set(self._trainer._signature_columns or ())
+        kept = set(self.kept_columns() or ())
         return sorted(self._data_columns() - kept) if self._trainer.args.remove_unused_columns else []
 
     def withheld_columns(self) -> set[str]:

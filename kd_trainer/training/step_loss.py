@@ -46,12 +46,15 @@ class OwnRows(NamedTuple):
 
 
 def own_rows(
-    accelerator: Any, objective: Objective, plan: Plan, inputs: dict[str, Any], counts: Counts
+    accelerator: Any, objective: Objective, plan: Plan, inputs: dict[str, Any], counts: Counts, same_batch: int
 ) -> OwnRows | None:
     """A batch of an evaluation without its repeated rows; None where it has none.
 
-    They stand at the end of the gathered rows, from which `gather_for_metrics` cuts them off.
+    They stand at the end of the gathered rows, from which `gather_for_metrics` cuts them off. Processes that share a
+    batch (`same_batch` of them) share its rows in another way.
     """
+    if accelerator.num_processes == 1 or same_batch > 1:
+        return None
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:
         return None

@@ -174,8 +174,8 @@ TRAPS = {
     21: Trap(
         "teacher_* columns survive for every kind of dataset",
         "kd_trainer/trainer.py",
-        "self._keep_columns(name for name in dataset.column_names if name.startswith(TEACHER_PREFIX))",
-        "pass",
+        "teacher_columns(self._signature_columns, of=dataset.column_names)",
+        "self._signature_columns",
         "tests/teachers/test_live.py tests/teachers/test_columns.py -k columns",
     ),
     22: Trap(
@@ -187,17 +187,17 @@ TRAPS = {
     ),
     23: Trap(
         "with predict_with_generate eval_loss has the soft loss",
-        "kd_trainer/trainer.py",
-        "super().prediction_step(distilled, own,",
-        "super().prediction_step(model, own,",
+        "kd_trainer/tasks/predictions.py",
+        "stock(distilled, own)",
+        "stock(getattr(compute_loss, 'args')[0], own)",
         "tests/tasks/test_seq2seq.py -k generation_leaves",
     ),
     24: Trap(
         "arguments of upstream's constructor pass untouched",
         "kd_trainer/trainer.py",
-        "            super().__init__(model, args, *trainer_args, **kwargs)\n        except",
+        "            super().__init__(model, args, *trainer_args, **kwargs)\n        bases",
         '            kwargs.setdefault("optimizer_cls_and_kwargs", None)\n'
-        "            super().__init__(model, args, *trainer_args, **kwargs)\n        except",
+        "            super().__init__(model, args, *trainer_args, **kwargs)\n        bases",
         "tests/tasks/test_seq2seq.py -k upstreams_constructor",
     ),
     25: Trap(
@@ -223,9 +223,9 @@ TRAPS = {
     ),
     28: Trap(
         "parts weigh in evaluation as eval_loss does",
-        "kd_trainer/trainer.py",
-        "values.repeat(self.args.eval_batch_size, 1)",
-        "values",
+        "kd_trainer/training/logs.py",
+        ".repeat(repeats, 1)))",
+        "))",
         "tests/training/test_trainer.py -k weighted_parts",
     ),
     29: Trap(

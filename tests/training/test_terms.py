@@ -306,8 +306,8 @@ def test_a_process_whose_rows_all_repeat_logs_as_many_numbers(toy, tmp_path):
     objective, _ = run._objective(training=False)
     counts = objective.count(plan.task, batch)
     state = SimpleNamespace(end_of_dataloader=True, remainder=1)
-    other = SimpleNamespace(gradient_state=state, process_index=1)
-    own = own_rows(other, objective, plan, batch, counts)
+    other = SimpleNamespace(gradient_state=state, process_index=1, num_processes=2)
+    own = own_rows(other, objective, plan, batch, counts, same_batch=1)
     assert own.rows == 0
     parts = Parts(torch.zeros(()), 1.0, 1.0, 1.0, [1.0] * len(objective.added))
     rows = logged_row(parts, counts), logged_row(parts.zeroed(), own.counts)
