@@ -14,7 +14,7 @@ from kd_trainer.losses.divergences import DIVERGENCES
 from kd_trainer.losses.modules import SoftTargetLoss
 from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.tasks.resolve import by_problem_type
-from kd_trainer.training.objective import Objective
+from kd_trainer.training.objective import LossInputs, Objective
 from tests.helpers import tiny
 
 ROW_TASKS = ["multi_label_classification", "regression", "question_answering"]
@@ -172,7 +172,8 @@ def test_gradient_by_finite_differences(task):
     objective, soft_loss = Objective(0.4, T), SoftTargetLoss(temperature=T, reduction="sum")
     counts = objective.count(TASKS[task], batch)
     assert float(counts.hard) == 2
-    assert torch.autograd.gradcheck(lambda z: objective(TASKS[task], soft_loss, z, z_t, batch, counts).total, (z_s,))
+    given = LossInputs(TASKS[task], batch, counts)
+    assert torch.autograd.gradcheck(lambda z: objective(given, soft_loss, z, z_t).total, (z_s,))
 
 
 class Uncertain(torch.nn.Module):

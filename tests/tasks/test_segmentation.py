@@ -28,7 +28,7 @@ from kd_trainer.losses.modules import SoftTargetLoss
 from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.tasks.resolve import task_for
 from kd_trainer.tasks.segmentation import covered
-from kd_trainer.training.objective import Objective
+from kd_trainer.training.objective import LossInputs, Objective
 from tests.helpers import tiny
 
 CLASSES, SIDE, IGNORED = 3, 16, 255
@@ -283,7 +283,8 @@ def test_every_divergence_has_its_gradient(divergence):
     counts = objective.count(task, batch)
     assert (int(counts.hard), int(counts.soft), counts.rows) == (30, 30, 2)
     soft_loss = SoftTargetLoss(temperature=2.0, divergence=divergence, reduction="sum")
-    loss = lambda z: objective(task, soft_loss, z, y, batch, counts).total  # noqa: E731
+    given = LossInputs(task, batch, counts)
+    loss = lambda z: objective(given, soft_loss, z, y).total  # noqa: E731
     assert torch.autograd.gradcheck(loss, (z.requires_grad_(),))
     # Each pixel of the labels written out, with the label in the middle of the logits' pixel for those that need one.
     entry, nats = DIVERGENCES[divergence], 0.0
@@ -291,7 +292,7 @@ def test_every_divergence_has_its_gradient(divergence):
         here = {"labels": labels[b, i // 2 * 2 + 1, j // 2 * 2 + 1]} if entry.needs_labels else {}
         here = {name: x.masked_fill(x == IGNORED, -100)[None] for name, x in here.items()}
         nats += entry(z[b, i // 2, j // 2][None], y[b, i // 2, j // 2][None], temperature=2.0, **here).sum()
-    parts = objective(task, soft_loss, z, y, batch, counts)
+    parts = objective(given, soft_loss, z, y)
     torch.testing.assert_close(parts.soft, (nats if entry.of_logits else 4 * nats) / 30)
 
 
@@ -300,7 +301,7 @@ def test_a_batch_without_any_label_has_a_gradient_path():
     batch = {"pixel_values": torch.ones(1, 3, 4, 4), "labels": torch.full((1, 4, 4), IGNORED)}
     z = torch.full((1, 2, 2, CLASSES), torch.nan, requires_grad=True)  # what is not counted may be anything
     soft_loss = SoftTargetLoss(temperature=2.0, reduction="sum")
-    parts = objective(task, soft_loss, z, z.detach(), batch, objective.count(task, batch))
+    parts = objective(LossInputs(task, batch, objective.count(task, batch)), soft_loss, z, z.detach())
     assert float(parts.soft.detach()) == 0
     (gradient,) = torch.autograd.grad(parts.soft, z)
     assert not gradient.any()

@@ -12,7 +12,7 @@ import torch
 
 from kd_trainer.losses.modules import SoftTargetLoss
 from kd_trainer.tasks.kinds import TASKS
-from kd_trainer.training.objective import Objective
+from kd_trainer.training.objective import LossInputs, Objective
 from tests.helpers import tiny
 from tests.losses.test_objectives import by_hand, kl, probabilities
 from tests.training.test_objective import ROWS, batch_of
@@ -110,7 +110,7 @@ def test_the_soft_loss_written_out(name, objective):
     counts = made.count(task, batch)
     task.check_soft_loss(made.soft_loss())
     task.check_classes(made.soft_loss(), shape[-1])
-    parts = made(task, made.soft_loss(), z_s.requires_grad_(), z_t, batch, counts)
+    parts = made(LossInputs(task, batch, counts), made.soft_loss(), z_s.requires_grad_(), z_t)
     expected = count = 0.0
     for place, label, weight in comparisons(name, batch):
         pair = [z[place].reshape(-1).tolist() for z in (z_s.detach(), z_t)]

@@ -25,7 +25,7 @@ from kd_trainer import DIVERGENCES, DistillationTrainer, SoftTargetLoss
 from kd_trainer.tasks.inputs import vocabulary_rows
 from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.teachers.compatibility import check_same_tokens, class_order, common_ids, vocabulary_line
-from kd_trainer.training.objective import Objective
+from kd_trainer.training.objective import LossInputs, Objective
 from tests.helpers import tiny
 
 NAMES = ["anger", "joy", "fear"]
@@ -373,7 +373,7 @@ def test_the_loss_over_common_ids_written_out(task, positions, sizes):
     task, objective = TASKS[task], Objective(0.6, 2.0, reduction="tokenmean", positions=positions)
     counts = objective.count(task, inputs)
     soft_loss = SoftTargetLoss(temperature=2.0, reduction="sum")
-    parts = objective(task, soft_loss, z_s, z_t, inputs, counts, common_ids=8)
+    parts = objective(LossInputs(task, inputs, counts, 8), soft_loss, z_s, z_t)
 
     soft, hard, same, n_soft, n_hard = 0.0, 0.0, 0, 0, 0
     for row in range(2):
@@ -403,7 +403,7 @@ def test_ids_left_out_get_no_gradient_from_the_soft_loss(divergence, dtype):
     inputs = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
     task, objective = TASKS["masked_lm"], Objective(1.0, 1.5, divergence, reduction="tokenmean")
     soft_loss = SoftTargetLoss(temperature=1.5, divergence=divergence, reduction="sum")
-    objective(task, soft_loss, z_s, z_t, inputs, objective.count(task, inputs), common_ids=8).total.backward()
+    objective(LossInputs(task, inputs, objective.count(task, inputs), 8), soft_loss, z_s, z_t).total.backward()
     assert not z_s.grad[..., 8:].any()
     assert z_s.grad[..., :8].any(-1).all()
 
