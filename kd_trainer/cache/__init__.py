@@ -1,9 +1,9 @@
 """Teacher outputs on disk: formats, files, reading, building."""
 
 from .build import Reader, build_shards, encode_batch, translate_os_errors
-from .cached_teacher import EVAL, TEST, TRAIN, CachedTeacher, as_cached_teacher, open_part, part_of
+from .cached_teacher import EVAL, TEST, TRAIN, CachedTeacher, as_cached_teacher, check_tokens_kept, open_part, part_of
 from .collator import CachedCollator
-from .formats import DTYPES, FORMATS, card, format_of, outputs_differ
+from .formats import DTYPES, FORMATS, TOKEN_LOG_PROBS, card, format_of, outputs_differ
 from .identity import teacher_identity, tokenizer_identity
 from .manifest import CacheError, check_links, check_settings, head_of
 from .server import ServerTeacher, as_server_teacher, check_server_settings
@@ -44,6 +44,7 @@ __all__ = [
     "FORMATS",
     "HEAD",
     "TEST",
+    "TOKEN_LOG_PROBS",
     "TRAIN",
     "CacheError",
     "CachedCollator",
@@ -65,6 +66,7 @@ __all__ = [
     "check_links",
     "check_server_settings",
     "check_settings",
+    "check_tokens_kept",
     "clean",
     "compare_settings",
     "compute_precision",

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ..losses import bad_rows
 from ..tasks import TEACHER_PREFIX
 from ..validation import fail, message
-from .formats import format_of, to_numpy
+from .formats import TOKEN_LOG_PROBS, format_of, to_numpy
 from .server_reader import ServerReader
 from .signed_collator import NumberedBatch, NumberedRows, SignedBatch, SignedCollator
 from .store import Rows, joined, write_shard
@@ -166,11 +166,11 @@ def _uniform(settings: Mapping[str, Any], first_row: int, count: int) -> Tensor:
 def _check_finite(columns: Mapping[str, Tensor], row_ids: list[int]) -> None:
     """Raises ValueError for NaN or inf in the teacher's outputs."""
     for name, values in columns.items():
-        if name not in ("logits", "hidden", "entropy", "log_tail") or not len(values):
+        if name not in ("logits", "hidden", "entropy", "log_tail", TOKEN_LOG_PROBS) or not len(values):
             continue
         if name == "logits":
             bad = bool(bad_rows(values))
-        elif name == "log_tail":  # -inf where the k have all the mass, NaN wherever a logit is NaN or inf
+        elif name in ("log_tail", TOKEN_LOG_PROBS):  # -inf is a probability of 0; NaN where a logit is NaN or inf
             bad = math.isnan(values.amin())
         else:
             bad = not all(map(math.isfinite, values.aminmax()))

@@ -88,6 +88,15 @@ def check_objective(kept: Format, divergence: str, temperatures: Sequence[float]
         fail("kd_divergence", repr(divergence), expected, f"Choose one of them. {other}", because=because)
 
 
+def check_tokens_kept(kept: Format, *, chunks: bool) -> None:
+    """Raises ValueError where a cache holds what the loss of chunks does not read, or the loss of positions."""
+    if kept.of_teacher_tokens != chunks:
+        shown = repr("chunks" if chunks else "error")
+        expected = f"{'error' if chunks else 'chunks'!r} with a teacher cache of format {kept.name}"
+        fix = "Set it so, or build another cache in an empty folder."
+        fail("kd_cross_tokenizer", shown, expected, fix, because="it was built for it")
+
+
 class CachedTeacher:
     """A teacher whose outputs are read from disk: `DistillationTrainer(teacher_model=CachedTeacher(path), ...)`.
 

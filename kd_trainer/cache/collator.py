@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,8 +51,7 @@ class CachedCollator:
             shown = f"giving a row {rows.row_ids[wrong[0]]} that differs from the one the teacher read"
             raise CacheError(message("train_dataset", shown, "the rows of the teacher cache", fix, because=ROWS_DIFFER))
         kept = format_of(manifest)
-        width = manifest["hidden_size"] if kept.name == "hidden" else math.prod(manifest["shape"])
-        reason = check_columns(kept, rows.columns, width)
+        reason = check_columns(kept, rows.columns, kept.width(manifest["hidden_size"], manifest["shape"]))
         decoded = {} if reason else decode(kept, rows.columns)
         for name in ("ids", "top"):
             if name in decoded and decoded[name].numel() and int(decoded[name].max()) >= kept.classes:

@@ -7,13 +7,16 @@ Letters: N positions, V classes, H hidden size, k classes kept, n draws.
     topk       the k largest: ids, log-probabilities at the temperature of the building and the log of the mass of the
                rest, both in float16 (error |log p| / 2048)
     sampled    n ids drawn at that temperature, each of weight 1/n, the id on top, the exact entropy in float32
+    token_log_probs   of a teacher with another tokenizer: the log-probability of each token of its text, in float32:
+               4 bytes a teacher token
 
 Ids are uint16 up to 65,536 classes, uint32 above.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +24,11 @@ import torch
 from torch import Tensor
 
 from ..losses import Samples, TopK, draw_samples, top_k
-from ..teachers import TeacherOutput
+from ..teachers import TeacherOutput, TokenLogProbs
 from ..validation import check_choice, fail
 
 FORMATS = ("logits", "hidden", "topk", "sampled")
+TOKEN_LOG_PROBS = "token_log_probs"  # of kd_cross_tokenizer "chunks" alone: positions are the teacher's
 SPARSE = ("topk", "sampled")
 DEFAULT_K = {"topk": 64, "sampled": 50}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,9 +56,18 @@ class Format(NamedTuple):
     def id_dtype(self) -> torch.dtype:
         return torch.uint16 if self.classes <= 2**16 else torch.uint32
 
+    @property
+    def of_teacher_tokens(self) -> bool:
+        """Whether the positions are those of the teacher's text, which has other tokens than the student's."""
+        return self.name == TOKEN_LOG_PROBS
+
+    def width(self, hidden_size: int, shape: Sequence[int]) -> int:
+        """Numbers of a position that is kept whole; `shape`: of its logits."""
+        return 1 if self.of_teacher_tokens else hidden_size if self.name == "hidden" else math.prod(shape)
+
     def bytes_a_position(self, hidden_size: int = 0) -> int:
         """Bytes on disk of one position, without the 20 or so of each row."""
-        width = hidden_size if self.name == "hidden" else self.classes
+        width = self.width(hidden_size, [self.classes])
         return sum(column.nbytes for column in room_for(self, 1, torch.empty(0, width)).values())
 
 
@@ -98,7 +111,8 @@ def room_for(kept: Format, count: int, outputs: Tensor) -> dict[str, Tensor]:
 
 
 def encode(kept: Format, outputs: Tensor, uniform: Tensor, out: Mapping[str, Tensor]) -> None:
-    """Writes logits (or hidden states) [N, ...] into columns of `room_for`; `uniform` [N] in [0, 1) draws samples."""
+    """Writes logits (or what the format keeps whole) [N, ...] into columns of `room_for`; `uniform` [N] in [0, 1) draws
+    samples."""
     if kept.name not in SPARSE:
         out[kept.name].copy_(outputs.flatten(1))
         return
@@ -193,6 +207,8 @@ def output(kept: Format, columns: dict[str, Tensor], head: dict[str, Any]) -> Te
         values = columns[kept.name].view(DTYPES[kept.dtype])
         if kept.name == "logits":
             return TeacherOutput(logits=values)
+        if kept.of_teacher_tokens:
+            return TeacherOutput(sparse=TokenLogProbs(values.squeeze(-1)))
         return TeacherOutput(hidden=values.to(head["teacher_weight"].dtype), head=head)  # the cache may keep fewer bits
     if kept.name == "sampled":
         entropy = columns["entropy"].view(torch.float32).squeeze(-1)
@@ -230,6 +246,7 @@ def card(settings: dict[str, Any]) -> str:
             "`top`: the likeliest class",
             "`entropy`: of that distribution, in nats",
         ],
+        TOKEN_LOG_PROBS: ["`token_log_probs`: the log-probability of each token of its text but the first, float32"],
     }[kept.name]
     listed = "\n".join(f"- {line}" for line in columns)
     return f"""---

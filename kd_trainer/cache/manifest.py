@@ -19,7 +19,7 @@ from ..files import write_atomically
 from ..losses import POOLINGS
 from ..tasks import TASKS, Task
 from ..validation import message
-from .formats import DTYPES, FORMATS, SPARSE
+from .formats import DTYPES, FORMATS, SPARSE, TOKEN_LOG_PROBS
 from .signatures import KINDS
 
 LAYOUT = 4  # version of the folder and its shards
@@ -159,7 +159,7 @@ FIELDS: dict[str, Kind] = {
     "layout": _whole(0),
     "kd_trainer": _text(),
     "part": _text(),
-    "format": _one_of(*FORMATS),
+    "format": _one_of(*FORMATS, TOKEN_LOG_PROBS),
     "classes": _whole(1, _IDS),
     "k": _or_null(_whole(1, _IDS)),
     "temperature": _or_null(_number(above=0)),

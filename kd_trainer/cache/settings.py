@@ -24,8 +24,8 @@ from ..tasks import SMALL_VOCABULARY, TASKS, classes_have_names
 from ..teachers import class_names
 from ..validation import fail, message, warn
 from .build import SHARD_BYTES, Reader, check_packed_rows, columns_read, on_device
-from .cached_teacher import TEST, check_objective, open_part
-from .formats import DEFAULT_K, DTYPES, Format, check_format, format_of
+from .cached_teacher import TEST, check_objective, check_tokens_kept, open_part
+from .formats import DEFAULT_K, DTYPES, TOKEN_LOG_PROBS, Format, check_format, format_of
 from .identity import collation, compare, compare_teachers, tokenizer_identity
 from .manifest import LAYOUT, CacheError, settings_of_task
 from .signed_collator import (
@@ -42,6 +42,7 @@ from .teacher_reader import fail_without_linear_head
 
 logger = logging.getLogger(__name__)
 
+Compared = dict[str, tuple[str, str, Any, str]]  # see `identity.compare`
 _SAMPLE_ROWS = 32  # compared before a cache is built or read: evenly spread over the data
 
 
@@ -87,7 +88,9 @@ def settings_of(
     used, collator = data_and_collator(trainer, dataset)
     prepared = task.with_decoder_inputs(trainer.unwrapped_student(), trainer._prepare_inputs(dict(sample)))
     columns = columns_read(sample, reader.teacher.inputs(prepared))
-    collate = SignedCollator(collator, task, kd.kd_positions, columns)
+    chunks = _compares_chunks(kd)
+    positions = "attended" if chunks else kd.kd_positions
+    collate = SignedCollator(collator, task, positions, columns, of_teacher_tokens=chunks)
     signed = collate(sample_rows(used))
     if row_signatures(signed) != row_signatures(collate(sample_rows(used))):
         because = "the teacher output of one reading would be used for another"
@@ -105,9 +108,9 @@ def settings_of(
         **{"temperature": kept.temperature, "dtype": kept.dtype, **extra},
         **settings_of_task(task),
         **reader.task.teacher_settings(reader.teacher.model),
-        **{"positions": kd.kd_positions, "labels": labels_of(trainer, task)},
+        **{"positions": positions, "labels": labels_of(trainer, task)},
         "teacher": {**identity} | {"parameters": reader.teacher.identity()["parameters"]},
-        "tokenizer": tokenizer_identity(trainer.processing_class),
+        "tokenizer": None if chunks else tokenizer_identity(trainer.processing_class),
         "collation": collation(trainer.data_collator, trainer.processing_class),
         "dataset": {"rows": None if isinstance(used, IterableDataset) else len(used), "sample": row_signatures(signed)},
         "columns_read": columns,
@@ -132,11 +135,14 @@ def _format(
     if name == "auto":
         large = task.over_tokens and classes >= SMALL_VOCABULARY and product is not None
         name = "hidden" if large else "logits"
-    check_format(name, k, dtype, softmax=task.softmax, over_tokens=task.over_tokens, task=task.name)
+    if name != TOKEN_LOG_PROBS:
+        check_format(name, k, dtype, softmax=task.softmax, over_tokens=task.over_tokens, task=task.name)
     extra: dict[str, Any] = {
         "shape": given.shape, "vocabulary": classes, "common_ids": common_ids, "known_by": known["known_by"],
         "hidden_size": 0, "head_dtype": None, "head_scale": 1.0, "head_softcap": None,
     }  # fmt: skip
+    if name == TOKEN_LOG_PROBS:
+        return Format(name, classes), extra
     if name == "sampled":
         return Format(name, common_ids or classes, k or DEFAULT_K[name], float(kd.kd_temperature)), extra
     if name == "topk":
@@ -166,8 +172,10 @@ def _requested_format(trainer: Any) -> tuple[str, int | None, str | None]:
         return "topk", kd.teacher_server_top_k, kd.teacher_cache_dtype
     others = sorted(Path(str(kd.teacher_cache_dir)).glob(f"*/{MANIFEST}"))
     if kd.teacher_cache_format != "auto" or not others:
-        return kd.teacher_cache_format, kd.teacher_cache_k, kd.teacher_cache_dtype
+        form = TOKEN_LOG_PROBS if _compares_chunks(kd) else kd.teacher_cache_format
+        return form, kd.teacher_cache_k, kd.teacher_cache_dtype
     kept = open_part(others[0].parent, Path(str(kd.teacher_cache_dir))).manifest
+    check_tokens_kept(format_of(kept), chunks=_compares_chunks(kd))
     return kept["format"], kept["k"], None if kept["format"] == "sampled" else kept["dtype"]
 
 
@@ -201,7 +209,8 @@ def compare_settings(
         identity: of the teacher; None where there is no teacher to compare.
     """
     kd, data = trainer.kd_args, dataset_argument(part)
-    current: dict[str, tuple[str, str, Any, str]] = {}
+    current: Compared = {}
+    check_tokens_kept(format_of(kept), chunks=_compares_chunks(kd))
     if identity is not None:
         unknown = compare_teachers(folder, kept, identity)
         if unknown is not None:
@@ -214,14 +223,10 @@ def compare_settings(
     if kd.teacher_server_url is not None:
         k = min(kd.teacher_server_top_k, kept["classes"] - 1)
         current["k"] = ("teacher_server_top_k", "the value", k, "Set it so.")
-    if TASKS[kept["task"]].by_position:
-        current["positions"] = ("kd_positions", "the positions", kd.kd_positions, "Set it so.")
     if kept.get("pooling_of_run") and kd.kd_pooling is not None:
         current["pooling"] = ("kd_pooling", "the pooling", kd.kd_pooling, "Set it so.")
-    vocabulary = tokenizer_identity(trainer.processing_class)
-    current["tokenizer"] = ("processing_class", "a vocabulary of SHA-256", vocabulary, "Pass the same tokenizer.")
-    for name, value in collation(trainer.data_collator, trainer.processing_class).items():
-        current[f"collation.{name}"] = ("data_collator", name, value, "Collate in the same way.")
+    if not format_of(kept).of_teacher_tokens:  # else the student's tokens and positions have no part in it
+        current |= _of_student_tokens(trainer, kept)
     by_position = kept["row_ids"] == "position"  # rows with ids may be fewer now
     if by_position and not isinstance(dataset, IterableDataset):
         current["dataset.rows"] = (data, "a number of rows of", len(dataset), "Train on the same rows.")
@@ -231,6 +236,18 @@ def compare_settings(
     check_objective(format_of(kept), kd.kd_divergence, temperatures, kd.kd_standardize_logits)
     if by_position:
         _compare_rows(trainer, folder, kept, data, dataset)
+
+
+def _of_student_tokens(trainer: Any, kept: Mapping[str, Any]) -> Compared:
+    """What the outputs depend on where the teacher reads the student's tokens."""
+    current: Compared = {}
+    if TASKS[kept["task"]].by_position:
+        current["positions"] = ("kd_positions", "the positions", trainer.kd_args.kd_positions, "Set it so.")
+    vocabulary = tokenizer_identity(trainer.processing_class)
+    current["tokenizer"] = ("processing_class", "a vocabulary of SHA-256", vocabulary, "Pass the same tokenizer.")
+    for name, value in collation(trainer.data_collator, trainer.processing_class).items():
+        current[f"collation.{name}"] = ("data_collator", name, value, "Collate in the same way.")
+    return current
 
 
 def _compare_rows(trainer: Any, folder: Path, kept: dict[str, Any], data: str, dataset: Any) -> None:
@@ -245,6 +262,10 @@ def _compare_rows(trainer: Any, folder: Path, kept: dict[str, Any], data: str, d
         shown = f"one whose row {different[0]} differs from the one the teacher read"
         expected = f"the rows of the teacher cache {str(folder)!r}"
         raise CacheError(message(data, shown, expected, fix, because=because))
+
+
+def _compares_chunks(kd: Any) -> bool:
+    return kd.kd_cross_tokenizer == "chunks"
 
 
 def dataset_argument(part: str) -> str:

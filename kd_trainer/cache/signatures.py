@@ -145,6 +145,7 @@ def signatures(
     causal: bool = False,
     shifted: bool = False,
     apart: bool = False,
+    prefix: str = "",
     alone: Callable[[], Sequence[Mapping[str, Any]]] | None = None,
 ) -> np.ndarray:
     """[B] uint64: a hash of the columns that the teacher reads of each row, and of its kept positions.
@@ -157,11 +158,12 @@ def signatures(
         kinds: see `kinds_of`.
         shifted: whether a kept position is the one before its label.
         apart: whether the kept positions are those of a decoder and the other columns those of an encoder.
+        prefix: of the columns to whose tokens the kept positions belong.
         alone: returns the rows, each collated alone.
     """
     kept = mask.numpy()
     rows = len(kept)
-    places = _Places(batch, kept, causal=causal, shifted=shifted, apart=apart)
+    places = _Places(batch, kept, causal=causal, shifted=shifted, apart=apart, prefix=prefix)
     columns: list[tuple[bytes, Callable[[int], bytes]]] = []
     parts: list[dict[str, Any]] | None = None
     values = {**dict.fromkeys((name for name, kind in kinds.items() if kind == CONCATENATED)), **flat(batch, names)}
@@ -207,11 +209,12 @@ def signatures(
 class _Places:
     """Which entries of a column belong to tokens, not to padding."""
 
-    def __init__(self, batch: Mapping[str, Any], kept: np.ndarray, *, causal: bool, shifted: bool, apart: bool) -> None:
+    def __init__(self, batch: Mapping[str, Any], kept: np.ndarray, *, causal: bool, shifted: bool, apart: bool,
+                 prefix: str) -> None:  # fmt: skip
         self.kept, self.causal, self.apart = kept, causal, apart
         self.masks = {prefix: _tokens_of(batch.get(f"{prefix}attention_mask"), len(kept))
                       for prefix in ("", TEACHER_PREFIX, "decoder_")}  # fmt: skip
-        own = self.masks["decoder_" if apart else ""]
+        own = self.masks["decoder_" if apart else prefix]
         self.within = own if own is not None and own.shape == kept.shape else None
         last = kept.shape[1] - 1 - kept[:, ::-1].argmax(1)  # of a row without a kept position: all of it
         self.until = np.arange(kept.shape[1]) <= last[:, None] + shifted

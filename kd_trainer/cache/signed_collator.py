@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..tasks import ROW_ID, Task, begins_next
+from ..tasks import ROW_ID, TEACHER_PREFIX, Task, begins_next
+from ..teachers import predicts_teacher_token
 from ..validation import fail
+from .formats import format_of
 from .manifest import head_of
 from .signatures import kinds_of, refuse_column, signatures
 
@@ -83,6 +85,7 @@ class SignedCollator:
 
     Args:
         kinds: how the columns belong to the rows, see `kinds_of`; None finds it from the first batch.
+        of_teacher_tokens: whether the kept positions are those of the teacher's text: see `Format`.
     """
 
     def __init__(
@@ -92,14 +95,20 @@ class SignedCollator:
         positions: str,
         columns: Sequence[str],
         kinds: Mapping[str, str] | None = None,
+        *,
+        of_teacher_tokens: bool = False,
     ) -> None:
         self.collator, self.task, self.positions, self.columns, self.kinds = collator, task, positions, columns, kinds
+        self.of_teacher_tokens = of_teacher_tokens
 
     def __call__(self, features: Any) -> SignedBatch:
         taken = with_row_ids(features)
         batch = dict(self.collator(taken.features))
         rows = len(taken.row_ids)
-        mask = self.task.kept_positions(batch, self.positions, rows)
+        if self.of_teacher_tokens:
+            mask = predicts_teacher_token(batch)
+        else:
+            mask = self.task.kept_positions(batch, self.positions, rows)
         spans = packed_spans(batch, mask, rows)
 
         def alone() -> list[dict[str, Any]]:
@@ -107,7 +116,7 @@ class SignedCollator:
             return [] if any(one is None for one in each) else [dict(self.collator(one)) for one in each]
 
         options: dict[str, Any] = {"causal": self.task.left_to_right, "shifted": self.task.shifted}
-        options["apart"] = self.task.encoder_decoder
+        options |= {"apart": self.task.encoder_decoder, "prefix": TEACHER_PREFIX if self.of_teacher_tokens else ""}
         if spans is None:
             self.kinds = self.kinds or kinds_of(batch, (alone() if rows > 1 else None) or None, rows, self.columns)
             seen = signatures(batch, mask, self.columns, self.kinds, alone=alone, **options)
@@ -132,9 +141,8 @@ def _single(features: Any, row: int) -> Any:
 
 def signed_collator_of(manifest: Mapping[str, Any], collator: Callable[[Any], Any]) -> SignedCollator:
     """The collator with the settings of the building."""
-    return SignedCollator(
-        collator, head_of(manifest), manifest["positions"], manifest["columns_read"], manifest["kinds"]
-    )
+    settings = head_of(manifest), manifest["positions"], manifest["columns_read"], manifest["kinds"]
+    return SignedCollator(collator, *settings, of_teacher_tokens=format_of(manifest).of_teacher_tokens)
 
 
 def packed_spans(batch: Mapping[str, Any], mask: Tensor, count: int) -> list[slice] | None:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..losses import OutputProjection, cast_as_autocast, chunk_rows
+from ..losses import OutputProjection, cast_as_autocast, chunk_rows, label_log_probs, logits_log_probs
 from ..tasks import OutputHead, Task, UnsupportedHead, teacher_hidden, teacher_side, whole_weight
+from ..teachers import of_next
 from ..validation import fail
 from .formats import SPARSE, Format, encode, room_for
 from .signed_collator import SignedBatch
@@ -97,6 +98,18 @@ class TeacherReader:
                 product = projection.product(states.index_select(0, part).to(weight.dtype), 1.0, tile[: len(part)])
                 yield product if plain else projection.capped(product.float())
 
+    def token_log_probs(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        """[N]: of the token that each kept position predicts, as `kd_cross_tokenizer` "chunks" has it live."""
+        labels, states = of_next(self.teacher.inputs(inputs)["input_ids"], 0)[mask], self._states(inputs)
+        if states is None:
+            whole = self.teacher(inputs, self.accelerator, read=self.task.logits)
+            return logits_log_probs(whole[mask.to(whole.device)], labels.to(whole.device))
+        assert self.output_head is not None
+        with whole_weight(self.output_head) as whole:
+            projection = self._projection(whole, states.dtype)
+            hidden = states.index_select(0, _places_of(mask)).to(projection.weight.dtype)
+            return label_log_probs(hidden, projection, labels)
+
     def columns(self, kept: Format, inputs: Mapping[str, Any], mask: Tensor, uniform: Tensor) -> dict[str, Tensor]:
         """The columns of the format for a batch; `uniform` [N] in [0, 1) draws samples."""
         if kept.name == "hidden":
@@ -104,6 +117,8 @@ class TeacherReader:
             if hidden is None:
                 fail_without_linear_head(self)
             outputs = iter([hidden])
+        elif kept.of_teacher_tokens:
+            outputs = iter([self.token_log_probs(inputs, mask).unsqueeze(1)])
         else:
             outputs = self.logits(inputs, mask)
         columns: dict[str, Tensor] = {}

@@ -2,12 +2,12 @@
 
 from .adapter_off import AdapterOffTeacher, adapter_modules, adapter_parameters
 from .alignment import align_teacher_tokens
-from .columns import NO_CHUNK, TeacherCollator, add_teacher_inputs
+from .columns import NO_CHUNK, TeacherCollator, add_teacher_inputs, of_next, predicts_teacher_token
 from .compatibility import Classes, class_names, class_order, listed, match_classes, tokenizer_of
 from .errors import check_ids, check_padding, positions_of
 from .live import ADAPTER_OFF, LiveTeacher
 from .load import load_teacher
-from .outputs import COLUMN_PREFIX, Sparse, TeacherOutput
+from .outputs import COLUMN_PREFIX, Sparse, TeacherOutput, TokenLogProbs
 from .several import SeveralTeachers, cache_prefix, columns_of, labels_of, mixed_hidden, naming, routed
 from .sharding import HALVES, layer_classes, reshard
 from .shared_memory import check_separate, watch_shared_buffers
@@ -27,6 +27,7 @@ __all__ = [
     "Teacher",
     "TeacherCollator",
     "TeacherOutput",
+    "TokenLogProbs",
     "adapter_modules",
     "adapter_parameters",
     "add_teacher_inputs",
@@ -45,7 +46,9 @@ __all__ = [
     "match_classes",
     "mixed_hidden",
     "naming",
+    "of_next",
     "positions_of",
+    "predicts_teacher_token",
     "reshard",
     "routed",
     "student_from_teacher",

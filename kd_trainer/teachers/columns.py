@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..tasks import CHUNK_IDS, TEACHER_PREFIX
@@ -86,6 +87,18 @@ def check_dataset(dataset: Any, names: Sequence[str], argument: str) -> None:
         if missing:
             fix = "Add the teacher's inputs before the text is removed."
             fail(argument, repr(missing[0]), f"a column of {split} ({', '.join(there)})", fix)
+
+
+def predicts_teacher_token(batch: Mapping[str, Any]) -> Tensor:
+    """Boolean [B, T]: positions of the teacher's text that predict a real token, from a real one."""
+    real = batch.get(TEACHER_PREFIX + "attention_mask")
+    real = torch.ones_like(batch[TEACHER_PREFIX + "input_ids"]) if real is None else real
+    return F.pad((real[:, 1:] != 0) & (real[:, :-1] != 0), (0, 1))
+
+
+def of_next(values: Tensor, last: int) -> Tensor:
+    """[B, S]: at each position the value of the token that is predicted there, the next one."""
+    return F.pad(values[:, 1:], (0, 1), value=last)
 
 
 def _check_callable(argument: str, value: Any, expected: str) -> None:

@@ -1,14 +1,15 @@
 """The teacher's output for a batch, in one of the forms in which a cache keeps it.
 
 For: `cache/formats.py`, which writes and reads them, and `training/objective.py`, which makes losses of them.
-Letters: N positions, or [B, S] or [B] of a batch; V classes, H hidden size, k classes kept, n draws.
+Letters: N positions, or [B, S] or [B] of a batch; V classes, H hidden size, k classes kept, n draws; T tokens of the
+teacher's text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,12 @@ Sparse = TopK | Samples
 COLUMN_PREFIX = TEACHER_PREFIX + "cache_"  # of the columns that join cached outputs to a batch
 
 
+class TokenLogProbs(NamedTuple):
+    """Of the teacher's text, which has other tokens: the log-probability of each next token."""
+
+    values: Tensor  # [B, T]
+
+
 @dataclass(frozen=True)
 class TeacherOutput:
     """One of these, aligned with the student's logits; uncounted positions hold zeros.
@@ -28,13 +35,13 @@ class TeacherOutput:
         logits: [..., V].
         hidden: [..., H], final hidden states; `head` then has what makes logits of them, by the argument names of
             `fused_linear_distillation` (teacher_weight, teacher_bias, teacher_scale, teacher_softcap).
-        sparse: `TopK` or `Samples` of [..., k] or [..., n].
+        sparse: `TopK` or `Samples` of [..., k] or [..., n]; or `TokenLogProbs`, aligned with the teacher's text.
         mixed: of several teachers, whose heads make logits of hidden states [..., H] piece by piece.
     """
 
     logits: Tensor | None = None
     hidden: Tensor | None = None
-    sparse: Sparse | None = None
+    sparse: Sparse | TokenLogProbs | None = None
     head: Mapping[str, Any] = field(default_factory=dict)
     mixed: MixedLogits | None = None
 
@@ -51,7 +58,7 @@ class TeacherOutput:
 
     def reordered(self, order: Tensor) -> TeacherOutput:
         """The same with class order[i] in place i; not of hidden states."""
-        order = order.to((self.sparse.ids if self.sparse is not None else self.logits).device)  # type: ignore[union-attr]
+        order = order.to((self.sparse[0] if self.sparse is not None else self.logits).device)  # type: ignore[union-attr]
         place = order.argsort()  # of each class, where it goes
         sparse = self.sparse
         if isinstance(sparse, TopK):
@@ -63,7 +70,7 @@ class TeacherOutput:
     @property
     def positions(self) -> tuple[int, ...]:
         """The shape of the batch's positions, or of its rows."""
-        known = (None if self.sparse is None else self.sparse.ids, self.logits, self.hidden, self.mixed)
+        known = (None if self.sparse is None else self.sparse[0], self.logits, self.hidden, self.mixed)
         one = next((each for each in known if each is not None), None)
         return () if one is None else tuple(one.shape[:-1])
 

@@ -238,7 +238,8 @@ class DistillationArguments:
     teacher_cache_format: str = field(
         default="auto",
         metadata={
-            "help": "What is kept: logits, hidden, topk, sampled; auto: hidden for large vocabularies, or logits."
+            "help": "What is kept: logits, hidden, topk, sampled; auto: hidden for large vocabularies, or logits; "
+            "log-probabilities of the teacher's tokens with kd_cross_tokenizer chunks."
         },
     )
     teacher_cache_k: int | None = field(
@@ -316,12 +317,12 @@ class DistillationArguments:
                 fail("kd_chunk_temperature", self.kd_chunk_temperature, expected, "Set kd_cross_tokenizer to 'chunks'.")
             return
         unread = ["kd_temperature", "kd_temperature_end", "kd_divergence", "kd_beta", "kd_standardize_logits"]
-        unread, cached = [*unread, "kd_features", "kd_position_fraction"], ["teacher_cache_dir"]
+        unread += ["kd_features", "kd_position_fraction", "teacher_server_url"]
+        unread += ["teacher_cache_format", "teacher_cache_k", "teacher_cache_dtype"]
         for entry in dataclasses.fields(DistillationArguments):
             value = getattr(self, entry.name)
-            if entry.name in unread + cached and value != entry.default:
+            if entry.name in unread and value != entry.default:
                 because = "the tokens of the models differ, and chunks are compared by their likelihoods alone"
-                because = "a teacher cache holds no likelihoods of chunks" if entry.name in cached else because
                 expected = f"{entry.default!r} (the default) with kd_cross_tokenizer 'chunks'"
                 fail(entry.name, quoted(value), expected, "Leave it out.", because=because)
 

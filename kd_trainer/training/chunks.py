@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import (
@@ -31,7 +30,7 @@ from ..losses import (
     loss_of_log_probs,
 )
 from ..tasks import CHUNK_IDS, TEACHER_PREFIX, Task
-from ..teachers import NO_CHUNK, TeacherOutput
+from ..teachers import NO_CHUNK, TeacherOutput, TokenLogProbs, of_next, predicts_teacher_token
 from ..validation import fail
 from .arguments import CHUNKS
 from .objective import Counts, LossInputs, Objective, Parts
@@ -76,7 +75,8 @@ class ChunkObjective(Objective):
         task, inputs, counts, *_ = given
         targets = task.targets(inputs)
         task.check_shapes(student_logits, None, targets)
-        scored = self._scored(task, TeacherOutput(logits=teacher), inputs)
+        output = TeacherOutput(logits=teacher) if isinstance(teacher, Tensor) else TeacherOutput(sparse=teacher)
+        scored = self._scored(task, output, inputs)
         log_probs = logits_log_probs(student_logits.flatten(0, 1)[scored.places], scored.labels)
         chunks_sum, hard_sum = self._sums(scored, log_probs, slice(None))
         hard_count, soft_count = self._denominators(counts)
@@ -108,8 +108,8 @@ class ChunkObjective(Objective):
         return super().parts(loss, counts, labelled=labelled)._replace(agreement=None)
 
     def _scored(self, task: Task, teacher: TeacherOutput, inputs: Mapping[str, Any]) -> _Scored:
-        targets, chunks = task.targets(inputs), _of_next(inputs[CHUNK_IDS], NO_CHUNK)
-        mask, labels = task.soft_mask(inputs, targets, self.positions), _of_next(inputs["input_ids"], 0)
+        targets, chunks = task.targets(inputs), of_next(inputs[CHUNK_IDS], NO_CHUNK)
+        mask, labels = task.soft_mask(inputs, targets, self.positions), of_next(inputs["input_ids"], 0)
         scored = chunks >= 0 if mask is None else mask & (chunks >= 0)
         labelled = torch.zeros_like(scored) if targets is None else targets != IGNORE_INDEX
         if targets is not None:
@@ -136,24 +136,23 @@ class ChunkObjective(Objective):
     @staticmethod
     def _teacher_likelihoods(teacher: TeacherOutput, inputs: Mapping[str, Any]) -> Tensor:
         """[B, S]: log-likelihoods of the chunks by their numbers; one float for each token of the teacher before."""
+        slots = inputs[CHUNK_IDS].shape[1]
+        if isinstance(teacher.sparse, TokenLogProbs):  # of a cache
+            values = teacher.sparse.values
+            return chunk_sums(values, of_next(inputs[_TEACHER_CHUNKS].to(values.device), NO_CHUNK), slots)
         given = teacher.logits if teacher.hidden is None else teacher.hidden
         assert given is not None
         ids, chunks = (inputs[name].to(given.device) for name in (_TEACHER_IDS, _TEACHER_CHUNKS))
-        chunks = _of_next(chunks, NO_CHUNK)
+        chunks = of_next(chunks, NO_CHUNK)
         index = (chunks >= 0).flatten().nonzero().squeeze(1)
-        rows, labels = given.flatten(0, 1)[index], _of_next(ids, 0).flatten()[index]
+        rows, labels = given.flatten(0, 1)[index], of_next(ids, 0).flatten()[index]
         with torch.no_grad():
             if teacher.hidden is None:
                 log_probs = logits_log_probs(rows, labels)
             else:
                 log_probs = label_log_probs(rows, OutputProjection.from_arguments(teacher.head, "teacher"), labels)
             placed = log_probs.new_zeros(chunks.numel()).index_put((index,), log_probs).view(chunks.shape)
-            return chunk_sums(placed, chunks, inputs[CHUNK_IDS].shape[1])
-
-
-def _of_next(values: Tensor, last: int) -> Tensor:
-    """At each position the value of the token that is predicted there, the next one."""
-    return F.pad(values[:, 1:], (0, 1), value=last)
+            return chunk_sums(placed, chunks, slots)
 
 
 def _counted(task: Task, inputs: Mapping[str, Any], positions: str) -> Tensor:
@@ -161,16 +160,14 @@ def _counted(task: Task, inputs: Mapping[str, Any], positions: str) -> Tensor:
     _check_columns(inputs)
     ids, teacher_ids, slots = inputs[CHUNK_IDS], inputs[_TEACHER_CHUNKS], inputs[CHUNK_IDS].shape[1]
     mask = task.soft_mask(inputs, task.targets(inputs), positions)
-    real = inputs.get(TEACHER_PREFIX + "attention_mask")
-    teacher_mask = None if real is None else F.pad((real[:, 1:] != 0) & (real[:, :-1] != 0), (0, 1))
-    return _complete(ids, mask, slots) & _complete(teacher_ids, teacher_mask, slots)
+    return _complete(ids, mask, slots) & _complete(teacher_ids, predicts_teacher_token(inputs), slots)
 
 
 def _complete(ids: Tensor, mask: Tensor | None, slots: int) -> Tensor:
     """[B, slots] bool: whether each token of the chunk is predicted, at a position of the mask (None: all)."""
     predicted = torch.ones_like(ids) if mask is None else mask
     tokens = chunk_sums(torch.ones_like(ids, dtype=torch.float32), ids, slots)
-    return (tokens > 0) & (chunk_sums(predicted.float(), _of_next(ids, NO_CHUNK), slots) == tokens)
+    return (tokens > 0) & (chunk_sums(predicted.float(), of_next(ids, NO_CHUNK), slots) == tokens)
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..cache import head_of, tokenizer_identity
+from ..cache import check_tokens_kept, format_of, head_of, tokenizer_identity
 from ..losses import bad_rows
 from ..tasks import (
     TEACHER_ID,
@@ -144,14 +144,14 @@ def cache(first: FirstBatch) -> None:
     teacher, kd = first.teacher, first.kd
     if teacher is None or teacher.manifest is None:
         return
+    check_tokens_kept(format_of(teacher.manifest), chunks=first.chunks)
     if first.chunks:
-        because = "a cache holds no likelihoods of chunks"
-        fail("teacher_model", "a teacher cache", "a teacher that is run", "Give the teacher itself.", because=because)
+        check_chunks(first.known_task, first.batch, first.trainer.args.label_smoothing_factor)
     manifest, kept = teacher.manifest, head_of(teacher.manifest)
     if first.known_task is not None and not first.known_task.is_same_task(kept):
         fix = "Train a student of that task, or build a cache for this one."
         fail("teacher_cache", f"one for the task {kept.name!r}", f"{first.known_task.name!r}, the student's", fix)
-    if kept.by_position and kd.kd_positions != manifest["positions"]:
+    if kept.by_position and not first.chunks and kd.kd_positions != manifest["positions"]:
         expected = f"{manifest['positions']!r}, the positions that the teacher cache holds"
         fail("kd_positions", repr(kd.kd_positions), expected, f"Set it to {manifest['positions']}.")
     ends = (kd.kd_temperature, kd.kd_temperature_end)

@@ -259,7 +259,7 @@ class MicroBatch:
         hard = None if own_loss is None else own_loss(plan, outputs, inputs, counts)
         teacher = None if teacher is None else teacher.to(logits.device)
         student_logits, compared = _first(rows, logits, teacher)
-        target = None if compared is None else compared.sparse or compared.logits
+        target: Any = None if compared is None else compared.sparse or compared.logits
         given = LossInputs(plan.task, inputs, counts, plan.common_ids, hard, own_loss is not None)
         parts = self.objective(given, self.soft_loss, student_logits, target)
         seen = None if teacher is None else teacher.logits

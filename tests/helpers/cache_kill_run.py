@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import kd_trainer.cache.settings
-from tests.helpers import tiny
+from kd_trainer.cache import TOKEN_LOG_PROBS
+from tests.helpers import chunk_run, tiny
 
 ROWS = 260
 FORMATS = ("hidden", "topk", "sampled", "logits")
@@ -68,6 +69,8 @@ def main(out: str, kept: str, rank: int, port: int | None, kill_at: int | None, 
 def trainer(out: Path, kept: str, rows: int = ROWS, **kwargs: Any) -> Any:
     """A run whose cache, `out`/cache, has a shard for each batch of 8 rows."""
     kd_trainer.cache.settings.SHARD_BYTES = 1
+    if kept == TOKEN_LOG_PROBS:
+        return chunk_run.trainer(out, data=chunk_run.rows(rows), teacher_cache_dir=str(out / "cache"), **kwargs)
     k = 4 if kept in ("topk", "sampled") else None
     asked = {"teacher_cache_dir": str(out / "cache"), "teacher_cache_format": kept, "teacher_cache_k": k}
     data = tiny.rows("causal_lm", rows)

@@ -26,6 +26,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from torch.distributed import TCPStore
 
+from kd_trainer.cache import TOKEN_LOG_PROBS
 from tests.helpers import cache_kill_run
 from tests.helpers.cache_kill_run import DONE, FORMATS, PLACES
 from tests.helpers.script_process import SERVER
@@ -172,12 +173,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="buildings, each of which is killed")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--format", choices=FORMATS, help="one after the other where it is left out")
+    choices = [*FORMATS, TOKEN_LOG_PROBS]
+    parser.add_argument("--format", choices=choices, help="one after the other where it is left out")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # the killed leave semaphores to it, and it would say so
     draw, identical, kills = random.Random(options.seed), 0, 0
-    formats = [options.format] if options.format else list(FORMATS)
+    formats = [options.format] if options.format else choices
     with tempfile.TemporaryDirectory() as folder:
         unkilled = {}
         whole(Path(folder) / "imports", formats[0], 1)  # whose seconds say nothing of the building

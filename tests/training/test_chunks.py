@@ -300,7 +300,6 @@ REFUSED = [
     ({"kd_divergence": "jsd"}, "`kd_divergence` is 'jsd'; expected 'forward_kl' (the default)"),
     ({"kd_standardize_logits": True}, "`kd_standardize_logits` is True; expected False (the default)"),
     ({"kd_features": {"relation": 1}}, "`kd_features` is {'relation': 1}; expected None (the default)"),
-    ({"teacher_cache_dir": "cache"}, "`teacher_cache_dir` is 'cache'; expected None (the default)"),
 ]
 
 
