@@ -85,10 +85,13 @@ class OutputHead:
         """The cap of the logits, as far as is known; None without."""
         return self._ways[0][1]
 
-    def settle(self, known: Tensor, logits: Tensor) -> bool:
+    def settle(self, known: Tensor, logits: Tensor, *, training: bool) -> bool:
         """Compares the known logits that the head gave with what came out; True where `scale` and `softcap` were right.
 
         False: another known way fits, and is now set. Raises UnsupportedHead where none does.
+
+        Args:
+            training: the mode in which the forward ran.
         """
         if logits.shape == known.shape:
             room = _room(logits, known)
@@ -96,7 +99,7 @@ class OutputHead:
                 exact = way == (1.0, None)  # the known logits survive every cast
                 if _alike(logits, cap_and_scale(known.float(), *way), 0.0 if exact else room):
                     right, self._ways = way == self._ways[0], [way]
-                    self._verified.add(self.module.training)
+                    self._verified.add(training)
                     return right
         raise UnsupportedHead(f"{self.name} does something unknown to the product of its output head")
 
@@ -277,7 +280,8 @@ def _replaced(head: OutputHead, act: Callable[[dict[str, Any], Tensor, nn.Linear
             bias = None if module.bias is None else module.bias.to(few.dtype)
             if not _alike(product, F.linear(few, module.weight.to(few.dtype), bias), _room(product, few)):
                 kept["wrong"] = f"the output head of {head.name} is more than a product"
-            kept["known"] = _known(product)
+            # A teacher that is the student with its adapters off is in eval mode during its forward alone.
+            kept["known"], kept["training"] = _known(product), module.training
         return kept["known"] + nothing.to(product.dtype)
 
     module.forward = forward  # type: ignore[method-assign, assignment]
@@ -300,7 +304,9 @@ def _right(head: OutputHead, kept: Mapping[str, Any], outputs: Any) -> bool:
     """Whether `scale` and `softcap` were right all along; raises UnsupportedHead."""
     if "wrong" in kept or "hidden" not in kept:
         raise UnsupportedHead(kept.get("wrong", f"{head.name} does not call its output head"))
-    return head.verified or head.settle(kept["known"], logits_of(outputs, "model"))
+    if "known" not in kept:  # it was verified before
+        return True
+    return head.settle(kept["known"], logits_of(outputs, "model"), training=kept["training"])
 
 
 @contextmanager

@@ -143,6 +143,23 @@ def test_kinds_of_models(kind, tmp_path):
     assert ("lm_head.weight" in moved) == (kind in ("bias", "tied", "larger teacher", "not contiguous"))
 
 
+@pytest.mark.parametrize("evaluated_first", [False, True])
+def test_adapters_off_of_a_model_in_eval_mode(evaluated_first, tmp_path):
+    """A model from `from_pretrained` is in eval mode until the first step."""
+    found = []
+    for name in ("fused", "full"):
+        student, _ = with_lora(target_modules=["q_proj"])
+        trainer = DistillationTrainer(
+            model=student.eval(), teacher_model="adapter_off", data_collator=pad, train_dataset=rows("causal_lm"),
+            eval_dataset=rows("causal_lm", 11), args=arguments(tmp_path, kd_loss_implementation=name, max_steps=2),
+        )  # fmt: skip
+        if evaluated_first:
+            trainer.evaluate()
+        trainer.train()
+        found.append(tiny.logged(trainer, "loss"))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 EVALUATED = ("eval_loss", "eval_soft_loss", "eval_hard_loss", "eval_teacher_agreement", "eval_perplexity")
 
 
