@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 
 from .. import __version__
 from ..tasks import SMALL_VOCABULARY, TASKS, classes_have_names
-from ..teachers import class_names
+from ..teachers import class_names, routed
 from ..validation import fail, message, warn
 from .build import SHARD_BYTES, Reader, check_packed_rows, columns_read, on_device
 from .cached_teacher import TEST, check_objective, check_tokens_kept, open_part
@@ -48,9 +48,10 @@ _SAMPLE_ROWS = 32  # compared before a cache is built or read: evenly spread ove
 
 def data_and_collator(trainer: Any, dataset: Any) -> tuple[Any, Any]:
     """The dataset and the collator as in the training's dataloader."""
+    collator = routed(trainer.data_collator, trainer.teacher)
     if isinstance(dataset, datasets.Dataset):
-        return trainer._remove_unused_columns(dataset), trainer.data_collator
-    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator)
+        return trainer._remove_unused_columns(dataset), collator
+    return dataset, trainer._get_collator_with_removed_columns(collator)
 
 
 def labels_of(trainer: Any, task: Any) -> dict[str, str] | None:

@@ -47,7 +47,7 @@ from .fused_linear import (
     release_memory,
 )
 from .modules import DistillationLoss, SoftTargetLoss
-from .projection import MixedLogits, OutputProjection, cap_and_scale, cast_as_autocast
+from .projection import KnownMixture, MixedLogits, MixedPart, OutputProjection, cap_and_scale, cast_as_autocast
 from .reductions import (
     IGNORE_INDEX,
     bad_rows,
@@ -71,7 +71,9 @@ __all__ = [
     "DistillationLoss",
     "FusedLoss",
     "KLDivergenceLoss",
+    "KnownMixture",
     "MixedLogits",
+    "MixedPart",
     "OutputProjection",
     "Samples",
     "SoftTargetLoss",

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..validation import check_number, check_temperature, check_tensor, fail
 from .checks import check_class_ids, check_standardized
 from .divergences import DIVERGENCES, check_divergence
-from .projection import MixedLogits, OutputProjection, cast_as_autocast
+from .projection import AnyMixture, KnownMixture, MixedLogits, OutputProjection, cast_as_autocast
 from .reductions import IGNORE_INDEX, divide, select_positions
 from .sparse_targets import Samples, TopK, check_sparse
 from .tile_sparse import MOST_IDS
@@ -25,6 +25,7 @@ from .tile_types import Setting
 # the products lose speed: 7% at 128), unless the tile is then larger than the second number.
 _TILE_BYTES, _LARGEST_TILE_BYTES = 48 * 2**20, 160 * 2**20
 CHUNK_ROWS = 256
+_MIXTURES = (MixedLogits, KnownMixture)
 GROUP_BYTES = 256 * 2**20  # half precision: gradient rows kept for one product with the hidden states
 
 
@@ -54,7 +55,7 @@ class FusedInputs:
     factor: float
     label_smoothing: float
     common_ids: int | None
-    teacher_logits: Tensor | MixedLogits | None
+    teacher_logits: Tensor | AnyMixture | None
     teacher_top_k: tuple[Tensor, Tensor, Tensor] | None
     teacher_samples: tuple[Tensor, Tensor, Tensor] | None
     chunk_rows: int | None
@@ -87,7 +88,7 @@ class Job:
         capped = capped or self.label_smoothing > 0 or self.common_ids is not None
         capped = capped or (self.sparse is not None and self.sparse.ids.shape[1] > MOST_IDS)
         rows = self.teacher.bias if self.teacher is not None else self.teacher_rows
-        excluding = [self.student.bias, *(rows.biases if isinstance(rows, MixedLogits) else [rows])]
+        excluding = [self.student.bias, *(rows.may_exclude if isinstance(rows, _MIXTURES) else [rows])]
         known = [excludes(x) for x in excluding if x is not None]
         self.plain_rows = capped or any(known)
         if None in known and self.sparse is None:
@@ -96,6 +97,16 @@ class Job:
     def sparse_rows(self, rows: slice) -> TopK | Samples | None:
         """The rows of `sparse`."""
         return None if self.sparse is None else type(self.sparse)(*(x[rows] for x in self.sparse))
+
+    def dense_rows(self, rows: slice, student: Tensor) -> Any:
+        """The rows of `teacher_rows`; None with `sparse`.
+
+        Args:
+            student: the student's logits of these rows, which the tops of several teachers are compared with.
+        """
+        if not isinstance(self.teacher_rows, _MIXTURES):
+            return None if self.teacher_rows is None else self.teacher_rows[rows]
+        return self.teacher_rows.of_rows(rows, student[:, : self.common_ids], self.soft)
 
 
 def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
@@ -134,8 +145,8 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
     # The teacher output may be NaN where it is not counted: 0 * NaN.
     counted_alone = functools.partial(_zero_elsewhere, soft)
     teacher_rows: Any
-    if isinstance(g.teacher_logits, MixedLogits):
-        teacher_rows = g.teacher_logits.cast().each(cast(Any, select)).each(counted_alone)
+    if isinstance(g.teacher_logits, _MIXTURES):
+        teacher_rows = g.teacher_logits.cast().each(cast(Any, select)).with_states(counted_alone)
     else:
         teacher_rows = counted_alone(_detached(select(g.teacher_logits) if teacher_hidden is None else teacher_hidden))
     sparse = _sparse(g, counted, soft)
@@ -247,7 +258,7 @@ def _check_numbers(g: FusedInputs) -> None:
 
 def _check_types(g: FusedInputs) -> None:
     for name in ("labels", "soft_mask", "student_bias", "teacher_bias", "teacher_logits"):
-        if getattr(g, name) is not None and not isinstance(getattr(g, name), MixedLogits):
+        if getattr(g, name) is not None and not isinstance(getattr(g, name), _MIXTURES):
             check_tensor(name, getattr(g, name))
     for name in ("soft_count", "hard_count"):
         if getattr(g, name) is not None and not isinstance(getattr(g, name), Tensor):
@@ -309,7 +320,7 @@ def _check_shapes(g: FusedInputs) -> None:
             fail("standardize_logits", True, f"False with {given[0]}", fix, because=because)
     else:
         form = forms[given[0]]
-        for rows in [hidden for hidden, *_ in form.parts] if isinstance(form, MixedLogits) else [form]:
+        for rows in form.states if isinstance(form, _MIXTURES) else [form]:
             columns[given[0]] = rows[..., 0] if rows.dim() == 2 else rows
     for name, column in columns.items():
         if column is not None and tuple(column.shape) != (positions,):

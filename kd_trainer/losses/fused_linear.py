@@ -24,7 +24,7 @@ from torch import Tensor
 from .divergences import DIVERGENCES
 from .formulas import standardize
 from .fused_arguments import CHUNK_ROWS, FusedInputs, Job, group_rows, read
-from .projection import MixedLogits, OutputProjection
+from .projection import AnyMixture, OutputProjection
 from .reductions import IGNORE_INDEX, wrong_labels
 from .sparse_targets import TopK, bucket_divergence, sampled_forward_kl
 from .tile import compile_pays, tile_loss
@@ -64,7 +64,7 @@ def fused_linear_distillation(
     factor: float = 1.0,
     label_smoothing: float = 0.0,
     common_ids: int | None = None,
-    teacher_logits: Tensor | MixedLogits | None = None,
+    teacher_logits: Tensor | AnyMixture | None = None,
     teacher_top_k: tuple[Tensor, Tensor, Tensor] | None = None,
     teacher_samples: tuple[Tensor, Tensor, Tensor] | None = None,
     chunk_rows: int | None = None,
@@ -142,10 +142,8 @@ def fused_linear_distillation_plain(
         return _nothing(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         z_s = OutputProjection(weight, bias, job.student.scale, job.student.softcap).logits(hidden)
-        z_t: Any = job.teacher_rows
-        if isinstance(z_t, MixedLogits):
-            z_t = z_t[:]
-        z_t = z_t if job.teacher is None else job.teacher.logits(job.teacher_rows)
+        z_t = job.dense_rows(slice(None), z_s)
+        z_t = z_t if job.teacher is None else job.teacher.logits(z_t)
         soft, hard, same = _row_losses(job, z_s, z_t, slice(None))
     soft_sum, hard_sum = soft.sum() * job.setting.temperature**2, hard.sum()
     agreement = same.sum().to(hard_sum.dtype)
@@ -284,7 +282,7 @@ def _all_tiles(
         at_once = len(tiles) if lone else at_once
         for rows in _parts(group.start, group.stop, at_once):
             tile = tiles[rows.start - group.start : rows.stop - group.start]
-            teacher: Any = _teacher_part(job, rows, teacher_tile)
+            teacher: Any = _teacher_part(job, rows, teacher_tile, tile)
             if job.plain_rows:
                 losses = _plain_tile(job, tile, teacher, weights[rows], rows, gradient)
             else:
@@ -338,11 +336,11 @@ def _teacher_tile(job: Job, chunk: int, keep: bool) -> Tensor | None:
     return None
 
 
-def _teacher_part(job: Job, rows: slice, tile: Tensor | None) -> Any:
+def _teacher_part(job: Job, rows: slice, tile: Tensor | None, student: Tensor) -> Any:
     """The teacher's logits of a chunk, over T where the gradient has a formula; or its top-k or samples."""
     if job.teacher_rows is None:
         return job.sparse_rows(rows)
-    given, temperature = job.teacher_rows[rows], job.setting.temperature
+    given, temperature = job.dense_rows(rows, student), job.setting.temperature
     if job.teacher is not None:
         assert tile is not None
         factor = 1.0 if job.plain_rows else job.teacher.scale / temperature

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,56 +56,175 @@ class OutputProjection:
         return torch.addmm(out, hidden, self.weight.t(), beta=0, alpha=factor, out=out)
 
 
+class MixedPart(NamedTuple):
+    """A teacher of a mixture.
+
+    Args:
+        hidden: its final hidden states [..., H]; projection: what makes logits of them.
+        weight: w, a number, or one for each position [...]: 0 where the teacher has no part.
+        number: of the teacher among all.
+    """
+
+    hidden: Tensor
+    projection: OutputProjection
+    weight: float | Tensor
+    number: int = 0
+
+
 @dataclass(frozen=True)
 class MixedLogits:
     """T * log p of a mixture of teachers, p = sum of w * softmax(z / T): computed for the rows that are sliced.
 
     Args:
-        parts: of each teacher its final hidden states [..., H], its projection and its weight w.
+        parts: the teachers.
         temperature: T of the loss.
+        counts: see `count_same`.
     """
 
-    parts: tuple[tuple[Tensor, OutputProjection, float], ...]
+    parts: tuple[MixedPart, ...]
     temperature: float
+    counts: Tensor | None = None
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        """Of some rows of hidden states [N, H]: in memory are these [R, V] and those of one teacher."""
+    def of_rows(self, rows: slice, student: Tensor | None = None, soft: Tensor | None = None) -> Tensor:
+        """Of some rows of hidden states [N, H]: in memory are these [R, V] and those of one teacher.
+
+        Args:
+            student, soft: as in `count_same`.
+        """
         mixed: Any = None
-        for hidden, side, weight in self.parts:
-            part = torch.log_softmax(side.logits(hidden[rows]).div_(self.temperature), -1).add_(math.log(weight))
-            mixed = part if mixed is None else torch.logaddexp(mixed, part, out=mixed)
+        top = None if self.counts is None else top_classes(student, rows, soft)
+        for hidden, side, weight, number in self.parts:
+            places, states, weights = None, hidden[rows], weight
+            if isinstance(weights, Tensor):
+                weights = weights[rows]
+                found = weights.nonzero().squeeze(1)
+                if len(found) < len(weights):
+                    places, states, weights = found, states[found], weights[found]
+            part = side.logits(states)
+            if top is not None and self.counts is not None:
+                own = top if places is None else top[places]
+                count_same(self.counts[number : number + 1], own, part.argmax(-1, keepdim=True))
+            part = torch.log_softmax(part.div_(self.temperature), -1)
+            part += weights.log().unsqueeze(1) if isinstance(weights, Tensor) else math.log(weights)
+            if places is None:
+                mixed = part if mixed is None else torch.logaddexp(mixed, part, out=mixed)
+            elif mixed is None:
+                mixed = part.new_full((len(hidden[rows]), part.shape[1]), -math.inf)
+                mixed[places] = part
+            else:
+                mixed[places] = torch.logaddexp(mixed[places], part, out=part)
         return mixed.mul_(self.temperature)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> MixedLogits:
-        """The same with every tensor of hidden states changed."""
-        return replace(self, parts=tuple((change(hidden), side, weight) for hidden, side, weight in self.parts))
+        """The same with every tensor of positions changed."""
+        parts = (p._replace(weight=change(p.weight)) if isinstance(p.weight, Tensor) else p for p in self.parts)
+        return replace(self, parts=tuple(parts)).with_states(change)
+
+    def with_states(self, change: Callable[[Tensor], Tensor]) -> MixedLogits:
+        """The same with the hidden states alone changed."""
+        return replace(self, parts=tuple(part._replace(hidden=change(part.hidden)) for part in self.parts))
 
     def cast(self) -> MixedLogits:
         """The same, detached and as autocast would hand it to a matrix product."""
         parts = []
-        for hidden, side, weight in self.parts:
-            side = side.as_autocast()
+        for part in self.parts:
+            side = part.projection.as_autocast()
             bias = None if side.bias is None else side.bias.detach()
             projection = replace(side, weight=side.weight.detach(), bias=bias)
-            parts.append((cast_as_autocast(hidden).detach(), projection, weight))
+            parts.append(part._replace(hidden=cast_as_autocast(part.hidden).detach(), projection=projection))
         return replace(self, parts=tuple(parts))
 
     @property
+    def states(self) -> list[Tensor]:
+        return [part.hidden for part in self.parts]
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        hidden, side, _ = self.parts[0]
-        return (*hidden.shape[:-1], side.weight.shape[0])
+        return (*self.parts[0].hidden.shape[:-1], self.parts[0].projection.weight.shape[0])
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.parts[0][0].dtype, torch.float32)
+        return torch.promote_types(self.parts[0].hidden.dtype, torch.float32)
 
     @property
     def device(self) -> torch.device:
-        return self.parts[0][0].device
+        return self.parts[0].hidden.device
 
     @property
-    def biases(self) -> list[Tensor | None]:
-        return [side.bias for _, side, _ in self.parts]
+    def may_exclude(self) -> list[Tensor | None]:
+        """Tensors whose -inf excludes classes."""
+        return [part.projection.bias for part in self.parts]
+
+
+@dataclass(frozen=True)
+class KnownMixture:
+    """The logits of a mixture that is held, with the top class of each teacher; as `MixedLogits` in every other way.
+
+    Args:
+        logits: [..., V]; tops: [..., K], -1 where a teacher has no part.
+        counts: see `count_same`.
+    """
+
+    logits: Tensor
+    tops: Tensor
+    counts: Tensor
+
+    def of_rows(self, rows: slice, student: Tensor | None = None, soft: Tensor | None = None) -> Tensor:
+        if (top := top_classes(student, rows, soft)) is not None:
+            count_same(self.counts, top, self.tops[rows])
+        return self.logits[rows]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> KnownMixture:
+        return replace(self, logits=change(self.logits), tops=change(self.tops))
+
+    def with_states(self, change: Callable[[Tensor], Tensor]) -> KnownMixture:
+        return replace(self, logits=change(self.logits))
+
+    def cast(self) -> KnownMixture:
+        return replace(self, logits=self.logits.detach())
+
+    @property
+    def states(self) -> list[Tensor]:
+        return [self.logits]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.logits.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logits.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device
+
+    @property
+    def may_exclude(self) -> list[Tensor | None]:
+        return [self.logits]
+
+
+AnyMixture = MixedLogits | KnownMixture
+
+
+def top_classes(student: Tensor | None, rows: slice, soft: Tensor | None) -> Tensor | None:
+    """[R]: the student's top class in some rows, of their logits [R, V]; -1 where `soft` [N] (None: all) is False."""
+    if student is None:
+        return None
+    top = student.argmax(-1)
+    return top if soft is None else top.masked_fill(~soft[rows], -1)
+
+
+def count_same(counts: Tensor, student: Tensor, tops: Tensor) -> None:
+    """Adds up in how many positions each of K teachers has the student's top class, and in how many both have one.
+
+    Args:
+        counts: [K, 2].
+        student: [R]; tops: [R, K] of the teachers; -1: the position does not count.
+    """
+    known = (student.unsqueeze(1) >= 0) & (tops >= 0)
+    same = known & (tops == student.unsqueeze(1))
+    counts += torch.stack([same.sum(0), known.sum(0)], -1)
 
 
 def cast_as_autocast(tensor: Any) -> Any:

@@ -92,8 +92,8 @@ class SegmentationTask(Task):
         z_s, z_t = (select_positions(logits, chosen) for logits in (student, teacher))
         return (soft_loss.divergences(z_s, z_t, labels) * weights[chosen]).sum() * soft_loss.scale
 
-    def agreement_sum(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor | None:
-        return ((student.argmax(-1) == teacher.argmax(-1)) * covered(mask, student)).sum()
+    def same_sum(self, same: Tensor, mask: Tensor | None) -> Tensor:
+        return (same * covered(mask, same.unsqueeze(-1))).sum()
 
     def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Sum over labelled pixels of the cross-entropy at temperature 1, in nats."""

@@ -354,7 +354,11 @@ class Task:
 
     def agreement_sum(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor | None:
         """In how many rows or positions the models have the same top class, as `soft_loss_sum`; None: not defined."""
-        return self._of_rows((student.argmax(-1) == teacher.argmax(-1)).sum(), student)
+        return self.same_sum(student.argmax(-1) == teacher.argmax(-1), mask)
+
+    def same_sum(self, same: Tensor, mask: Tensor | None) -> Tensor:
+        """In how many rows or positions top classes of the `distributions` are the same, as `agreement_sum`."""
+        return self._of_rows(same.sum(), same.unsqueeze(-1))
 
     def _of_rows(self, total: Tensor, distributions: Tensor) -> Tensor:
         several = not self.token_level and distributions.dim() == 3

@@ -8,7 +8,7 @@ from .errors import check_ids, check_padding, positions_of
 from .live import ADAPTER_OFF, LiveTeacher
 from .load import load_teacher
 from .outputs import COLUMN_PREFIX, Sparse, TeacherOutput, TokenLogProbs
-from .several import SeveralTeachers, cache_prefix, columns_of, labels_of, mixed_hidden, naming, routed
+from .several import SeveralTeachers, cache_prefix, columns_of, keys_of, labels_of, mixed_hidden, naming, routed
 from .sharding import HALVES, layer_classes, reshard
 from .shared_memory import check_separate, watch_shared_buffers
 from .students import student_from_teacher
@@ -39,6 +39,7 @@ __all__ = [
     "class_names",
     "class_order",
     "columns_of",
+    "keys_of",
     "labels_of",
     "layer_classes",
     "listed",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses import MixedLogits, OutputProjection, Samples, TopK
+from ..losses import KnownMixture, MixedLogits, OutputProjection, Samples, TopK
 from ..tasks import TEACHER_PREFIX
 
 Sparse = TopK | Samples
@@ -37,6 +37,10 @@ class TeacherOutput:
             `fused_linear_distillation` (teacher_weight, teacher_bias, teacher_scale, teacher_softcap).
         sparse: `TopK` or `Samples` of [..., k] or [..., n]; or `TokenLogProbs`, aligned with the teacher's text.
         mixed: of several teachers, whose heads make logits of hidden states [..., H] piece by piece.
+        tops: of several teachers whose mixture is `logits`, in an evaluation: [..., K], the top class of each at every
+            distribution of the task; -1 in rows that are not its own.
+        counts: of several teachers in an evaluation [K, 2], in which the loss adds up at how many positions each has
+            the student's top class, and at how many it has one.
     """
 
     logits: Tensor | None = None
@@ -44,12 +48,15 @@ class TeacherOutput:
     sparse: Sparse | TokenLogProbs | None = None
     head: Mapping[str, Any] = field(default_factory=dict)
     mixed: MixedLogits | None = None
+    tops: Tensor | None = None
+    counts: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TeacherOutput:
         """The same with every tensor of positions changed."""
         sparse = None if self.sparse is None else type(self.sparse)(*map(change, self.sparse))
-        logits, hidden = (None if x is None else change(x) for x in (self.logits, self.hidden))
-        return TeacherOutput(logits, hidden, sparse, self.head, self.mixed and self.mixed.each(change))
+        logits, hidden, tops = (None if x is None else change(x) for x in (self.logits, self.hidden, self.tops))
+        mixed = None if self.mixed is None else self.mixed.each(change)
+        return TeacherOutput(logits, hidden, sparse, self.head, mixed, tops, self.counts)
 
     def to(self, device: torch.device) -> TeacherOutput:
         """The same on a device; itself where it is there."""
@@ -88,5 +95,7 @@ class TeacherOutput:
             return {"teacher_top_k": tuple(self.sparse)}
         if isinstance(self.sparse, Samples):
             return {"teacher_samples": tuple(self.sparse)}
-        logits = self.logits if self.mixed is None else self.mixed
+        logits: Any = self.logits if self.mixed is None else self.mixed
+        if self.logits is not None and self.tops is not None and self.counts is not None:
+            logits = KnownMixture(self.logits, self.tops, self.counts)
         return {"teacher_hidden": self.hidden, "teacher_logits": logits, **self.head}

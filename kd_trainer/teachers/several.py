@@ -11,23 +11,25 @@ Letters: B rows, N positions, V classes.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..losses import DIVERGENCES, MixedLogits, OutputProjection
+from ..losses import DIVERGENCES, MixedLogits, MixedPart, OutputProjection
 from ..tasks import TEACHER_ID, OutputHead, Task, UnsupportedHead, teacher_hidden, teacher_side, whole_weight
-from ..validation import Message, fail, nearest, quoted
+from ..validation import Message, fail, quoted
 from .compatibility import Classes, match_classes
+from .live import LiveTeacher
 from .outputs import COLUMN_PREFIX, TeacherOutput
+from .routes import RoutedCollator, Routes
 from .teacher import Teacher
 
 _AT_ONCE = 2**22  # numbers that are added to the mixture at once: the memory beside it and a teacher's logits
-_NAMED = 2**20  # a `teacher_id` of a batch from here on is a name's: _NAMED + the first teacher of the name
 
 
 class SeveralTeachers:
@@ -157,138 +159,121 @@ class SeveralTeachers:
         read: Callable[[Any, str], Tensor],
         task: Task | None = None,
         temperature: float = 1.0,
+        compared: bool = False,
     ) -> TeacherOutput | None:
-        """The logits of the mixture, for a loss of this temperature."""
+        """The logits of the mixture, for a loss of this temperature.
+
+        Args:
+            compared: whether the top classes of each teacher are needed too.
+        """
         assert task is not None
-        shares = self.routes.of_rows(batch)
-        mixture = Mixture(task, temperature, batch, self.classes)
-        for index, member in enumerate(self.members):
-            rows: list[int] | None = None
-            weights: float | list[float] = self.weights[index]
-            if shares is not None:
-                rows = [row for row, share in enumerate(shares) if index in share]
-                weights = [shares[row][index] for row in rows]
-                rows = None if len(rows) == len(shares) else rows
-            if self.weights[index] == 0 or (rows == [] and not _needs_every_process(member, accelerator)):
-                continue
-            with naming(index):
-                given, cut = columns_of(batch, index), False
-                if rows is not None and _can_be_cut(member, given, len(shares or ())):
-                    # Without rows of its own this process takes one, for the others that wait in the forward.
-                    given, cut = _rows_of(given, rows or [0], len(shares or ())), True
-                output = member.output(given, accelerator, student, read=read, task=task, temperature=temperature)
+        mixture = Mixture(task, temperature, batch, self.classes, len(self.members) if compared else 0)
+        for run in self._runs(batch, accelerator):
+            with naming(run.number):
+                given: dict[str, Any] = {"read": read, "task": task, "temperature": temperature}
+                output = run.member.output(run.batch, accelerator, student, **given)
                 if output is None:
                     return None
-                if rows == []:
+                if run.rows == []:
                     continue
-                order = self.class_orders[index]
+                order = self.class_orders[run.number]
                 logits: Any = (output if order is None else output.reordered(order)).as_logits(accelerator)
                 del output  # one teacher's logits at a time
-                mixture.add(logits if rows is None or cut else logits[rows], weights, rows)
+                mixture.add(run.own(logits), run.weights, run.rows, run.number)
                 del logits
-        return TeacherOutput(logits=mixture.logits())
+        counts = self._counts(accelerator) if mixture.tops is not None else None
+        return TeacherOutput(logits=mixture.logits(), tops=mixture.tops, counts=counts)
 
     @contextmanager
     def hidden(
-        self, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None, *, temperature: float
+        self,
+        batch: Mapping[str, Any],
+        accelerator: Any,
+        student: nn.Module | None,
+        *,
+        temperature: float,
+        compared: bool = False,
     ) -> Iterator[TeacherOutput | None]:
-        """Without logits, which the loss mixes piece by piece; None where `heads` or the rows do not allow it.
+        """Without logits, which the loss mixes piece by piece; None where `heads` do not allow it.
 
         The weights of the output heads are whole inside the context.
         """
-        if self.heads is None or batch.get(TEACHER_ID) is not None:
+        if self.heads is None:
             yield None
             return
         with ExitStack() as stack:
-            parts: list[Any] = []
-            for index, (member, weight, head) in enumerate(zip(self.members, self.weights, self.heads, strict=True)):
-                if head is None or member.live is None:
-                    continue  # it is never run
-                given = columns_of(batch, index)
-                with naming(index):
-                    hidden = teacher_hidden(partial(member.live.outputs, given, accelerator, student), head)
-                    hidden = member.live.behind_front(hidden, given)
-                if parts and hidden.shape[:-1] != parts[0][0].shape[:-1]:
-                    raise UnsupportedHead("the teachers give hidden states for different positions")
+            parts: list[MixedPart] = []
+            for run in self._runs(batch, accelerator):
+                head, live = cast(OutputHead, self.heads[run.number]), cast(LiveTeacher, run.member.live)
+                with naming(run.number):
+                    hidden = teacher_hidden(partial(live.outputs, run.batch, accelerator, student), head)
+                    hidden = live.behind_front(hidden, run.batch)
                 side = teacher_side(head, *stack.enter_context(whole_weight(head)), hidden)
+                if run.rows == []:
+                    continue
+                hidden, weights = run.placed(hidden)
+                if parts and hidden.shape[:-1] != parts[0].hidden.shape[:-1]:
+                    raise UnsupportedHead("the teachers give hidden states for different positions")
                 matrix, bias = (
                     None if x is None else x[: self.classes] for x in (side["teacher_weight"], side["teacher_bias"])
                 )
-                parts.append((hidden, OutputProjection(cast(Any, matrix), bias, head.scale, head.softcap), weight))
-            yield TeacherOutput(mixed=MixedLogits(tuple(parts), temperature))
+                projection = OutputProjection(cast(Any, matrix), bias, head.scale, head.softcap)
+                parts.append(MixedPart(hidden, projection, weights, run.number))
+            counts = self._counts(accelerator) if compared else None
+            yield TeacherOutput(mixed=MixedLogits(tuple(parts), temperature, counts), counts=counts)
+
+    def _counts(self, accelerator: Any) -> Tensor:
+        return torch.zeros(len(self.members), 2, device=accelerator.device)
+
+    def _runs(self, batch: Mapping[str, Any], accelerator: Any) -> Iterator[_Run]:
+        """What each teacher is run on, in order; those that have no row here are left out where no process waits."""
+        shares = self.routes.of_rows(batch)
+        for index, (member, weight) in enumerate(zip(self.members, self.weights, strict=True)):
+            if weight == 0:
+                continue
+            given = columns_of(batch, index)
+            if shares is None:
+                yield _Run(index, member, given, weight)
+                continue
+            rows = [row for row, share in enumerate(shares) if index in share]
+            if rows == [] and not _needs_every_process(member, accelerator):
+                continue
+            run = _Run(index, member, given, weight, len(shares))
+            if len(rows) < len(shares):
+                cut = _can_be_cut(member, given, len(shares))
+                # Without rows of its own this process takes one, for the others that wait in the forward.
+                given = _rows_of(given, rows or [0], len(shares)) if cut else given
+                run = run._replace(batch=given, rows=rows, cut=cut)
+            yield run._replace(weights=[shares[row][index] for row in rows])
 
 
-class Routes:
-    """Which teachers a row has, by its `teacher_id`.
+class _Run(NamedTuple):
+    """A teacher with what it is run on."""
 
-    Args:
-        weights: of each teacher; names: of each, or empty.
-    """
+    number: int  # of the teacher
+    member: Teacher
+    batch: Mapping[str, Any]
+    weights: float | list[float]  # of it in its rows
+    total: int = 0  # of the rows of the whole batch, where they are routed
+    rows: list[int] | None = None  # its own; None: all
+    cut: bool = False  # whether it is run on these alone
 
-    def __init__(self, weights: Sequence[float], names: Sequence[str]) -> None:
-        self.weights, self.names = weights, names
+    def own(self, outputs: Tensor) -> Tensor:
+        """Of its outputs those of its rows."""
+        return outputs if self.rows is None or self.cut else outputs[self.rows]
 
-    def of_rows(self, batch: Mapping[str, Any]) -> list[dict[int, float]] | None:
-        """Of each row, the weights of its teachers; None where no column routes the rows."""
-        ids = batch.get(TEACHER_ID)
-        if ids is None:
-            return None
-        values = ids.reshape(-1).tolist() if isinstance(ids, Tensor) else list(ids)
-        return [self.of_row(self._decoded(each), row) for row, each in enumerate(values)]
-
-    def of_row(self, given: Any, row: int) -> dict[int, float]:
-        """The teachers of a row and their weights, which add up to 1.
-
-        Args:
-            given: a name, or the number of a teacher.
-
-        Raises:
-            ValueError: there is no such teacher, or its weight is 0.
-        """
-        chosen = []
-        if isinstance(given, str):
-            chosen = [i for i, name in enumerate(self.names) if name == given]
-        elif isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(self.weights):
-            chosen = [given]
-        total = math.fsum(self.weights[i] for i in chosen)
-        if not total > 0:
-            shown, fix = f"{quoted(given)} in row {row} of the batch", "Correct the column, or teacher_weights."
-            if chosen:
-                fail(TEACHER_ID, shown, "a teacher with a weight above 0", fix)
-            names = "".join(f", {name!r}" for name in dict.fromkeys(self.names))
-            fix = (nearest(given, self.names) if isinstance(given, str) else "") or "Correct the column."
-            fail(TEACHER_ID, shown, f"one of 0 to {len(self.weights) - 1}{names}, the teachers", fix)
-        return {i: self.weights[i] / total for i in chosen if self.weights[i] > 0}
-
-    def code(self, given: Any, row: int) -> int:
-        """A `teacher_id` of a row as the number that stands in a batch."""
-        given = given.item() if hasattr(given, "item") else given
-        self.of_row(given, row)
-        return _NAMED + self.names.index(given) if isinstance(given, str) else given
-
-    def _decoded(self, given: Any) -> Any:
-        named = given - _NAMED if isinstance(given, int) else -1
-        return self.names[named] if 0 <= named < len(self.names) else given
-
-
-class RoutedCollator:
-    """Runs the script's collator without the column `teacher_id`, and adds the column to the batch as numbers.
-
-    Raises:
-        ValueError: there is no such teacher; the message has the row.
-    """
-
-    def __init__(self, collator: Callable[[Any], Any], routes: Routes) -> None:
-        self.collator, self.routes = collator, routes
-
-    def __call__(self, features: Any) -> Any:
-        rows = features if isinstance(features, list) else []
-        if not rows or not all(isinstance(row, Mapping) and TEACHER_ID in row for row in rows):
-            return self.collator(features)
-        ids = [self.routes.code(row[TEACHER_ID], number) for number, row in enumerate(rows)]
-        batch = self.collator([{k: v for k, v in row.items() if k != TEACHER_ID} for row in rows])
-        batch[TEACHER_ID] = torch.tensor(ids)
-        return batch
+    def placed(self, hidden: Tensor) -> tuple[Tensor, float | Tensor]:
+        """Hidden states for all rows of the batch, and the weight of the teacher at each position."""
+        if not isinstance(self.weights, list):
+            return hidden, self.weights
+        places: Any = slice(None) if self.rows is None else self.rows
+        if self.cut:
+            whole = hidden.new_zeros(self.total, *hidden.shape[1:])
+            whole[places], hidden = hidden, whole
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        weights = torch.zeros(self.total, dtype=wide, device=hidden.device)
+        weights[places] = torch.tensor(self.weights, dtype=wide, device=hidden.device)
+        return hidden, weights.view(-1, *[1] * (hidden.dim() - 2)).expand(hidden.shape[:-1])
 
 
 def routed(collator: Callable[[Any], Any], teacher: Teacher | None) -> Callable[[Any], Any]:
@@ -302,12 +287,22 @@ def labels_of(teacher: Teacher | None) -> list[str]:
 
 
 def mixed_hidden(
-    teacher: Teacher, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None, temperature: float
+    teacher: Teacher, batch: Mapping[str, Any], accelerator: Any, student: nn.Module | None, **options: Any
 ) -> AbstractContextManager[TeacherOutput | None]:
     """`SeveralTeachers.hidden`; None of another teacher."""
     if not isinstance(teacher, SeveralTeachers):
         return nullcontext()
-    return teacher.hidden(batch, accelerator, student, temperature=temperature)
+    return teacher.hidden(batch, accelerator, student, **options)
+
+
+def keys_of(teacher: Teacher | None) -> list[str]:
+    """Of each of several teachers, what stands at the end of its logged names: its name in `teacher_names`, or its
+    number; names that are not distinct have the number behind them. [] of a single one."""
+    if not isinstance(teacher, SeveralTeachers):
+        return []
+    numbers = [str(index) for index in range(len(teacher.members))]
+    names = [re.sub(r"[^A-Za-z0-9_.-]", "_", name) for name in teacher.names] or numbers
+    return names if len(set(names)) == len(names) else [f"{a}_{b}" for a, b in zip(names, numbers, strict=True)]
 
 
 class Mixture:
@@ -318,21 +313,31 @@ class Mixture:
         temperature: of the loss.
         batch: of all rows.
         classes: the first classes of each teacher that are mixed; None: all.
+        compared: how many teachers have their `tops` kept.
+
+    Attributes:
+        tops: see `TeacherOutput`; None where none are kept, or numbers are mixed.
     """
 
-    def __init__(self, task: Task, temperature: float, batch: Mapping[str, Any], classes: int | None) -> None:
+    def __init__(
+        self, task: Task, temperature: float, batch: Mapping[str, Any], classes: int | None, compared: int = 0
+    ) -> None:
         self._task, self._temperature, self._batch, self._classes = task, temperature, batch, classes
+        self._compared, self.tops = compared, cast("Tensor | None", None)
         self._sum: Tensor | None = None  # log-probabilities [N, V], or the mean of numbers
         self._shape: tuple[int, ...] = ()
 
     @torch.no_grad()
-    def add(self, logits: Tensor, weights: float | Sequence[float], rows: Sequence[int] | None = None) -> None:
+    def add(
+        self, logits: Tensor, weights: float | Sequence[float], rows: Sequence[int] | None = None, index: int = 0
+    ) -> None:
         """Adds a teacher.
 
         Args:
             logits: of the rows.
             weights: of the teacher in each of the rows, or in all.
             rows: of the batch; None: all.
+            index: of the teacher.
         """
         count = len(logits) if rows is None else len(self._batch[TEACHER_ID])
         probable = self._task.mixed_as == "probabilities"
@@ -353,6 +358,12 @@ class Mixture:
             shown, fix = f"giving logits of shape {tuple(logits.shape)}", "Take teachers with the same classes."
             because = "class i of one must mean class i of the other"
             fail("teacher_model", shown, f"{self._shape} as the teachers before it", fix, because=because)
+        if self._compared and probable:
+            if self.tops is None:
+                self.tops = torch.full((*shape[:-1], self._compared), -1, device=logits.device)
+            self.tops[slice(None) if rows is None else list(rows), ..., index] = (
+                flat.argmax(-1).view(len(logits), *shape[1:-1]).to(self.tops.device)
+            )
         held = self._sum
         share = torch.as_tensor(weights, dtype=held.dtype, device=held.device).expand(len(logits))
         share = share.repeat_interleave(positions).unsqueeze(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..losses import bad_rows, divide, is_bad, similarity_correlation
 from ..tasks import Fault, Task
+from ..teachers import keys_of
 from ..validation import fail
 from .objective import Counts, Objective, Parts
 from .setup import Plan
@@ -92,7 +93,8 @@ class Evaluation:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Of each batch: the sum of each term, what it is over, then agreements, what they are over, labels and rows.
+        # Of each batch: the sum of each term, what it is over, then agreements, what they are over, labels and rows;
+        # of each of several teachers its agreements and what they are over.
         self.sums = MetricsBuffer(device)
         # Tasks by position: the parts of every batch and whether they exist, repeated and gathered as upstream's loss.
         self.rows: list[Tensor] = []
@@ -131,7 +133,9 @@ class Evaluation:
         *means, agreement, labels = row
         sums = map(_times, means, objective.denominators(counts))
         over = objective.denominators(counts._replace(by_num_items=False))  # counted here, of each row once
-        self.sums.add((*sums, *over, _times(agreement, counts.soft), counts.soft, labels, counts.rows))
+        keys = keys_of(plan.teacher)
+        each = [None] * (2 * len(keys)) if parts.of_each is None else parts.of_each.flatten().unbind()
+        self.sums.add((*sums, *over, _times(agreement, counts.soft), counts.soft, labels, counts.rows, *each))
         if plan.task.by_position or plan.own_loss:
             self.rows.append(gather(with_existence_of(row, parts.total.device).repeat(repeats, 1)))
 
@@ -147,7 +151,7 @@ class Evaluation:
         totals, exists = accelerator.reduce(with_existence(local, self.sums.exists), reduction="sum").tolist()
         terms = objective.terms
         n = len(terms)
-        sums, over, (same, compared, labelled, rows) = totals[:n], totals[n : 2 * n], totals[2 * n :]
+        sums, over, (same, compared, labelled, rows, *each) = totals[:n], totals[n : 2 * n], totals[2 * n :]
         task, own_loss = plan.task, plan.own_loss
         by_row = not task.by_position and not own_loss
         if by_row:
@@ -156,6 +160,9 @@ class Evaluation:
         else:
             weighed = torch.cat(self.rows).mean(0).tolist()
             logged = named(task, objective, weighed[: n + 2], weighed[n + 2 :], prefix)
+        for key, found, counted in zip(keys_of(plan.teacher), each[::2], each[1::2], strict=True):
+            if counted > 0:
+                logged[f"{prefix}{task.agreement_name}_{key}"] = found / counted
         if own_loss:
             return logged
         # Of several processes upstream's loss is no mean over each row once.

@@ -90,11 +90,12 @@ class Parts(NamedTuple):
     soft: Tensor | float | None
     agreement: Tensor | float | None
     added: Sequence[Tensor | float | None] = ()  # of each term that `Objective.added` lists; () where none exists
+    of_each: Tensor | None = None  # `TeacherOutput.counts`
 
     def zeroed(self) -> Parts:
         """The same parts of no rows at all."""
         hard, soft, agreement, *added = (None if x is None else 0.0 for x in (*self[1:4], *self.added))
-        return Parts(self.total, hard, soft, agreement, added)
+        return Parts(self.total, hard, soft, agreement, added, None if self.of_each is None else self.of_each * 0)
 
 
 class LossInputs(NamedTuple):
@@ -217,14 +218,7 @@ class Objective:
         task, inputs, counts, common_ids, own_hard, takes_own = given
         targets = task.targets(inputs)
         task.check_shapes(student_logits, teacher if isinstance(teacher, Tensor) else None, targets, common_ids)
-        mask = task.soft_mask(inputs, targets, self.positions)
-        if self.position_fraction < 1 and teacher is not None:
-            flat = student_logits.detach().flatten(0, 1)
-            if mask is None:
-                mask = torch.ones(student_logits.shape[:2], dtype=torch.bool, device=flat.device)
-            size = chunk_rows(flat.shape[-1], 4, on_cpu=flat.device.type == "cpu")
-            entropy = position_entropies(mask, lambda rows: flat[rows], size, classes=common_ids)
-            mask = self._of_highest(entropy, task, inputs, mask)
+        mask = self._soft_mask(given, student_logits, selects=teacher is not None)
         chosen, logits, labels = student_logits, student_logits, targets
         if task.token_level:
             within_labels = self.positions == "labels" and task.generated(inputs) is None
@@ -260,6 +254,31 @@ class Objective:
             soft = divide(soft_sum, soft_count) * counts.scale
             agreement = None if same is None else divide(same, counts.soft) * counts.scale
         return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
+
+    def _soft_mask(self, given: LossInputs, student_logits: Tensor, *, selects: bool) -> Tensor | None:
+        """The positions of the soft loss; `selects`: by their entropy, where a fraction of them counts."""
+        task, inputs = given.task, given.inputs
+        mask = task.soft_mask(inputs, task.targets(inputs), self.positions)
+        if self.position_fraction == 1 or not selects:
+            return mask
+        flat = student_logits.detach().flatten(0, 1)
+        if mask is None:
+            mask = torch.ones(student_logits.shape[:2], dtype=torch.bool, device=flat.device)
+        size = chunk_rows(flat.shape[-1], 4, on_cpu=flat.device.type == "cpu")
+        entropy = position_entropies(mask, lambda rows: flat[rows], size, classes=given.common_ids)
+        return self._of_highest(entropy, task, inputs, mask)
+
+    def count_same(self, given: LossInputs, student_logits: Tensor, teacher: TeacherOutput) -> None:
+        """Adds the top classes of several teachers to their `counts`."""
+        task, tops, counts = given.task, teacher.tops, teacher.counts
+        assert tops is not None
+        assert counts is not None
+        mask = self._soft_mask(given, student_logits, selects=True)
+        student = task.distributions(student_logits, given.inputs)[..., : given.common_ids].argmax(-1)
+        if task.token_level and mask is not None:
+            tops = tops.masked_fill(~mask.unsqueeze(-1), -1)
+        for row, top in zip(counts, tops.unbind(-1), strict=True):
+            row += torch.stack([task.same_sum(same, mask) for same in (top == student, top >= 0)])
 
     def _counted(
         self,

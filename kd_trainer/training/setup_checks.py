@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..cache import check_tokens_kept, format_of, head_of, tokenizer_identity
 from ..losses import bad_rows
 from ..tasks import (
-    TEACHER_ID,
     TEACHER_PREFIX,
     AmbiguousOutputs,
     Task,
@@ -304,7 +303,7 @@ def _outputs_of_each(first: FirstBatch) -> None:
     heads = [None if one.heads is None else one.heads[1] for one in first.each]
     run = [head is not None for head, weight in zip(heads, teacher.weights, strict=True) if weight > 0]
     teacher.heads = heads if all(run) else None
-    if teacher.heads is None or TEACHER_ID in first.batch:
+    if teacher.heads is None:
         first.path = "no logits of the student are held; of the teachers one mixture and one teacher's logits at a time"
 
 

@@ -125,7 +125,8 @@ class TeacherOutputs:
             head: of a live teacher, whose weight is whole inside the context; None for a cache.
         """
         if head is None:
-            with mixed_hidden(teacher, batch.inputs, accelerator, batch.model, batch.objective.temperature) as mixed:
+            options = {"temperature": batch.objective.temperature, "compared": not batch.training}
+            with mixed_hidden(teacher, batch.inputs, accelerator, batch.model, **options) as mixed:
                 yield self._output(teacher, batch, accelerator) if mixed is None else mixed
             return
         forward = partial(teacher.outputs, batch.inputs, accelerator, batch.model)
@@ -162,7 +163,7 @@ class TeacherOutputs:
 
 def _run(teacher: Teacher, batch: MicroBatch, accelerator: Any) -> TeacherOutput | None:
     task = batch.plan.task
-    mixing: dict[str, Any] = {"task": task, "temperature": batch.objective.temperature}
+    mixing: dict[str, Any] = {"task": task, "temperature": batch.objective.temperature, "compared": not batch.training}
     forward = partial(teacher.output, batch.inputs, accelerator, batch.model, read=task.logits, **mixing)
     return forward() if teacher.model is None else batch.capture("teacher", teacher.model, forward)
 
@@ -248,6 +249,7 @@ class MicroBatch:
         _, inputs, counts = self._first_rows()
         losses = [term.loss(self, outputs, teacher) for term in self.objective.added]
         parts = self.objective.with_added(losses, self.plan.student, parts, inputs, counts)
+        parts = parts if teacher is None else parts._replace(of_each=teacher.counts)
         if self.own is not None and self.own.rows == 0:  # the processes have to gather as many numbers
             return parts.zeroed(), self.own.counts, outputs
         return parts, counts, outputs
@@ -262,6 +264,8 @@ class MicroBatch:
         target: Any = None if compared is None else compared.sparse or compared.logits
         given = LossInputs(plan.task, inputs, counts, plan.common_ids, hard, own_loss is not None)
         parts = self.objective(given, self.soft_loss, student_logits, target)
+        if compared is not None and compared.tops is not None:
+            self.objective.count_same(given, student_logits, compared)
         seen = None if teacher is None else teacher.logits
         return BatchLoss(*self._finished(parts, outputs, teacher), logits, seen, logits.shape[-1])
 

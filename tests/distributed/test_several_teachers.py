@@ -36,16 +36,19 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize(("backend", "case"), RUNS)
 def test_two_processes_give_what_one_gives(backend, case, results, tmp_path):
     folder = results(backend) / backend / case
-    alone = several_run.build("mixture" if case == "fused" else case, tmp_path)
+    alone = several_run.build({"fused": "mixture", "fused_without": "one_without"}.get(case, case), tmp_path)
     alone.train()
     alone.save_model(str(tmp_path / "saved"))
     name = "adapter_model.safetensors" if case == "base_without" else "model.safetensors"
     expected, saved = (load_file(path / "saved" / name) for path in (tmp_path, folder))
     for key, value in expected.items():
         torch.testing.assert_close(saved[key], value, rtol=0, atol=1e-5)
+    agreements = several_run.agreements(alone)
     for i in range(2):
         found = json.loads((folder / f"process_{i}.json").read_text())
         assert found["world_size"] == 2
         assert found["sharded"] == [backend != "ddp"] * 2
         for key in tiny.LOGGED:
             assert found["logs"][key] == pytest.approx(tiny.logged(alone, key), rel=1e-5, abs=1e-5), key
+        if backend == "ddp":
+            assert found["agreement"] == pytest.approx(agreements, abs=1e-6)

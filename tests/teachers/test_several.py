@@ -24,10 +24,11 @@ from kd_trainer import (
     forward_kl,
     fused_linear_distillation,
 )
-from kd_trainer.losses import MixedLogits, OutputProjection, fused_linear
+from kd_trainer.losses import MixedLogits, MixedPart, OutputProjection, fused_linear
 from kd_trainer.tasks import TASKS
 from kd_trainer.tasks import output_head as output_head
-from kd_trainer.teachers.several import Mixture, Routes
+from kd_trainer.teachers.routes import Routes
+from kd_trainer.teachers.several import Mixture
 from tests.helpers import tiny
 
 LM = {"kd_reduction": "tokenmean", "kd_temperature": 2.0}
@@ -190,6 +191,60 @@ def test_evaluation_reports_the_divergence_to_the_mixture():
         p = sum(teacher(**batch).logits.softmax(-1) for teacher in teachers) / 2
     assert got["eval_soft_loss"] == pytest.approx(float((p * (p.log() - q)).sum(-1).mean()), rel=1e-5)
     assert got["eval_teacher_agreement"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+
+
+NAMES = ["a b", "a b", "c"]
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("way", ["full", "fused", "held"])
+def test_the_agreement_with_each_teacher(way, routed, request, tmp_path):
+    """By hand over the counted tokens of a teacher's rows, in batches of 8 and of 3; full, tile by tile, and where the
+    fused loss holds the mixture, as with a cache among the teachers."""
+    student, data = tiny.models("causal_lm")[0], tiny.rows("causal_lm", 21, seed=2)
+    teachers = [copy.deepcopy(student) for _ in range(3)]
+    for seed, teacher in enumerate(teachers):
+        torch.manual_seed(seed)
+        teacher.lm_head.weight.data += 0.4 * torch.randn_like(teacher.lm_head.weight)
+    settings, given = {"kd_loss_implementation": "full" if way == "full" else "fused"}, teachers
+    if way != "full":
+        request.getfixturevalue("all_fused")
+    if way == "held":
+        cache = {"teacher_cache_dir": str(tmp_path), "teacher_cache_format": "hidden"}
+        given = [teachers[0], run("causal_lm", teachers[1], **cache).build_teacher_cache(data), teachers[2]]
+    ids = [["a b", 2, 0][i % 3] if routed else None for i in range(21)]
+    batch = tiny.pad(data)
+    mask = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:] != -100
+    with torch.no_grad():
+        top, *tops = (
+            model.eval()(batch["input_ids"], batch["attention_mask"]).logits.argmax(-1)
+            for model in (student, *teachers)
+        )
+    expected = {}
+    for k, key in enumerate(["a_b_0", "a_b_1", "c_2"]):
+        rows = torch.tensor([not routed or each == k or (each == "a b" and k < 2) for each in ids])
+        counted = mask & rows.unsqueeze(1)
+        expected[key] = float((tops[k] == top)[counted].double().mean())
+    data = [row | ({} if each is None else {"teacher_id": each}) for row, each in zip(data, ids, strict=True)]
+    for size in (8, 3):
+        made = run("causal_lm", given, teacher_names=NAMES, per_device_eval_batch_size=size, **settings)
+        found = made.evaluate(data)
+        assert (made._plan.heads is None) == (way == "full")
+        for key, value in expected.items():
+            assert found[f"eval_teacher_agreement_{key}"] == pytest.approx(value, abs=1e-6)
+    assert len(set(expected.values())) > 1
+    assert 0 < min(expected.values()) < max(expected.values()) < 1
+
+
+@pytest.mark.parametrize("task", ["classification", "multi_label_classification", "question_answering", "regression"])
+def test_the_agreement_of_a_copy_is_that_of_the_mixture(task):
+    teacher = tiny.models(task)[1]
+    found = run(task, [teacher, copy.deepcopy(teacher)]).evaluate()
+    each = [found.get(f"eval_teacher_agreement_{k}") for k in range(2)]
+    assert each == [found.get("eval_teacher_agreement")] * 2
+    assert (each[0] is None) == (task == "regression")
+    single = run(task, teacher).evaluate()
+    assert not [key for key in single if key.startswith("eval_teacher_agreement_")]
 
 
 class Counting(nn.Module):
@@ -457,8 +512,27 @@ def test_fused_with_routes_is_full(all_fused):
     ]  # fmt: skip
     for each in made:
         each.train()
-    assert any("of the teachers one mixture" in note for note in made[0]._plan.notes)
+    assert "the loss is computed inside the output heads: no logits are held" in made[0]._plan.notes
     assert_same(*made, rel=1e-4)
+
+
+def test_fused_with_routes_makes_no_logits_of_a_batch(all_fused, monkeypatch):
+    """Of rows of one teacher, of a named mixture and of another one: the loss of the separate batches."""
+    teachers, batch = several("causal_lm", 3), tiny.pad(tiny.rows("causal_lm", 6))
+    names, settings = ["a", "a", "b"], {"kd_reduction": "batchmean", "kd_alpha": 1.0}
+    made = run("causal_lm", teachers, teacher_weights=[1, 2, 1], teacher_names=names,
+               kd_loss_implementation="fused", **settings)  # fmt: skip
+    expected = 0.0
+    for rows, alone, weights in (
+        ([0, 4], teachers[:2], [1, 2]),
+        ([1, 3, 5], teachers[2], None),
+        ([2], teachers[0], None),
+    ):
+        single = run("causal_lm", alone, teacher_weights=weights, kd_loss_implementation="full", **settings)
+        expected += single.compute_loss(single.model, {k: v[rows] for k, v in batch.items()}).item() * len(rows) / 6
+    monkeypatch.setattr("kd_trainer.teachers.several.Mixture", None)
+    got = made.compute_loss(made.model, {**batch, "teacher_id": ["a", 2, 0, "b", "a", 2]})
+    assert got.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -470,10 +544,10 @@ def test_the_fused_loss_of_a_mixture_is_that_of_its_logits(masked):
 
     n, v = 9, 31
     hidden, weight = draw(n, 4).requires_grad_(), draw(v, 4).requires_grad_()
-    parts = [(draw(n, h), OutputProjection(draw(v, h), draw(v) if h == 5 else None, 0.5, cap), w)
+    parts = [MixedPart(draw(n, h), OutputProjection(draw(v, h), draw(v) if h == 5 else None, 0.5, cap), w)
              for h, cap, w in ((5, None, 0.7), (3, 4.0, 0.3))]  # fmt: skip
-    z = [side.logits(states) for states, side, _ in parts]
-    p = sum(w * (each / 2).softmax(-1) for each, (*_, w) in zip(z, parts, strict=True))
+    z = [side.logits(states) for states, side, *_ in parts]
+    p = sum(w * (each / 2).softmax(-1) for each, (*_, w, _) in zip(z, parts, strict=True))
     labels = torch.randint(v, (n,), generator=generator)
     options = {"labels": labels, "alpha": 0.6, "temperature": 2.0}
     if masked:
@@ -518,8 +592,11 @@ def test_beside_the_mixture_and_a_teachers_logits_little_is_held(monkeypatch):
     assert seen.numbers <= 4 * 101
 
 
-def test_the_fused_mixture_holds_a_tile_a_teacher():
-    parts = tuple((torch.randn(4096, 8), OutputProjection(torch.randn(997, 8), None, 1.0, None), w) for w in (0.5, 0.5))
+@pytest.mark.parametrize("routed", [False, True])
+def test_the_fused_mixture_holds_a_tile_a_teacher(routed):
+    head = lambda: OutputProjection(torch.randn(997, 8), None, 1.0, None)  # noqa: E731
+    weights = (torch.arange(4096) % 3 == 0).float(), (torch.arange(4096) % 3 != 0).float()
+    parts = tuple(MixedPart(torch.randn(4096, 8), head(), w) for w in (weights if routed else (0.5, 0.5)))
     hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(997, 8, requires_grad=True)
     with Largest() as seen:
         loss = fused_linear_distillation(
