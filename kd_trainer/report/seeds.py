@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers import set_seed
 
 from ..files import write_atomically
 from ..losses import IGNORE_INDEX
@@ -26,6 +27,7 @@ from ..training import (
     HARD_LOSS_ONLY,
     WITHOUT_FEATURES,
     Plan,
+    is_sharded,
     newest_resumable,
     on_main_process,
     unchanged_callbacks,
@@ -74,6 +76,13 @@ class Compared:
     def folder(self) -> Path:
         return Path(self.trainer.args.output_dir)
 
+    @property
+    def trains_baseline(self) -> bool:
+        """Whether the task has a loss without a teacher; else the baseline is the student before training."""
+        trainer = self.trainer
+        task = task_for(trainer.unwrapped_student(), trainer.args.kd_task, self.loss_shifts_labels)
+        return task is None or task.has_hard_loss
+
     def on_main_process(self, call: Callable[[], Any]) -> Any:
         return on_main_process(self.trainer.accelerator, call)
 
@@ -113,6 +122,8 @@ def compare_over_seeds(compared: Compared) -> None:
         if run.name == DISTILLED:
             compared.on_main_process(partial(_print_pairs, compared, runs[: runs.index(run) + 1]))
     notes = [note] if note else []
+    if not compared.trains_baseline:
+        notes.append("The baseline is the student before training: without a teacher this task has no loss.")
     if keeps_start:
         notes.append("Every seed has the same start: seeds differ in the order of rows and in dropout. A model_init ")
         notes[-1] += "gives each seed a new start."
@@ -125,7 +136,7 @@ def compare_over_seeds(compared: Compared) -> None:
 
 def _check(compared: Compared) -> None:
     trainer = compared.trainer
-    args, student = trainer.args, trainer.unwrapped_student()
+    args = trainer.args
     because, fix = (
         "each run of a comparison creates its own",
         "Name it by optim and lr_scheduler_type in the arguments.",
@@ -139,17 +150,13 @@ def _check(compared: Compared) -> None:
         fix = "Pass teacher_model= to the trainer, or set teacher_model_name_or_path."
         fail("teacher_model", None, "a teacher, with kd_run 'compare'", fix)
     features = getattr(args, "kd_features", None)
+    if any(hasattr(parameter, "ds_id") for parameter in trainer.unwrapped_student().parameters()):
+        because = "each run begins with a copy of it, and DeepSpeed's ZeRO-3 has split its weights while it was loaded"
+        fix = "Load the model before the training arguments are made, or train both runs and call kd-trainer report."
+        fail("model", "split over the processes", "a whole model with kd_run 'compare'", fix, because=because)
     if args.kd_alpha == 0 and args.kd_schedule == "constant" and not features:
         because = "the distilled student would be the baseline"
         fail("kd_alpha", args.kd_alpha, "above 0 with kd_run 'compare'", "Leave it out for 0.7.", because=because)
-    task = task_for(student, args.kd_task, compared.loss_shifts_labels)
-    if task is not None and not task.has_hard_loss:
-        expected = f"another run than 'compare' with the task {task.name!r}"
-        because = "it has no hard loss, with which a baseline could be trained"
-        fail("kd_run", repr(args.kd_run), expected, "Train, and evaluate on data of your own.", because=because)
-    if trainer.is_deepspeed_enabled:
-        fix = "Run baseline (kd_alpha 0) and distilled student one by one, then kd-trainer report."
-        fail("kd_run", repr(args.kd_run), "another run under DeepSpeed", fix, because="it sets a process up once")
 
 
 def _settings(compared: Compared) -> dict[str, Any]:
@@ -248,20 +255,34 @@ def _train(compared: Compared, run: _RunOf) -> None:
     if trainer.is_world_process_zero():
         leave_progress_bar()
         print(f"\n[kd_trainer] compare: {run.name}, seed {run.seed}, in {run.folder}", flush=True)
-    with _run(compared, changes):
-        checkpoint = compared.on_main_process(lambda: newest_resumable(run.folder)[0])
-        baseline = compared.changed(HARD_LOSS_ONLY, teacher=None)
-        with baseline if run.name == BASELINE else nullcontext():
-            metrics = dict(trainer.train(None if checkpoint is None else str(checkpoint)).metrics)
-        losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-        if run.name == BASELINE and losses and not any("hard_loss" in entry for entry in losses):
-            because = "the baseline learns from labels alone"
-            fix = "Label some rows."
-            fail("train_dataset", "without labels", "labels, with kd_run 'compare'", fix, because=because)
-        if checkpoint is not None:  # these are of the last part alone
-            metrics |= dict.fromkeys(("train_runtime", "train_samples_per_second", "train_steps_per_second"))
+    untrained = run.name == BASELINE and not compared.trains_baseline
+    with _run(compared, changes, _start(trainer, run.seed) if untrained else None):
+        metrics = {} if untrained else _trained(compared, run)
         trainer.save_model()
         _finish(compared, run.folder, metrics)
+
+
+def _start(trainer: Any, seed: int) -> nn.Module:
+    """The student with which `train` would begin."""
+    set_seed(seed)
+    return trainer.unwrapped_student() if trainer.model_init is None else trainer.call_model_init()
+
+
+def _trained(compared: Compared, run: _RunOf) -> dict[str, Any]:
+    """Trains, from the newest checkpoint if there is one; returns the metrics of the training."""
+    trainer = compared.trainer
+    checkpoint = compared.on_main_process(lambda: newest_resumable(run.folder)[0])
+    baseline = compared.changed(HARD_LOSS_ONLY, teacher=None)
+    with baseline if run.name == BASELINE else nullcontext():
+        metrics = dict(trainer.train(None if checkpoint is None else str(checkpoint)).metrics)
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if run.name == BASELINE and losses and not any("hard_loss" in entry for entry in losses):
+        because = "the baseline learns from labels alone"
+        fix = "Label some rows."
+        fail("train_dataset", "without labels", "labels, with kd_run 'compare'", fix, because=because)
+    if checkpoint is not None:  # these are of the last part alone
+        metrics |= dict.fromkeys(("train_runtime", "train_samples_per_second", "train_steps_per_second"))
+    return metrics
 
 
 def _finish(compared: Compared, folder: Path, metrics: dict[str, Any], *, teacher: bool = False) -> None:
@@ -296,7 +317,7 @@ def _predict(compared: Compared, task: Task) -> tuple[Tensor, Tensor] | None:
     """Logits [N, C] and class labels [N] of the evaluation data, on the main process; None for other tasks."""
     trainer = compared.trainer
     several = isinstance(trainer.eval_dataset, dict)
-    if several or task.by_position or task.over_positions or task.a_label_a_logit:
+    if several or task.by_position or task.over_positions or task.a_label_a_logit or not task.has_hard_loss:
         return None
     bare = {"teacher": None, "compute_metrics": None, "preprocess_logits_for_metrics": None}
     with compared.changed(HARD_LOSS_ONLY, **bare):
@@ -318,8 +339,10 @@ def _measure_teacher(compared: Compared) -> str | None:
         reason = "it is not one model that is run"
     elif not live.has_own_weights:
         reason = "it is the student with a part switched off"
-    elif trainer.is_fsdp_enabled:
-        reason = "it is sharded"
+    elif is_sharded(trainer):
+        reason = "FSDP and DeepSpeed prepare a model for training alone"
+    elif not compared.trains_baseline:
+        reason = "the students are compared with it"
     elif live.class_order is not None or live.start_tokens is not None or _reads_other_columns(trainer.eval_dataset):
         reason = "it reads other columns or classes than the student"
     else:
@@ -369,7 +392,7 @@ def _primary(args: Any, results: Mapping[str, Any]) -> Metric | None:
     if chosen != "loss" and chosen in names:
         known = Metric.of(chosen)
         return known if args.greater_is_better is None else known._replace(higher_is_better=args.greater_is_better)
-    for wanted in ("accuracy", "perplexity", "hard_loss"):
+    for wanted in ("accuracy", "perplexity", "hard_loss", "teacher_spearman"):
         for name in names:
             if name == wanted or name.endswith(f"_{wanted}"):
                 return Metric.of(name)

@@ -1,5 +1,6 @@
 """A comparison over two seeds that ends itself by SIGKILL where it is told: `compare_run.py OUT [MOMENT]`.
 
+With COMPARE_ZERO=2 in the environment it runs under DeepSpeed's ZeRO-2.
 MOMENT: "seed-43/baseline 5" in that step of that run, "save seed-42/distilled" inside the writing of a checkpoint,
 "results seed-42/baseline" before the results of a finished training are written.
 """
@@ -20,6 +21,7 @@ from transformers import BertForSequenceClassification, TrainerCallback
 from kd_trainer.report import seeds
 from kd_trainer.training import checkpoints
 from tests.helpers import tiny
+from tests.helpers.backend_run import run_deepspeed_on_cpu, zero_config
 
 
 def kill() -> None:
@@ -53,6 +55,9 @@ def main(out: Path, moment: str = "") -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # what each process draws is its own
         dropout = {**dropout, **tiny.NO_DROPOUT}
     pair = tuple(BertForSequenceClassification(tiny.bert_config(width, **dropout)) for width in (16, 24))
+    zero = os.environ.get("COMPARE_ZERO")
+    if zero:
+        run_deepspeed_on_cpu()
     run = tiny.trainer(
         "classification",
         out,
@@ -64,6 +69,7 @@ def main(out: Path, moment: str = "") -> None:
         optim="adamw_torch",
         save_strategy="steps",
         save_steps=2,
+        deepspeed=zero_config(int(zero), has_config=True) if zero else None,
         per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", "1")),
     )
     words = moment.split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertForSequenceClassification, EarlyStoppingCallback, TrainerCallback
+from transformers import BertForSequenceClassification, BertModel, EarlyStoppingCallback, TrainerCallback
 
 from kd_trainer import (
     DistillationTrainer,
@@ -29,7 +30,8 @@ from kd_trainer import (
     synthetic_classification,
 )
 from kd_trainer.report import seeds
-from tests.helpers import launch, tiny
+from tests.helpers import launch, tiny, tiny_generative
+from tests.tasks import test_multiple_choice, test_segmentation, test_speech_frames
 
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "initializer_range": 0.5}
 SHUFFLED = {"train_sampling_strategy": "random", "max_steps": 6}
@@ -181,6 +183,23 @@ def test_other_tasks(tmp_path, task):
     assert len(metrics["hard_loss"]["interval_95"]) == 2
     primary = {"causal_lm": "perplexity", "plain": "accuracy"}.get(task, "hard loss")
     assert primary in report["findings"][0]
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("task", ["multi_label_classification", "segmentation", "multiple_choice", "ctc", "whisper"])
+def test_further_tasks(tmp_path, task):
+    kwargs = {"kd_run": "compare", "kd_compare_seeds": 2, "max_steps": 2}
+    trainer = {
+        "segmentation": lambda: test_segmentation.distillation(tmp_path, test_segmentation.segformer, **kwargs),
+        "multiple_choice": lambda: test_multiple_choice.distillation(tmp_path, **kwargs),
+        "ctc": lambda: test_speech_frames.distillation(tmp_path, "wav2vec2", **kwargs),
+        "whisper": lambda: tiny.trainer(
+            "causal_lm", tmp_path, data=tiny_generative.KINDS[task].rows(), pair=tiny_generative.pair(task), **kwargs
+        ),
+    }.get(task, lambda: tiny.trainer(task, tmp_path, **kwargs))()
+    trainer.eval_dataset = trainer.train_dataset
+    metrics = {each["metric"] for each in run(trainer)["paired"]}
+    assert {"hard_loss", "soft_loss", "teacher_agreement"} <= metrics
 
 
 def test_the_teacher_may_be_read_from_disk(tmp_path):
@@ -353,15 +372,49 @@ def test_what_cannot_be_compared_is_refused(tmp_path, change, begins):
     assert refusal(trainer).startswith(begins)
 
 
+def test_a_student_that_zero3_has_split_is_refused(tmp_path):
+    trainer = build("classification", tmp_path, kd_run="compare")
+    next(trainer.model.parameters()).ds_id = 0
+    assert "ZeRO-3 has split its weights" in refusal(trainer)
+
+
 def test_the_baseline_itself_is_refused(tmp_path):
     trainer = build("classification", tmp_path, kd_run="compare", kd_alpha=0.0)
     assert refusal(trainer).startswith("`kd_alpha` is 0.0; expected above 0 with kd_run 'compare'")
 
 
-def test_a_task_without_hard_loss_is_refused(tmp_path):
-    trainer = tiny.trainer("classification", tmp_path, kd_run="compare", kd_task=None)
-    trainer.args.kd_task = "embedding"
-    assert "it has no hard loss" in refusal(trainer)
+@pytest.mark.parametrize("starts", [False, True])
+def test_embeddings_are_compared_with_the_untrained_student(tmp_path, starts):
+    def model(seed=None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return BertModel(tiny.bert_config(16, num_hidden_layers=1))
+
+    torch.manual_seed(1)
+    trainer = DistillationTrainer(
+        model=None if starts else model(seed=0), model_init=model if starts else None,
+        teacher_model=BertModel(tiny.bert_config(24)), data_collator=tiny.pad,
+        args=tiny.arguments(tmp_path, **SHUFFLED, kd_run="compare", kd_compare_seeds=2),
+        train_dataset=tiny.rows("classification"), eval_dataset=tiny.rows("classification", 21, seed=2),
+    )  # fmt: skip
+    report = run(trainer)
+    spearman = next(each for each in report["paired"] if each["metric"] == "teacher_spearman")
+    for found, (name, seed) in zip(
+        (*spearman["baselines"], *spearman["students"]),
+        itertools.product(("baseline", "distilled"), (42, 43)),
+        strict=True,
+    ):
+        student = BertModel.from_pretrained(tmp_path / f"seed-{seed}" / name)
+        alone = DistillationTrainer(
+            model=student, teacher_model=trainer.teacher.model, args=tiny.arguments(tmp_path / "alone"),
+            data_collator=tiny.pad, eval_dataset=tiny.rows("classification", 21, seed=2),
+        )  # fmt: skip
+        assert found == pytest.approx(alone.evaluate()["eval_teacher_spearman"], abs=1e-6)
+        if name == "baseline":
+            start = model(seed=0 if not starts else seed)
+            assert all(torch.equal(a, b) for a, b in zip(start.parameters(), student.parameters(), strict=True))
+    assert any("student before training" in note for note in report["notes"])
+    assert "teacher spearman" in " ".join(report["findings"])
 
 
 @pytest.mark.parametrize("data", ["train_dataset", "eval_dataset"])
@@ -411,7 +464,9 @@ def test_five_kills_give_the_same_report(tmp_path):
 
 
 @pytest.mark.launch
-def test_two_processes_have_the_report_of_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("zero", ["", "2"])
+def test_two_processes_have_the_report_of_one(tmp_path, monkeypatch, zero):
+    monkeypatch.setenv("COMPARE_ZERO", zero)
     launch.two_processes("compare_run.py", str(tmp_path / "two"))
     monkeypatch.setitem(DROPOUT, "hidden_dropout_prob", 0.0)
     monkeypatch.setitem(DROPOUT, "attention_probs_dropout_prob", 0.0)
