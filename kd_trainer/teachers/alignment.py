@@ -224,8 +224,9 @@ def _behind_marks(texts: Sequence[str], end: Array) -> Array:
 
 @functools.cache
 def _combining() -> Array:
-    """[codes] whether a letter combines with the one before: marks, and the vowels and finals of Hangul."""
-    letters = map(chr, range(0x1F000))
+    """[codes] whether a letter combines with the one before: marks, and the vowels and finals of Hangul, also as NFKC
+    has them (of half width)."""
+    letters = (unicodedata.normalize("NFKC", chr(code))[0] for code in range(0x1F000))
     return np.array([unicodedata.category(x)[0] == "M" or "\u1160" <= x <= "\u11ff" for x in letters])
 
 

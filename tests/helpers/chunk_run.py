@@ -1,10 +1,14 @@
-"""Tiny language models of two tokenizers on aligned texts; as a script two processes train them."""
+"""Tiny language models of two tokenizers on aligned texts; as a script two processes train them.
+
+Usage: chunk_run.py OUT BACKEND..., a backend is ddp, fsdp2 or zero3.
+"""
 
 from __future__ import annotations
 
 import functools
 import gc
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -14,11 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from datasets import Dataset
-from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from kd_trainer import DistillationTrainer, TeacherCollator, align_teacher_tokens
-from tests.helpers import tiny
+from tests.helpers import backend_run, tiny
 from tests.helpers.launch import leave
 
 WORDS = "the cat sat on a mat while two quick brown dogs jumped over seven lazy foxes naïve café 東京 👍".split()  # noqa: SIM905
@@ -74,20 +77,44 @@ def trainer(output_dir: Path, *, pair: Any = None, data: Any = None, base: Any =
     )  # fmt: skip
 
 
-def main(out: Path) -> None:
-    for implementation in ("full", "fused"):
-        run = trainer(out / "run", per_device_train_batch_size=4, kd_loss_implementation=implementation)
-        run.train()
-        metrics = run.evaluate()
-        if run.is_world_process_zero():
+# In each backend: full logits, the fused loss, and the fused loss from a cache that the two processes build.
+CASES = ("full", "fused", "cached")
+BACKENDS = ("ddp", "fsdp2", "zero3")
+
+
+def of_case(case: str, folder: Path, **kwargs: Any) -> Any:
+    settings = {"kd_loss_implementation": "full" if case == "full" else "fused", "max_steps": 4, **kwargs}
+    if case == "cached":
+        settings["teacher_cache_dir"] = str(folder / "cache")
+    return trainer(folder / "run", **settings)
+
+
+def main(out: Path, backends: list[str]) -> None:
+    for backend in backends:
+        for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+            os.environ.pop(variable, None)
+        arguments: dict[str, Any] = {"per_device_train_batch_size": 4}
+        if backend == "fsdp2":
+            backend_run.run_fsdp2_on_cpu()
+            config = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
+            arguments |= {"fsdp": True, "fsdp_config": config}
+        elif backend == "zero3":
+            backend_run.run_deepspeed_on_cpu()
+            arguments["deepspeed"] = backend_run.zero_config(3, has_config=True)
+        for case in CASES:
+            folder = out / backend / case
+            run = of_case(case, folder, **arguments)
+            run.train()
+            run.save_model(str(folder / "saved"))
+            sharded = run.teacher.live is not None and run.teacher.live.sharded
             logs = {key: tiny.logged(run, key) for key in LOGGED}
-            result = {"world_size": run.accelerator.num_processes, "logs": logs, "metrics": metrics}
-            (out / f"{implementation}.json").write_text(json.dumps(result))
-            save_file({"weights": tiny.weights(run.model).contiguous()}, out / f"{implementation}.safetensors")
-    run.accelerator.wait_for_everyone()
+            found = {"world_size": run.accelerator.num_processes, "logs": logs, "sharded": sharded}
+            found |= {"fused": run._plan.heads is not None, "metrics": run.evaluate()}
+            (folder / f"process_{run.args.process_index}.json").write_text(json.dumps(found))
+            run.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":
     gc.freeze()  # see conftest.py
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
     leave()

@@ -110,6 +110,65 @@ def test_random_strings_are_tiled_exactly_by_both_sides():
         assert len(student) == len((boundaries(SMALL, text) & boundaries(untrimmed, text)) | {len(text)} - {0})
 
 
+def same_text(
+    tokenizer: Any, row: dict[str, Any], text: str, prefix: str
+) -> tuple[list[set[int]], dict[int, set[int]]]:
+    """The letters of `text`, but for white space and what combines, of each chunk; and the chunks of each letter."""
+    offsets, ids = tokenizer(text, return_offsets_mapping=True)["offset_mapping"], row[prefix + "chunk_ids"]
+    of_chunk: list[set[int]] = [set() for _ in range(max(ids, default=-1) + 1)]
+    of_letter: dict[int, set[int]] = {}
+    assert [i for i in ids if i >= 0] == sorted(i for i in ids if i >= 0)
+    for chunk, (start, end) in zip(ids, offsets, strict=True):
+        for place in range(start, end):
+            if not text[place].isspace() and not unicodedata.category(text[place]).startswith("M"):
+                of_letter.setdefault(place, set()).add(chunk)
+                if chunk >= 0:
+                    of_chunk[chunk].add(place)
+    return of_chunk, of_letter
+
+
+def of_sentence_pieces() -> PreTrainedTokenizerFast:
+    """As Llama 2: a space in front, bytes for letters that have no token."""
+    tokenizer = Tokenizer(models.BPE({"<pad>": 0, "<end>": 1, "▁": 2} | {f"<0x{i:02X}>": i + 3 for i in range(256)}
+                                     | {letter: 259 + i for i, letter in enumerate("abcdetho")}
+                                     | {"▁t": 270, "th": 271, "▁a": 272}, [("▁", "t"), ("t", "h"), ("▁", "a")],
+                                     byte_fallback=True))  # fmt: skip
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+def with_normalizer(normalizer: Any, *, prefix_space: bool = False) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer.from_str(SMALL.backend_tokenizer.to_str())
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, ByteLevel(add_prefix_space=prefix_space)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+CHANGING = {
+    "prefix space": with_normalizer(normalizers.Sequence([]), prefix_space=True),
+    "lowercase": with_normalizer(normalizers.Lowercase()),
+    "NFKC": with_normalizer(normalizers.NFKC()),
+    "no accents": with_normalizer(normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])),
+    "byte fallback": of_sentence_pieces(),
+    "word pieces": WORD_PIECE,
+    "unigram": UNIGRAM,
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_tokenizers_that_change_the_text_are_aligned_letter_by_letter(name):
+    """A letter of a chunk on one side is in no other chunk of the other side; without unknown tokens all are in one."""
+    other, letters = CHANGING[name], [*LETTERS, "½", "İ", "ﷺ", "\u3000", "  "]
+    texts = ["".join(RANDOM.choices(letters, k=RANDOM.randint(0, 25))) for _ in range(60)]
+    for text, row in zip(texts, aligned(texts, LARGE, other), strict=True):
+        sides = [same_text(tokenizer, row, text, prefix) for tokenizer, prefix in ((LARGE, ""), (other, "teacher_"))]
+        assert len(sides[0][0]) == len(sides[1][0])
+        for (chunks, _), (_, of_letter) in (sides, sides[::-1]):
+            for number, places in enumerate(chunks):
+                assert all(of_letter.get(place, {number}) == {number} for place in places), text
+        if other.unk_token is None and text.strip():
+            assert -1 not in row["chunk_ids"] + row["teacher_chunk_ids"], text
+
+
 PAIRS = [(SMALL, LARGE), (WORD_PIECE, SMALL), (LARGE, UNIGRAM), (UNIGRAM, WORD_PIECE)]
 
 
@@ -144,10 +203,13 @@ def test_an_emoji_and_a_combining_mark_are_one_chunk():
     composed = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(SMALL.backend_tokenizer.to_str()), pad_token="<pad>"
     )
-    composed.backend_tokenizer.normalizer = normalizers.NFC()
-    (row,) = aligned(["xe\u0301y"], SMALL, composed)  # e and the mark are several tokens here and one letter there
-    assert pieces(SMALL, row["input_ids"], row["chunk_ids"]) == ["x", "eÌģ", "y"]
-    assert pieces(composed, row["teacher_input_ids"], row["teacher_chunk_ids"]) == ["x", "Ã©", "y"]
+    composed.backend_tokenizer.normalizer = normalizers.NFKC()
+    # Several letters and tokens here, one letter there: e and a mark, katakana and Hangul in two parts.
+    for parts, letter in (("e\u0301", "é"), ("\uff76\uff9e", "ガ"), ("\u3131\u314f", "가"), ("\u1100\u1161", "가")):
+        (row,) = aligned([f"x{parts}y"], SMALL, composed)
+        for text, tokenizer, prefix in ((parts, SMALL, ""), (letter, composed, "teacher_")):
+            found = pieces(tokenizer, row[prefix + "input_ids"], row[prefix + "chunk_ids"])
+            assert found == ["x", "".join(tokenizer.tokenize(text)), "y"]
 
 
 def test_truncation_leaves_out_what_has_no_counterpart():

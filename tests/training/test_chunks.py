@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 
@@ -18,6 +19,7 @@ from tests.helpers.chunk_run import collator, models, rows, trainer
 from tests.losses.test_fused_linear import LargestTensor
 
 IMPLEMENTATIONS = ["full", "fused"]
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 def by_hand(pair, data, tau: float = 1.0) -> tuple[torch.Tensor, int, torch.Tensor, int]:
@@ -112,22 +114,35 @@ def test_accumulation_changes_nothing(implementation, batch, accumulation, reduc
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    return launch.once(tmp_path_factory, "chunks", lambda out: launch.two_processes("chunk_run.py", str(out)))
+    backends = [name for name in chunk_run.BACKENDS if name != "zero3" or HAS_DEEPSPEED]
+    make = lambda out: launch.two_processes("chunk_run.py", str(out), *backends, timeout=300)  # noqa: E731
+    return launch.once(tmp_path_factory, "chunks", make)
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_two_processes_change_nothing(implementation, two_processes, tmp_path):
+@pytest.mark.parametrize("case", chunk_run.CASES)
+@pytest.mark.parametrize("backend", chunk_run.BACKENDS)
+def test_two_processes_change_nothing(backend, case, two_processes, tmp_path):
+    """Of teachers that are sharded each process runs its part, also while a cache is built."""
     from safetensors.torch import load_file
 
-    result = json.loads((two_processes / f"{implementation}.json").read_text())
-    assert result["world_size"] == 2
-    whole = trainer(tmp_path, kd_loss_implementation=implementation)
+    if backend == "zero3" and not HAS_DEEPSPEED:
+        pytest.skip("deepspeed is not installed")
+    whole = chunk_run.of_case(case, tmp_path)
     whole.train()
-    weights = load_file(two_processes / f"{implementation}.safetensors")["weights"]
-    torch.testing.assert_close(weights, tiny.weights(whole.model), rtol=0, atol=1e-5)
-    for key in chunk_run.LOGGED:
-        assert result["logs"][key] == pytest.approx(tiny.logged(whole, key), rel=1e-4), key
+    whole.save_model(str(tmp_path / "saved"))
+    metrics, folder = whole.evaluate(), two_processes / backend / case
+    saved, expected = (load_file(path / "saved/model.safetensors") for path in (folder, tmp_path))
+    for name, weight in expected.items():
+        torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-5, msg=name)
+    for rank in range(2):
+        found = json.loads((folder / f"process_{rank}.json").read_text())
+        assert found["world_size"] == 2
+        assert found["sharded"] == (backend != "ddp" and case != "cached")
+        assert found["fused"] == (case != "full")
+        for key in chunk_run.LOGGED:
+            assert found["logs"][key] == pytest.approx(tiny.logged(whole, key), rel=1e-4), key
+            assert found["metrics"][f"eval_{key}"] == pytest.approx(metrics[f"eval_{key}"], rel=1e-4), key
 
 
 def shifted(features):
