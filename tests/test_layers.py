@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -32,10 +33,15 @@ FILES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 HEAVY = ("transformers", "datasets", "evaluate", "matplotlib", "accelerate", "pyarrow")
 
 
-def package_imports(path: Path, source: str) -> set[str]:
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+
+
+def package_imports(path: Path, parsed: ast.Module) -> set[str]:
     """The modules of the package that a file imports, dotted from the package on, inside functions too."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
             found |= {name.partition(".")[2] for name in names if name.partition(".")[0] == "kd_trainer"}
@@ -62,7 +68,7 @@ def test_the_reader_of_imports_sees_every_form():
     source = "from .reductions import x\nfrom . import tile, divergences\nimport kd_trainer.tasks.kinds\n"
     source += "from ..validation import fail\nfrom kd_trainer.report import y\nfrom kd_trainer import files\n"
     inside = "def g():\n    from ..kernels.tile_cpu import z\n    import torch\n    from os import path\n"
-    assert package_imports(Path("losses/modules.py"), source + inside) == {
+    assert package_imports(Path("losses/modules.py"), ast.parse(source + inside)) == {
         "losses.reductions", "losses.tile", "losses.divergences", "tasks.kinds", "validation", "report", "files",
         "kernels.tile_cpu",
     }  # fmt: skip
@@ -77,20 +83,19 @@ def test_nine_folders_and_few_files():
         assert len([path for path in FILES if path.parts[0] == folder]) <= 18
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_file_is_not_too_long_and_says_what_it_is_for(path):
-    source = (PACKAGE / path).read_text(encoding="utf-8")
-    assert source.count("\n") <= 500
-    text = ast.get_docstring(ast.parse(source))
-    assert text
-    assert len(text.splitlines()[0]) > 20
+def test_a_file_has_at_most_500_lines_and_a_docstring():
+    for path in FILES:
+        assert (PACKAGE / path).read_text(encoding="utf-8").count("\n") <= 500, path
+        text = ast.get_docstring(tree(path))
+        assert text, path
+        assert len(text.splitlines()[0]) > 20, path
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_imports_from_those_before_it(folder):
     before = {*FOLDERS[: FOLDERS.index(folder) + 1], *BELOW}
     for path in (path for path in FILES if path.parts[0] == folder):
-        used = package_imports(path, (PACKAGE / path).read_text(encoding="utf-8"))
+        used = package_imports(path, tree(path))
         assert {name.partition(".")[0] for name in used} <= before, path
 
 
@@ -98,7 +103,7 @@ def test_a_folder_imports_from_those_before_it(folder):
 def test_no_cycle_inside_a_folder(folder):
     graph = {}
     for path in (path for path in FILES if path.parts[0] == folder and path.stem != "__init__"):
-        used = package_imports(path, (PACKAGE / path).read_text(encoding="utf-8"))
+        used = package_imports(path, tree(path))
         assert folder not in used, f"{path} imports its own folder"
         graph[f"{folder}.{path.stem}"] = {name for name in used if name.startswith(f"{folder}.")}
     TopologicalSorter(graph).prepare()  # raises CycleError
@@ -107,8 +112,9 @@ def test_no_cycle_inside_a_folder(folder):
 # What varies by kind of teacher or of task is a method of the kind; what is the trainer's own, others do not touch.
 
 
+@functools.cache
 def code(path: Path) -> list[ast.AST]:
-    return list(ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf-8"))))
+    return list(ast.walk(tree(path)))
 
 
 def names_in(node: ast.AST) -> set[str]:
@@ -120,7 +126,7 @@ def outside(*folders: str) -> list[Path]:
     return [path for path in FILES if path.parts[0] not in folders]
 
 
-def asks_for_a_kind_of_teacher(node: ast.AST) -> bool:
+def checks_the_kind_of_a_teacher(node: ast.AST) -> bool:
     called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
     return called in {"isinstance", "issubclass", "type"} and bool(names_in(node) & TEACHERS)
 
@@ -165,8 +171,8 @@ BORROWED = {("diagnostics", "is_in_train")}
 @pytest.mark.parametrize(
     ("found", "line"),
     [
-        (asks_for_a_kind_of_teacher, "isinstance(self.teacher, CachedTeacher | None)"),
-        (asks_for_a_kind_of_teacher, "type(x.teacher) is cache.CachedTeacher or type(LiveTeacher)"),
+        (checks_the_kind_of_a_teacher, "isinstance(self.teacher, CachedTeacher | None)"),
+        (checks_the_kind_of_a_teacher, "type(x.teacher) is cache.CachedTeacher or type(LiveTeacher)"),
         (compares_with_a_task, "task.name != 'seq2seq_lm'"),
         (compares_with_a_task, "kd.kd_task in ('causal_lm', 'masked_lm')"),
         (attributes_set, "setup.trainer.teacher = x"),
@@ -184,56 +190,51 @@ def test_the_reader_of_code_sees_each_form(found, line):
 @pytest.mark.parametrize("line", ["isinstance(x, nn.Module)", "kept.name == 'hidden'", "trainer.x.y[:] = trainer.z"])
 def test_the_reader_of_code_leaves_the_rest(line):
     nodes = list(ast.walk(ast.parse(line)))
-    assert not any(f(n) for n in nodes for f in (asks_for_a_kind_of_teacher, compares_with_a_task, attributes_set))
+    assert not any(f(n) for n in nodes for f in (checks_the_kind_of_a_teacher, compares_with_a_task, attributes_set))
 
 
-@pytest.mark.parametrize("path", outside("teachers", "cache"), ids=str)
-def test_no_question_for_the_kind_of_teacher(path):
-    assert not [node.lineno for node in code(path) if asks_for_a_kind_of_teacher(node)]  # type: ignore[attr-defined]
+def test_no_isinstance_on_teachers():
+    for path in outside("teachers", "cache"):
+        assert not [node.lineno for node in code(path) if checks_the_kind_of_a_teacher(node)], path  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("path", outside("tasks"), ids=str)
-def test_no_comparison_of_a_task_by_name(path):
-    assert not [node.lineno for node in code(path) if compares_with_a_task(node)]  # type: ignore[attr-defined]
+def test_no_comparison_of_a_task_by_name():
+    for path in outside("tasks"):
+        assert not [node.lineno for node in code(path) if compares_with_a_task(node)], path  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("path", outside("trainer.py"), ids=str)
-def test_the_trainer_alone_sets_its_attributes(path):
-    found = {(path.parts[0], name) for node in code(path) for name in attributes_set(node)}
-    assert found <= BORROWED
+def test_the_trainer_alone_sets_its_attributes():
+    for path in outside("trainer.py"):
+        found = {(path.parts[0], name) for node in code(path) for name in attributes_set(node)}
+        assert found <= BORROWED, path
 
 
-@pytest.mark.parametrize("path", outside("trainer.py"), ids=str)
-def test_of_a_trainer_only_upstreams_private_names_are_read(path):
+def test_of_a_trainer_only_upstreams_private_names_are_read():
     upstream = {*UPSTREAM_NAMES["transformers.Trainer"], *UPSTREAM_ATTRIBUTES}
-    read = [node for node in code(path) if isinstance(node, ast.Attribute) and _is_trainer(node.value)]
-    assert {node.attr for node in read if node.attr.startswith("_")} <= upstream
+    for path in outside("trainer.py"):
+        read = [node for node in code(path) if isinstance(node, ast.Attribute) and _is_trainer(node.value)]
+        assert {node.attr for node in read if node.attr.startswith("_")} <= upstream, path
 
 
-def modules_after(statement: str) -> set[str]:
-    command = [
-        sys.executable,
-        "-c",
-        f"{statement}\nimport sys\nprint(*sorted({{m.partition('.')[0] for m in sys.modules}}))",
-    ]
-    return set(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split())
+def loaded_after(*statements: str) -> list[set[str]]:
+    """The modules that are loaded after each of the statements, in one fresh process."""
+    shown = "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    text = "\n".join(["import sys", *(f"{statement}\n{shown}" for statement in statements)])
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True, timeout=120)
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
-def test_the_tensor_functions_need_torch_only():
+def test_the_tensor_functions_import_torch_only():
     names = "DIVERGENCES, forward_kl, SoftTargetLoss, DistillationLoss, fit_temperature, kl_gaussian, monte_carlo_kl"
-    loaded = modules_after(f"from kd_trainer import {names}")
-    assert "torch" in loaded
-    assert not loaded & set(HEAVY)
-
-
-def test_a_divergence_costs_an_import_of_torch_and_of_little_more():
-    """Of other packages nothing, which holds for what any of them imports as well."""
-    before, after = (modules_after(f"import torch{more}") for more in ("", "\nfrom kd_trainer import forward_kl"))
-    assert {name for name in after - before if name not in sys.stdlib_module_names} == {"kd_trainer"}
-
-
-def test_the_package_itself_needs_nothing():
-    assert not modules_after("import kd_trainer; dir(kd_trainer)") & {"torch", "numpy", *HEAVY}
+    package, torch, divergence, every = loaded_after(
+        "import kd_trainer; dir(kd_trainer)", "import torch", "from kd_trainer import forward_kl",
+        f"from kd_trainer import {names}",
+    )  # fmt: skip
+    assert "kd_trainer" in package
+    assert not package & {"torch", "numpy", *HEAVY}
+    assert "torch" in torch
+    assert divergence - torch <= sys.stdlib_module_names
+    assert not every & set(HEAVY)
 
 
 def test_public_names_resolve():

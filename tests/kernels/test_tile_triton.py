@@ -177,23 +177,25 @@ def check(interpreter, setting, student, teacher, *, weights=None, labels=None, 
 
 
 @needs_triton
-@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "values"])
-@pytest.mark.parametrize("temperature", [1.0, 3.0, 0.7, 2.5])
+@pytest.mark.parametrize(
+    ("temperature", "hard", "gradient"),
+    [(1.0, True, True), (3.0, True, True), (0.7, True, True), (2.5, True, False), (2.5, False, True)],
+)
 @each_divergence
-def test_it_equals_tile_loss(interpreter, divergence, temperature, gradient):
-    for hard in (True, False):
-        check(interpreter, Setting(divergence, 0.3, temperature, hard), *tiles(), gradient=gradient)
+def test_it_equals_tile_loss(interpreter, divergence, temperature, hard, gradient):
+    check(interpreter, Setting(divergence, 0.3, temperature, hard), *tiles(), gradient=gradient)
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@each_divergence
+@pytest.mark.parametrize(
+    ("divergence", "dtype"), [*((name, torch.bfloat16) for name in TRITON_DIVERGENCES), ("jsd", torch.float16)]
+)
 def test_half_precision_is_rounded_once(interpreter, divergence, dtype):
     check(interpreter, Setting(divergence, 0.6, 2.0, True), *tiles(dtype=dtype))
 
 
 @needs_triton
-@pytest.mark.parametrize("columns", [1, 5, 64, 257])
+@pytest.mark.parametrize("columns", [1, 64, 257])
 @pytest.mark.parametrize(("lanes", "times"), [(4, 1), (8, 2), (64, 4)], ids=["16", "64", "1024"])
 @pytest.mark.parametrize("divergence", ["symmetric_kl", "jsd"])
 def test_blocks_and_rows_of_any_length(interpreter, divergence, columns, lanes, times):
@@ -211,7 +213,7 @@ def test_a_teacher_of_another_dtype_and_order(interpreter):
 @pytest.mark.parametrize("divergence", ["symmetric_kl", "skew_reverse_kl"])
 @pytest.mark.parametrize("order", ["rising", "falling", "apart"])
 def test_maxima_that_rise_in_every_block(interpreter, divergence, order):
-    student, teacher = (x.sort(-1).values for x in tiles(spread=15.0))
+    student, teacher = (x.sort(-1).values for x in tiles(columns=67, spread=15.0))
     if order != "rising":
         student = student.flip(-1)
     if order == "falling":
@@ -266,7 +268,7 @@ def test_rows_without_a_label_have_no_hard_loss(interpreter):
 def test_the_top_class_with_ties(interpreter, dtype):
     """Few different logits: several tops in a row, which meet in one class, or in none."""
     generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randint(3, (2, 24, 6), generator=generator).to(dtype).repeat_interleave(5, -1)
+    student, teacher = torch.randint(3, (2, 12, 6), generator=generator).to(dtype).repeat_interleave(5, -1)
     found, exact = check(
         interpreter, Setting("forward_kl", 0.0, 1.0, False), student, teacher, gradient=False, lanes=2, times=1
     )
@@ -288,11 +290,18 @@ def test_tops_that_differ_by_a_rounding(interpreter):
 # ---- where it runs ---------------------------------------------------------------------------------------------------
 
 
+# One of each form of the code; the others are compiled by CI.
+QUICK = ("forward_kl", "skew_reverse_kl", "total_variation")
+
+
 @needs_triton
 @pytest.mark.parametrize(
     ("divergence", "temperature", "dtype", "hard", "gradient"),
     [
-        *((name, 2.0, "bfloat16", True, True) for name in TRITON_DIVERGENCES),
+        *(
+            pytest.param(name, 2.0, "bfloat16", True, True, marks=[] if name in QUICK else pytest.mark.trains)
+            for name in TRITON_DIVERGENCES
+        ),
         ("jsd", 0.7, "float32", True, True),
         ("symmetric_kl", 1.0, "bfloat16", False, False),
     ],
