@@ -85,10 +85,15 @@ def saved(task: str, out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("task", "form"), [("classification", "logits"), ("causal_lm", "hidden"), ("causal_lm", "logits")]
+    ("how", "when", "task", "form"),
+    [
+        ("module", "before", "classification", "logits"),
+        ("path", "after", "classification", "logits"),
+        ("module", "after", "causal_lm", "hidden"),
+        ("path", "before", "causal_lm", "hidden"),
+        ("module", "before", "causal_lm", "logits"),
+    ],
 )
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("how", ["module", "path"])
 def test_predict_after_a_cache_of_its_data(how, when, task, form, tmp_path, monkeypatch):
     data, expected = held_out(task), live_metrics(task, tmp_path / "live", held_out(task))
     given = saved(task, tmp_path) if how == "path" else {"pair": tiny.models(task)}

@@ -29,10 +29,9 @@ def run_case(case: str, output_dir: Path, **kwargs):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4)])
-def test_accumulation_changes_nothing(case, batch, accumulation, tmp_path):  # traps 1 to 3
+def test_accumulation_changes_nothing(case, tmp_path):  # traps 1 to 3
     whole = run_case(case, tmp_path)
-    split = run_case(case, tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    split = run_case(case, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     torch.testing.assert_close(tiny.weights(split.model), tiny.weights(whole.model), rtol=0, atol=1e-5)
     for key in ("loss", "soft_loss", "hard_loss", "teacher_agreement"):
         assert tiny.logged(split, key) == pytest.approx(tiny.logged(whole, key), rel=1e-4), key

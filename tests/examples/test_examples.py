@@ -50,6 +50,7 @@ def test_an_example_is_short_and_opens_with_its_command(name, limit):
     assert "Expected" in header
 
 
+@pytest.mark.trains
 def test_minimal_gains_from_the_swap(tmp_path):
     pattern = r" (\d+\.\d)%"
     printed = figures(

@@ -112,10 +112,9 @@ def test_masked_positions_may_hold_anything(name, data, pair, bad):
 
 
 @each_divergence
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @CI
-@given(pair=pairs(), temperature=temperatures)
-def test_half_precision_logits_lose_nothing_more(name, dtype, pair, temperature):
+@given(pair=pairs(), temperature=temperatures, dtype=st.sampled_from([torch.bfloat16, torch.float16]))
+def test_half_precision_logits_lose_nothing_more(name, pair, temperature, dtype):
     student, teacher = (z.to(dtype) for z in pair)
     options = {"temperature": temperature, **labelled(name, student)}
     value = DIVERGENCES[name](student.requires_grad_(), teacher, **options)

@@ -42,10 +42,12 @@ def pair_with_dropout():
     return tuple(BertForSequenceClassification(tiny.bert_config(width, **DROPOUT)) for width in (16, 24))
 
 
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def without_pictures():
     """They take longer than the runs; other tests draw them."""
-    monkeypatch.setattr(seeds, "build_report", partial(seeds.build_report, plots=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seeds, "build_report", partial(seeds.build_report, plots=False))
+        yield
 
 
 def mlp(out, **kwargs):
@@ -93,6 +95,18 @@ def compare(task, out, **kwargs):
     return trainer, run(trainer)
 
 
+@pytest.fixture(scope="module")
+def finished(without_pictures, tmp_path_factory):
+    """A trainer after its comparison, and its report."""
+    return compare("classification", tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The folder of a finished comparison, to go on with."""
+    return Path(shutil.copytree(finished[0].args.output_dir, tmp_path / "copied"))
+
+
 def results(out, name, seed):
     return json.loads((out / f"seed-{seed}" / name / "all_results.json").read_text())
 
@@ -119,9 +133,10 @@ def test_the_numbers_are_those_of_separate_runs(tmp_path, task):
                 assert kept["eval_accuracy"] == measured["eval_accuracy"]
 
 
-def test_the_seeds_and_the_students_differ(tmp_path):
-    trainer, report = compare("classification", tmp_path)
-    weights = [load_file(path)["classifier.weight"] for path in sorted(tmp_path.glob("seed-*/*/model.safetensors"))]
+def test_the_seeds_and_the_students_differ(finished):
+    trainer, report = finished
+    files = sorted(Path(trainer.args.output_dir).glob("seed-*/*/model.safetensors"))
+    weights = [load_file(path)["classifier.weight"] for path in files]
     assert len(weights) == 4
     assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
     assert [(row["name"], len(row["runs"])) for row in report["rows"]] == [
@@ -133,17 +148,17 @@ def test_the_seeds_and_the_students_differ(tmp_path):
     assert report["rows"][0]["mean"]["parameters"] == sum(p.numel() for p in trainer.teacher.model.parameters())
 
 
-def test_the_teacher_is_measured_as_the_students_are(tmp_path):
-    trainer, report = compare("classification", tmp_path)
-    teacher = trainer.teacher.model.eval()
+def test_the_teacher_is_measured_as_the_students_are(finished):
+    trainer, report = finished
+    out, teacher = Path(trainer.args.output_dir), trainer.teacher.model.eval()
     batch = tiny.pad(tiny.rows("classification", 21, seed=2))
     labels = batch.pop("labels")
     with torch.no_grad():
         logits = teacher(**batch).logits
-    kept = json.loads((tmp_path / "teacher" / "all_results.json").read_text())
+    kept = json.loads((out / "teacher" / "all_results.json").read_text())
     assert kept["eval_accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
     assert kept["eval_hard_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
-    torch.testing.assert_close(load_run(tmp_path / "teacher").predictions.logits, logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load_run(out / "teacher").predictions.logits, logits, rtol=1e-5, atol=1e-5)
     accuracy = next(each for each in report["paired"] if each["metric"] == "accuracy")
     assert accuracy["teacher"] == kept["eval_accuracy"]
 
@@ -202,10 +217,9 @@ def test_further_tasks(tmp_path, task):
     assert {"hard_loss", "soft_loss", "teacher_agreement"} <= metrics
 
 
-def test_the_teacher_may_be_read_from_disk(tmp_path):
-    cache = {"teacher_cache_dir": str(tmp_path / "cache")}
-    _, cached = compare("classification", tmp_path / "cached", **cache)
-    _, live = compare("classification", tmp_path / "live")
+def test_the_teacher_may_be_read_from_disk(finished, tmp_path):
+    _, cached = compare("classification", tmp_path / "run", teacher_cache_dir=str(tmp_path / "cache"))
+    _, live = finished
     for a, b in zip(cached["paired"], live["paired"], strict=True):
         assert a["students"] == pytest.approx(b["students"], rel=1e-5), a["metric"]
         assert a["teacher"] == b["teacher"]
@@ -290,23 +304,21 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     assert (tmp_path / "stopped" / "seed-42" / "distilled" / "all_results.json").stat().st_mtime_ns == kept
 
 
-def test_a_student_with_other_first_weights_gets_the_first_start(tmp_path):
-    compare("classification", tmp_path)
-    before = results(tmp_path, "baseline", 42)
-    shutil.rmtree(tmp_path / "seed-42" / "baseline")
+def test_a_student_with_other_first_weights_gets_the_first_start(copied):
+    before = results(copied, "baseline", 42)
+    shutil.rmtree(copied / "seed-42" / "baseline")
     _, teacher = pair_with_dropout()
     torch.manual_seed(99)
     other = BertForSequenceClassification(tiny.bert_config(16, **DROPOUT))
-    compare("classification", tmp_path, pair=(other, teacher))
-    assert results(tmp_path, "baseline", 42)["eval_hard_loss"] == before["eval_hard_loss"]
+    compare("classification", copied, pair=(other, teacher))
+    assert results(copied, "baseline", 42)["eval_hard_loss"] == before["eval_hard_loss"]
 
 
-def test_more_seeds_can_be_added(tmp_path):
-    compare("classification", tmp_path)
-    before = results(tmp_path, "distilled", 43)
-    report = run(build("classification", tmp_path, kd_run="compare", kd_compare_seeds=3))
+def test_more_seeds_can_be_added(copied):
+    before = results(copied, "distilled", 43)
+    report = run(build("classification", copied, kd_run="compare", kd_compare_seeds=3))
     assert len(report["rows"][2]["runs"]) == 3
-    assert results(tmp_path, "distilled", 43) == before
+    assert results(copied, "distilled", 43) == before
 
 
 def test_callbacks_begin_each_run_as_they_were(tmp_path):
@@ -327,17 +339,15 @@ def refusal(trainer):
     return str(error.value)
 
 
-def test_other_settings_are_refused(tmp_path):
-    compare("classification", tmp_path)
-    shown = refusal(build("classification", tmp_path, kd_run="compare", kd_temperature=2.0))
+def test_other_settings_are_refused(copied):
+    shown = refusal(build("classification", copied, kd_run="compare", kd_temperature=2.0))
     assert shown.startswith("`kd_temperature` is 2.0; expected the same in all runs of a comparison, because")
     assert "begun with 3.0" in shown
 
 
-def test_runs_of_something_else_are_not_taken_for_its_own(tmp_path):
-    compare("classification", tmp_path)
-    (tmp_path / seeds.SETTINGS).unlink()
-    shown = refusal(build("classification", tmp_path, kd_run="compare"))
+def test_runs_of_something_else_are_not_taken_for_its_own(copied):
+    (copied / seeds.SETTINGS).unlink()
+    shown = refusal(build("classification", copied, kd_run="compare"))
     assert "expected a folder without seed-42/baseline/all_results.json" in shown
 
 
@@ -351,10 +361,9 @@ def test_a_broken_file_is_named(tmp_path, file, read):
         read(tmp_path)
 
 
-def test_another_architecture_is_refused(tmp_path):
-    compare("classification", tmp_path)
+def test_another_architecture_is_refused(copied):
     student, teacher = pair_with_dropout()
-    trainer = build("classification", tmp_path, pair=(teacher, copy.deepcopy(student)), kd_run="compare")
+    trainer = build("classification", copied, pair=(teacher, copy.deepcopy(student)), kd_run="compare")
     assert refusal(trainer).startswith("`model` is BertForSequenceClassification; expected the architecture")
 
 

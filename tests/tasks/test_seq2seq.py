@@ -120,7 +120,7 @@ class WithDecoderInputs:
 @pytest.mark.parametrize("generate", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_alpha_zero_is_the_stock_trainer(kind, generate, tmp_path):
-    kwargs = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 5, "predict_with_generate": generate,
+    kwargs = {"max_steps": 12, "eval_strategy": "steps", "eval_steps": 6, "predict_with_generate": generate,
               "generation_max_length": 8, "learning_rate": 0.01}  # fmt: skip
     distilled = distillation(kind, tmp_path, kd_alpha=0.0, kd_reduction="tokenmean", **kwargs)
     plain = stock(kind, tmp_path, **kwargs)
@@ -128,7 +128,7 @@ def test_alpha_zero_is_the_stock_trainer(kind, generate, tmp_path):
     plain.train()
     for key in ("loss", "eval_loss", "grad_norm"):
         assert tiny.logged(distilled, key) == pytest.approx(tiny.logged(plain, key), rel=1e-5), key
-    assert len(tiny.logged(distilled, "loss")) == 20
+    assert len(tiny.logged(distilled, "loss")) == 12
     assert tiny.logged(distilled, "loss")[-1] < tiny.logged(distilled, "loss")[0]
     torch.testing.assert_close(tiny.weights(distilled.model), tiny.weights(plain.model), rtol=1e-5, atol=1e-6)
 
@@ -175,12 +175,11 @@ def test_first_loss_written_out_and_never_shifted(kind, reduction, tmp_path):  #
 
 @pytest.mark.parametrize("reduction", ["batchmean", "tokenmean"])
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-@pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4)])
-def test_accumulation_changes_nothing(kind, reduction, batch, accumulation, tmp_path):
+def test_accumulation_changes_nothing(kind, reduction, tmp_path):
     whole = distillation(kind, tmp_path, kd_reduction=reduction, learning_rate=0.01)
     split = distillation(
-        kind, tmp_path, kd_reduction=reduction, learning_rate=0.01, per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
+        kind, tmp_path, kd_reduction=reduction, learning_rate=0.01, per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
     )  # fmt: skip
     whole.train()
     split.train()

@@ -57,7 +57,7 @@ def on_the_left(rows):
 def test_a_step_does_not_depend_on_how_it_is_split(settings, tmp_path):
     whole = run(tmp_path, **settings)
     assert min(tiny.logged(whole, "student_rows")) > 0
-    for size in (4, 2, 1):
+    for size in (4, 2, 1) if settings is HALF else (1,):
         split = run(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **settings)
         for key in NUMBERS:
             assert tiny.logged(split, key) == pytest.approx(tiny.logged(whole, key), rel=1e-5), (key, size)

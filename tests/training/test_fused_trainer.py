@@ -64,10 +64,12 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_fused_is_full(tmp_path, setting):
+    steps = 20 if setting in ("plain", "accumulation") else 5
     runs = [
-        run(tmp_path, name, lambda: models("causal_lm"), rows("causal_lm", 160), max_steps=20, **SETTINGS[setting])
+        run(tmp_path, name, lambda: models("causal_lm"), rows("causal_lm", 160), max_steps=steps, **SETTINGS[setting])
         for name in ("fused", "full")
     ]
+    assert len(runs[0][0]) == steps
     assert runs[0][2]._plan.heads is not None
     assert_same_run(*runs)
 
@@ -304,8 +306,7 @@ def test_metrics_get_the_logits_and_training_stays_fused(tmp_path):
     assert predicted.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart", "mbart"])
-@pytest.mark.parametrize("generates", [False, True])
+@pytest.mark.parametrize(("kind", "generates"), [("t5", False), ("t5", True), ("bart", False), ("mbart", True)])
 def test_encoder_decoders(kind, generates, tmp_path):
     trainers = []
     for name in ("fused", "full"):
@@ -340,8 +341,8 @@ def long_rows(count):
 
 @pytest.mark.parametrize(
     "name",
-    ["LlamaForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM", "MixtralForCausalLM", "BertForMaskedLM",
-     "BartForConditionalGeneration", "T5ForConditionalGeneration"],
+    ["LlamaForCausalLM", "Gemma2ForCausalLM", "MixtralForCausalLM", "BertForMaskedLM", "BartForConditionalGeneration",
+     "T5ForConditionalGeneration"],
 )  # fmt: skip
 def test_the_logits_never_exist(name, tmp_path, monkeypatch):
     """From the first step on; the tile of a chunk holds as many rows as it is allowed, here few."""
@@ -351,7 +352,8 @@ def test_the_logits_never_exist(name, tmp_path, monkeypatch):
     monkeypatch.setitem(test_fused_architectures.COMMON, "vocab_size", CLASSES)
     monkeypatch.setitem(test_fused_architectures.COMMON, "max_position_embeddings", LONG + 2)
     largest = {}
-    for implementation in ("fused", "full"):
+    # Full logits, which the measurement must find, are of the same size for every class.
+    for implementation in ("fused", "full") if name == "LlamaForCausalLM" else ("fused",):
         both = [test_fused_architectures.build(name, hidden) for hidden in (16, 32)]
         trainer = tiny.trainer(
             "causal_lm", tmp_path, pair=both, data=long_rows(8), kd_loss_implementation=implementation,
@@ -362,10 +364,8 @@ def test_the_logits_never_exist(name, tmp_path, monkeypatch):
                 act()
             largest[implementation, when] = seen.bytes
     logits = 4 * 8 * LONG * CLASSES
-    assert largest["full", "train"] >= logits
-    assert largest["full", "evaluate"] >= logits
-    assert largest["fused", "train"] < logits / 3
-    assert largest["fused", "evaluate"] < logits / 3
+    for (implementation, when), size in largest.items():
+        assert size >= logits if implementation == "full" else size < logits / 3, (implementation, when)
 
 
 # ---- what goes wrong ----

@@ -84,8 +84,9 @@ def sft(tokenizer: Any, output_dir: Any, kind: str = "text", teacher: Any = None
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize(
+    ("kind", "packing"), [*((kind, False) for kind in DATA), ("text", True), ("chat completion", True)]
+)
 def test_alpha_zero_is_the_stock_sft_trainer(kind, packing, tokenizer, tmp_path):
     distilled = sft(tokenizer, tmp_path, kind, kd_alpha=0.0, packing=packing, eval_packing=False)
     data = Dataset.from_dict(DATA[kind])

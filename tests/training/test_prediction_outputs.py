@@ -120,11 +120,16 @@ def same(found: Any, expected: Any) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize(
-    ("task", "gives"),
-    # In a tuple, the two logits of question answering are not told apart.
-    [c for c in itertools.product([*TASKS, "plain"], ["mapping", "tuple"]) if c != ("question_answering", "tuple")],
+    ("task", "gives", "labelled"),
+    [
+        *((task, "mapping", True) for task in [*TASKS, "plain"]),
+        # In a tuple, the two logits of question answering cannot be distinguished.
+        *((task, "tuple", False) for task in [*TASKS, "plain"] if task != "question_answering"),
+        *itertools.product(["classification", "causal_lm"], ["mapping"], [False]),
+        *itertools.product(["classification", "causal_lm"], ["tuple"], [True]),
+        ("question_answering", "mapping", False),
+    ],
 )
 def test_what_is_no_tensor_is_no_prediction(task, gives, labelled, tmp_path):
     data = rows(task, labelled=labelled)
