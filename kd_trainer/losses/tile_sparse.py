@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,57 +53,102 @@ def sparse_tile_loss(
     if labels is not None:
         labels, weights, wrong = without_wrong(labels, weights, student.shape[1])
     double = torch.float64 if student.device.type != "mps" else torch.float32
-    temperature, ids = setting.temperature, teacher.ids
     rows = torch.arange(len(student), device=student.device).unsqueeze(1)
-    chosen = student[rows, ids].to(double)
     label = None if labels is None else labels.unsqueeze(1)
+    chosen = student[rows, teacher.ids].to(double)
     at_label = None if label is None else student[rows, label.clamp(min=0)].to(double)
     if isinstance(teacher, TopK):
-        of_top = chosen.gather(1, teacher.log_probs.argmax(-1, True))
         # What remains is the rest, summed without the kept ids: taken from the sum of all, a small one would be lost.
-        student[rows, ids] = _lowest(student.dtype)
-        kept, kept_hard = (x.logsumexp(-1, True) for x in (chosen, temperature * chosen))
+        student[rows, teacher.ids] = _lowest(student.dtype)
+        sums = _Sums(*(x.to(double) for x in _sums(setting, student, compiled)))
+        terms = _top_k_terms(setting, teacher, chosen, sums, labels, student.shape[1], gradient)
     else:
-        of_top = student[rows, teacher.top.unsqueeze(1)].to(double)
-        kept = kept_hard = torch.full_like(of_top, -torch.inf)  # the tile is whole
-    soft_weight, hard_weight = weights.to(double).split(1, 1)
-    top, total, total_hard = (x.to(double) for x in _sums(setting, student, compiled))
-    rest, rest_hard = top + total.log(), temperature * top + total_hard.log()
-
-    if isinstance(teacher, TopK):
-        if ids.shape[1] == student.shape[1]:
-            rest, rest_hard = (x.new_full(x.shape, -torch.inf) for x in (rest, rest_hard))
-        log_all = torch.logaddexp(rest, kept)
-        all_hard = torch.logaddexp(rest_hard, kept_hard)
-        log_q = torch.cat((chosen, rest), 1) - log_all
-        soft, slopes = _bucket_slopes(setting, teacher, log_q, labels, gradient)
-        same = of_top >= torch.maximum(top, chosen.amax(-1, True))
-    else:
-        log_all, all_hard, log_q = rest, rest_hard, chosen - rest
-        soft, slopes = -log_q.mean(-1, True) - teacher.entropy.unsqueeze(1).to(double), None
-        same = of_top >= top
-    hard = 0 * soft
+        at_top = student[rows, teacher.top.unsqueeze(1)].to(double)
+        sums = _Sums(*(x.to(double) for x in _sums(setting, student, compiled)))
+        terms = _samples_terms(setting, teacher, chosen, at_top, sums)
+    hard = 0 * terms.soft
     if label is not None and at_label is not None:
-        hard = torch.where(label >= 0, all_hard - temperature * at_label, 0.0)
+        hard = torch.where(label >= 0, terms.log_sum_hard - setting.temperature * at_label, 0.0)
         hard = hard if wrong is None else torch.where(wrong.unsqueeze(1), torch.nan, hard)
     if gradient:
-        if slopes is not None:
-            of_all = slopes.sum(-1, True)
-            of_rest = slopes[:, -1:] / total - of_all * (top - log_all).exp()
-            at_ids = slopes[:, :-1] - log_q[:, :-1].exp() * of_all
-        else:
-            of_rest = 1 / total
-            at_ids = log_q.exp() - _counts(ids).to(double) / ids.shape[1]
-        of_rest, at_ids = of_rest * soft_weight, at_ids * soft_weight
-        of_hard = hard_weight * (temperature * top - all_hard).exp()
-        _overwrite(setting, student, top, of_rest, of_hard, compiled)
-        if label is not None and at_label is not None:
-            at_ids = at_ids + hard_weight * ((temperature * chosen - all_hard).exp() - (ids == label).to(double))
-            at = of_rest * (at_label - top).exp()
-            at = at + hard_weight * ((temperature * at_label - all_hard).exp() - 1)
-            student[rows, label.clamp(min=0)] = at.to(student.dtype)
-        student[rows, ids] = at_ids.to(student.dtype)  # the label may be one of them
-    return Rows(soft.squeeze(1).to(wide(student)), hard.squeeze(1).to(wide(student)), same.squeeze(1))
+        labelled = None if label is None or at_label is None else (label, at_label)
+        _write_gradient(setting, student, teacher.ids, chosen, labelled, terms, sums.top, weights.to(double), compiled)
+    soft, hard, same = (x.squeeze(1) for x in (terms.soft, hard, terms.same))
+    return Rows(soft.to(wide(student)), hard.to(wide(student)), same)
+
+
+class _Sums(NamedTuple):
+    """Of a tile's rows [R, 1], as `_row_sums` gives them."""
+
+    top: Tensor
+    total: Tensor
+    total_hard: Tensor
+
+
+class _Terms(NamedTuple):
+    """Of a tile's rows, [R, 1] each but for `at_ids`: losses, and the gradient of the soft loss to s."""
+
+    soft: Tensor
+    same: Tensor
+    log_sum_hard: Tensor  # log of the sum of exp(T s)
+    of_rest: Tensor  # at the other classes, as a multiple of exp(s - top)
+    at_ids: Tensor  # [R, k]
+
+
+def _top_k_terms(
+    setting: Setting, teacher: TopK, chosen: Tensor, sums: _Sums, labels: Tensor | None, classes: int, gradient: bool
+) -> _Terms:
+    """`chosen`: s at the kept ids [R, k]; `sums`: of the other classes. Without `gradient` the last two are empty."""
+    (top, total, total_hard), temperature = sums, setting.temperature
+    kept, kept_hard = (x.logsumexp(-1, True) for x in (chosen, temperature * chosen))
+    rest, rest_hard = top + total.log(), temperature * top + total_hard.log()
+    if chosen.shape[1] == classes:
+        rest, rest_hard = (x.new_full(x.shape, -torch.inf) for x in (rest, rest_hard))
+    log_all = torch.logaddexp(rest, kept)
+    log_q = torch.cat((chosen, rest), 1) - log_all
+    soft, slopes = _bucket_slopes(setting, teacher, log_q, labels, gradient)
+    at_top = chosen.gather(1, teacher.log_probs.argmax(-1, True))
+    same, log_sum_hard = at_top >= torch.maximum(top, chosen.amax(-1, True)), torch.logaddexp(rest_hard, kept_hard)
+    if slopes is None:
+        return _Terms(soft, same, log_sum_hard, soft.new_empty(0), soft.new_empty(0))
+    of_all = slopes.sum(-1, True)
+    of_rest = slopes[:, -1:] / total - of_all * (top - log_all).exp()
+    return _Terms(soft, same, log_sum_hard, of_rest, slopes[:, :-1] - log_q[:, :-1].exp() * of_all)
+
+
+def _samples_terms(setting: Setting, teacher: Samples, chosen: Tensor, at_top: Tensor, sums: _Sums) -> _Terms:
+    """`chosen`, `at_top`: s at the drawn ids [R, k] and at the teacher's top class [R, 1]; `sums`: of all classes."""
+    log_q = chosen - (sums.top + sums.total.log())
+    soft = -log_q.mean(-1, True) - teacher.entropy.unsqueeze(1).to(chosen.dtype)
+    log_sum_hard = setting.temperature * sums.top + sums.total_hard.log()
+    at_ids = log_q.exp() - _counts(teacher.ids).to(chosen.dtype) / teacher.ids.shape[1]
+    return _Terms(soft, at_top >= sums.top, log_sum_hard, 1 / sums.total, at_ids)
+
+
+def _write_gradient(
+    setting: Setting,
+    student: Tensor,
+    ids: Tensor,
+    chosen: Tensor,
+    labelled: tuple[Tensor, Tensor] | None,
+    terms: _Terms,
+    top: Tensor,
+    weights: Tensor,
+    compiled: bool,
+) -> None:
+    """Overwrites the tile by dL/ds; `labelled`: the labels [R, 1] and s there."""
+    rows = torch.arange(len(student), device=student.device).unsqueeze(1)
+    soft_weight, hard_weight = weights.split(1, 1)
+    of_rest, at_ids = terms.of_rest * soft_weight, terms.at_ids * soft_weight
+    temperature, log_sum_hard = setting.temperature, terms.log_sum_hard
+    _overwrite(setting, student, top, of_rest, hard_weight * (temperature * top - log_sum_hard).exp(), compiled)
+    if labelled is not None:
+        label, at_label = labelled
+        at_ids = at_ids + hard_weight * ((temperature * chosen - log_sum_hard).exp() - (ids == label).to(chosen.dtype))
+        at = of_rest * (at_label - top).exp()
+        at = at + hard_weight * ((temperature * at_label - log_sum_hard).exp() - 1)
+        student[rows, label.clamp(min=0)] = at.to(student.dtype)
+    student[rows, ids] = at_ids.to(student.dtype)  # the label may be one of them
 
 
 def _sparse_tile_in_c(
