@@ -54,6 +54,7 @@ class Format(NamedTuple):
 
     @property
     def id_dtype(self) -> torch.dtype:
+        """The dtype in which class ids are kept: 2 bytes where they fit."""
         return torch.uint16 if self.classes <= 2**16 else torch.uint32
 
     @property

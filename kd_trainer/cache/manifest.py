@@ -32,6 +32,7 @@ class CacheError(ValueError):
 
 
 def shard_name(index: int) -> str:
+    """The file name of a shard."""
     return f"data-{index:05d}.arrow"
 
 
@@ -50,6 +51,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def json_sha256(content: Any) -> str:
+    """SHA-256 of the content as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
 
 

@@ -83,6 +83,7 @@ def prompt_rows(inputs: Mapping[str, Any], mask: Tensor) -> list[PromptRow]:
 
 
 def fail_packed() -> NoReturn:
+    """ValueError: the batch has packed rows, which the server cannot run."""
     _fail_batch("data_collator", "one that packs several sequences into a row", "one sequence a row")
 
 

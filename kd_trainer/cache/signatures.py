@@ -105,6 +105,7 @@ def _kind(name: str, value: Any, alone: list[Any] | None, rows: int, lengths: li
 
 
 def refuse_column(name: str, value: Any, rows: int) -> NoReturn:
+    """ValueError: a column of the batch has no entry for each row, so that a change of it would not be noticed."""
     shape = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
     fix = "Give it row by row, or train with the live teacher."
     expected = "an entry of it for each row, or the rows' entries concatenated"

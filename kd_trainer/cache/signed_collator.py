@@ -67,6 +67,7 @@ def with_row_ids(features: Any) -> NumberedBatch:
 
 
 def have_row_ids(rows: list[Any]) -> bool:
+    """Whether every row is numbered by a column `teacher_row_id`."""
     return bool(rows) and all(isinstance(row, Mapping) and ROW_ID in row for row in rows)
 
 

@@ -209,6 +209,7 @@ def clean(folder: Path) -> None:
 
 
 def is_finished(folder: Path) -> bool:
+    """Whether the folder holds a cache that was built to its end."""
     return (folder / MANIFEST).is_file()
 
 
@@ -233,6 +234,7 @@ def read_manifest(folder: Path, root: Path | None = None) -> dict[str, Any]:
 
 
 def damage_message(name: str, reason: str) -> str:
+    """The error of a shard that is not as it was written."""
     fix = (
         "Start a training with teacher_model and teacher_cache_dir: that shard alone is built again. Without the "
         "teacher, fetch the file again."

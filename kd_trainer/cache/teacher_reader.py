@@ -170,6 +170,7 @@ def _places_of(mask: Tensor) -> Tensor:
 
 
 def fail_without_linear_head(reader: Any) -> NoReturn:
+    """ValueError: format `hidden` with a teacher whose logits are not one linear layer of its hidden states."""
     because = "the logits of " + type(reader.teacher.model).__name__ + " are more than its output head's product"
     fix = "Set it to topk or logits."
     fail("teacher_cache_format", "'hidden'", "another format with this teacher", fix, because=because)

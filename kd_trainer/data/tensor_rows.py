@@ -190,6 +190,7 @@ class Source(NamedTuple):
     shown: str
 
     def refuse(self, found: str, expected: str, fix: str) -> NoReturn:
+        """ValueError about the rows of this source."""
         fail(self.argument, f"{self.shown} with {found}", expected, fix)
 
 

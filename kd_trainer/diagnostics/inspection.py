@@ -47,4 +47,5 @@ class Inspection:
     compute_loss: Callable[[nn.Module, dict[str, Any], Counts | None, Plan], LossOfPlan]
 
     def objective(self, *, training: bool) -> tuple[Objective, SoftTargetLoss]:
+        """The objective at the trainer's step, and its soft loss."""
         return self.settings.objective(self.trainer.state, training=training)

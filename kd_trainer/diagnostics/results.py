@@ -82,6 +82,7 @@ def print_results(results: Sequence[CheckResult], console: Console | None = None
 
 
 def has_errors(results: Iterable[CheckResult]) -> bool:
+    """Whether any result is an error."""
     return any(result.status == "error" for result in results)
 
 

@@ -61,6 +61,7 @@ class Trial(NamedTuple):
         return accelerator.autocast() if self.whole and accelerator.mixed_precision != "no" else nullcontext()
 
     def loss(self, batch: Mapping[str, Any], counts: Counts | None = None) -> LossOfPlan:
+        """The loss of a batch as training computes it; None as counts: those of the batch."""
         with self.precision:
             return self.inspection.compute_loss(self.model, dict(batch), counts, self.plan)
 

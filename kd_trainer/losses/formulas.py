@@ -99,16 +99,19 @@ def kl_to_mixture_terms(log_a: Tensor, log_b: Tensor, beta: float) -> Tensor:
 
 
 def jsd_terms(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
+    """Elementwise beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q."""
     p, q = log_p.exp(), log_q.exp()
     log_m = _log_mixture(p, q, beta)
     return beta * weigh(p, log_p - log_m) + (1 - beta) * weigh(q, log_q - log_m)
 
 
 def skew_reverse_kl_terms(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
+    """Elementwise KL(q || beta q + (1 - beta) p)."""
     return kl_to_mixture_terms(log_q, log_p, beta)
 
 
 def total_variation_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Elementwise |p - q| / 2."""
     return 0.5 * (log_p.exp() - log_q.exp()).abs()
 
 

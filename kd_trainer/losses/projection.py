@@ -140,10 +140,12 @@ class MixedLogits:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the logits."""
         return (*self.parts[0].hidden.shape[:-1], self.parts[0].projection.weight.shape[0])
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the logits."""
         return torch.promote_types(self.parts[0].hidden.dtype, torch.float32)
 
     @property
@@ -189,10 +191,12 @@ class KnownMixture:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the logits."""
         return tuple(self.logits.shape)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the logits."""
         return self.logits.dtype
 
     @property

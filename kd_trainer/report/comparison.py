@@ -79,6 +79,7 @@ class Report:
 
     @property
     def pictures(self) -> list[str]:
+        """File names of the pictures."""
         return [path.name for path in self.files if path.suffix == ".png"]
 
 

@@ -93,6 +93,7 @@ class Difference(NamedTuple):
         )
 
     def shown_interval(self) -> str:
+        """The 95% interval as it is printed."""
         if self.interval is None:
             return "–"
         return f"{self.shown(self.interval[0], '+')} to {self.shown(self.interval[1], '+')}"

@@ -51,6 +51,7 @@ UNSET_ALPHA = Unset(0.7)
 
 
 def is_unset(value: Any) -> bool:
+    """Whether the field has its default, which nobody wrote."""
     return isinstance(value, Unset)
 
 

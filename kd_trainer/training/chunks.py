@@ -62,6 +62,7 @@ class ChunkObjective(Objective):
         return f"tau={self.chunk_temperature:g}"
 
     def count(self, task: Task, inputs: Mapping[str, Any]) -> Counts:
+        """As `Objective.count`; the soft loss counts what the chunks are made of."""
         counts = super().count(task, inputs)
         return counts._replace(soft=_counted(task, inputs, self.positions).sum() if CHUNK_IDS in inputs else 0)
 
@@ -105,6 +106,7 @@ class ChunkObjective(Objective):
         return FusedLoss(total, chunks, hard, torch.zeros_like(hard))
 
     def parts(self, loss: FusedLoss, counts: Counts, *, labelled: bool) -> Parts:
+        """As `Objective.parts`, without an agreement: the vocabularies differ."""
         return super().parts(loss, counts, labelled=labelled)._replace(agreement=None)
 
     def _scored(self, task: Task, teacher: TeacherOutput, inputs: Mapping[str, Any]) -> _Scored:

@@ -108,6 +108,7 @@ class Settings:
         return self.objective_at(min(done, 1.0))
 
     def require_teacher(self, given: Any) -> None:
+        """Raises ValueError without a teacher, where the soft loss has a weight."""
         if given is None and not self.always_hard:
             fix = "Pass teacher_model= to the trainer, set teacher_model_name_or_path, or set kd_alpha to 0."
             fail("teacher_model", None, f"a teacher, with kd_alpha {self.kd.kd_alpha:g}", fix)
@@ -142,11 +143,14 @@ class Host(Protocol):
 
     each_alone: bool
 
-    def removed_columns(self) -> list[str]: ...
+    def removed_columns(self) -> list[str]:
+        """Columns of the data that upstream removes."""
 
-    def withheld_columns(self) -> set[str]: ...
+    def withheld_columns(self) -> set[str]:
+        """Those of them that stay for the teacher alone."""
 
-    def watch_buffers(self, watch: Callable[[], Any] | None) -> None: ...
+    def watch_buffers(self, watch: Callable[[], Any] | None) -> None:
+        """Adds a hook that compares the buffers shared with a teacher; None removes all."""
 
 
 @dataclass
@@ -187,6 +191,7 @@ class FirstBatch:
 
     @property
     def sharded(self) -> bool:
+        """Whether the backend shards the student's parameters."""
         return is_sharded(self.trainer)
 
     @property

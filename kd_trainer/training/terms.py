@@ -61,6 +61,7 @@ class Term:
     capture: Callable[[nn.Module, str, Any], AbstractContextManager[Any]] | None = None
 
     def weight_for(self, student: nn.Module) -> float:
+        """The weight of the term for this student."""
         return self.weight(student) if callable(self.weight) else self.weight
 
 
