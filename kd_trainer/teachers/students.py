@@ -1,23 +1,25 @@
-"""A student made of some of its teacher's layers: same widths, embeddings and head, fewer hidden layers.
+"""A student made of its teacher's weights: fewer hidden layers, and fewer heads, neurons and channels in them.
 
 For: a teacher without a student yet; a student that starts from the teacher's weights needs fewer steps than
-one drawn at random. Leaves training to `trainer.py`; a narrower student is a config of the user's own.
+one drawn at random. Leaves training to `trainer.py`, and what matters most to `pruning.py`.
 Works for any transformers model whose config counts the entries of one stack of layers (decoder-only, encoder-only,
-vision) or of two (encoder-decoder): the stacks are found in the model, there is no table of architectures.
+vision) or of two (encoder-decoder): the stacks are found in the model, there is no table of architectures for them.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ..tasks import sentence_folder_of
 from ..validation import fail, message, quoted
+from .pruning import Pruning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,22 +50,40 @@ class _Stack(NamedTuple):
 def student_from_teacher(
     teacher: PreTrainedModel | str | Path,
     *,
-    layers: str | Sequence[int],
+    layers: str | Sequence[int] = "every_1",
     decoder_layers: str | Sequence[int] | None = None,
+    num_attention_heads: int | None = None,
+    intermediate_size: int | None = None,
+    hidden_size: int | None = None,
+    calibration: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
 ) -> PreTrainedModel:
-    """A model of the teacher's class with the chosen layers of the teacher, and all that is not a layer.
+    """A model of the teacher's class with the chosen layers of the teacher, narrower if asked, and the rest copied.
 
     Embeddings, final norm, head, biases and buffers are copies (tied weights stay tied); the config counts the layers
     that are left, and its per-layer lists (`layer_types`, `no_rope_layers`) keep their entries. The teacher is not
     changed and shares no memory with the student. Saved with `save_pretrained` the student is an ordinary checkpoint.
 
+    A smaller width keeps what is most active on the calibration batches: the FFN neurons of a layer by their value
+    behind the non-linearity, its heads by the norm of their output, hidden channels (the same ones in all layers) by
+    the outputs of the norms; absolute values, the mean over the positions of a row, L2 over the rows. Kept weights are
+    copied as they are. Known are BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen2, Qwen3, Gemma 1 to 3 (text),
+    ViT, T5 and BART.
+
     Args:
         teacher: a transformers model, or the folder or hub name of one (loaded with the class that its config names).
         layers: indices of the layers to keep, 0 for the first, ascending; or "every_k" with k >= 1: about n / k of n
             layers (rounded up), evenly spread from the first to the last, both of which are kept wherever two or more
-            are left; "every_2" of 12 keeps 0, 2, 4, 7, 9, 11, as DistilBERT does.
+            are left; "every_2" of 12 keeps 0, 2, 4, 7, 9, 11, as DistilBERT does; or "influence_n": the n layers whose
+            output is least similar to their input (1 - cosine, mean over the calibration's positions).
         decoder_layers: the same for the decoder of an encoder-decoder, whose encoder `layers` then means; default
             None: `layers` for both.
+        num_attention_heads: of each attention of the student; None: the teacher's. With grouped-query attention a
+            multiple of the heads that share a key and value. BERT, RoBERTa, DistilBERT, GPT-2, ViT and BART have no
+            field for the size of a head: `hidden_size` is pruned with it, in the same proportion.
+        intermediate_size: the number of FFN neurons of each layer; None: the teacher's.
+        hidden_size: the number of channels between the layers; None: the teacher's.
+        calibration: a batch of the model's inputs, or several (a list, a `DataLoader` with the data's collator); some
+            hundred rows of the training data. Padding is not counted. Needed for a smaller width and "influence_n".
 
     Returns:
         The student, in eval mode and trainable as `from_pretrained` leaves it, with the teacher's dtypes, device and
@@ -72,19 +92,26 @@ def student_from_teacher(
     Raises:
         TypeError: `teacher` is no transformers model (a PEFT wrapper: merge it first), or `layers` is of another type.
         ValueError: an index out of range, twice or out of order; no layer at all; another word than "every_k"; a
-            quantised teacher; a model whose layers do not follow from its config, or change with their place.
+            quantised teacher; a model whose layers do not follow from its config, or change with their place; a width
+            that is larger than the teacher's, does not fit the config or has no calibration; an unknown layout.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> teacher = LlamaForCausalLM(LlamaConfig(
         ...     vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2))
         >>> student = student_from_teacher(teacher, layers="every_2")
         >>> student.config.num_hidden_layers, teacher.config.num_hidden_layers
         (3, 6)
+        >>> batch = {"input_ids": torch.arange(32).view(4, 8)}
+        >>> student = student_from_teacher(teacher, layers="influence_4", intermediate_size=16, calibration=batch)
+        >>> student.config.num_hidden_layers, student.config.intermediate_size
+        (4, 16)
 
     Source:
         Sanh et al., "DistilBERT", arXiv 1910.01108; Shleifer and Rush, "Pre-trained Summarization Distillation",
-        arXiv 2010.13002.
+        arXiv 2010.13002; Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation"
+        (Minitron), arXiv 2407.14679; Men et al., "ShortGPT", arXiv 2403.03853.
     """
     model = _load(teacher) if isinstance(teacher, (str, Path)) else teacher
     _check_teacher(model)
@@ -92,14 +119,21 @@ def student_from_teacher(
     if decoder_layers is not None and len(stacks) == 1:
         because = f"{type(model).__name__} has one stack of layers, {stacks[0].path}"
         fail("decoder_layers", repr(decoder_layers), "None", "Choose its layers with `layers`.", because=because)
+    widths = {
+        "num_attention_heads": num_attention_heads,
+        "intermediate_size": intermediate_size,
+        "hidden_size": hidden_size,
+    }
+    pruning = Pruning(model, [stack.path for stack in stacks], calibration, widths)
     kept = {}
     for stack in stacks:
         own = decoder_layers is not None and stack.is_decoder
         argument, spec = ("decoder_layers", decoder_layers) if own else ("layers", layers)
-        kept[stack] = _indices(argument, spec, stack.length)
-    student = _build(model, kept)
+        kept[stack] = _indices(argument, spec, stack, pruning)
+    student = _build(model, kept, pruning)
+    narrow = _narrow_teacher(model, pruning) if pruning.narrows else model
     for stack, indices in kept.items():
-        _check_places(model, student, stack, indices)
+        _check_places(narrow, student, stack, indices)
     return student
 
 
@@ -170,14 +204,17 @@ def _fields_of(config: Any, path: str, pattern: re.Pattern) -> list[str]:
     return own if own and "decoder" in path else [name for name in names if name not in own]
 
 
-def _indices(argument: str, spec: Any, length: int) -> list[int]:
+def _indices(argument: str, spec: Any, stack: _Stack, pruning: Pruning) -> list[int]:
     """The layers of a stack that `spec` keeps."""
-    word = re.fullmatch(r"every_([1-9]\d*)", spec) if isinstance(spec, str) else None
-    if word is not None:
-        count = -(-length // int(word[1]))
+    length = stack.length
+    word = re.fullmatch(r"(every|influence)_([1-9]\d*)", spec) if isinstance(spec, str) else None
+    if word is not None and word[1] == "influence" and int(word[2]) <= length:
+        return pruning.most_influential(stack.path, int(word[2]))
+    if word is not None and word[1] == "every":
+        count = -(-length // int(word[2]))
         # Rounded to the nearest layer: the first, the last, and the others evenly between them.
         return [(2 * i * (length - 1) + count - 1) // (2 * max(count - 1, 1)) for i in range(count)]
-    expected = f'ascending layer indices from 0 to {length - 1}, or "every_k" with k >= 1'
+    expected = f'ascending layer indices from 0 to {length - 1}, "every_k" with k >= 1, or "influence_n" up to {length}'
     if isinstance(spec, str):
         fail(argument, quoted(spec), expected, 'Write "every_2" for half of the layers.')
     whole = isinstance(spec, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in spec)
@@ -200,8 +237,8 @@ def _indices(argument: str, spec: Any, length: int) -> list[int]:
     return indices
 
 
-def _config(model: PreTrainedModel, kept: dict[_Stack, list[int]]) -> Any:
-    """The teacher's config for fewer layers."""
+def _config(model: PreTrainedModel, kept: dict[_Stack, list[int]], pruning: Pruning) -> Any:
+    """The teacher's config for fewer layers and smaller widths."""
     config = copy.deepcopy(model.config)
     config._name_or_path = ""  # the student is not the checkpoint that the teacher came from
     for stack, indices in kept.items():
@@ -211,21 +248,22 @@ def _config(model: PreTrainedModel, kept: dict[_Stack, list[int]]) -> Any:
                 setattr(config, name, type(value)(value[i] for i in indices))
         for name in stack.counts:
             setattr(config, name, len(indices))
+    pruning.shrink(config)
     return config
 
 
-def _build(model: PreTrainedModel, kept: dict[_Stack, list[int]]) -> PreTrainedModel:
+def _build(model: PreTrainedModel, kept: dict[_Stack, list[int]], pruning: Pruning) -> PreTrainedModel:
     """A model of the smaller config, as `from_pretrained` would build it, with copies of the teacher's weights."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights():  # every weight is copied: drawing them would cost time and shift the seed
-        student: Any = type(model)(_config(model, kept))
+        student: Any = type(model)(_config(model, kept, pruning))
+    shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
     weights = {
-        new: tensor.detach().clone()
+        new: pruning.cut(name, tensor.detach(), shapes.get(new)).clone()
         for name, tensor in model.state_dict().items()
         if (new := _new_name(name, kept)) is not None
     }
-    shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
     wrong = [name for name in {**shapes, **weights} if name not in weights or shapes.get(name) != weights[name].shape]
     if wrong:
         fail(
@@ -244,6 +282,16 @@ def _build(model: PreTrainedModel, kept: dict[_Stack, list[int]]) -> PreTrainedM
     if folder is not None and not folder.has_weights:
         student.kd_sentence_folder = folder  # an embedding model is trained and saved with its teacher's pooling
     return student.eval()
+
+
+def _narrow_teacher(model: PreTrainedModel, pruning: Pruning) -> PreTrainedModel:
+    """A model with all layers of the teacher and the widths of the student, without weights."""
+    from transformers.initialization import no_init_weights
+
+    config = copy.deepcopy(model.config)
+    pruning.shrink(config)
+    with torch.device("meta"), no_init_weights():
+        return type(model)(config)
 
 
 def _new_name(name: str, kept: dict[_Stack, list[int]]) -> str | None:

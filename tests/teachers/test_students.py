@@ -423,5 +423,5 @@ def test_a_teacher_that_cannot_be_copied_is_refused():
 
 def test_the_example_of_the_docstring_runs():
     results = doctest.testmod(students)
-    assert results.attempted == 4
+    assert results.attempted == 8
     assert results.failed == 0
