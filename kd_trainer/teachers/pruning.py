@@ -195,8 +195,8 @@ class Pruning:
 
     @cached_property
     def _importance(self) -> _Importance:
-        hidden = self._old.hidden_size if self.narrows and self._new.hidden_size < self._old.hidden_size else None
-        return _measure(self._model, self._stacks, self._roles, hidden, self._batches())
+        channels = self.narrows and self._new.hidden_size < self._old.hidden_size
+        return _measure(self._model, self._stacks, self._roles, channels, self._batches())
 
     def _batches(self) -> Iterable[Mapping[str, Any]]:
         given = self._calibration
@@ -398,7 +398,7 @@ def _measure(
     model: PreTrainedModel,
     stacks: Sequence[str],
     roles: Mapping[str, _Role],
-    hidden: int | None,
+    with_channels: bool,
     batches: Iterable[Mapping[str, Any]],
 ) -> _Importance:
     """Runs the model over the batches, in eval mode, and leaves it and the random numbers as they were."""
@@ -406,8 +406,7 @@ def _measure(
     for path, module in model.named_modules():
         if path in roles and roles[path].reads:
             handles.append(module.register_forward_pre_hook(partial(sums.units, path)))
-        weight = getattr(module, "weight", None)
-        if hidden and "Norm" in type(module).__name__ and isinstance(weight, Tensor) and weight.shape == (hidden,):
+        if with_channels and "Norm" in type(module).__name__:
             handles.append(module.register_forward_hook(partial(sums.channels, path)))
             norms.append(path)
     layers = {stack: [f"{stack}.{i}" for i in range(len(_layers(model, stack)))] for stack in stacks}
@@ -428,7 +427,7 @@ def _measure(
     units = {role.units: torch.zeros(role.total) for role in roles.values()}  # cross-attention may not have run
     for path in scores.keys() & roles.keys():
         units[roles[path].units] = units[roles[path].units] + scores[path]
-    channels = torch.stack([scores[path] for path in norms if path in scores]).sum(0) if norms else None
+    channels = torch.stack([scores[path] for path in norms if path in scores]).sum(0) if with_channels else None
     influence = {}
     for stack, paths in layers.items():
         cosine, counted = torch.stack([sums.cosines[path].cpu() for path in paths]).unbind(-1)

@@ -273,15 +273,15 @@ def test_on_policy_keeps_its_promises(tmp_path):
 
 @pytest.mark.trains
 def test_a_pruned_student_is_ahead_of_the_same_sizes_from_scratch(tmp_path, monkeypatch, capsys):
-    """Fewer seeds and steps than the example has; its own figures are far apart."""
+    """With a teacher of 50 steps, whose FFN does little yet: pruning costs nothing there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     assert len((EXAMPLES / "prune.py").read_text(encoding="utf-8").splitlines()) < 80
-    runpy.run_path(str(EXAMPLES / "prune.py"))["main"](seeds=2, teacher_steps=60, steps=15)
+    runpy.run_path(str(EXAMPLES / "prune.py"))["main"](seeds=2, teacher_steps=50, steps=10)
     names = ("teacher", "pruned", "pruned, distilled", "from scratch, distilled")
     patterns = [rf"{name} +perplexity \d+\.\d+ ± \d+\.\d+, KL to the teacher (\d+\.\d+)" for name in names]
     teacher, pruned, distilled, scratch = figures(capsys.readouterr().out, *patterns)
     assert teacher == 0
-    assert distilled < pruned < scratch
+    assert max(pruned, distilled) < scratch / 5
     promised = figures(header_of("prune.py"), *patterns)
     assert promised[2] < promised[1] < promised[3]

@@ -246,6 +246,7 @@ def collated(rows: list[dict[str, Tensor]], pad: int) -> dict[str, Tensor]:
 
 def test_importance_by_hand():
     teacher, rows = padded_llama()
+    teacher.model.embed_tokens.weight.data *= 5  # channels of both signs
     student = student_from_teacher(
         teacher, num_attention_heads=4, intermediate_size=5, hidden_size=8, calibration=collated(rows, pad=0)
     )
@@ -312,10 +313,13 @@ def test_layers_and_widths_at_once():
 
 def test_the_teacher_is_left_as_it_was():
     teacher, rows = padded_llama()
+    teacher.config.attention_dropout = teacher.model.layers[1].self_attn.attention_dropout = 0.5
+    expected = student_from_teacher(teacher, intermediate_size=5, calibration=rows)
     teacher.train().model.layers[0].eval()
     modes = [module.training for module in teacher.modules()]
     with pytest.raises(TypeError, match="`calibration` is of list without tensors; expected batches"):
         student_from_teacher(teacher, intermediate_size=5, calibration=[*rows, [1]])
+    assert torch.equal(logits(student_from_teacher(teacher, intermediate_size=5, calibration=rows)), logits(expected))
     assert [module.training for module in teacher.modules()] == modes
     hooks = [hook for m in teacher.modules() for hook in (*m._forward_hooks, *m._forward_pre_hooks)]
     assert not hooks
@@ -332,8 +336,37 @@ def test_encoder_and_decoder_have_their_masks():
     widths = {"num_attention_heads": 1, "intermediate_size": 5, "hidden_size": 8}
     one, other = (student_from_teacher(teacher, layers="influence_2", calibration=b, **widths) for b in (short, long))
     assert torch.equal(tiny.weights(one), tiny.weights(other))
-    # The first layer, whose table of positions all read, stays.
-    assert one.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.shape[1] == 1
+
+
+def test_the_heads_of_one_table_of_positions():
+    """T5's first layer has a number for each head of all layers: it stays, and all layers keep the same heads."""
+    teacher = model_of("T5ForConditionalGeneration", **{**T5, "num_layers": 3, "num_decoder_layers": 3})
+    layers = [block.layer[0].SelfAttention for block in teacher.encoder.block]
+    with torch.no_grad():
+        for layer, head, factor in ((0, 1, 0.6), (1, 0, 0.01), (2, 1, 0.6)):  # heads have 4 channels
+            layers[layer].v.weight[4 * head : 4 * head + 4] *= factor
+        for part in (layers[0].o, teacher.encoder.block[0].layer[1].DenseReluDense.wo):
+            part.weight.zero_()  # the layer changes nothing
+    options = {"num_attention_heads": 1, "calibration": inputs_of(teacher)}
+    student = student_from_teacher(teacher, layers="influence_2", **options)
+    assert torch.equal(student.encoder.block[0].layer[0].SelfAttention.o.weight, torch.zeros(16, 4, dtype=torch.double))
+    wide = student_from_teacher(teacher, **options)
+    kept = [block.layer[0].SelfAttention for block in wide.encoder.block]
+    for old, new in zip(layers, kept, strict=True):
+        assert torch.equal(new.q.weight, old.q.weight[4:])
+    assert torch.equal(kept[0].relative_attention_bias.weight, layers[0].relative_attention_bias.weight[:, 1:])
+
+
+def test_a_head_size_that_the_config_derives(tmp_path):
+    """And norms of queries and keys as wide as the hidden size, which are no norms of the channels."""
+    teacher = model_of("Qwen2ForCausalLM", **{**PLAIN, "num_attention_heads": 4, "num_key_value_heads": 4})
+    student = student_from_teacher(teacher, num_attention_heads=2, calibration=inputs_of(teacher))
+    student.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(student).from_pretrained(tmp_path)), logits(student))
+    assert student.config.head_dim == 4
+    teacher = model_of("Qwen3ForCausalLM", **{**GQA, "head_dim": HIDDEN})
+    student = student_from_teacher(teacher, hidden_size=8, calibration=inputs_of(teacher))
+    assert student.model.layers[0].self_attn.q_norm.weight.shape == (HIDDEN,)
 
 
 def test_influence_needs_no_layout():
