@@ -1,4 +1,4 @@
-"""The `kd-trainer` command as a user runs it: in a process of its own."""
+"""The `kd-trainer` command as a user runs it: in a process."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def run(*arguments, cwd):
 def runs(tmp_path):
     labels = torch.arange(50) % 2
     for name, wrong in (("teacher", 2), ("kd", 5), ("base=line", 20)):
-        answers = torch.where(torch.arange(50) < wrong, 1 - labels, labels)
-        save_predictions(tmp_path / name, torch.nn.functional.one_hot(answers, 2) * 3.0, labels)
+        predicted = torch.where(torch.arange(50) < wrong, 1 - labels, labels)
+        save_predictions(tmp_path / name, torch.nn.functional.one_hot(predicted, 2) * 3.0, labels)
     return tmp_path
 
 

@@ -244,7 +244,7 @@ def padded(side: str = "right", to: int = 0, dtype: Any = torch.int64, form: str
         columns = {name: torch.tensor([gap + row[name] if side == "left" else row[name] + gap for row, gap in pairs])
                    for name in ("ids", "mask", "types")}  # fmt: skip
         mask = columns["mask"].to(dtype)
-        if form == "4":  # who reads whom
+        if form == "4":  # which position attends to which
             mask = torch.tril(torch.ones(length, length, dtype=torch.bool)) & mask.bool()[:, None, None, :]
             mask = mask | torch.eye(length, dtype=torch.bool)
             mask = mask & (columns["mask"].bool()[:, None, :, None])

@@ -205,7 +205,7 @@ def test_a_server_that_stops_midway_leaves_what_resumes_to_the_same_bytes(server
     assert not (tmp_path / "cut/cache/train/manifest.json").exists()
     server.faults, first = {}, server.number
     fill(tmp_path / "cut", server)
-    assert server.number - first < len(ROWS), "what was built is not asked for again"
+    assert server.number - first < len(ROWS), "what was built is not requested again"
     assert content(tmp_path / "cut/cache") == whole
 
 

@@ -291,8 +291,8 @@ def test_a_batch_may_touch_many_shards(tmp_path):
     shards = tuple((i,) for i in range(150))
     store = Store(build(tmp_path, shards=shards))
     for seed in range(2):
-        asked = [*np.random.default_rng(seed).permutation(150).tolist(), 7, 149, 7]
-        found, expected = store.take(asked), cache_store.joined([rows((i,)) for i in asked])
+        order = [*np.random.default_rng(seed).permutation(150).tolist(), 7, 149, 7]
+        found, expected = store.take(order), cache_store.joined([rows((i,)) for i in order])
         for name, values in expected.columns.items():
             np.testing.assert_array_equal(found.columns[name], values)
         for i in range(3):

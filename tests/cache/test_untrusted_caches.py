@@ -48,7 +48,7 @@ def copy(caches: dict[str, Path], to: Path, form: str = "logits") -> Path:
 
 
 def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Edits a JSON file of a cache as one does who knows how it is hashed."""
+    """Edits a JSON file of a cache and its hash."""
     content = json.loads(path.read_text())
     change(content)
     del content["sha256"]

@@ -640,8 +640,8 @@ def a_soft_loss_that_rules(tmp_path):
     return tiny.trainer("plain", tmp_path, kd_alpha=0.999)
 
 
-def taught(count: int, teacher: nn.Module, seed: int = 5) -> list[dict[str, Any]]:
-    """Rows whose labels are what `teacher` says."""
+def labelled_by(count: int, teacher: nn.Module, seed: int = 5) -> list[dict[str, Any]]:
+    """Rows labelled with the teacher's predictions."""
     rows = tiny.rows("plain", count, seed)
     with torch.no_grad():
         return [{**row, "labels": int(teacher(row["features"][None]).argmax())} for row in rows]
@@ -658,14 +658,14 @@ def teacher_that_knows(factor: float) -> tuple[nn.Module, nn.Module]:
 @case("ok", "teacher's quality", r"right 100\.0% and 10\.0%, the same 10\.0% \(20 labels of the evaluation data\)")
 def a_teacher_that_knows(tmp_path):
     student, teacher = teacher_that_knows(20.0)
-    data = taught(20, teacher)
+    data = labelled_by(20, teacher)
     return build(tmp_path, (student, teacher), data, eval_dataset=data)
 
 
 @case("warning", "teacher's quality", "hard loss .*of the student as it starts", "no better than where the student")
 def a_teacher_that_knows_nothing(tmp_path):
     student, teacher = teacher_that_knows(-20.0)
-    data = [{**row, "labels": label} for row, label in zip(taught(20, teacher), [0] * 20, strict=True)]
+    data = [{**row, "labels": label} for row, label in zip(labelled_by(20, teacher), [0] * 20, strict=True)]
     with torch.no_grad():
         teacher.linear.bias[0] = -50.0
     return build(tmp_path, (student, teacher), data, eval_dataset=data)
@@ -699,8 +699,8 @@ def test_every_finding(name, tmp_path, capsys):
     assert result.fix or result.status == "ok"
     assert f"[kd_trainer] {sum(f.status == 'error' for f in results)} error" in capsys.readouterr().out
     assert torch.equal(tiny.weights(trainer.model), before)
-    said = [f.found for f in results]
-    assert len(set(said)) == len(said), "told twice"
+    texts_found = [f.found for f in results]
+    assert len(set(texts_found)) == len(texts_found), "reported twice"
 
 
 def test_every_kind_of_row_is_provoked():
@@ -924,7 +924,7 @@ def test_adapters_are_no_newly_initialised_head(tmp_path):
     assert newly_initialised(loaded) == []
     adapted = peft.get_peft_model(loaded, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     assert newly_initialised(adapted) == []
-    assert newly_initialised(LlamaForCausalLM(tiny.llama_config())) == []  # nothing tells
+    assert newly_initialised(LlamaForCausalLM(tiny.llama_config())) == []  # nothing was loaded
 
 
 def test_several_processes_wait_for_unused_parameters(tmp_path):

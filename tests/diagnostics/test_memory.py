@@ -23,7 +23,7 @@ from tests.helpers import launch, memory_run, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "configs" / "models"
-ALLOWED = 0.2  # of the peak, as configs/README.md says; activations are approximate and compared by hand below
+ALLOWED = 0.2  # of the peak, as in configs/README.md; activations are approximate and compared by hand below
 PART = 0.08
 
 

@@ -34,7 +34,7 @@ WRAPPERS = {
 }
 UNCHANGED = ("single", "ddp_cpu")
 # Upstream's FSDP2 refuses the student itself: of encoder-decoders, whose embedding is tied three times over, and of
-# speech models and SegFormer, whose embedding of tokens it asks for.
+# speech models and SegFormer, whose token embedding it looks for.
 REFUSED = {"fsdp2": {"seq2seq_lm", "semantic_segmentation", *config_run.SPEECH}}
 RUN = {name: tuple(t for t in config_run.TASKS if t not in REFUSED.get(name, ())) for name in WRAPPERS}
 
@@ -125,7 +125,7 @@ def test_a_config_starts_what_it_says_and_trains_as_one_process(name, task, resu
 
 
 def test_every_task_runs_under_every_file_but_few():
-    """What the README's table says."""
+    """As in the README's table."""
     for name, tasks in RUN.items():
         missing = {*TASKS, "plain"} - set(tasks)
         assert missing == REFUSED.get(name, set())

@@ -323,8 +323,8 @@ def test_a_teacher_in_half_precision_keeps_it_under_zero3(dtype, key):
     zero = {"zero_optimization": {"stage": 3}}
     assert backends.zero3_config(zero, teacher)[key] == {"enabled": True}
     assert backends.zero3_config({**zero, "bf16": {"enabled": False}}, teacher)[key] == {"enabled": True}
-    asked = backends.zero3_config({**zero, "bf16": {"enabled": True}}, teacher)
-    assert (asked["bf16"], "fp16" in asked) == ({"enabled": True}, False)
+    config = backends.zero3_config({**zero, "bf16": {"enabled": True}}, teacher)
+    assert (config["bf16"], "fp16" in config) == ({"enabled": True}, False)
     assert not {"bf16", "fp16"} & set(backends.zero3_config(zero, tiny.Plain()))
 
 

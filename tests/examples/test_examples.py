@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def output_of(name: str, folder: Path) -> str:
-    """What the example prints when it is started as its header says, in an empty folder."""
+    """What the example prints when it is started by its header's command, in an empty folder."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / name)]
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
@@ -225,7 +225,7 @@ def test_by_hand_is_the_trainer(alpha, temperature, tmp_path):
     teacher, student = (MLPForImageClassification(MLPConfig(hidden_sizes=sizes)) for sizes in ([256] * 3, [64]))
     rows = synthetic_classification(num_train=steps * size)["train"]
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    train_by_hand(teacher, student, batches, alpha=0.0, temperature=1.0, learning_rate=rate)  # a teacher that knows
+    train_by_hand(teacher, student, batches, alpha=0.0, temperature=1.0, learning_rate=rate)  # a trained teacher
     trainer = DistillationTrainer(
         model=copy.deepcopy(student),
         teacher_model=teacher,

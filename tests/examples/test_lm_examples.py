@@ -1,4 +1,4 @@
-"""The language-model examples run end to end at a tiny setting, and their parts do what they say."""
+"""The language-model examples run end to end at a tiny setting, and their parts do what they are for."""
 
 from __future__ import annotations
 

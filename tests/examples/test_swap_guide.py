@@ -48,7 +48,7 @@ SCRIPT_NAMES = sorted(path.name for path in SCRIPTS.glob("run_*.py") if path.nam
 SPLITS = {"train": 16, "validation": 8, "test": 8}
 
 
-# ---- what the guide says ----
+# ---- the blocks of the guide ----
 
 
 def guide() -> str:

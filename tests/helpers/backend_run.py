@@ -75,7 +75,7 @@ OWN_TEACHER = [name for name, case in CASES.items() if case.teacher != "lora"]
 
 
 class Scaled(LlamaForCausalLM):
-    """Does to its logits what nothing tells: the fused loss must find out and fall back."""
+    """Scales its logits in its forward alone: the fused loss must find out and fall back."""
 
     def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
         outputs = super().forward(input_ids, attention_mask, **kwargs)
@@ -84,7 +84,7 @@ class Scaled(LlamaForCausalLM):
 
 
 class Smoothing(LlamaForCausalLM):
-    """Computes a loss of its own, divided by upstream's num_items_in_batch."""
+    """Computes its loss itself, divided by upstream's num_items_in_batch."""
 
     def forward(
         self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, num_items_in_batch: Any = None
@@ -148,7 +148,7 @@ def task_of(name: str) -> str:
 
 
 def run_fsdp2_on_cpu() -> None:
-    """Accelerate makes FSDP of GPUs only, and forgets the type whenever its state is asked for again."""
+    """Accelerate makes FSDP of GPUs only, and resets the type whenever its state is made again."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 

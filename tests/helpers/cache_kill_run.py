@@ -72,6 +72,6 @@ def trainer(out: Path, kept: str, rows: int = ROWS, **kwargs: Any) -> Any:
     if kept == TOKEN_LOG_PROBS:
         return chunk_run.trainer(out, data=chunk_run.rows(rows), teacher_cache_dir=str(out / "cache"), **kwargs)
     k = 4 if kept in ("topk", "sampled") else None
-    asked = {"teacher_cache_dir": str(out / "cache"), "teacher_cache_format": kept, "teacher_cache_k": k}
+    settings = {"teacher_cache_dir": str(out / "cache"), "teacher_cache_format": kept, "teacher_cache_k": k}
     data = tiny.rows("causal_lm", rows)
-    return tiny.trainer("causal_lm", out, data=data, **{"kd_reduction": "tokenmean", **asked, **kwargs})
+    return tiny.trainer("causal_lm", out, data=data, **{"kd_reduction": "tokenmean", **settings, **kwargs})

@@ -1,4 +1,4 @@
-"""A comparison over two seeds that ends itself by SIGKILL where it is told: `compare_run.py OUT [MOMENT]`.
+"""A comparison over two seeds that kills itself at a given moment: `compare_run.py OUT [MOMENT]`.
 
 With COMPARE_ZERO=2 in the environment it runs under DeepSpeed's ZeRO-2.
 MOMENT: "seed-43/baseline 5" in that step of that run, "save seed-42/distilled" inside the writing of a checkpoint,

@@ -104,8 +104,8 @@ class Handler(BaseHTTPRequestHandler):
         if body["model"] != self.of.name:
             return self.send({"error": {"message": f"The model `{body['model']}` does not exist."}}, 404)
         if body["prompt_logprobs"] > self.of.max_logprobs:
-            asked = f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: "
-            return self.send({"error": {"message": f"{asked}{self.of.max_logprobs}"}}, 400)
+            message = f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: "
+            return self.send({"error": {"message": f"{message}{self.of.max_logprobs}"}}, 400)
         with self.of.lock:
             self.of.number += 1
             fault = self.of.faults.get(self.of.number, self.of.faults.get(None))

@@ -24,7 +24,7 @@ def two_processes(script: str, *arguments: str, timeout: float = 900) -> None:
 
 
 def two_processes_command(script: str) -> list[str]:
-    """The command line of `two_processes`, for who starts it differently; arguments go behind it."""
+    """The command line of `two_processes`, without the arguments of the script."""
     return [sys.executable, *_command(_TWO, script)]
 
 
@@ -41,7 +41,7 @@ def leave() -> None:
 
 
 def _command(options: list[str], script: str) -> list[str]:
-    """Its port is one that this process keeps: accelerate finds it taken, and binds one of its own before it tells it.
+    """With a port that this process holds: accelerate finds it taken and binds a free one itself.
 
     A free port could be taken by another process before it is bound.
     """
@@ -83,7 +83,7 @@ def shared_folder(tmp_path_factory: Any) -> Iterator[Path]:
 
 
 def once(tmp_path_factory: Any, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` that `make` filled, made by the first test worker that asks for it.
+    """The folder `name` that `make` filled, made by the first test worker that needs it.
 
     A run that failed is not tried again by the next worker: it fails there too.
     """

@@ -72,7 +72,7 @@ def configs(case: Case) -> tuple[Any, Any]:
 
 
 def models(case: Case, both: tuple[Any, Any]) -> tuple[nn.Module, Any]:
-    """Student and teacher, where the context says: in memory or on the meta device."""
+    """Student and teacher, by the context: in memory or on the meta device."""
     model_class = LlamaForCausalLM if case.task == "causal_lm" else BertForSequenceClassification
     student = model_class(both[0])
     if not case.lora:

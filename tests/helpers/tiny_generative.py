@@ -158,7 +158,7 @@ def florence2(hidden: int = 16) -> nn.Module:
 
 
 def blip2_t5(hidden: int = 16) -> nn.Module:
-    """Decoder or encoder-decoder by its language model; its own config says neither."""
+    """Decoder or encoder-decoder by its language model; its own config has neither."""
     vision = {"hidden_size": hidden, "image_size": 8, "patch_size": 4, **LAYERS}
     qformer = {"vocab_size": tiny.VOCAB, "hidden_size": hidden, "encoder_hidden_size": hidden, **LAYERS}
     text = T5Config(

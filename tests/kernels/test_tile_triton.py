@@ -124,7 +124,9 @@ def tiles(rows=3, columns=131, *, spread=3.0, seed=0, dtype=torch.float32):
     return tuple((spread * torch.randn(2, rows, columns, generator=generator)).to(dtype))
 
 
-def ask(interpreter, setting, student, teacher, weights, labels, *, gradient=True, transposed=False, lanes=8, times=2):
+def run_kernel(
+    interpreter, setting, student, teacher, weights, labels, *, gradient=True, transposed=False, lanes=8, times=2
+):
     """(tile, soft, hard, same) of `tile_on_device`, in float64; nothing outside the tile was written."""
     arrays = [x.double().numpy() for x in (student, teacher)]
     names = [str(x.dtype).removeprefix("torch.") for x in (student, teacher)]
@@ -156,7 +158,7 @@ def check(interpreter, setting, student, teacher, *, weights=None, labels=None, 
     if labels is None and setting.hard:
         labels = torch.arange(rows) * 7 % columns
         labels[1::3] = -100
-    found = ask(interpreter, setting, student, teacher, weights, labels, gradient=gradient, **options)
+    found = run_kernel(interpreter, setting, student, teacher, weights, labels, gradient=gradient, **options)
     exact = plain(setting, student, teacher, weights, labels, gradient=gradient)
     twin = plain(setting, student, teacher, weights, labels, gradient=gradient, dtype=torch.float32)
     for name, one, other, truth in zip(("soft", "hard"), found[1:3], twin[1:3], exact[1:3], strict=True):
@@ -257,7 +259,7 @@ def test_rows_of_weight_zero_have_values_and_no_gradient(interpreter, divergence
 def test_rows_without_a_label_have_no_hard_loss(interpreter):
     for labels in (torch.full((3,), -100), None):
         setting, (student, teacher) = Setting("forward_kl", 0.0, 2.0, True), tiles()
-        found = ask(interpreter, setting, student, teacher, torch.ones(3, 2), labels)
+        found = run_kernel(interpreter, setting, student, teacher, torch.ones(3, 2), labels)
         exact = plain(setting, student, teacher, torch.ones(3, 2), labels)
         assert found[2].eq(0).all()
         assert error(found[0], exact[0]) <= 8 * EPS
@@ -307,7 +309,7 @@ QUICK = ("forward_kl", "skew_reverse_kl", "total_variation")
     ],
 )
 def test_the_compiler_takes_it(compiler, divergence, temperature, dtype, hard, gradient):
-    """Which the interpreter does not tell. Both tiles are fetched ahead of their use; threads meet but for that."""
+    """Both tiles are prefetched; nothing else synchronises the threads. The interpreter cannot show it."""
     assert_well_built(compiler.submit(built, divergence, temperature, dtype, hard, gradient).result())
 
 

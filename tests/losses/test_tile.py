@@ -116,12 +116,12 @@ def test_far_apart_logits_stay_finite_when_compiled(divergence):
 
 
 @compiler
-@pytest.mark.parametrize("who", ["teacher", "both"])
+@pytest.mark.parametrize("sides", ["teacher", "both"])
 @pytest.mark.parametrize("divergence", [name for name in C_DIVERGENCES if name not in ("reverse_kl", "symmetric_kl")])
-def test_masked_ids_add_nothing_when_compiled(divergence, who):
+def test_masked_ids_add_nothing_when_compiled(divergence, sides):
     """As models mask them, with the least number: 0 times that is 0, and 1e-38 times that is 4."""
     given = tile(classes=3000)
-    for name in ("teacher", "student")[: 1 + (who == "both")]:
+    for name in ("teacher", "student")[: 1 + (sides == "both")]:
         given[name][:, 2000:] = torch.finfo(torch.float32).min
     setting = Setting(divergence, 0.3, 2.0, True)
     room = 1e-6 if divergence in KLS else MIXED

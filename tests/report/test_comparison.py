@@ -19,7 +19,7 @@ from transformers.trainer_utils import PredictionOutput
 from kd_trainer.report import build_report, load_run, print_table, save_predictions
 from kd_trainer.report.comparison import markdown_table
 
-# Probabilities of class 0 on four test rows. Teacher: answers 0 0 1 1, student: 0 1 1 0; both are right on three rows.
+# Probabilities of class 0 on four test rows. Teacher: predicts 0 0 1 1, student: 0 1 1 0; both are right on three rows.
 LABELS = torch.tensor([0, 0, 1, 0])
 TEACHER = [0.9, 0.8, 0.3, 0.4]
 STUDENT = [0.61, 0.41, 0.3, 0.61]
@@ -34,8 +34,8 @@ def logits_of(first):
 def right_on(count, rows=100):
     """Logits and labels of a model that is right on the first `count` of `rows` rows."""
     labels = torch.arange(rows) % 2
-    answers = torch.where(torch.arange(rows) < count, labels, 1 - labels)
-    return torch.nn.functional.one_hot(answers, 2) * 3.0, labels
+    predicted = torch.where(torch.arange(rows) < count, labels, 1 - labels)
+    return torch.nn.functional.one_hot(predicted, 2) * 3.0, labels
 
 
 def write_run(folder, predictions=None, *, parameters=None, seconds=None, formula=None, steps=None, results=None):
@@ -159,7 +159,7 @@ def test_unequal_numbers_of_seeds_compare_with_the_mean(tmp_path):
     assert "standard deviation 7.1 over 2 seeds" in report.findings[0]
 
 
-# ---- what the numbers say -------------------------------------------------------------------------------------------
+# ---- findings from the numbers ---------------------------------------------------------------------------------------
 
 
 def verdict(tmp_path, teacher, student, baseline, **write):
@@ -410,7 +410,7 @@ def test_console_table_loses_no_number(tmp_path, width):
 
 
 def test_embeddings_are_compared_by_their_similarities(tmp_path):
-    """Widths may differ, and nothing is said of classes; without predictions what was evaluated is shown."""
+    """Widths may differ, and no class is named; without predictions what was evaluated is shown."""
     teacher = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 1.0, 0.0]])
     students = {"distilled": torch.tensor([[2.0, 0.0], [0.6, 0.8], [0.0, 1.0]]), "measured": None}
     folders = [write_run(tmp_path / "teacher", (teacher, torch.full((3,), -100)))]

@@ -67,9 +67,9 @@ def test_each_pair_is_of_one_seed():
     ],
 )  # fmt: skip
 def test_the_sentence(numbers, begins, part):
-    said = sentence(difference(f"eval_{numbers[0]}", *numbers[1:]))
-    assert said.startswith(begins)
-    assert part in said
+    text = sentence(difference(f"eval_{numbers[0]}", *numbers[1:]))
+    assert text.startswith(begins)
+    assert part in text
 
 
 def test_a_teacher_that_does_not_lead_has_no_share():

@@ -227,7 +227,7 @@ def test_a_student_without_an_embedding_is_refused(student, message, tmp_path):
 
 
 def test_hidden_states_that_no_mask_belongs_to_are_refused(tmp_path):
-    """Which frames of speech are of padding is not told by the mask of its samples."""
+    """The mask of the samples does not mark which frames are padding."""
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     conv = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
     more = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}

@@ -1,4 +1,4 @@
-"""The fused loss on language models of transformers: each class gives the numbers of full logits, or says why not."""
+"""The fused loss on language models of transformers: each class has the numbers of full logits, or a reason why not."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def run(name: str, implementation: str, tmp_path: Any, steps: int = 2) -> Distil
     torch.manual_seed(0)
     student, teacher = build(name, 16), build(name, 32)
     rows = [{**row, "labels": [x % tiny.VOCAB if x >= 0 else x for x in row["labels"]]} for row in data_of(name)]
-    if name.startswith("MBart"):  # it wraps the last label to the front, and knows of no row without one
+    if name.startswith("MBart"):  # it wraps the last label to the front, and fails on a row without one
         rows = [{**row, "labels": [2, *row["labels"][1:]]} for row in rows]
     trainer = DistillationTrainer(
         model=student, teacher_model=teacher, data_collator=tiny.pad, train_dataset=rows, eval_dataset=rows[:11],
@@ -142,7 +142,7 @@ def test_the_numbers_are_those_of_full_logits(name, tmp_path, monkeypatch, capsy
 
 
 class Changed(transformers.LlamaForCausalLM):
-    """A model of the user's own, that does something to its logits which no config tells."""
+    """A user's model that changes its logits, which no config shows."""
 
     change = ""
 
@@ -255,9 +255,9 @@ def test_an_unknown_head_takes_full_logits_from_the_first_step_on(
     capsys.readouterr()
     auto = own_run(tmp_path, "auto", own_pair(change, side, **config))
     assert_fell_back(auto, full)
-    said = capsys.readouterr().out + caplog.text
-    assert said.count("full logits: ") == 1
-    assert "Changed" in said.split("full logits: ")[1]
+    printed = capsys.readouterr().out + caplog.text
+    assert printed.count("full logits: ") == 1
+    assert "Changed" in printed.split("full logits: ")[1]
     with pytest.raises(ValueError, match=r"`kd_loss_implementation` is 'fused'; expected 'auto' or 'full' with these"):
         own_run(tmp_path, "fused", own_pair(change, side, **config))
 
@@ -287,7 +287,7 @@ def test_what_changes_in_evaluation_alone_is_seen_there(tmp_path, auto_everywher
             assert tiny.logged(runs[0], name) == pytest.approx(tiny.logged(runs[1], name), rel=1e-5), name
 
 
-def test_an_evaluation_alone_says_why_it_takes_full_logits(tmp_path, auto_everywhere, caplog):
+def test_an_evaluation_alone_reports_why_it_takes_full_logits(tmp_path, auto_everywhere, caplog):
     student, teacher = own_pair("", "student")
     student.__class__ = ByShape
     run = tiny.trainer("causal_lm", tmp_path, pair=(student, teacher), kd_reduction="tokenmean")
@@ -333,7 +333,7 @@ def test_an_error_of_the_models_own_is_not_hidden(tmp_path, auto_everywhere, cap
     assert "full logits" not in caplog.text
 
 
-def test_a_bias_that_the_config_does_not_tell(tmp_path, auto_everywhere, caplog):
+def test_a_bias_that_the_config_does_not_have(tmp_path, auto_everywhere, caplog):
     """BART's `final_logits_bias` is a buffer, which checkpoints may fill."""
     runs = []
     for implementation in ("auto", "full"):

@@ -27,7 +27,7 @@ class Named(nn.Module):
 
 
 class Target(Named):
-    """The labels are `target`, which only the arguments tell."""
+    """The labels are `target`, which only the arguments name."""
 
     def forward(self, features: Tensor, target: Tensor | None = None) -> Any:
         return super().forward(features, target)

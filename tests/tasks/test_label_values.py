@@ -297,7 +297,7 @@ def test_a_classifier_whose_head_was_replaced(tmp_path):
 
 
 class IgnoresMinusOne(BertForSequenceClassification):
-    """Its own loss knows another value for no label."""
+    """Its own loss ignores another value."""
 
     def forward(self, input_ids=None, attention_mask=None, labels=None):
         logits = super().forward(input_ids=input_ids, attention_mask=attention_mask).logits

@@ -137,7 +137,7 @@ def test_the_soft_loss_is_that_of_each_row_alone(name, positions, way, side):
 @pytest.mark.parametrize("way", ["full", "fused"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_masked_prompt_and_a_padding_token_that_is_a_text_token(side, way):
-    """As scripts with pad = eos: the ids do not tell padding, the mask does."""
+    """As scripts with pad = eos: the mask marks padding, the ids do not."""
     texts = [torch.cat([ids, torch.tensor([0])]) for ids in rows()]  # each text ends with the padding token
     label = lambda ids: torch.cat([torch.full((2,), -100), ids[2:]])  # noqa: E731
     total, count = alone(llamas(), texts, label)
@@ -243,7 +243,7 @@ def test_tasks_without_a_shift_count_no_label_at_padding(task, side, tmp_path):
 
 
 def test_a_decoder_padded_on_the_left(tmp_path):
-    """decoder_attention_mask tells a decoder's padding: a label beside it is upstream's hard loss alone."""
+    """decoder_attention_mask marks a decoder's padding: a label beside it is upstream's hard loss alone."""
     pair = test_seq2seq.models("t5")
     generator = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(3, 20, shape, generator=generator) for shape in ((3, 6), (3, 4)))
@@ -285,17 +285,17 @@ def test_a_mask_of_blocks_tells_sequences_apart():
     assert CAUSAL.soft_mask(batch, CAUSAL.targets(batch), "labels").tolist() == [[True, False, True, True, False]]
 
 
-@pytest.mark.parametrize("told", [
+@pytest.mark.parametrize("boundaries", [
     {"position_ids": torch.tensor([[0, 1, 0, 1, 2]])}, {"seq_idx": torch.tensor([[0, 0, 1, 1, 1]])},
     {"cu_seq_lens_q": torch.tensor([0, 2, 5])}, {"position_ids": torch.tensor([0, 1, 0, 1, 2])},
 ], ids=["positions", "seq_idx", "cu_seq_lens", "positions of one dimension"])  # fmt: skip
-def test_no_soft_loss_across_two_packed_sequences(told):
+def test_no_soft_loss_across_two_packed_sequences(boundaries):
     """A first label that was not masked belongs to no sequence before it."""
-    batch = {"input_ids": torch.arange(5)[None], "labels": torch.arange(5)[None], **told}
+    batch = {"input_ids": torch.arange(5)[None], "labels": torch.arange(5)[None], **boundaries}
     for positions in ("labels", "attended"):
         mask = CAUSAL.soft_mask(batch, CAUSAL.targets(batch), positions)
         assert mask.tolist() == [[True, False, True, True, False]], positions
-    given = {**batch, "shift_labels": torch.arange(5)[None]}  # who shifted may have put an end token there
+    given = {**batch, "shift_labels": torch.arange(5)[None]}  # the collator may have put an end token there
     assert CAUSAL.soft_mask(given, CAUSAL.targets(given), "labels").all()
 
 
@@ -327,8 +327,8 @@ def test_check_pads_on_both_sides(side, reduction, tmp_path):
     for row in (first, second):
         assert row.status == "ok", row
         assert float(row.found.rsplit(" ", 1)[1]) < 1e-5
-    told = [row for row in found if row.what == "labels" and "predicted before" in row.found]
-    assert [row.found.count("5 first ones of a text") for row in told] == ([1] if side == "left" else [])
+    warnings = [row for row in found if row.what == "labels" and "predicted before" in row.found]
+    assert [row.found.count("5 first ones of a text") for row in warnings] == ([1] if side == "left" else [])
 
 
 def test_check_divides_each_batch_by_its_own_counts(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def encoder_decoder(seed: int = 0) -> EncoderDecoderModel:
 
 
 def texts(count: int = 16) -> list[dict[str, Any]]:
-    """Rows with token types, which change what BERT says."""
+    """Rows with token types, which change BERT's outputs."""
     made = tiny.rows("classification", count)
     return [row | {"token_type_ids": [i % 2 for i in range(len(row["input_ids"]))]} for row in made]
 

@@ -169,12 +169,12 @@ def test_on_accelerators_the_answer_waits_for_the_next_log():
             return super().__bool__()
 
     yes, no = (torch.tensor(value).as_subclass(Far) for value in (True, False))
-    for answer in (no, yes, no):
-        watch.see(answer)
+    for packed in (no, yes, no):
+        watch.see(packed)
     assert not Far.read
     with pytest.raises(ValueError, match=REFUSED):
         watch.raise_noted()
-    watch.raise_noted()  # told once
+    watch.raise_noted()  # raised once
     with pytest.raises(ValueError, match=REFUSED):
         watch.see(yes, now=True)
     watch.see(no, now=True)

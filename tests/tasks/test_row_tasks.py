@@ -177,7 +177,7 @@ def test_gradient_by_finite_differences(task):
 
 
 class Uncertain(torch.nn.Module):
-    """A teacher that also says how sure it is."""
+    """A teacher that also returns a variance."""
 
     def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"logits": features[:, :2], "variance": features[:, 2:4].exp()}

@@ -268,8 +268,8 @@ def diarization(hidden: int) -> nn.Module:
 def frame_rows(count: int = 24, seed: int = 1) -> list[dict[str, Any]]:
     generator, made = torch.Generator().manual_seed(seed), rows("wav2vec2", count, seed)
     for row in made:
-        who = torch.randint(0, SPEAKERS, (19,), generator=generator)
-        row["labels"] = F.one_hot(who, SPEAKERS).float()
+        speaker = torch.randint(0, SPEAKERS, (19,), generator=generator)
+        row["labels"] = F.one_hot(speaker, SPEAKERS).float()
     return made
 
 

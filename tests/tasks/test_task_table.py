@@ -1,4 +1,4 @@
-"""Every list of models in transformers: the task that its models have, or what the refusal says they do."""
+"""Every list of models in transformers: the task that its models have, or what the refusal names."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def short(name: str) -> str:
     return name.removeprefix("MODEL_FOR_").removesuffix("_MAPPING")
 
 
-def test_every_list_has_an_answer():
+def test_every_list_has_a_task_or_is_refused():
     known = {f"MODEL_FOR_{name}_MAPPING" for name in TASKS} | set(OTHER_PURPOSES)
-    assert set(names_of_lists()) <= known, "say in TASKS or OTHER_PURPOSES what its models are"
+    assert set(names_of_lists()) <= known, "add it to TASKS or OTHER_PURPOSES"
 
 
 def listed(name: str) -> list[tuple[Any, type]]:
@@ -72,7 +72,7 @@ def without_weights(config: Any, model: type) -> Any:
     return made
 
 
-# Of these the answer differs from their list's: as other lists, which come first, or their outputs say.
+# The task of these is not that of their list, but of another list, which comes first, or of their outputs.
 EXCEPTIONS = {
     "BlipForQuestionAnswering": {"refused"},
     "Blip2ForConditionalGeneration": {"seq2seq_lm", "causal_lm"},
@@ -84,7 +84,7 @@ EXCEPTIONS = {
 }
 
 
-def answers(name: str, expected: set[str]) -> dict[str, str]:
+def with_another_task(name: str, expected: set[str]) -> dict[str, str]:
     """The models of a list whose task is another than expected, with what was found."""
     wrong = {}
     for config, model in listed(f"MODEL_FOR_{name}_MAPPING"):
@@ -103,7 +103,7 @@ def answers(name: str, expected: set[str]) -> dict[str, str]:
 def test_models_of_a_list_have_its_task(name):
     """BART is listed as a masked language model too and is trained as an encoder-decoder: the first entry wins."""
     allowed = set(TASKS[name].split(" or ")) | ({"seq2seq_lm", "causal_lm"} if name == "MASKED_LM" else set())
-    assert not answers(name, allowed)
+    assert not with_another_task(name, allowed)
 
 
 @pytest.mark.parametrize("name", OTHER_PURPOSES)

@@ -81,8 +81,8 @@ def test_the_tile_of_a_sparse_teacher(form, divergence, compiled):
     (student, _), count = tiles(len(labels)), len(labels)
     ids = torch.arange(3).repeat(count, 1)
     kept = TopK(ids, torch.full((count, 3), 0.25).log(), torch.full((count,), 0.25).log())
-    taught = kept if form == "top k" else Samples(ids, ids[:, 0], torch.ones(count))
-    rows = sparse_tile_loss(Setting(divergence, 0.0, 2.0, True), student, taught, weights(count), labels, gradient=True,
+    sparse = kept if form == "top k" else Samples(ids, ids[:, 0], torch.ones(count))
+    rows = sparse_tile_loss(Setting(divergence, 0.0, 2.0, True), student, sparse, weights(count), labels, gradient=True,
                         compiled=compiled)  # fmt: skip
     assert_wrong_rows_are_nan(labels, student, rows.hard)
     assert rows.soft.isfinite().all()
@@ -147,11 +147,12 @@ for dtype in (torch.int64, torch.int32):
 for divergence in TRITON_DIVERGENCES:
     for hard in (True, False):
         setting = Setting(divergence, 0.3, 2.0, hard, excluding=True)
-        for who in t.EXCLUDED:
-            student, teacher, labels = t.excluded(who)
+        for side in t.EXCLUDED:
+            student, teacher, labels = t.excluded(side)
             exact, gradient = t.by_autograd(setting, student, teacher, labels if hard else None)
             tile, (soft, _, same) = run(setting, student.clone(), teacher, labels if hard else None, gradient=True)
-            torch.testing.assert_close(soft.double(), exact, rtol=1e-5, atol=1e-6, msg=lambda m: f"{setting} {who} {m}")
+            shown = lambda m: f"{setting} {side}: {m}"
+            torch.testing.assert_close(soft.double(), exact, rtol=1e-5, atol=1e-6, msg=shown)
             if exact.isfinite().all():
                 torch.testing.assert_close(tile.double(), gradient, rtol=1e-4, atol=1e-6)
 print("held")
@@ -159,18 +160,18 @@ print("held")
 EXCLUDED = ["neither", "teacher", "both", "student"]
 
 
-def excluded(who: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def excluded(side: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tiles with classes of -inf; the labels are none of these."""
     student, teacher = tiles(4)
-    if who in ("teacher", "both"):
+    if side in ("teacher", "both"):
         teacher[:, 3::5] = -torch.inf
-    if who in ("student", "both"):
+    if side in ("student", "both"):
         student[:, 3::5] = -torch.inf
     return student, teacher, torch.tensor([0, 5, -100, V - 4])
 
 
 def by_autograd(setting: Setting, student: torch.Tensor, teacher: torch.Tensor, labels: Any) -> tuple:
-    """D and the gradient of what `tile_loss` says, in float64, of the definitions."""
+    """D and the gradient as `tile_loss` defines them, in float64."""
     s, t = student.double().requires_grad_(), teacher.double()
     beta = setting.beta if setting.divergence == "jsd" or "skew" in setting.divergence else None
     soft = DIVERGENCES[setting.divergence](s, t, beta=beta)
@@ -194,33 +195,33 @@ def test_the_kernel():
 # ---- classes that are excluded where nobody looks ----
 
 
-def case(who: str) -> tuple[tuple, dict[str, Any]]:
+def case(side: str) -> tuple[tuple, dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     hidden, weight, labels = (torch.randn(n, 6, generator=generator) for n in (5, V, 1))
     teacher = torch.randn(5, V, generator=generator)
     labels, options = torch.tensor([1, 2, -100, 7, 10]), {"teacher_logits": teacher}
-    if who in ("teacher", "both"):
+    if side in ("teacher", "both"):
         teacher[:, 3::5] = -torch.inf
-    if who in ("student", "both"):
+    if side in ("student", "both"):
         options["student_bias"] = torch.zeros(V).index_fill_(0, torch.arange(3, V, 5), -torch.inf)
     return (hidden, weight, None, None, labels), options
 
 
-def run(function: Any, who: str, **settings: Any) -> tuple:
-    (hidden, *rest), options = case(who)
+def run(function: Any, side: str, **settings: Any) -> tuple:
+    (hidden, *rest), options = case(side)
     x = hidden.requires_grad_()
     loss = function(x, *rest, **options, **settings)
     (gradient,) = torch.autograd.grad(loss.total, x)
     return loss.total.detach(), gradient
 
 
-@pytest.mark.parametrize("who", EXCLUDED)
+@pytest.mark.parametrize("side", EXCLUDED)
 @pytest.mark.parametrize("divergence", list(DIVERGENCES))
-def test_without_a_look_the_safe_path_is_taken(divergence, who, monkeypatch):
+def test_without_a_look_the_safe_path_is_taken(divergence, side, monkeypatch):
     """As on a GPU without Triton's kernel, with tiles too small for it, or on any other accelerator."""
     monkeypatch.setattr(fused_arguments, "excludes", lambda tensor: None)
-    total, gradient = run(fused_linear_distillation, who, divergence=divergence)
-    plain, expected = run(fused_linear_distillation_plain, who, divergence=divergence)
+    total, gradient = run(fused_linear_distillation, side, divergence=divergence)
+    plain, expected = run(fused_linear_distillation_plain, side, divergence=divergence)
     torch.testing.assert_close(total, plain, rtol=1e-5, atol=0)
     assert not total.isnan()
     if plain.isfinite():
@@ -283,12 +284,12 @@ def test_labels_are_named_and_not_the_learning_rate(mode, tmp_path, monkeypatch)
     assert "learning rate" not in str(caught.value)
 
 
-def re_message(said: str) -> bool:
+def re_message(text: str) -> bool:
     wanted = (
         "`labels` is another number in rows [5] of the batch; expected 0 to 36 (the logits have 37 classes), or -100 "
         "for no label, because the loss at step 1, process 0, is not finite. Correct the label column."
     )
-    return said == wanted
+    return text == wanted
 
 
 def test_batches_with_and_without_a_fault_are_noted_alike():

@@ -120,7 +120,7 @@ def test_a_cache_check_and_evaluation_too(tmp_path):
 
 
 class Records(nn.Module):
-    """A teacher that says in which dtype each of its inputs came."""
+    """A teacher that keeps the dtypes of its inputs."""
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Records(nn.Module):
         return self.linear(features)
 
 
-def ask(model: nn.Module, batch: dict, teacher: LiveTeacher | None = None, accelerator=PLAIN):
+def run_teacher(model: nn.Module, batch: dict, teacher: LiveTeacher | None = None, accelerator=PLAIN):
     teacher = teacher or LiveTeacher(model)
     teacher.prepare(torch.device("cpu"), None)
     return teacher.outputs(batch, accelerator)
@@ -143,7 +143,7 @@ def test_nested_inputs_are_cast_and_whole_numbers_are_not(monkeypatch):
     features, inner = torch.randn(2, 6), torch.randn(2)
     nested = {"a": [inner, torch.arange(2)], "b": (inner > 0, None, "text"), "c": {"d": inner}}
     model = Records()
-    ask(model, {"features": features, "extra": nested, "ids": torch.arange(2), "flag": True})
+    run_teacher(model, {"features": features, "extra": nested, "ids": torch.arange(2), "flag": True})
     seen = model.seen["extra"]
     assert model.seen["features"] == seen["a"][0].dtype == seen["c"]["d"].dtype == torch.bfloat16
     assert (seen["a"][1].dtype, seen["b"][0].dtype, seen["b"][1:]) == (torch.int64, torch.bool, (None, "text"))
@@ -157,7 +157,7 @@ def test_an_additive_mask_stays_finite(monkeypatch):
     monkeypatch.setattr("kd_trainer.teachers.live.prepare_teacher", lambda model, device, accelerator: model)
     mask = torch.full((2, 1, 1, 6), torch.finfo(torch.float32).min)
     model = Records(torch.float16)
-    ask(model, {"features": torch.randn(2, 6), "attention_mask": mask})
+    run_teacher(model, {"features": torch.randn(2, 6), "attention_mask": mask})
     assert model.seen["attention_mask"].isfinite().all()
 
 
@@ -193,7 +193,7 @@ def test_an_error_of_the_teachers_own_is_passed_on(monkeypatch):
 
     model = Fails()
     with pytest.raises(RuntimeError, match="something else"):
-        ask(model, {"features": torch.randn(2, 6)})
+        run_teacher(model, {"features": torch.randn(2, 6)})
     assert model.calls == 1
 
 
@@ -201,7 +201,7 @@ def test_an_error_of_the_teachers_own_is_passed_on(monkeypatch):
 
 
 class Writes(nn.Module):
-    """Changes its inputs in one of several ways and answers as `tiny.Plain` would for what it was given."""
+    """Changes its inputs in one of several ways and returns what `tiny.Plain` would for what it was given."""
 
     def __init__(self, how: str, since: int = 0) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def test_nested_containers_are_the_teachers_own(monkeypatch):
     extra = {"gone": 1, "list": [2], "tensor": torch.ones(2)}
     teacher = LiveTeacher(Writes("nested"))
     for _ in range(2):
-        ask(teacher.model, {"features": torch.randn(2, 6), "extra": extra}, teacher)
+        run_teacher(teacher.model, {"features": torch.randn(2, 6), "extra": extra}, teacher)
     assert (extra["gone"], extra["list"], extra["tensor"].tolist()) == (1, [2], [1.0, 1.0])
 
 
@@ -292,7 +292,7 @@ def test_no_copy_is_made_for_a_teacher_that_does_not_write(monkeypatch):
     teacher, features = LiveTeacher(Looks()), torch.randn(2, 6)
     features[0, 0] = torch.nan
     for _ in range(3):
-        ask(teacher.model, {"features": features}, teacher)
+        run_teacher(teacher.model, {"features": features}, teacher)
     assert all(x is features for x in seen)
 
 
@@ -302,7 +302,7 @@ def test_inference_tensors_have_no_version(monkeypatch):
         features = torch.ones(2, 6)
     teacher = LiveTeacher(Writes("in place", since=1))
     for _ in range(3):
-        ask(teacher.model, {"features": features}, teacher)
+        run_teacher(teacher.model, {"features": features}, teacher)
     assert features.eq(1).all()
 
 

@@ -63,15 +63,15 @@ def test_pairs_of_texts_splits_and_streams(wordpiece):
 
 
 @pytest.mark.parametrize(
-    ("columns", "says"),
+    ("columns", "expected"),
     [
         ("words", r"'words'; expected a column of dataset \(text, labels\)"),
         ([], "expected the name of a column"),
         (["text"] * 3, "or of two"),
     ],
 )
-def test_columns_that_are_not_there(columns, says, byte_level):
-    with pytest.raises(ValueError, match=f"`columns` is .*{says}"):
+def test_columns_that_are_not_there(columns, expected, byte_level):
+    with pytest.raises(ValueError, match=f"`columns` is .*{expected}"):
         add_teacher_inputs(text(), byte_level, columns)
 
 
@@ -80,12 +80,12 @@ def test_each_side_is_padded_by_its_own_tokenizer(wordpiece, byte_level):
     rows = [data[i] for i in range(6)]
     batch = TeacherCollator(DataCollatorWithPadding(wordpiece), byte_level, pad_to_multiple_of=8)(rows)
     alone = DataCollatorWithPadding(wordpiece)([{k: v for k, v in row.items() if k[:8] != "teacher_"} for row in rows])
-    taught = byte_level(SENTENCES[:6], padding=True, pad_to_multiple_of=8, return_tensors="pt")
+    expected = byte_level(SENTENCES[:6], padding=True, pad_to_multiple_of=8, return_tensors="pt")
     assert set(batch) == {*alone, "teacher_input_ids", "teacher_attention_mask"}
     for name, value in alone.items():
         assert torch.equal(batch[name], value), name
     for name in ("input_ids", "attention_mask"):
-        assert torch.equal(batch[f"teacher_{name}"], taught[name]), name
+        assert torch.equal(batch[f"teacher_{name}"], expected[name]), name
     assert rows[0].keys() == data[0].keys()  # the rows are left as they are
 
 

@@ -1,4 +1,4 @@
-"""A teacher that cannot read the batch: the error says that it was the teacher, which argument, and how to fix it."""
+"""A teacher that cannot read the batch: the error names the teacher, the argument and the fix."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_classifier_without_a_pad_token_is_named(build, tmp_path):
 @pytest.mark.parametrize("build", [gpt2, llama])
 def test_a_classifier_with_another_pad_token_than_the_batch_is_refused(build, tmp_path):
     student = tiny.models("classification")[0]
-    student.config.pad_token_id = None  # nothing tells, so that only the batch does
+    student.config.pad_token_id = None  # only the batch shows it
     expected = r"`teacher_model\.config\.pad_token_id` is 36; expected 0, the id of the padding"
     with pytest.raises(ValueError, match=expected):
         tiny.trainer("classification", tmp_path, pair=(student, build(pad_token_id=36))).train()

@@ -329,7 +329,7 @@ def test_it_trains_beside_its_teacher(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layers", "error", "said"),
+    ("layers", "error", "part"),
     [
         ([0, 6], ValueError, "`layers` is [0, 6]; expected ascending layer indices from 0 to 5"),
         ([-1], ValueError, "Leave out -1."),
@@ -345,10 +345,10 @@ def test_it_trains_beside_its_teacher(tmp_path):
         (None, TypeError, "Write the indices as a list"),
     ],
 )
-def test_wrong_layers_are_refused(layers, error, said):
+def test_wrong_layers_are_refused(layers, error, part):
     with pytest.raises(error) as caught:
         student_from_teacher(build("LlamaForCausalLM"), layers=layers)
-    assert said in str(caught.value)
+    assert part in str(caught.value)
 
 
 def test_the_decoders_layers_are_named_in_the_message():

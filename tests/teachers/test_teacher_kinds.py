@@ -36,11 +36,11 @@ def lora(**kwargs) -> peft.LoraConfig:
 
 @pytest.fixture(autouse=True)
 def any_peft(monkeypatch):
-    """From 5.24 on, transformers' own `add_adapter` first asks for peft 0.22. With an older one that check alone fails:
+    """From 5.24 on, transformers' own `add_adapter` first requires peft 0.22. With an older one that check alone fails:
     what it then calls works, and is tested. With peft 0.22 this changes nothing.
     """
-    asked, installed = integration.MIN_PEFT_VERSION, peft.__version__
-    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", min(asked, installed, key=Version))
+    required, installed = integration.MIN_PEFT_VERSION, peft.__version__
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", min(required, installed, key=Version))
 
 
 def base(seed: int = 0, **kwargs) -> LlamaForCausalLM:
@@ -188,7 +188,7 @@ def test_the_trainer_hands_over_the_wrapped_student(tmp_path):
     seen = []
     run.teacher._run = lambda inputs, student, run=run.teacher._run: seen.append(student) or run(inputs, student)
     run.train()
-    assert len(seen) == 2  # the first look and the step
+    assert len(seen) == 2  # the setup and the step
     assert all(student is run.model_wrapped for student in seen)
 
 
@@ -407,18 +407,18 @@ def test_a_compiled_teacher_gives_the_same_run(tmp_path, eager_backend):
 
 @pytest.mark.trains
 def test_a_teacher_compiled_by_inductor(tmp_path, caplog):
-    """With a compiler the numbers agree; without one the run goes on and says so once: either is right."""
+    """With a compiler the numbers agree; without one the run goes on and warns once: either is right."""
     data = [{"input_ids": list(range(1, 8)), "labels": list(range(1, 8))}] * 16  # one shape: compiling takes seconds
     kwargs = {"max_steps": 2, "data": data, **LM}
     runs = [tiny.trainer("causal_lm", tmp_path, teacher_compile=c, **kwargs) for c in (False, True)]
     for run in runs:
         run.train()
     assert tiny.logged(runs[1], "soft_loss") == pytest.approx(tiny.logged(runs[0], "soft_loss"), rel=1e-5)
-    said = [record for record in caplog.records if "teacher_compile" in record.message]
-    assert len(said) == (0 if runs[1].teacher.compiled else 1)
+    warnings = [record for record in caplog.records if "teacher_compile" in record.message]
+    assert len(warnings) == (0 if runs[1].teacher.compiled else 1)
 
 
-def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path, caplog):
+def test_without_a_compiler_the_run_goes_on_and_warns_once(tmp_path, caplog):
     import torch._inductor.config as inductor
 
     torch.compiler.reset()
@@ -427,10 +427,10 @@ def test_without_a_compiler_the_run_goes_on_and_says_so_once(tmp_path, caplog):
     with no_compiler, caplog.at_level(logging.WARNING, logger="kd_trainer"):
         run.train()
     torch.compiler.reset()
-    said = [record.message for record in caplog.records if record.name.startswith("kd_trainer")]
-    assert len(said) == 1
-    assert said[0].startswith("teacher_compile: the teacher runs uncompiled, because torch.compile raised: ")
-    assert "\n" not in said[0]
+    warnings = [record.message for record in caplog.records if record.name.startswith("kd_trainer")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("teacher_compile: the teacher runs uncompiled, because torch.compile raised: ")
+    assert "\n" not in warnings[0]
     plain = tiny.trainer("causal_lm", tmp_path, max_steps=2, **LM)
     plain.train()
     assert tiny.logged(run, "loss") == tiny.logged(plain, "loss")

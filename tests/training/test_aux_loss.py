@@ -193,9 +193,9 @@ def test_the_start_block_says_what_is_added_and_what_is_left_out(tmp_path, capsy
     student = build("Mixtral")
     student.config.z_loss_coefficient = 0.001  # as Bamba's
     distillation("Mixtral", tmp_path, student=student, max_steps=1).train()
-    said = capsys.readouterr().out
-    assert "[kd_trainer] the loss has 0.5 * the student's router loss (aux_loss) added" in said
-    assert "[kd_trainer] the student's own z-loss (z_loss_coefficient 0.001) is left out" in said
+    printed = capsys.readouterr().out
+    assert "[kd_trainer] the loss has 0.5 * the student's router loss (aux_loss) added" in printed
+    assert "[kd_trainer] the student's own z-loss (z_loss_coefficient 0.001) is left out" in printed
     distillation("Mixtral", tmp_path, student=build("Mixtral", output_router_logits=False), max_steps=1).train()
     assert "aux_loss" not in capsys.readouterr().out
 
@@ -203,11 +203,11 @@ def test_the_start_block_says_what_is_added_and_what_is_left_out(tmp_path, capsy
 def test_a_teacher_computes_no_router_loss(tmp_path):
     run = distillation("Mixtral", tmp_path, teacher=build("Mixtral"), max_steps=1)
     run.train()
-    asked = []
-    run.teacher.model.register_forward_hook(lambda *a: asked.append(a[2]))
+    teacher_outputs = []
+    run.teacher.model.register_forward_hook(lambda *a: teacher_outputs.append(a[2]))
     run.evaluate()
-    assert asked
-    assert all(outputs.get("aux_loss") is None for outputs in asked)
+    assert teacher_outputs
+    assert all(outputs.get("aux_loss") is None for outputs in teacher_outputs)
 
 
 # ---- refused ----

@@ -38,29 +38,29 @@ FORM = re.compile(r"`(?P<argument>[^`]+)` is .+; expected .+[^.]\. (?P<fix>[A-Z]
 
 
 class Case(NamedTuple):
-    """What a user does, and what the message must say."""
+    """What a user does, and what the message must have."""
 
     do: Callable
     argument: str
     fix: str  # a part of the fix
-    says: str = ""  # a part of the rest
+    part: str = ""  # a part of the rest
     error: type[Exception] = ValueError
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(argument: str, fix: str, says: str = "", error: type[Exception] = ValueError):
+def case(argument: str, fix: str, part: str = "", error: type[Exception] = ValueError):
     def add(do):
-        CASES[do.__name__.replace("_", " ")] = Case(do, argument, fix, says, error)
+        CASES[do.__name__.replace("_", " ")] = Case(do, argument, fix, part, error)
         return do
 
     return add
 
 
-def settings(argument: str, value, fix: str, says: str = "", error: type[Exception] = ValueError, **more):
+def settings(argument: str, value, fix: str, part: str = "", error: type[Exception] = ValueError, **more):
     CASES[f"{argument}={value!r} {more or ''}".strip()] = Case(
-        lambda tmp_path: tiny.arguments(tmp_path, **{argument: value}, **more), argument, fix, says, error
+        lambda tmp_path: tiny.arguments(tmp_path, **{argument: value}, **more), argument, fix, part, error
     )
 
 
@@ -590,7 +590,7 @@ def test_one_clear_error(name, tmp_path):
     assert found, f"not in the house's form: {text}"
     assert found["argument"] == wanted.argument, text
     assert re.search(wanted.fix, found["fix"], re.DOTALL), text
-    assert re.search(wanted.says, text, re.DOTALL), text
+    assert re.search(wanted.part, text, re.DOTALL), text
 
 
 def test_there_are_enough_of_them():

@@ -81,7 +81,7 @@ def test_files_in_subfolders_count(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("harm", "reason"),
     [
         (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
         (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
@@ -94,18 +94,18 @@ def test_files_in_subfolders_count(tmp_path):
         (lambda folder: shutil.rmtree(folder), "there is no such folder"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over(run_folder, harm, said, caplog):
+def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over(run_folder, harm, reason, caplog):
     harm(run_folder / "checkpoint-6")
     run = tiny.trainer("plain", run_folder, **STEPS)
     before = tiny.weights(run.model)
-    with pytest.raises(ValueError, match=f"`resume_from_checkpoint` is .*checkpoint-6.*{said}") as error:
+    with pytest.raises(ValueError, match=f"`resume_from_checkpoint` is .*checkpoint-6.*{reason}") as error:
         run.train(resume_from_checkpoint=str(run_folder / "checkpoint-6"))
     assert f"Resume from {run_folder / 'checkpoint-4'}" in str(error.value)
     assert torch.equal(tiny.weights(run.model), before)
     with caplog.at_level(logging.WARNING):
         run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 6
-    assert ("checkpoint-6 is passed over" in caplog.text) == (said != "there is no such folder")
+    assert ("checkpoint-6 is passed over" in caplog.text) == (reason != "there is no such folder")
 
 
 def test_passing_over_a_damaged_one_ends_in_the_same_weights(run_folder, original):
@@ -113,7 +113,7 @@ def test_passing_over_a_damaged_one_ends_in_the_same_weights(run_folder, origina
     resumed = tiny.trainer("plain", run_folder, **STEPS)
     resumed.train(resume_from_checkpoint=True)
     assert torch.equal(tiny.weights(resumed.model), original[1])
-    assert damage(run_folder / "checkpoint-6") is None, "it was written anew"
+    assert damage(run_folder / "checkpoint-6") is None, "it was written again"
 
 
 def test_a_run_that_had_ended_takes_no_further_step(run_folder, original):
@@ -154,18 +154,18 @@ def test_another_trainers_checkpoint_is_taken_with_a_warning(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "reason"),
     [
         ("optimizer.pt", "the optimizer's state is missing"),
         ("rng_state.pth", "the state of the random numbers is missing"),
         ("trainer_state.json", "the trainer's state is missing"),
     ],
 )
-def test_where_part_of_another_trainers_checkpoint_is_missing_it_is_refused(run_folder, name, said):
+def test_where_part_of_another_trainers_checkpoint_is_missing_it_is_refused(run_folder, name, reason):
     (run_folder / "checkpoint-6" / MANIFEST).unlink()
     (run_folder / "checkpoint-6" / name).unlink()
     run = tiny.trainer("plain", run_folder, **STEPS)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=reason):
         run.train(resume_from_checkpoint=str(run_folder / "checkpoint-6"))
 
 
@@ -324,8 +324,8 @@ def test_nan_leaves_the_last_checkpoint_whole(tmp_path, original):
     assert torch.equal(tiny.weights(resumed.model), original[1])
 
 
-# Row 28 kills whoever reads it, once the first checkpoint is whole (its batch is read two steps ahead). Apart from
-# pytest: torch raises at the death of a worker wherever the main process happens to be.
+# Row 28 kills the process that reads it, once the first checkpoint is whole (its batch is read two steps ahead).
+# Apart from pytest: torch raises at the death of a worker wherever the main process happens to be.
 DEADLY = """
 import os, sys, time
 from pathlib import Path

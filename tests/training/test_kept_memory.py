@@ -102,9 +102,9 @@ def test_bytes_are_counted_until_they_are_gone():
 def naive(student: Any, teacher: Any, batch: dict, count: int) -> torch.Tensor:
     """As scripts write it: both logits, T 2, alpha 0.7."""
     with torch.no_grad():
-        taught = teacher(**batch).logits
+        teacher_logits = teacher(**batch).logits
     labels = F.pad(batch["input_ids"], (0, 1), value=-100)[:, 1:].flatten()
-    z_s, z_t = (z.float().flatten(0, 1) for z in (student(**batch).logits, taught))
+    z_s, z_t = (z.float().flatten(0, 1) for z in (student(**batch).logits, teacher_logits))
     soft = F.kl_div(F.log_softmax(z_s / 2, -1), F.softmax(z_t / 2, -1), reduction="none").sum(-1)
     soft = (soft * (labels != -100)).sum() * 4
     return (0.7 * soft + 0.3 * F.cross_entropy(z_s, labels, reduction="sum")) / count
@@ -156,20 +156,20 @@ def test_a_step_holds_no_more_than_one_with_full_logits(rows, length, accumulate
 def test_no_buffer_is_larger_than_the_logits_it_replaces(positions, dtype, trained):
     generator = torch.Generator().manual_seed(0)
     sizes = ((positions, WIDTH), (CLASSES, WIDTH), (positions, 96), (CLASSES, 96))
-    hidden, weight, *taught = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    hidden, weight, *teacher = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
     labels = torch.zeros(positions, dtype=torch.long)
-    asked: list[tuple[str, int]] = []
+    requested: list[tuple[str, int]] = []
     own = fused_linear.kept_memory
 
     def kept_memory(name: str, rows: int, columns: int, like: torch.Tensor, **options: Any) -> torch.Tensor:
-        asked.append((name, rows))
+        requested.append((name, rows))
         return own(name, rows, columns, like, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_linear, "kept_memory", kept_memory)
-        loss = fused_linear_distillation(hidden.requires_grad_(), weight.requires_grad_(trained), *taught, labels)
+        loss = fused_linear_distillation(hidden.requires_grad_(), weight.requires_grad_(trained), *teacher, labels)
         loss.total.backward()
-    assert all(rows <= positions for name, rows in asked if name != "gradient")
+    assert all(rows <= positions for name, rows in requested if name != "gradient")
     tiles = {name for name in kept() if name != "gradient"}
     assert bool(tiles) == keeps_tiles(positions, WIDTH)
     assert ("gradient" in kept()) == trained
@@ -178,11 +178,11 @@ def test_no_buffer_is_larger_than_the_logits_it_replaces(positions, dtype, train
 def test_a_large_batch_leaves_nothing_for_small_ones():
     """What was kept of it serves once more and is gone."""
     generator = torch.Generator().manual_seed(0)
-    weight, taught = (torch.randn(CLASSES, width, generator=generator) for width in (WIDTH, 96))
+    weight, teacher_weight = (torch.randn(CLASSES, width, generator=generator) for width in (WIDTH, 96))
     for positions, names in ((200, {"gradient", "student"}), (10, {"gradient"}), (200, {"gradient", "student"})):
         hidden, other = (torch.randn(positions, width, generator=generator) for width in (WIDTH, 96))
         learned = weight.clone().requires_grad_()
-        fused_linear_distillation(hidden, learned, other, taught).total.backward()
+        fused_linear_distillation(hidden, learned, other, teacher_weight).total.backward()
         assert set(kept()) - {"teacher"} == names
         assert kept()["gradient"] < learned.nbytes + 100
 

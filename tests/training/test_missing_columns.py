@@ -55,12 +55,12 @@ def test_a_column_that_upstream_removed(act, tmp_path):
     if act == "check":
         found = [row for row in made.check(evaluate=False) if row.status == "error"]
         assert [row.what for row in found] == ["first batch"]
-        said = f"{found[0].found} {found[0].fix}"
+        text = f"{found[0].found} {found[0].fix}"
     else:
         with pytest.raises(ValueError, match=MISSING.format("labels", "student", "'x'", "Reads")) as caught:
             getattr(made, act)()
-        said = str(caught.value)
-    assert fix in said
+        text = str(caught.value)
+    assert fix in text
 
 
 def test_a_column_of_another_name(tmp_path):

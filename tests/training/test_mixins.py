@@ -150,8 +150,8 @@ def test_another_loss_of_sft_is_refused(tokenizer, tmp_path):
 
 def test_arguments_that_sft_does_not_know_are_named(tokenizer, tmp_path):
     student, teacher = pair(tokenizer)
-    says = r"`args` is of type DistillationTrainingArguments; expected the arguments of SFTTrainer with Distil"
-    with pytest.raises(TypeError, match=says):
+    message = r"`args` is of type DistillationTrainingArguments; expected the arguments of SFTTrainer with Distil"
+    with pytest.raises(TypeError, match=message):
         SFTDistillationTrainer(
             student, tiny.arguments(tmp_path), teacher_model=teacher, train_dataset=Dataset.from_dict(DATA["text"])
         )

@@ -190,7 +190,7 @@ def test_a_causal_models_cache_is_no_prediction(labelled, tmp_path):
     run = tiny.trainer("causal_lm", tmp_path, pair=both, kd_positions="attended")
     predictions = run.predict(rows("causal_lm", labelled=labelled)).predictions
     assert predictions.shape[::2] == (11, tiny.VOCAB)
-    every = run.predict(rows("causal_lm", labelled=labelled), ignore_keys=[])  # the script asks for all keys
+    every = run.predict(rows("causal_lm", labelled=labelled), ignore_keys=[])  # the script keeps all keys
     same(every.predictions, predictions)
 
 

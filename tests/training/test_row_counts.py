@@ -1,4 +1,4 @@
-"""How many rows a batch has: the student's input tells, wherever it stands among broadcast or flattened columns."""
+"""How many rows a batch has: as its student's input has, wherever that stands among broadcast or flattened columns."""
 
 from __future__ import annotations
 

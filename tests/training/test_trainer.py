@@ -455,7 +455,7 @@ def test_schedules_move_alpha_and_temperature(tmp_path):
 
 
 def test_a_patched_forward_gets_no_labels(tmp_path):  # trap 34
-    """As Liger's patches do: with labels, or where it is asked to, such a forward computes its loss without logits."""
+    """As Liger's patches do: with labels, or on demand, such a forward computes its loss without logits."""
 
     class Patched(LlamaForCausalLM):
         def forward(self, input_ids=None, attention_mask=None, labels=None, skip_logits=None, **kwargs):
@@ -536,7 +536,7 @@ def test_nan_stops_with_step_rows_and_side(mode, side, tmp_path):
 
     def poison(module, args, output):
         calls.append(1)
-        # the teacher is asked once more than the student: for the first look
+        # the teacher runs once more than the student: in the setup
         if len(calls) == (3 if side == "student" else 4):
             output = output.clone()
             output[5, 0] = torch.nan
@@ -706,7 +706,7 @@ def test_what_wraps_the_student_changes_nothing(kwargs, task, tmp_path):
 @pytest.mark.parametrize("task", ["classification", "plain"])
 def test_wrong_labels_are_found_before_the_student_is_asked(task, tmp_path):  # on a GPU they would end the process
     run = tiny.trainer(task, tmp_path)
-    run.model.register_forward_pre_hook(lambda *args: pytest.fail("asked"))
+    run.model.register_forward_pre_hook(lambda *args: pytest.fail("the student was run"))
     batch = tiny.pad(tiny.rows(task)[:8])
     with pytest.raises(ValueError, match=r"`labels` is 7 at position 2 of the batch; expected 0 to 4"):
         run.compute_loss(run.model, {**batch, "labels": batch["labels"].index_fill(0, torch.tensor([2]), 7)})

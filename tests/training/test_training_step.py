@@ -87,7 +87,7 @@ def test_alpha_0_does_not_call_the_teacher_in_training(task, tmp_path, capsys):
     assert teacher.calls == 0
     assert not tiny.logged(run, "soft_loss")
     assert "kd_alpha is 0: training does not call the teacher" in capsys.readouterr().out
-    assert run.evaluate()["eval_soft_loss"] > 0  # an evaluation still says how near the teacher is
+    assert run.evaluate()["eval_soft_loss"] > 0  # evaluation still runs the teacher
     assert teacher.calls > 0
     calls = teacher.calls
     run.train()
