@@ -6,6 +6,7 @@ For: `fused_linear.py`, which computes it. Letters: N positions, V vocabulary, H
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from ..validation import check_number, check_temperature, check_tensor, fail
 from .checks import check_class_ids, check_standardized
 from .divergences import DIVERGENCES, check_divergence
 from .projection import AnyMixture, KnownMixture, MixedLogits, OutputProjection, cast_as_autocast
-from .reductions import IGNORE_INDEX, divide, select_positions
+from .reductions import IGNORE_INDEX, divide
 from .sparse_targets import Samples, TopK, check_sparse
 from .tile_sparse import MOST_IDS
 from .tile_types import Setting
@@ -64,15 +65,15 @@ class FusedInputs:
 
 @dataclass
 class Job:
-    """Everything but the student's tensors; rows of every tensor are the N counted positions."""
+    """Everything but the student's tensors; rows are the N counted positions, those of the soft loss first."""
 
     setting: Setting
     student: OutputProjection
     teacher: OutputProjection | None
-    teacher_rows: Any  # hidden states, or logits where `teacher` is None; None with `sparse`
-    sparse: TopK | Samples | None  # ids int64, in range
+    teacher_rows: Any  # of the soft rows: hidden states, or logits where `teacher` is None; None with `sparse`
+    sparse: TopK | Samples | None  # of the soft rows; ids int64, in range
     labels: Tensor | None
-    soft: Tensor | None  # bool [N]: counted for the soft loss; None: all
+    soft_rows: int  # how many of the rows are counted for the soft loss
     alpha: float
     soft_weight: Any  # factor / soft_count, factor / hard_count: numbers or 0-dim tensors
     hard_weight: Any
@@ -106,7 +107,7 @@ class Job:
         """
         if not isinstance(self.teacher_rows, _MIXTURES):
             return None if self.teacher_rows is None else self.teacher_rows[rows]
-        return self.teacher_rows.of_rows(rows, student[:, : self.common_ids], self.soft)
+        return self.teacher_rows.of_rows(rows, student[:, : self.common_ids])
 
 
 def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
@@ -117,21 +118,17 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
     _check_shapes(g)
     labels, mask = g.labels, g.soft_mask
     labelled = None if labels is None else labels != IGNORE_INDEX
-    if mask is None:
-        counted = soft = labelled
-    else:
-        soft = mask if mask.dtype == torch.bool else mask != 0
-        if labelled is not None and mask.device.type == "cpu" and torch.equal(soft, labelled):
-            soft = labelled
-        counted = soft if labelled is None or soft is labelled else soft | labelled
+    soft = labelled if mask is None else mask != 0
+    order, soft_rows = _counted_rows(len(g.student_hidden), soft, labelled)
     soft_weight = g.factor * _one_over(g.soft_count, soft, g.student_hidden)
     hard_weight = g.factor * _one_over(g.hard_count, labelled, g.student_hidden)
 
-    select = functools.partial(_counted, counted)
-    labels, soft = select(labels), None if soft is counted else select(soft)
+    select = functools.partial(_rows_of, order)
+    of_teacher = functools.partial(_rows_of, None if order is None else order[:soft_rows])
+    labels = select(labels)
     hidden = cast_as_autocast(select(g.student_hidden))
     weight, bias = cast_as_autocast(g.student_weight), cast_as_autocast(g.student_bias)
-    teacher_hidden = cast_as_autocast(select(g.teacher_hidden))
+    teacher_hidden = cast_as_autocast(of_teacher(g.teacher_hidden))
     teacher_weight, teacher_bias = cast_as_autocast(g.teacher_weight), cast_as_autocast(g.teacher_bias)
     assert hidden is not None
     assert weight is not None
@@ -142,14 +139,12 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         common = None if common == weight.shape[0] else common
     if teacher_weight is not None:
         teacher = OutputProjection(teacher_weight.detach(), _detached(teacher_bias), g.teacher_scale, g.teacher_softcap)
-    # The teacher output may be NaN where it is not counted: 0 * NaN.
-    counted_alone = functools.partial(_zero_elsewhere, soft)
     teacher_rows: Any
     if isinstance(g.teacher_logits, _MIXTURES):
-        teacher_rows = g.teacher_logits.cast().each(cast(Any, select)).with_states(counted_alone)
+        teacher_rows = g.teacher_logits.cast().each(cast(Any, of_teacher))
     else:
-        teacher_rows = counted_alone(_detached(select(g.teacher_logits) if teacher_hidden is None else teacher_hidden))
-    sparse = _sparse(g, counted, soft)
+        teacher_rows = _detached(of_teacher(g.teacher_logits) if teacher_hidden is None else teacher_hidden)
+    sparse = _sparse(g, of_teacher)
     temperature = DIVERGENCES[g.divergence].temperature(float(g.temperature))
     setting = Setting(g.divergence, beta, temperature, labels is not None, g.standardize_logits)
     side = OutputProjection(weight.detach(), _detached(bias), g.student_scale, g.student_softcap)
@@ -160,7 +155,7 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         teacher_rows,
         sparse,
         labels,
-        soft,
+        soft_rows,
         g.alpha,
         soft_weight,
         hard_weight,
@@ -172,26 +167,29 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
     return job, hidden, weight, bias
 
 
-def _counted(counted: Tensor | None, tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or counted is None else select_positions(tensor, counted)
+def _counted_rows(rows: int, soft: Tensor | None, labelled: Tensor | None) -> tuple[Tensor | None, int]:
+    """Indices of the counted rows, those of the soft loss first, and how many these are; None: all rows as they are."""
+    if soft is None:
+        return None, rows
+    order = soft.nonzero().squeeze(1)
+    count = len(order)
+    if labelled is not None and labelled is not soft:
+        order = torch.cat((order, (labelled & ~soft).nonzero().squeeze(1)))
+    return (None if count == rows else order), count
 
 
-def _zero_elsewhere(soft: Tensor | None, rows: Any) -> Any:
-    return rows if soft is None or rows is None else rows.masked_fill(~soft.unsqueeze(1), 0.0)
+def _rows_of(order: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or order is None else tensor.index_select(0, order)
 
 
-def _sparse(g: FusedInputs, counted: Tensor | None, soft: Tensor | None) -> TopK | Samples | None:
-    """The counted positions of a teacher given sparsely."""
+def _sparse(g: FusedInputs, select: Callable[[Tensor | None], Tensor | None]) -> TopK | Samples | None:
+    """The rows of a teacher given sparsely that the soft loss counts."""
     name = "teacher_top_k" if g.teacher_top_k is not None else "teacher_samples"
     if getattr(g, name) is None:
         return None
-    given = [x.detach() if x.is_floating_point() else x.long() for x in getattr(g, name)]
-    ids, second, third = given if counted is None else [select_positions(x, counted) for x in given]
-    if soft is not None:  # elsewhere ids may be out of range and numbers NaN; the kept ones are distinct
-        some = torch.arange(ids.shape[1], device=ids.device)
-        ids = torch.where(soft.unsqueeze(1), ids, some if name == "teacher_top_k" else some * 0)
-        second = second.masked_fill(~(soft.unsqueeze(1) if second.dim() == 2 else soft), 0)
-        third = third.masked_fill(~soft, 0.0)
+    ids, second, third = (
+        cast(Tensor, select(x.detach() if x.is_floating_point() else x.long())) for x in getattr(g, name)
+    )
     vocabulary = g.common_ids or g.student_weight.shape[0]
     _check_range(name, ids, vocabulary, or_none=False)
     if name == "teacher_top_k":

@@ -24,11 +24,12 @@ from torch import Tensor
 from .divergences import DIVERGENCES
 from .formulas import standardize
 from .fused_arguments import CHUNK_ROWS, FusedInputs, Job, group_rows, read
-from .projection import AnyMixture, OutputProjection
+from .projection import AnyMixture, OutputProjection, cast_as_autocast
 from .reductions import IGNORE_INDEX, wrong_labels
 from .sparse_targets import TopK, bucket_divergence, sampled_forward_kl
 from .tile import compile_pays, tile_loss
-from .tile_sparse import compile_pays_sparse, sparse_tile_loss
+from .tile_sparse import compile_pays_sparse, hard_tile_loss, sparse_tile_loss
+from .tile_types import widened
 
 
 class FusedLoss(NamedTuple):
@@ -142,9 +143,11 @@ def fused_linear_distillation_plain(
         return _nothing(hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         z_s = OutputProjection(weight, bias, job.student.scale, job.student.softcap).logits(hidden)
-        z_t = job.dense_rows(slice(None), z_s)
+        cut = slice(0, job.soft_rows), slice(job.soft_rows, len(z_s))
+        z_t = job.dense_rows(cut[0], z_s[cut[0]])
         z_t = z_t if job.teacher is None else job.teacher.logits(z_t)
-        soft, hard, same = _row_losses(job, z_s, z_t, slice(None))
+        parts = [_row_losses(job, z_s[rows], z_t, rows) for rows in cut]
+        soft, hard, same = (torch.cat(column) for column in zip(*parts, strict=True))
     soft_sum, hard_sum = soft.sum() * job.setting.temperature**2, hard.sum()
     agreement = same.sum().to(hard_sum.dtype)
     return FusedLoss(_mix(job, soft_sum, hard_sum), soft_sum.detach(), hard_sum.detach(), agreement)
@@ -163,7 +166,7 @@ def inputs_of(*arguments: Any, **options: Any) -> FusedInputs:
 def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
     """(soft without T^2, hard, same) [R] from whole logits, by autograd: the formulas as they are written."""
     setting, n = job.setting, job.common_ids
-    hard = z_s.new_zeros(z_s.shape[0])
+    zero = hard = z_s.new_zeros(z_s.shape[0])
     known = None if job.labels is None else job.labels[rows]
     if known is not None:
         labels = known.long()
@@ -173,6 +176,8 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
             label_smoothing=job.label_smoothing,
         )  # fmt: skip
         hard = hard * torch.where(wrong, torch.nan, 1.0)  # of the gradient too
+    if rows.start >= job.soft_rows:
+        return zero, hard, zero.bool()
     common = z_s if n is None else z_s[:, :n]
     teacher = job.sparse_rows(rows)
     if teacher is not None:
@@ -192,9 +197,6 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
             compared = (standardize(dense), standardize(common))
         of_teacher, of_student = (entry.arguments(z / setting.temperature) for z in compared)
         soft = entry.evaluate(of_teacher, of_student, setting.beta, known).sum(-1)
-    if job.soft is not None:
-        counted = job.soft[rows]
-        soft, same = torch.where(counted, soft, 0.0), same & counted
     return soft, hard, same
 
 
@@ -280,17 +282,19 @@ def _all_tiles(
         job.student.product(hidden[group], factor, tiles)
         at_once = chunk if teacher_tile is None else len(teacher_tile)
         at_once = len(tiles) if lone else at_once
-        for rows in _parts(group.start, group.stop, at_once):
+        cut = min(max(group.start, job.soft_rows), group.stop)
+        for rows in (*_parts(group.start, cut, at_once), *_parts(cut, group.stop, len(tiles))):
             tile = tiles[rows.start - group.start : rows.stop - group.start]
-            teacher: Any = _teacher_part(job, rows, teacher_tile, tile)
+            soft_too = rows.start < job.soft_rows
+            teacher: Any = _teacher_part(job, rows, teacher_tile, tile) if soft_too else None
+            labels: Any = None if job.labels is None else job.labels[rows]
             if job.plain_rows:
                 losses = _plain_tile(job, tile, teacher, weights[rows], rows, gradient)
-            else:
-                labels = None if job.labels is None else job.labels[rows]
+            elif soft_too:
                 loss: Any = tile_loss if job.sparse is None else sparse_tile_loss
                 losses = loss(job.setting, tile, teacher, weights[rows], labels, gradient=gradient, compiled=compiled)
-                if job.soft is not None:
-                    losses = (torch.where(job.soft[rows], losses[0], 0.0), losses[1], losses[2] & job.soft[rows])
+            else:
+                losses = hard_tile_loss(job.setting.temperature, tile, weights[rows], labels, gradient, job.compiled)
             sums += torch.stack([column.sum(dtype=sums.dtype) for column in losses])
         products.multiply(group, tiles)
     soft, hard, agreement = sums.to(_wide(hidden.dtype)).unbind()
@@ -319,8 +323,7 @@ def _row_weights(job: Job, n: int, unit: Any) -> Tensor:
     weights = torch.zeros(n, 2, dtype=_wide(job.student.weight.dtype), device=device)
     # T^2 of the loss, 1/T of the logits that the divergence sees.
     weights[:, 0] = job.alpha * job.soft_weight * job.setting.temperature * scale
-    if job.soft is not None:
-        weights[:, 0] *= job.soft
+    weights[job.soft_rows :, 0] = 0
     if job.labels is not None:
         weights[:, 1] = (1 - job.alpha) * job.hard_weight * scale
         weights[:, 1] *= job.labels != IGNORE_INDEX
@@ -358,7 +361,7 @@ def _plain_tile(
         with torch.set_grad_enabled(gradient):
             raw = tile[part].to(_wide(tile.dtype), copy=True).requires_grad_(gradient)
             z_s = job.student.capped(raw)
-            z_t = teacher[part].to(raw.dtype) if job.sparse is None else None
+            z_t = teacher[part].to(raw.dtype) if isinstance(teacher, Tensor) else None
             z_t = z_t if z_t is None or job.teacher is None else job.teacher.capped(z_t)
             soft, hard, same = _row_losses(job, z_s, z_t, here)
             if gradient:
@@ -480,11 +483,15 @@ def kept_memory(name: str, rows: int, columns: int, like: Tensor, *, keep: bool 
 
 def logits_in_tiles(head: OutputProjection, hidden: Tensor, size: int) -> Callable[[Tensor], Tensor]:
     """From indices of at most `size` rows of hidden [N, H] to their logits, which the next call may overwrite."""
+    head, hidden = head.as_autocast(), cast_as_autocast(hidden)
     weight, n = head.weight, len(hidden)
-    if weight.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(weight.device.type):
-        return lambda rows: head.logits(hidden[rows])
     tile = kept_memory("student", min(size, n), len(weight), weight, keep=keeps_tiles(n, weight.shape[1]))
-    return lambda rows: head.capped(head.product(hidden[rows], 1.0, tile[: len(rows)]))
+
+    def logits(rows: Tensor) -> Tensor:
+        product = head.product(hidden[rows], 1.0, tile[: len(rows)])
+        return product if head.scale == 1 and head.softcap is None else head.capped(widened(product))
+
+    return logits
 
 
 def _weighted(values: Tensor, weights: Tensor) -> Tensor:

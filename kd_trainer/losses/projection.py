@@ -85,14 +85,14 @@ class MixedLogits:
     temperature: float
     counts: Tensor | None = None
 
-    def of_rows(self, rows: slice, student: Tensor | None = None, soft: Tensor | None = None) -> Tensor:
+    def of_rows(self, rows: slice, student: Tensor) -> Tensor:
         """Of some rows of hidden states [N, H]: in memory are these [R, V] and those of one teacher.
 
         Args:
-            student, soft: as in `count_same`.
+            student: their logits [R, V], for `counts`.
         """
         mixed: Any = None
-        top = None if self.counts is None else top_classes(student, rows, soft)
+        top = None if self.counts is None else student.argmax(-1)
         for hidden, side, weight, number in self.parts:
             places, states, weights = None, hidden[rows], weight
             if isinstance(weights, Tensor):
@@ -118,11 +118,7 @@ class MixedLogits:
     def each(self, change: Callable[[Tensor], Tensor]) -> MixedLogits:
         """The same with every tensor of positions changed."""
         parts = (p._replace(weight=change(p.weight)) if isinstance(p.weight, Tensor) else p for p in self.parts)
-        return replace(self, parts=tuple(parts)).with_states(change)
-
-    def with_states(self, change: Callable[[Tensor], Tensor]) -> MixedLogits:
-        """The same with the hidden states alone changed."""
-        return replace(self, parts=tuple(part._replace(hidden=change(part.hidden)) for part in self.parts))
+        return replace(self, parts=tuple(part._replace(hidden=change(part.hidden)) for part in parts))
 
     def cast(self) -> MixedLogits:
         """The same, detached and as autocast would hand it to a matrix product."""
@@ -171,16 +167,12 @@ class KnownMixture:
     tops: Tensor
     counts: Tensor
 
-    def of_rows(self, rows: slice, student: Tensor | None = None, soft: Tensor | None = None) -> Tensor:
-        if (top := top_classes(student, rows, soft)) is not None:
-            count_same(self.counts, top, self.tops[rows])
+    def of_rows(self, rows: slice, student: Tensor) -> Tensor:
+        count_same(self.counts, student.argmax(-1), self.tops[rows])
         return self.logits[rows]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> KnownMixture:
         return replace(self, logits=change(self.logits), tops=change(self.tops))
-
-    def with_states(self, change: Callable[[Tensor], Tensor]) -> KnownMixture:
-        return replace(self, logits=change(self.logits))
 
     def cast(self) -> KnownMixture:
         return replace(self, logits=self.logits.detach())
@@ -209,14 +201,6 @@ class KnownMixture:
 
 
 AnyMixture = MixedLogits | KnownMixture
-
-
-def top_classes(student: Tensor | None, rows: slice, soft: Tensor | None) -> Tensor | None:
-    """[R]: the student's top class in some rows, of their logits [R, V]; -1 where `soft` [N] (None: all) is False."""
-    if student is None:
-        return None
-    top = student.argmax(-1)
-    return top if soft is None else top.masked_fill(~soft[rows], -1)
 
 
 def count_same(counts: Tensor, student: Tensor, tops: Tensor) -> None:

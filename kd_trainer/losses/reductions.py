@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..validation import check_choice, check_tensor, fail
+from .tile_types import widened
 
 IGNORE_INDEX = -100  # a label that is none, as in torch and transformers
 REDUCTIONS = ("none", "sum", "mean", "batchmean", "tokenmean")
@@ -258,10 +259,10 @@ def position_entropies(
         # On CPU pieces that stay in its cache take a third of the time.
         size = max(1, 2**19 // tile.shape[-1]) if tile.device.type == "cpu" else tile_rows
         for part, logits in zip(rows.split(size), tile.split(size), strict=True):
+            logits = widened(logits)
             if also is not None:
                 also(part, logits)
-            logits = logits[:, :classes]
-            found.append(_entropy(logits if logits.dtype == torch.float64 else logits.float()))
+            found.append(_entropy(logits[:, :classes]))
     entropy = torch.zeros(mask.numel(), device=mask.device, dtype=found[0].dtype if found else torch.float32)
     return (entropy.index_copy_(0, index, torch.cat(found)) if found else entropy).view_as(mask)
 

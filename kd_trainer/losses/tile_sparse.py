@@ -151,6 +151,23 @@ def _write_gradient(
     student[rows, ids] = at_ids.to(student.dtype)  # the label may be one of them
 
 
+def hard_tile_loss(
+    temperature: float, student: Tensor, weights: Tensor, labels: Tensor, gradient: bool, compiled: bool | None
+) -> Rows:
+    """The hard loss alone of a tile's rows, as `sparse_tile_loss` of a draw that weighs nothing.
+
+    Args:
+        student, weights, labels, gradient: as there; the first of the weights is 0.
+        compiled: as `compile_pays` takes it.
+    """
+    setting = Setting("forward_kl", 0.0, temperature, hard=True)
+    compiled = compile_pays_sparse(setting, len(student), student.shape[1], student, compiled)
+    zeros = torch.zeros(len(student), dtype=torch.int64, device=student.device)
+    drawn = Samples(zeros.unsqueeze(1), zeros, zeros.to(wide(student)))
+    rows = sparse_tile_loss(setting, student, drawn, weights, labels, gradient=gradient, compiled=compiled)
+    return Rows(torch.zeros_like(rows.soft), rows.hard, torch.zeros_like(rows.same))
+
+
 def _sparse_tile_in_c(
     setting: Setting, student: Tensor, teacher: TopK | Samples, weights: Tensor, labels: Tensor | None, gradient: bool
 ) -> Rows:

@@ -203,8 +203,10 @@ def test_fused_loss_is_the_full_loss(settings, tmp_path):
     assert made.evaluate()["eval_soft_loss"] > 0
 
 
-def test_at_alpha_1_the_heads_multiply_the_selected_positions_alone(monkeypatch):
-    """One product of the student's head for the entropies, of every counted position; then the fused loss."""
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_the_teachers_head_multiplies_the_selected_positions_alone(alpha, monkeypatch):
+    """One product of the student's head for the entropies, of every counted position; then the fused loss: at alpha 1
+    of the selected positions too, else of all that have a label."""
     sizes: list[int] = []
     product = OutputProjection.product
 
@@ -216,12 +218,12 @@ def test_at_alpha_1_the_heads_multiply_the_selected_positions_alone(monkeypatch)
     generator, task = torch.Generator().manual_seed(2), TASKS["causal_lm"]
     hidden, weight, teacher = (torch.randn(*shape, generator=generator) for shape in ((4, 12, 5), (VOCABULARY, 5),
                                                                                      (4, 12, 5)))  # fmt: skip
-    objective, inputs = Objective(1.0, T, reduction="tokenmean", position_fraction=0.4), batch()
+    objective, inputs = Objective(alpha, T, reduction="tokenmean", position_fraction=0.4), batch()
     counts = objective.count(task, inputs)
     output = TeacherOutput(hidden=teacher, head={"teacher_weight": weight, "teacher_bias": None})
     weights = {"student_weight": weight.clone().requires_grad_()}
     found = objective.fused(LossInputs(task, inputs, counts), hidden.requires_grad_(), output, weights)
-    assert sizes == [int(counts.hard), int(counts.soft), int(counts.soft)]
+    assert sizes == [int(counts.hard), int(counts.soft if alpha == 1 else counts.hard), int(counts.soft)]
     found.total.backward()
     soft_loss = SoftTargetLoss(temperature=T, reduction="sum")
     parts = objective(LossInputs(task, inputs, counts), soft_loss, hidden @ weight.T, teacher @ weight.T)
