@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,9 @@ from datasets import Dataset
 from transformers import LlamaForCausalLM
 
 from kd_trainer import DistillationArguments, DistillationTrainer
+from kd_trainer.teachers import TeacherOutput, TokenLogProbs
 from kd_trainer.training.chunks import ChunkObjective
-from tests.helpers import chunk_run, launch, tiny
+from tests.helpers import chunk_run, config_run, launch, tiny
 from tests.helpers.chunk_run import collator, models, rows, trainer
 from tests.losses.test_fused_linear import LargestTensor
 
@@ -230,6 +234,35 @@ def test_logits_of_no_model_are_held(tmp_path):
     assert largest.bytes < 2 * min(sizes)  # half of the logits in float32
 
 
+@pytest.mark.trains  # measures time
+def test_the_term_takes_at_most_5_percent_of_a_step(tmp_path):
+    """Beside the products of both heads, which every distillation has: the counts, and the sums over chunks."""
+    options = {"max_position_embeddings": 96, "vocab_size": 4000, "num_hidden_layers": 2}
+    pair = [LlamaForCausalLM(tiny.llama_config(h, intermediate_size=4 * h, **options)) for h in (128, 192)]
+    run = trainer(tmp_path, pair=pair, kd_loss_implementation="fused")
+    batch = collator()(rows(32, 5))
+    run.compute_loss(run.model, batch)  # makes the plan
+    plan, (objective, _) = run._plan, run._run_settings.objective(run.state, training=True)
+    teacher = TeacherOutput(sparse=TokenLogProbs(-torch.rand(batch["teacher_input_ids"].shape)))
+
+    def seconds(work: Callable[[], Any]) -> float:
+        found = []
+        for _ in range(5):
+            start = time.process_time()
+            work()
+            found.append(time.process_time() - start)
+        return min(found)
+
+    def term() -> None:
+        objective.count(plan.task, batch)
+        scored = objective._scored(plan.task, teacher, batch)
+        log_probs = (-torch.rand(len(scored.labels))).requires_grad_()
+        chunks, hard = objective._sums(scored, log_probs, slice(None))
+        torch.autograd.grad(chunks + hard, log_probs)
+
+    assert seconds(term) < 0.05 * seconds(lambda: run.compute_loss(run.model, batch).backward())
+
+
 def test_alpha_0_is_the_stock_trainer_and_needs_no_columns(tmp_path):
     plain = [{k: v for k, v in row.items() if k in ("input_ids", "attention_mask", "labels")} for row in rows()]
     run = DistillationTrainer(
@@ -297,9 +330,13 @@ def test_batches_that_are_not_aligned_are_refused(tmp_path):
     refusal = r"`label_smoothing_factor` is 0\.1; expected 0 with kd_cross_tokenizer 'chunks'"
     with pytest.raises(ValueError, match=refusal):
         trainer(tmp_path, label_smoothing_factor=0.1).train()
-    run = tiny.trainer("classification", tmp_path, kd_cross_tokenizer="chunks")
-    with pytest.raises(ValueError, match="`kd_cross_tokenizer` is 'chunks'; expected 'error' for the task 'classif"):
-        run.train()
+    seq2seq = config_run.bart(16), config_run.bart(24)
+    for task, data, pair in (("classification", "classification", None), ("seq2seq_lm", "causal_lm", seq2seq)):
+        run = tiny.trainer(task, tmp_path, data=tiny.rows(data, 8), pair=pair, kd_cross_tokenizer="chunks")
+        with pytest.raises(
+            ValueError, match=f"`kd_cross_tokenizer` is 'chunks'; expected 'error' for the task '{task}"
+        ):
+            run.train()
 
 
 def no_tokens(features):
