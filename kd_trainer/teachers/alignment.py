@@ -182,19 +182,18 @@ def _rendered(argument: str, tokenizer: Any, messages: Sequence[Mapping[str, Any
     # What the template writes between the contents is found with marks in their place.
     marks = [f"\ue000{i}\ue001" for i in range(len(contents))]
     text, rest, position, shared, segments = render(contents), render(marks), 0, 0, []
-    before, end = "", tokenizer.eos_token
+    end = tokenizer.eos_token
     for number, content in enumerate(contents):
-        between, found, rest = rest.partition(marks[number])
-        before += between
+        before, found, rest = rest.partition(marks[number])
+        after = rest.partition(marks[number + 1])[0] if number + 1 < len(marks) else rest
         forms = (content, content.strip(), content.lstrip(), content.rstrip())  # templates may strip
-        shown = next((form for form in forms if text.startswith(before + form, position)), None)
+        shown = next((form for form in forms if text.startswith(before + form + after, position)), None)
         if not found or shown is None:
             fix = "Use a template that writes every content as it is, or give a column of text."
             fail(argument, f"a tokenizer whose template changes {content[:30]!r}", "one that keeps contents", fix)
         start = position + len(before)
-        position, before = start + len(shown), ""
+        position = start + len(shown)
         segments.append(Segment(start, position, shared + content.find(shown), shared + len(content)))
-        after = rest.partition(marks[number + 1])[0] if number + 1 < len(marks) else rest
         if end and after.lstrip().startswith(end):
             place = position + len(after) - len(after.lstrip())
             segments.append(Segment(place, place + len(end), shared + len(content) + 1, shared + len(content) + 2))

@@ -283,7 +283,7 @@ def chat_pair(student: str = MARKED, teacher: str = STRIPPED) -> tuple[Any, Any]
 def test_contents_of_messages_are_aligned_and_templates_are_not():
     student, teacher = chat_pair()
     chat = [
-        {"role": "user", "content": "user"},  # as the template writes it
+        {"role": "user", "content": "user "},  # as the templates write it, a space behind it too
         {"role": "assistant", "content": " two dogs\n👍 "},
         {"role": "user", "content": ""},
         {"role": "assistant", "content": "a mat"},
