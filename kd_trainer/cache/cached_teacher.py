@@ -93,8 +93,9 @@ def check_tokens_kept(kept: Format, *, chunks: bool) -> None:
     if kept.of_teacher_tokens != chunks:
         shown = repr("chunks" if chunks else "error")
         expected = f"{'error' if chunks else 'chunks'!r} with a teacher cache of format {kept.name}"
+        because = f"it holds {'no' if chunks else 'nothing but'} log-probabilities of the tokens of the teacher's text"
         fix = "Set it so, or build another cache in an empty folder."
-        fail("kd_cross_tokenizer", shown, expected, fix, because="it was built for it")
+        fail("kd_cross_tokenizer", shown, expected, fix, because=because)
 
 
 class CachedTeacher:

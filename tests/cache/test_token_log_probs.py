@@ -158,7 +158,9 @@ def test_a_cache_of_positions_and_one_of_tokens_are_not_taken_for_each_other(bui
         reading(built, tmp_path, data=plain, kd_cross_tokenizer="error").train()
     of_positions = tiny.trainer("causal_lm", tmp_path / "run", teacher_cache_dir=str(tmp_path / "cache"))
     of_positions.build_teacher_cache()
-    expected = r"`kd_cross_tokenizer` is 'chunks'; expected 'error' with a teacher cache of format logits"
+    expected = (
+        r"`kd_cross_tokenizer` is 'chunks'; expected 'error' with a teacher cache of format logits, because it hold"
+    )
     with pytest.raises(ValueError, match=expected):
         reading(tmp_path, tmp_path / "run").train()
     with pytest.raises(ValueError, match=expected):
