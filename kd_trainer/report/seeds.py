@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -229,7 +230,7 @@ def _run(compared: Compared, changes: Mapping[str, Any], model: nn.Module | None
     script's `model_init` makes. `model` is evaluated in the student's place."""
     trainer, start = compared.trainer, compared.trainer.unwrapped_student()
     attributes = {name: getattr(trainer, name) for name in _TRAINED}
-    attributes["model_init"] = trainer.model_init or (lambda: copy.deepcopy(start))
+    attributes["model_init"] = trainer.model_init or (lambda: copied(start))
     if model is not None:
         attributes |= {"model": model, "model_wrapped": model}
     loaders = trainer.accelerator.dataloader_config
@@ -240,6 +241,33 @@ def _run(compared: Compared, changes: Mapping[str, Any], model: nn.Module | None
             yield
         finally:
             trainer.accelerator.free_memory()
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy. TRL patches the forward of an instance by a function whose closure holds the original's method;
+    `deepcopy` copies no function, and the copy would compute with the original's weights."""
+    made = copy.deepcopy(model)
+    copy_of = dict(zip(map(id, model.modules()), made.modules(), strict=True))
+    seen: set[int] = set()
+
+    def rebound(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return copy_of.get(id(value), value)
+        if isinstance(value, MethodType):
+            return MethodType(rebound(value.__func__), rebound(value.__self__))
+        if not isinstance(value, FunctionType) or not value.__closure__ or id(value) in seen:
+            return value
+        seen.add(id(value))
+        cells = tuple(CellType(rebound(cell.cell_contents)) for cell in value.__closure__)
+        function = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        function.__kwdefaults__ = value.__kwdefaults__
+        function.__dict__.update(value.__dict__)
+        return function
+
+    for module in made.modules():
+        if "forward" in vars(module):
+            module.forward = rebound(module.forward)  # type: ignore[method-assign]
+    return made
 
 
 def _train(compared: Compared, run: _RunOf) -> None:

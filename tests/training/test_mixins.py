@@ -339,5 +339,9 @@ def test_a_comparison_in_front_of_sft(tokenizer, tmp_path):
     assert end.value.code == 0
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     metrics = {each["metric"]: each for each in report["paired"]}
+    start = tiny.weights(run.model)  # SFTTrainer patches the forward: a copy must not compute with these
+    for name in ("baseline", "distilled"):
+        trained = LlamaForCausalLM.from_pretrained(tmp_path / "seed-42" / name)
+        assert not torch.allclose(tiny.weights(trained), start, atol=1e-3)
     assert metrics["perplexity"]["teacher"] > 1
     assert len(metrics["hard_loss"]["students"]) == 2
