@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -306,6 +306,30 @@ def check_teacher_columns(batch: Mapping[str, Any]) -> None:
         fix = "Keep the attention_mask of the teacher's tokenizer as teacher_attention_mask."
         because = "the student's mask does not fit the teacher's tokens"
         fail("teacher_attention_mask", None, "a column beside teacher_input_ids", fix, because=because)
+
+
+# By the field of a student's config with the id of a placeholder in the text: what stands there.
+_PLACEHOLDERS = {
+    "image_token_id": "pixel_values", "image_token_index": "pixel_values", "video_token_id": "pixel_values_videos",
+    "audio_token_id": "input_features", "audio_token_index": "input_features",
+}  # fmt: skip
+
+
+def check_placeholders(student: nn.Module, teacher: nn.Module, batch: Mapping[str, Any], taken: Iterable[str]) -> None:
+    """Raises ValueError where the student sees images or sounds in place of tokens that the teacher takes for text.
+
+    Args:
+        taken: names of the inputs that the teacher takes of the batch.
+    """
+    ids, config = batch.get("input_ids"), getattr(student, "config", None)
+    for field, name in _PLACEHOLDERS.items():
+        token = getattr(config, field, None)
+        if not isinstance(token, int) or not isinstance(ids, Tensor) or name not in batch or name in taken:
+            continue
+        if "teacher_input_ids" not in batch and bool((ids == token).any()):
+            shown, expected = f"a {type(teacher).__name__}, which takes no {name}", f"a teacher that takes {name} too"
+            because = f"it would read the {field} {token} as text, without what stands in its place"
+            fail("teacher_model", shown, expected, "Take a teacher of the student's kind.", because=because)
 
 
 def _tokenizer_beside(teacher: nn.Module, init_kwargs: dict) -> Any:

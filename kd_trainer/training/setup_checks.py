@@ -46,14 +46,7 @@ from ..tasks import (
     wanted_logits,
     widths_of,
 )
-from ..teachers import (
-    LiveTeacher,
-    check_ids,
-    check_padding,
-    check_separate,
-    naming,
-    watch_shared_buffers,
-)
+from ..teachers import LiveTeacher, check_ids, check_padding, check_separate, naming, watch_shared_buffers
 from ..teachers import compatibility as compatibility
 from ..teachers.sequences import check_student_rows
 from ..validation import fail
@@ -71,7 +64,9 @@ def columns(first: FirstBatch) -> None:
     """Each model can be called with what the batch has."""
     check_required("student", first.student, first.batch, first.setup.removed_columns)
     if first.live is not None and not first.settings.always_hard:
-        check_required("teacher", first.live.model, first.live.inputs(first.batch), first.setup.removed_columns)
+        taken = first.live.inputs(first.batch)
+        check_required("teacher", first.live.model, taken, first.setup.removed_columns)
+        compatibility.check_placeholders(first.student, first.live.model, first.batch, taken)
 
 
 def task(first: FirstBatch) -> None:

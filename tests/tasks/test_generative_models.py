@@ -167,6 +167,16 @@ def test_a_teacher_that_reads_images_is_loaded_for_a_student_of_text_alone(tmp_p
     trainer.train()
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_teacher_that_would_read_image_tokens_as_text_is_refused(name, tmp_path):
+    expected = (
+        "`teacher_model` is a LlamaForCausalLM, which takes no pixel_values; expected a teacher that takes "
+        "pixel_values too, because it would read the image_token_id 5 as text"
+    )
+    with pytest.raises(ValueError, match=expected):
+        distillation(name, tmp_path, teacher=tiny.models("causal_lm")[1]).train()
+
+
 def test_a_folder_that_no_auto_class_of_the_task_knows_is_refused(tmp_path):
     AutoModel.from_config(tiny.vit().config).save_pretrained(tmp_path / "teacher")
     student = tiny.models("causal_lm")[0]
