@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,17 +14,14 @@ import torch
 
 from kd_trainer import DistillationTrainer, MLPConfig, MLPForImageClassification, synthetic_classification
 from tests.helpers import tiny
+from tests.helpers.script_process import run_script
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def output_of(name: str, folder: Path) -> str:
     """What the example prints when it is started by its header's command, in an empty folder."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / name)]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
+    return run_script(EXAMPLES / name, [], folder=folder, timeout=300)
 
 
 def figures(text: str, *patterns: str) -> list[float]:

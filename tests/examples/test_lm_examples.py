@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from tests.helpers.script_process import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES, CONFIGS = ROOT / "examples", ROOT / "configs"
@@ -35,13 +35,10 @@ TINY = {
 
 def run(script: str, config: str, folder: Path, **options: Any) -> str:
     """What the example prints when it is started in `folder` with the tiny options; its output goes to `folder`/out."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    command = [sys.executable, str(EXAMPLES / script), str(CONFIGS / config), "--output_dir", "out"]
+    argv = [str(CONFIGS / config), "--output_dir", "out"]
     for name, value in {**TINY, **options}.items():
-        command += [f"--{name}", str(value)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+        argv += [f"--{name}", str(value)]
+    return run_script(EXAMPLES / script, argv, folder=folder, timeout=280)
 
 
 def table(printed: str) -> dict[str, list[str]]:

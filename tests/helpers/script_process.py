@@ -15,10 +15,15 @@ SERVER = multiprocessing.get_context("forkserver")  # a fork of the test process
 SERVER.set_forkserver_preload([__name__])
 
 
-def run_script(path: Path, argv: list[str], *, timeout: float = 120) -> str:
-    """What `python path *argv`, started in the script's folder, prints; AssertionError where it does not end with 0."""
-    printed = path.with_suffix(".log")
-    process = SERVER.Process(target=_main, args=(str(path), argv, str(printed)))
+def run_script(path: Path, argv: list[str], *, folder: Path | None = None, timeout: float = 120) -> str:
+    """What `python path *argv` prints; AssertionError where it does not end with 0.
+
+    Args:
+        folder: where it is started; None: in the script's folder.
+    """
+    folder = folder or path.parent
+    printed = folder / f"{path.stem}.log"
+    process = SERVER.Process(target=_main, args=(str(path), argv, str(folder), str(printed)))
     process.start()
     process.join(timeout)
     if process.is_alive():
@@ -29,9 +34,9 @@ def run_script(path: Path, argv: list[str], *, timeout: float = 120) -> str:
     return output
 
 
-def _main(path: str, argv: list[str], printed: str) -> None:
+def _main(path: str, argv: list[str], folder: str, printed: str) -> None:
     gc.freeze()  # see conftest.py
-    os.chdir(Path(path).parent)
+    os.chdir(folder)
     with open(printed, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
