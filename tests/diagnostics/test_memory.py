@@ -69,7 +69,7 @@ def two(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in memory_run.MEASURED.items():
                 patch.setenv(name, value)
-            launch.two_processes("memory_run.py", str(out), backends, "fused")
+            launch.two_processes("memory_run.py", str(out), backends, "fused", fresh=True)
 
     def get(backend: str) -> Path:
         backends = "zero2,zero3" if backend.startswith("zero") else "ddp,fsdp2"

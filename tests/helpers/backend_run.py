@@ -38,7 +38,9 @@ class Case:
 FEATURES = {"relation": 1.0, "attention": 0.5, "hidden_mse": 0.5, "hidden_cosine": 0.5}
 CASES = {
     "same_layers": Case("llama"),
-    "other_layers": Case("gpt2", in_two={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}),
+    "other_layers": Case(
+        "gpt2", {"max_steps": 8}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    ),
     "by_path": Case("gpt2", {"max_steps": 4}),
     "plain": Case("plain", {"max_steps": 4}),
     "bf16": Case("llama", {"bf16": True, "max_steps": 2}),
@@ -47,7 +49,7 @@ CASES = {
     "fused": Case("llama", {"kd_loss_implementation": "fused"}),
     "fused_other_layers": Case(
         "gpt2",
-        {"kd_loss_implementation": "fused"},
+        {"kd_loss_implementation": "fused", "max_steps": 8},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     ),
     "fused_bf16": Case("llama", {"kd_loss_implementation": "fused", "bf16": True, "max_steps": 2}),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,54 @@ _TWO += ["--dynamo_backend", "no"]
 _KEPT: list[socket.socket] = []
 
 
-def two_processes(script: str, *arguments: str, timeout: float = 900) -> None:
-    """Runs a script of this folder by `accelerate launch` on the CPU; AssertionError with the end of its output."""
-    _launch(_TWO, script, arguments, timeout)
+def two_processes(script: str, *arguments: str, timeout: float = 900, fresh: bool = False) -> None:
+    """Runs a script of this folder in two processes on the CPU; AssertionError with the end of its output.
+
+    Args:
+        fresh: by `accelerate launch`, else in two forks of a process that has the imports, with the variables that
+            torch's launcher sets, and its store in this process.
+    """
+    if fresh:
+        return _launch(_TWO, script, arguments, timeout)
+    from torch.distributed import TCPStore
+
+    from tests.helpers.script_process import SERVER
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    shared |= {"TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"{rank}.log") for rank in range(2)]
+        processes = []
+        for rank, log in enumerate(logs):
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(SERVER.Process(target=_run_forked, args=(script, arguments, environment, str(log))))
+            processes[-1].start()
+        until = time.monotonic() + timeout
+        try:
+            while (running := [p for p in processes if p.is_alive()]) and time.monotonic() < until:
+                if any(p.exitcode for p in processes):
+                    break  # the other one would wait for it
+                wait([p.sentinel for p in running], until - time.monotonic())
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        output = "\n".join(log.read_text(encoding="utf-8")[-6000:] for log in logs if log.exists())
+    assert [process.exitcode for process in processes] == [0, 0], output
+
+
+def _run_forked(script: str, arguments: tuple[str, ...], environment: dict[str, str], log: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(Path(__file__).resolve().parents[2])
+    with open(log, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    path = Path(__file__).with_name(script)
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def two_processes_command(script: str) -> list[str]:
