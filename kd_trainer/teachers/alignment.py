@@ -209,12 +209,14 @@ _ROW = 1 << 32  # positions of row r begin at r * _ROW, so that one search serve
 
 def _behind_marks(texts: Sequence[str], end: Array) -> Array:
     """The ends of tokens, behind the combining marks that follow: a normaliser may have joined these with the token."""
-    found = [np.zeros(0, np.int64)]
-    for row, text in enumerate(texts):
-        if not text.isascii():
-            letters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-            found.append(np.flatnonzero(_combining()[np.minimum(letters, len(_combining()) - 1)]) + row * _ROW)
-    marks = np.append(np.concatenate(found), _LAST)
+    joined = "".join(texts)
+    if joined.isascii():
+        return end
+    letters = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+    marks = np.flatnonzero(_combining()[np.minimum(letters, len(_combining()) - 1)])
+    starts = np.cumsum([0, *map(len, texts)])
+    row = np.searchsorted(starts, marks, side="right") - 1
+    marks = np.append(marks - starts[row] + row * _ROW, _LAST)
     stops = np.where(np.append(marks[1:] != marks[:-1] + 1, True), marks + 1, _LAST)
     stops = np.minimum.accumulate(stops[::-1])[::-1]  # of the run of marks that each is in
     place = np.searchsorted(marks, end)
