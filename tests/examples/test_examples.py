@@ -183,10 +183,10 @@ def test_students_of_a_teacher_with_other_tokens_are_compared(tmp_path, monkeypa
 def test_another_tokenizer_gains_little_in_few_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    runpy.run_path(str(EXAMPLES / "cross_tokenizer.py"))["main"](seeds=2, teacher_steps=60, steps=40)
+    runpy.run_path(str(EXAMPLES / "cross_tokenizer.py"))["main"](seeds=2, teacher_steps=40, steps=25)
     printed = capsys.readouterr().out
     teacher, alone, *chunks = figures(printed, *(rf"{name} +(\d+\.\d+) ± \S+ bits per byte" for name in CROSS))
-    # Every byte alike has 8 bits; the chunks of another teacher neither harm nor replace labels.
+    # Without a model a byte takes 8 bits.
     assert teacher + 0.3 < min(alone, *chunks)
     assert max(alone, *chunks) < 5
     assert all(bits < alone + 0.1 for bits in chunks)
