@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .report.metrics import NegativeLogLikelihood as NegativeLogLikelihood
     from .report.metrics import SimilarityCorrelation as SimilarityCorrelation
     from .report.metrics import TeacherAgreement as TeacherAgreement
+    from .report.metrics import TeacherOverlap as TeacherOverlap
     from .report.metrics import classification_metrics as classification_metrics
     from .report.runs import load_run as load_run
     from .report.runs import save_predictions as save_predictions
@@ -115,6 +116,7 @@ _HOME = {
         "NegativeLogLikelihood",
         "SimilarityCorrelation",
         "TeacherAgreement",
+        "TeacherOverlap",
         "classification_metrics",
     ],
     "report.runs": ["load_run", "save_predictions"],

@@ -4,6 +4,7 @@ from .calibration import fit_temperature
 from .checks import check_standardized
 from .chunk_likelihood import chunk_kl, chunk_sums, label_log_probs, logits_log_probs, loss_of_log_probs
 from .distributions import (
+    OVERLAP_IDS,
     KLDivergenceLoss,
     entropy,
     kl_bernoulli,
@@ -13,6 +14,7 @@ from .distributions import (
     kl_gaussian,
     kl_to_standard_normal,
     monte_carlo_kl,
+    overlap,
     soft_cross_entropy,
 )
 from .divergences import (
@@ -67,6 +69,7 @@ __all__ = [
     "EMBEDDING_LOSSES",
     "FEATURES",
     "IGNORE_INDEX",
+    "OVERLAP_IDS",
     "POOLINGS",
     "DistillationLoss",
     "FusedLoss",
@@ -112,6 +115,7 @@ __all__ = [
     "loss_of_log_probs",
     "monte_carlo_kl",
     "normalised",
+    "overlap",
     "pool",
     "position_entropies",
     "quota_sum",

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from ..validation import check_number, check_temperature, check_tensor, fail
 from .checks import check_logits
-from .formulas import kl_terms, log_probs, weigh, wide
+from .formulas import kl_terms, log_probs, overlap_terms, per_position, weigh, wide
 from .reductions import divide
+
+OVERLAP_IDS = 20  # of the student, in logs and reports
 
 
 def _log(probs: Tensor) -> Tensor:
@@ -329,6 +331,44 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, *, temper
     dtype = wide(student_logits, teacher_logits)
     log_q = log_probs(student_logits, temperature, dtype)
     return -weigh(log_probs(teacher_logits, temperature, dtype).exp(), log_q).sum(-1)
+
+
+@torch.no_grad()
+def overlap(
+    student_logits: Tensor, teacher_logits: Tensor, *, ids: int = OVERLAP_IDS, temperature: float = 1.0
+) -> Tensor:
+    """sum of p over the ids of the `ids` largest z_s: the share of the teacher's probability mass on the student's top.
+
+    When to use: to see whether the student ranks what the teacher would choose among its own first choices. Unlike the
+    share of equal top classes it says something where the teacher is undecided. No gradient.
+
+    Args:
+        student_logits: z_s [..., V], any floating dtype. Of equal logits at the edge of the top each counts with the
+            same share, so that the order of the classes does not matter.
+        teacher_logits: z_t [..., V], the same shape; p = softmax(z_t/T).
+        ids: of the student's top, at least 1. With V or more the result is 1.
+        temperature: T > 0 of the teacher.
+
+    Returns:
+        [...], between 0 and 1, float32 or wider.
+
+    Raises:
+        ValueError, TypeError: as `forward_kl`.
+
+    Example:
+        >>> teacher = torch.tensor([0.6, 0.3, 0.1]).log()
+        >>> round(overlap(torch.tensor([1.0, 3.0, 2.0]), teacher, ids=2).item(), 4)
+        0.4
+
+    Source: the mass on the ids that the tops of both models share: Li et al. 2026, arXiv:2604.13016; here on all of
+    the student's.
+    """
+    check_temperature("temperature", temperature)
+    check_logits(student_logits=student_logits, teacher_logits=teacher_logits)
+    if not isinstance(ids, int) or isinstance(ids, bool) or ids < 1:
+        fail("ids", repr(ids), "a whole number of ids, at least 1", f"Take {OVERLAP_IDS}.")
+    terms = lambda z_s, z_t, _: overlap_terms(z_s, z_t, ids, temperature)  # noqa: E731
+    return per_position(terms, student_logits, teacher_logits, None)
 
 
 class KLDivergenceLoss(nn.Module):

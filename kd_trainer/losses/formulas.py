@@ -172,6 +172,43 @@ def squared_error_terms(z_t: Tensor, z_s: Tensor) -> Tensor:
     return (difference.masked_fill(infinite, 0.0).square() / count).masked_fill(infinite, torch.inf)
 
 
+# ---- of the student's largest logits ---------------------------------------------------------------------------------
+
+_BLOCKS = 64  # classes of a block
+
+
+def overlap_terms(z_s: Tensor, z_t: Tensor, ids: int, temperature: float) -> Tensor:
+    """Contributions [..., some classes] to the mass of softmax(z_t/T) on the classes of the `ids` largest z_s.
+
+    Classes that are equal at the edge share its places. Read first are the blocks with the largest maxima: strided
+    maxima take half the time of `topk` of a row.
+    """
+    p = z_t.to(wide(z_t))
+    p = torch.softmax(p if temperature == 1 else p / temperature, -1)
+    s, others = z_s, None
+    blocks, chosen = z_s.shape[-1] // _BLOCKS, 2 * ids
+    if blocks > 2 * chosen:
+        whole = blocks * _BLOCKS
+        maxima, index = z_s[..., :whole].unflatten(-1, (_BLOCKS, blocks)).amax(-2).topk(chosen + 1)
+        index = index[..., None, :chosen].expand(*index.shape[:-1], _BLOCKS, chosen)
+
+        def of_blocks(z: Tensor) -> Tensor:
+            few = z[..., :whole].unflatten(-1, (_BLOCKS, blocks)).gather(-1, index)
+            return torch.cat((few.flatten(-2), z[..., whole:]), -1)
+
+        s, others = of_blocks(z_s), maxima[..., chosen:]
+    top = s.topk(min(ids, s.shape[-1])).values
+    edge = top[..., -1:]
+    if others is not None:
+        if bool((others < edge).all()):
+            p = of_blocks(p)
+        else:  # other blocks hold classes at the edge too
+            s = z_s
+    at_edge = s == edge
+    places, classes = (x.sum(-1, keepdim=True, dtype=p.dtype) for x in (top == edge, at_edge))
+    return (at_edge * (places / classes) + (s > edge)) * p
+
+
 # ---- of large logits ------------------------------------------------------------------------------------------------
 # In blocks of rows that stay in the processor's cache, with the student's gradient computed beside the value: the plain
 # formula serves all that needs a gradient of the teacher or a second derivative.

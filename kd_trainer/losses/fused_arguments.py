@@ -59,6 +59,8 @@ class FusedInputs:
     teacher_logits: Tensor | AnyMixture | None
     teacher_top_k: tuple[Tensor, Tensor, Tensor] | None
     teacher_samples: tuple[Tensor, Tensor, Tensor] | None
+    overlap_ids: int | None
+    overlap_temperature: float
     chunk_rows: int | None
     compiled: bool | None
 
@@ -79,6 +81,8 @@ class Job:
     hard_weight: Any
     label_smoothing: float
     common_ids: int | None
+    overlap_ids: int | None
+    overlap_temperature: float
     chunk_rows: int
     compiled: bool | None
     plain_rows: bool = False
@@ -108,6 +112,26 @@ class Job:
         if not isinstance(self.teacher_rows, _MIXTURES):
             return None if self.teacher_rows is None else self.teacher_rows[rows]
         return self.teacher_rows.of_rows(rows, student[:, : self.common_ids])
+
+    def unit(self) -> Any:
+        """The larger of the two weights a position can have."""
+        weights = [self.alpha * self.soft_weight, (1 - self.alpha) * self.hard_weight]
+        if not any(isinstance(w, Tensor) for w in weights):
+            return max(weights)
+        device = self.student.weight.device
+        return torch.stack([torch.as_tensor(w, dtype=torch.float32, device=device) for w in weights]).max()
+
+    def row_weights(self, n: int, unit: Any) -> Tensor:
+        """[N, 2]: what a position's D(p, q) and hard loss weigh in the gradient at the head's output, over `unit`."""
+        weight, scale = self.student.weight, self.student.scale
+        weights = torch.zeros(n, 2, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        # T^2 of the loss, 1/T of the logits that the divergence sees.
+        weights[:, 0] = self.alpha * self.soft_weight * self.setting.temperature * scale
+        weights[self.soft_rows :, 0] = 0
+        if self.labels is not None:
+            weights[:, 1] = (1 - self.alpha) * self.hard_weight * scale
+            weights[:, 1] *= self.labels != IGNORE_INDEX
+        return weights / unit
 
 
 def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
@@ -161,6 +185,8 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         hard_weight,
         g.label_smoothing,
         common,
+        g.overlap_ids,
+        g.overlap_temperature,
         g.chunk_rows or chunk_rows(len(weight), weight.element_size(), on_cpu=weight.device.type == "cpu"),
         g.compiled,
     )
@@ -312,6 +338,10 @@ def _check_shapes(g: FusedInputs) -> None:
             fix = "Give teacher_top_k for the other divergences."
             fail("divergence", repr(g.divergence), "'forward_kl' with teacher_samples", fix, because=because)
         check_sparse(g.divergence)
+        if g.overlap_ids is not None:
+            because = "few ids at T hold no probabilities of all the student's"
+            fix = "Give the teacher as logits or hidden states."
+            fail("overlap_ids", g.overlap_ids, f"None with {given[0]}", fix, because=because)
         if g.standardize_logits:
             because = "log-probabilities at T hold no logits to standardise"
             fix = "Give the teacher as logits or hidden states."

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distributions import overlap
 from .divergences import DIVERGENCES
 from .formulas import standardize
 from .fused_arguments import CHUNK_ROWS, FusedInputs, Job, group_rows, read
@@ -39,6 +40,7 @@ class FusedLoss(NamedTuple):
     soft: Tensor  # T^2 * sum of D(p, q), nats
     hard: Tensor  # sum of the cross-entropy at temperature 1, nats
     agreement: Tensor  # number of soft positions where a class is on top in both models
+    overlap: Tensor | None = None  # sum of the `overlap` of soft positions, where it is asked for
 
 
 def fused_linear_distillation(
@@ -68,6 +70,8 @@ def fused_linear_distillation(
     teacher_logits: Tensor | AnyMixture | None = None,
     teacher_top_k: tuple[Tensor, Tensor, Tensor] | None = None,
     teacher_samples: tuple[Tensor, Tensor, Tensor] | None = None,
+    overlap_ids: int | None = None,
+    overlap_temperature: float = 1.0,
     chunk_rows: int | None = None,
     compiled: bool | None = None,
 ) -> FusedLoss:
@@ -99,6 +103,8 @@ def fused_linear_distillation(
         teacher_samples: ids [N, n], the class on top [N], entropy at T [N], as `sparse_targets.draw_samples` gives
         them: the
             forward KL, estimated without bias.
+        overlap_ids, overlap_temperature: `ids` and `temperature` of `overlap`, the teacher's mass on the student's top,
+            of a teacher given as hidden states or logits; None: not measured.
         chunk_rows: positions of a tile; None: 48 MiB of logits of each model, but from 256 positions to
             160 MiB on CPU; 256 MiB on accelerators. On CPU the first tile has twice as many, in the same memory,
             where the head is wide enough that the gradient of its weight, not written yet, can hold their logits; with
@@ -124,7 +130,7 @@ def fused_linear_distillation(
     given = dict(locals())
     job, hidden, weight, bias = read(FusedInputs(**given))
     if hidden.shape[0] == 0:
-        return _nothing(hidden, weight, bias)
+        return _nothing(job, hidden, weight, bias)
     return FusedLoss(*_Fused.apply(hidden, weight, bias, job, torch.is_grad_enabled()))
 
 
@@ -140,17 +146,18 @@ def fused_linear_distillation_plain(
     given = inputs_of(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **options)
     job, hidden, weight, bias = read(given)
     if hidden.shape[0] == 0:
-        return _nothing(hidden, weight, bias)
+        return _nothing(job, hidden, weight, bias)
     with torch.autocast(hidden.device.type, enabled=False):
         z_s = OutputProjection(weight, bias, job.student.scale, job.student.softcap).logits(hidden)
         cut = slice(0, job.soft_rows), slice(job.soft_rows, len(z_s))
         z_t = job.dense_rows(cut[0], z_s[cut[0]])
         z_t = z_t if job.teacher is None else job.teacher.logits(z_t)
         parts = [_row_losses(job, z_s[rows], z_t, rows) for rows in cut]
-        soft, hard, same = (torch.cat(column) for column in zip(*parts, strict=True))
+        soft, hard, same, *top = (torch.cat(column) for column in zip(*parts, strict=True))
     soft_sum, hard_sum = soft.sum() * job.setting.temperature**2, hard.sum()
     agreement = same.sum().to(hard_sum.dtype)
-    return FusedLoss(_mix(job, soft_sum, hard_sum), soft_sum.detach(), hard_sum.detach(), agreement)
+    sums = soft_sum.detach(), hard_sum.detach(), agreement, *(column.sum() for column in top)
+    return FusedLoss(_mix(job, soft_sum, hard_sum), *sums)
 
 
 def inputs_of(*arguments: Any, **options: Any) -> FusedInputs:
@@ -163,10 +170,14 @@ def inputs_of(*arguments: Any, **options: Any) -> FusedInputs:
 # ---- from logits to sums --------------------------------------------------------------------------------------------
 
 
-def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """(soft without T^2, hard, same) [R] from whole logits, by autograd: the formulas as they are written."""
+def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple[Tensor, ...]:
+    """(soft without T^2, hard, same) [R] from whole logits, by autograd: the formulas as they are written.
+
+    The fourth is the overlap, where it is asked for.
+    """
     setting, n = job.setting, job.common_ids
     zero = hard = z_s.new_zeros(z_s.shape[0])
+    top_mass: tuple[Tensor, ...] = ()
     known = None if job.labels is None else job.labels[rows]
     if known is not None:
         labels = known.long()
@@ -177,7 +188,7 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
         )  # fmt: skip
         hard = hard * torch.where(wrong, torch.nan, 1.0)  # of the gradient too
     if rows.start >= job.soft_rows:
-        return zero, hard, zero.bool()
+        return zero, hard, zero.bool(), *(() if job.overlap_ids is None else (zero,))
     common = z_s if n is None else z_s[:, :n]
     teacher = job.sparse_rows(rows)
     if teacher is not None:
@@ -192,12 +203,20 @@ def _row_losses(job: Job, z_s: Tensor, z_t: Tensor | None, rows: slice) -> tuple
         assert z_t is not None
         dense = (z_t if n is None else z_t[:, :n]).to(z_s.dtype)
         same = ((common == common.amax(-1, True)) & (dense == dense.amax(-1, True))).any(-1)
+        top_mass = _top_mass(job, common, dense, 1.0)
         entry, compared = DIVERGENCES[setting.divergence], (dense, common)
         if setting.standardized:
             compared = (standardize(dense), standardize(common))
         of_teacher, of_student = (entry.arguments(z / setting.temperature) for z in compared)
         soft = entry.evaluate(of_teacher, of_student, setting.beta, known).sum(-1)
-    return soft, hard, same
+    return soft, hard, same, *top_mass
+
+
+def _top_mass(job: Job, student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """The overlap of each row, where it is asked for; `teacher`: its logits over this temperature."""
+    if job.overlap_ids is None:
+        return ()
+    return (overlap(student, teacher, ids=job.overlap_ids, temperature=job.overlap_temperature / temperature),)
 
 
 def _mix(job: Job, soft: Tensor, hard: Tensor) -> Tensor:
@@ -208,12 +227,12 @@ def _mix(job: Job, soft: Tensor, hard: Tensor) -> Tensor:
     return total.to(soft.dtype)
 
 
-def _nothing(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
+def _nothing(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> FusedLoss:
     """Nothing counts: zero, with a gradient path to all that would have one."""
     total = hidden[:0].sum(dtype=torch.float32) + weight[:0].sum(dtype=torch.float32)
     total = total if bias is None else total + bias[:0].sum(dtype=torch.float32)
     zero = torch.zeros((), device=hidden.device)
-    return FusedLoss(total, zero, zero.clone(), zero.clone())
+    return FusedLoss(total, zero, zero.clone(), zero.clone(), None if job.overlap_ids is None else zero.clone())
 
 
 # ---- the tiles ------------------------------------------------------------------------------------------------------
@@ -225,17 +244,17 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: Job, grad_enabled: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         wanted = [grad_enabled and x is not None and x.requires_grad for x in (hidden, weight, bias)]
         # Half precision has no room for gradients divided by the counts: they are divided after the products.
-        ctx.unit = 1.0 if hidden.dtype != torch.float16 else _unit(job)
+        ctx.unit = 1.0 if hidden.dtype != torch.float16 else job.unit()
         with torch.autocast(hidden.device.type, enabled=False):
-            soft, hard, agreement, gradients = _all_tiles(job, hidden, wanted, ctx.unit)
+            (soft, *sums), gradients = _all_tiles(job, hidden, wanted, ctx.unit)
         ctx.save_for_backward(*gradients)
         soft = soft * job.setting.temperature**2
-        total = _mix(job, soft, hard)
-        ctx.mark_non_differentiable(soft, hard, agreement)
-        return total, soft, hard, agreement
+        total = _mix(job, soft, sums[0])
+        ctx.mark_non_differentiable(soft, *sums)
+        return total, soft, *sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -251,31 +270,21 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return gradient * factor.to(gradient.dtype)
 
 
-def _unit(job: Job) -> Any:
-    """The larger of the two weights a position can have."""
-    weights = [job.alpha * job.soft_weight, (1 - job.alpha) * job.hard_weight]
-    return (
-        max(weights)
-        if not any(isinstance(w, Tensor) for w in weights)
-        else torch.stack(
-            [torch.as_tensor(w, dtype=torch.float32, device=job.student.weight.device) for w in weights]
-        ).max()
-    )
+def _all_tiles(job: Job, hidden: Tensor, wanted: list[bool], unit: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Chunk by chunk: sums of soft (without T^2), hard, agreement and overlap, and the gradients of total / unit.
 
-
-def _all_tiles(
-    job: Job, hidden: Tensor, wanted: list[bool], unit: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
-    """Chunk by chunk: sums of soft (without T^2), hard and agreement, and the gradients of total / unit."""
+    The overlap is there where it is asked for.
+    """
     n, vocabulary = hidden.shape[0], job.student.weight.shape[0]
     pays = compile_pays if job.sparse is None else compile_pays_sparse
     job.plain_rows = job.plain_rows or (job.setting.excluding and not _kernel_excludes(job, n, vocabulary, hidden))
     lone = job.sparse is not None and not job.plain_rows  # no tile of the teacher: the student's is twice as high
     chunk, gradient = min(2 * job.chunk_rows if lone else job.chunk_rows, n), any(wanted)
     products = _Products(job, hidden, wanted, chunk)
-    weights = _row_weights(job, n, unit) if gradient else hidden.new_zeros(n, 2, dtype=_wide(hidden.dtype))
+    weights = job.row_weights(n, unit) if gradient else hidden.new_zeros(n, 2, dtype=_wide(hidden.dtype))
     compiled = not job.plain_rows and pays(job.setting, chunk, vocabulary, hidden, job.compiled)
-    sums = torch.zeros(3, dtype=torch.float64 if hidden.device.type != "mps" else torch.float32, device=hidden.device)
+    count, wide = 3 + (job.overlap_ids is not None), torch.float64 if hidden.device.type != "mps" else torch.float32
+    sums = torch.zeros(count, dtype=wide, device=hidden.device)
     # Known gradients are those at z / T, and the product divides for nothing; the others begin at the product.
     factor = 1.0 if job.plain_rows else job.student.scale / job.setting.temperature
     for group, tiles, teacher_tile in products.groups(job, chunk):
@@ -292,13 +301,14 @@ def _all_tiles(
                 losses = _plain_tile(job, tile, teacher, weights[rows], rows, gradient)
             elif soft_too:
                 loss: Any = tile_loss if job.sparse is None else sparse_tile_loss
+                top_mass = _top_mass(job, tile, teacher, job.setting.temperature)  # the tile is overwritten next
                 losses = loss(job.setting, tile, teacher, weights[rows], labels, gradient=gradient, compiled=compiled)
+                losses = (*losses, *top_mass)
             else:
                 losses = hard_tile_loss(job.setting.temperature, tile, weights[rows], labels, gradient, job.compiled)
-            sums += torch.stack([column.sum(dtype=sums.dtype) for column in losses])
+            sums[: len(losses)] += torch.stack([column.sum(dtype=sums.dtype) for column in losses])
         products.multiply(group, tiles)
-    soft, hard, agreement = sums.to(_wide(hidden.dtype)).unbind()
-    return soft.clone(), hard.clone(), agreement.clone(), products.gradients()
+    return [column.clone() for column in sums.to(_wide(hidden.dtype)).unbind()], products.gradients()
 
 
 def _kernel_excludes(job: Job, n: int, vocabulary: int, hidden: Tensor) -> bool:
@@ -315,19 +325,6 @@ def _parts(start: int, stop: int, size: int) -> list[slice]:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _row_weights(job: Job, n: int, unit: Any) -> Tensor:
-    """[N, 2]: what a position's D(p, q) and hard loss weigh in the gradient at the head's output, over `unit`."""
-    device, scale = job.student.weight.device, job.student.scale
-    weights = torch.zeros(n, 2, dtype=_wide(job.student.weight.dtype), device=device)
-    # T^2 of the loss, 1/T of the logits that the divergence sees.
-    weights[:, 0] = job.alpha * job.soft_weight * job.setting.temperature * scale
-    weights[job.soft_rows :, 0] = 0
-    if job.labels is not None:
-        weights[:, 1] = (1 - job.alpha) * job.hard_weight * scale
-        weights[:, 1] *= job.labels != IGNORE_INDEX
-    return weights / unit
 
 
 def _teacher_tile(job: Job, chunk: int, keep: bool) -> Tensor | None:
@@ -353,7 +350,7 @@ def _teacher_part(job: Job, rows: slice, tile: Tensor | None, student: Tensor) -
 
 def _plain_tile(
     job: Job, tile: Tensor, teacher: Any, weights: Tensor, rows: slice, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`tile_loss` by autograd, for settings without a gradient written out; in blocks, to hold little at once."""
     losses = []
     for part in _parts(0, tile.shape[0], max(1, 2**22 // tile.shape[1])):
@@ -363,14 +360,14 @@ def _plain_tile(
             z_s = job.student.capped(raw)
             z_t = teacher[part].to(raw.dtype) if isinstance(teacher, Tensor) else None
             z_t = z_t if z_t is None or job.teacher is None else job.teacher.capped(z_t)
-            soft, hard, same = _row_losses(job, z_s, z_t, here)
+            soft, hard, *others = _row_losses(job, z_s, z_t, here)
             if gradient:
                 # The weights are those of the gradients of D at z / T and of the hard loss at z, times the scale.
                 total = _weighted(soft, weights[part, 0] * job.setting.temperature) + _weighted(hard, weights[part, 1])
                 (grad,) = torch.autograd.grad(total, raw)
                 tile[part] = grad / job.student.scale
-        losses.append((soft.detach(), hard.detach(), same))
-    return tuple(torch.cat(column) for column in zip(*losses, strict=True))  # type: ignore[return-value]
+        losses.append((soft.detach(), hard.detach(), *others))
+    return tuple(torch.cat(column) for column in zip(*losses, strict=True))
 
 
 class _Products:

@@ -50,8 +50,9 @@ _FIDELITY = (
     Column("nll_nats", "NLL (nats)", "NLL (nats)", ".3f"),
     Column("train_seconds", "Training (s)", "Train s", ".1f"),
 )
-# Of embeddings; shown where a row has them.
+# Shown where a row has them: of more than 20 classes, of embeddings.
 _SIMILARITY = (
+    Column("overlap_percent", "Teacher's mass on the top 20 (%)", "Overlap %", ".1f"),
     Column("teacher_cosine", "Cosine to teacher", "Cosine", ".3f"),
     Column("teacher_spearman", "Similarities against the teacher's (Spearman)", "Spearman", ".3f"),
 )

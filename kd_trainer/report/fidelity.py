@@ -1,5 +1,5 @@
-"""Accuracy, negative log-likelihood, calibration error, agreement with and KL to the teacher, from logits; the
-correlation of similarities, from embeddings.
+"""Accuracy, negative log-likelihood, calibration error, agreement and overlap with and KL to the teacher, from logits;
+the correlation of similarities, from embeddings.
 
 Shapes: N rows, C classes, K bins. Logits are [N, C] of any floating dtype (leading dimensions are flattened), labels
 [N] class ids; rows with -100 are left out. Where no row is left the result is NaN.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from ..losses import IGNORE_INDEX, forward_kl
+from ..losses import IGNORE_INDEX, OVERLAP_IDS, forward_kl, overlap
 from ..losses import similarity_correlation as _similarity_correlation
 from ..validation import check_number, fail, message
 
@@ -151,6 +151,17 @@ def teacher_agreement(student_logits: Array, teacher_logits: Array) -> float:
     """
     student, teacher = _pair(student_logits, teacher_logits)
     return (student.argmax(-1) == teacher.argmax(-1)).double().mean().item()
+
+
+def teacher_overlap(student_logits: Array, teacher_logits: Array, ids: int = OVERLAP_IDS) -> float:
+    """The mean over rows of the teacher's probability mass on the student's `ids` largest logits, in [0, 1].
+
+    Example:
+        >>> round(teacher_overlap([[1.0, 3.0, 2.0]], [[3.0, 2.0, 1.0]], ids=2), 4)
+        0.3348
+    """
+    student, teacher = _pair(student_logits, teacher_logits)
+    return overlap(student, teacher, ids=ids).mean().item()
 
 
 def kl_to_teacher(student_logits: Array, teacher_logits: Array) -> float:

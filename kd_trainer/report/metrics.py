@@ -19,6 +19,7 @@ from .fidelity import (
     negative_log_likelihood,
     similarity_correlation,
     teacher_agreement,
+    teacher_overlap,
 )
 
 
@@ -78,6 +79,17 @@ class TeacherAgreement(_LogitsMetric):
     """`teacher_agreement` as an `evaluate.Metric`: student logits [N, C] against teacher logits [N, C]."""
 
     key, measure, references = "agreement", teacher_agreement, datasets.List(datasets.Value("float32"))
+
+
+class TeacherOverlap(_LogitsMetric):
+    """`teacher_overlap` as an `evaluate.Metric`: student logits [N, C] against the teacher's; `compute(ids=20)`.
+
+    Example:
+        >>> TeacherOverlap().compute(predictions=[[1.0, 3.0, 2.0]], references=[[1.0, 1.0, 1.0]], ids=3)
+        {'overlap': 1.0}
+    """
+
+    key, measure, references = "overlap", teacher_overlap, datasets.List(datasets.Value("float32"))
 
 
 class KLToTeacher(_LogitsMetric):

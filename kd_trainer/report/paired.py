@@ -15,7 +15,7 @@ from .runs import Row, finite
 # Numbers of an evaluation that say nothing of a model.
 NO_METRICS = ("_runtime", "_per_second", "_preparation_time")
 # A better model has more of these, whatever the task; of others a script's own direction is not known.
-_HIGHER = ("accuracy", "f1", "agreement", "precision", "recall", "bleu", "cosine", "spearman", "exact_match")
+_HIGHER = ("accuracy", "f1", "agreement", "overlap", "precision", "recall", "bleu", "cosine", "spearman", "exact_match")
 _LOWER = ("loss", "perplexity", "nll", "ece", "mse", "mae", "wer", "cer", "kl_to_teacher")
 
 
@@ -131,7 +131,7 @@ def paired_differences(rows: Sequence[Row]) -> list[Difference]:
             known = [value for value in led if value is not None]
             led_by = statistics.fmean(known) if known and len(known) == len(led) else None
             metric = Metric.of(name.removeprefix("eval_"))
-            shares = metric.name.endswith(("accuracy", "agreement"))
+            shares = metric.name.endswith(("accuracy", "agreement", "overlap"))
             differences = [a - b for a, b in zip(students, baselines, strict=True)]
             mean, interval = mean_interval(differences)
             scale = 100.0 if shares and all(0 <= value <= 1 for value in (*students, *baselines)) else 1.0

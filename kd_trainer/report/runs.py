@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from ..files import write_atomically
-from ..losses import jsd, reverse_kl
+from ..losses import OVERLAP_IDS, jsd, reverse_kl
 from ..tasks import TASKS
 from ..validation import fail
 from . import fidelity
@@ -43,6 +43,7 @@ NUMBERS = (
     "improvement_points",
     "gap_points",
     "agreement_percent",
+    "overlap_percent",
     "kl_to_teacher_nats",
     "reverse_kl_nats",
     "jsd_nats",
@@ -320,9 +321,9 @@ def _measure(run: Run, teacher: Run | None) -> dict[str, float | None]:
         embeddings = run.predictions.logits, teacher.predictions.logits
         numbers["teacher_spearman"] = fidelity.similarity_correlation(*embeddings)
     for name in ("teacher_cosine", "teacher_spearman"):
-        stored = (finite(run.results.get(f"{split}_{name}")) for split in ("test", "eval"))
-        if numbers[name] is None:
-            numbers[name] = next((value for value in stored if value is not None), None)
+        numbers[name] = _stored(run, name) if numbers[name] is None else numbers[name]
+    share = _stored(run, "overlap")
+    numbers["overlap_percent"] = None if share is None else 100 * share
     if _embeds(run):
         return {key: None if value is not None and math.isnan(value) else value for key, value in numbers.items()}
     if run.predictions:
@@ -332,10 +333,18 @@ def _measure(run: Run, teacher: Run | None) -> dict[str, float | None]:
         _check_same_rows(run, teacher)
         student_logits, teacher_logits = run.predictions.logits.double(), teacher.predictions.logits.double()
         numbers["agreement_percent"] = 100 * fidelity.teacher_agreement(student_logits, teacher_logits)
+        if student_logits.shape[-1] > OVERLAP_IDS:
+            numbers["overlap_percent"] = 100 * fidelity.teacher_overlap(student_logits, teacher_logits)
         numbers["kl_to_teacher_nats"] = fidelity.kl_to_teacher(student_logits, teacher_logits)
         numbers["reverse_kl_nats"] = reverse_kl(student_logits, teacher_logits).mean().item()
         numbers["jsd_nats"] = jsd(student_logits, teacher_logits).mean().item()
     return {key: None if value is not None and math.isnan(value) else value for key, value in numbers.items()}
+
+
+def _stored(run: Run, name: str) -> float | None:
+    """A number of the test or, without one, of the evaluation."""
+    stored = (finite(run.results.get(f"{split}_{name}")) for split in ("test", "eval"))
+    return next((value for value in stored if value is not None), None)
 
 
 def _embeds(run: Run) -> bool:

@@ -92,8 +92,9 @@ class SegmentationTask(Task):
         z_s, z_t = (select_positions(logits, chosen) for logits in (student, teacher))
         return (soft_loss.divergences(z_s, z_t, labels) * weights[chosen]).sum() * soft_loss.scale
 
-    def same_sum(self, same: Tensor, mask: Tensor | None) -> Tensor:
-        return (same * covered(mask, same.unsqueeze(-1))).sum()
+    def positions_sum(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        weights = covered(mask, values.unsqueeze(-1))
+        return torch.where(weights > 0, values * weights, 0.0).sum()
 
     def hard_loss_sum(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Sum over labelled pixels of the cross-entropy at temperature 1, in nats."""

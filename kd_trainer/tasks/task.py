@@ -17,7 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import DIVERGENCES, IGNORE_INDEX, SoftTargetLoss, check_standardized, divide, wrong_labels
+from ..losses import (
+    DIVERGENCES,
+    IGNORE_INDEX,
+    OVERLAP_IDS,
+    SoftTargetLoss,
+    check_standardized,
+    divide,
+    overlap,
+    wrong_labels,
+)
 from ..validation import fail
 from .inputs import STUDENT_TOKENS, begins_next, decoder_input_ids, main_input, real_tokens, tells_sequences, token_mask
 from .logits import Wanted, logits_of
@@ -354,11 +363,21 @@ class Task:
 
     def agreement_sum(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor | None:
         """In how many rows or positions the models have the same top class, as `soft_loss_sum`; None: not defined."""
-        return self.same_sum(student.argmax(-1) == teacher.argmax(-1), mask)
+        return self.positions_sum(student.argmax(-1) == teacher.argmax(-1), mask)
 
-    def same_sum(self, same: Tensor, mask: Tensor | None) -> Tensor:
-        """In how many rows or positions top classes of the `distributions` are the same, as `agreement_sum`."""
-        return self._of_rows(same.sum(), same.unsqueeze(-1))
+    def has_overlap(self, classes: int) -> bool:
+        """Whether `overlap` has a meaning and is not always 1."""
+        return self.tempered and not self.over_positions and classes > OVERLAP_IDS
+
+    def overlap_sum(self, student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> Tensor | None:
+        """Sum over rows or positions of `overlap`, as `soft_loss_sum`; None: not defined. `temperature`: its own."""
+        if not self.has_overlap(student.shape[-1]):
+            return None
+        return self.positions_sum(overlap(student, teacher, temperature=temperature), mask)
+
+    def positions_sum(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Sum over rows or positions of a number, or bool, of each of the `distributions`, as `agreement_sum`."""
+        return self._of_rows(values.sum(), values.unsqueeze(-1))
 
     def _of_rows(self, total: Tensor, distributions: Tensor) -> Tensor:
         several = not self.token_level and distributions.dim() == 3
@@ -396,14 +415,12 @@ class Task:
 
     def check_labels(self, targets: Tensor, classes: int | None) -> None:
         """Raises ValueError naming the first label that is `wrong`; it waits for the device."""
-        if classes is not None:
-            check_label_range(targets, classes, self.label_names[0])
-            return
-        wrong = self.wrong(targets, None).reshape(-1)
+        wrong = self.wrong(targets, classes).reshape(-1)
         if wrong.any():
             place = int(wrong.nonzero()[0])
             shown = f"{int(targets.reshape(-1)[place])} at position {place} of the batch"
-            expected = f"class ids from 0 on, or {IGNORE_INDEX} for no label"
+            known = "class ids from 0 on" if classes is None else _range_of(classes)
+            expected = f"{known}, or {IGNORE_INDEX} for no label"
             fix = f"Correct the label column; an unlabelled row is {IGNORE_INDEX}, not -1."
             fail(self.label_names[0], shown, expected, fix)
 
@@ -413,7 +430,7 @@ class Task:
         if targets is None:
             return None
         rows = self.wrong(targets, classes).reshape(len(targets), -1).any(-1)
-        expected = f"0 to {classes - 1} (the logits have {classes} classes), or {IGNORE_INDEX} for no label"
+        expected = f"{_range_of(classes)}, or {IGNORE_INDEX} for no label"
         return Fault(rows, self.label_names[0], "another number", expected, "Correct the label column.")
 
     def check_shapes(
@@ -460,6 +477,10 @@ class Task:
         fail("teacher_model", f"giving logits {shown}", expected, fix, because=because)
 
 
+def _range_of(classes: int) -> str:
+    return f"0 to {classes - 1} (the logits have {classes} classes)"
+
+
 def wide(logits: Tensor) -> Tensor:
     """In float32 or wider."""
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -468,20 +489,6 @@ def wide(logits: Tensor) -> Tensor:
 def signed(labels: Tensor) -> Tensor:
     """Labels of a dtype without negative numbers, in which -100 would be a class (156 in uint8), as int64."""
     return labels.long() if labels.dtype == torch.bool or not labels.dtype.is_signed else labels
-
-
-def check_label_range(targets: Tensor, num_classes: int, name: str = "labels") -> None:
-    """Raises ValueError naming the first label outside 0 ... num_classes - 1 that is not `IGNORE_INDEX`."""
-    flat = targets.reshape(-1)
-    wrong = (flat != IGNORE_INDEX) & ((flat < 0) | (flat >= num_classes))
-    if wrong.any():
-        place = int(wrong.nonzero()[0])
-        fail(
-            name,
-            f"{int(flat[place])} at position {place} of the batch",
-            f"0 to {num_classes - 1} (the logits have {num_classes} classes), or {IGNORE_INDEX} for no label",
-            f"Fix the label column; an unlabelled row is {IGNORE_INDEX}, not -1.",
-        )
 
 
 def class_labels(soft_loss: SoftTargetLoss, logits: Tensor, targets: Tensor | None) -> Tensor | None:

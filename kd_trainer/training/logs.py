@@ -89,12 +89,13 @@ class Evaluation:
     Of tasks with one answer a row the loss and its parts are sums over all rows divided by their counts (with
     kd_reduction "tokenmean" the labelled rows for the hard loss), whatever the size of the batches. Perplexity is exp
     of the mean hard loss per labelled token, whatever the batches' size, their padding and kd_reduction; with label
-    smoothing it is left out, whose loss is no log-likelihood. Of embeddings the first `MOST_EMBEDDINGS` rows are kept.
+    smoothing it is left out, whose loss is no log-likelihood. The overlap too is a mean over all positions. Of
+    embeddings the first `MOST_EMBEDDINGS` rows are kept.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Of each batch: the sum of each term, what it is over, then agreements, what they are over, labels and rows;
-        # of each of several teachers its agreements and what they are over.
+        # Of each batch: each term's sum and what it is over; agreements, overlaps, what they are over; labels, rows; of
+        # each of several teachers its agreements and what they are over.
         self.sums = MetricsBuffer(device)
         # Tasks by position: the parts of every batch and whether they exist, repeated and gathered as upstream's loss.
         self.rows: list[Tensor] = []
@@ -135,7 +136,8 @@ class Evaluation:
         over = objective.denominators(counts._replace(by_num_items=False))  # counted here, of each row once
         keys = keys_of(plan.teacher)
         each = [None] * (2 * len(keys)) if parts.of_each is None else parts.of_each.flatten().unbind()
-        self.sums.add((*sums, *over, _times(agreement, counts.soft), counts.soft, labels, counts.rows, *each))
+        shares = (_times(agreement, counts.soft), _times(parts.overlap, counts.soft))
+        self.sums.add((*sums, *over, *shares, counts.soft, labels, counts.rows, *each))
         if plan.task.by_position or plan.own_loss:
             self.rows.append(gather(with_existence_of(row, parts.total.device).repeat(repeats, 1)))
 
@@ -151,7 +153,7 @@ class Evaluation:
         totals, exists = accelerator.reduce(with_existence(local, self.sums.exists), reduction="sum").tolist()
         terms = objective.terms
         n = len(terms)
-        sums, over, (same, compared, labelled, rows, *each) = totals[:n], totals[n : 2 * n], totals[2 * n :]
+        sums, over, (same, overlap, compared, labelled, rows, *each) = totals[:n], totals[n : 2 * n], totals[2 * n :]
         task, own_loss = plan.task, plan.own_loss
         by_row = not task.by_position and not own_loss
         if by_row:
@@ -163,6 +165,8 @@ class Evaluation:
         for key, found, counted in zip(keys_of(plan.teacher), each[::2], each[1::2], strict=True):
             if counted > 0:
                 logged[f"{prefix}{task.agreement_name}_{key}"] = found / counted
+        if exists[2 * n + 1] > 0 and compared > 0:
+            logged[f"{prefix}overlap"] = divide(overlap, compared)
         if own_loss:
             return logged
         # Of several processes upstream's loss is no mean over each row once.

@@ -9,7 +9,6 @@ in `terms.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..losses import (
     DIVERGENCES,
     IGNORE_INDEX,
+    OVERLAP_IDS,
     FusedLoss,
     OutputProjection,
     Samples,
@@ -91,11 +91,14 @@ class Parts(NamedTuple):
     agreement: Tensor | float | None
     added: Sequence[Tensor | float | None] = ()  # of each term that `Objective.added` lists; () where none exists
     of_each: Tensor | None = None  # `TeacherOutput.counts`
+    overlap: Tensor | float | None = None  # a fraction; of evaluations
 
     def zeroed(self) -> Parts:
         """The same parts of no rows at all."""
-        hard, soft, agreement, *added = (None if x is None else 0.0 for x in (*self[1:4], *self.added))
-        return Parts(self.total, hard, soft, agreement, added, None if self.of_each is None else self.of_each * 0)
+        parts = (*self[1:4], self.overlap, *self.added)
+        hard, soft, agreement, overlap, *added = (None if x is None else 0.0 for x in parts)
+        of_each = None if self.of_each is None else self.of_each * 0
+        return Parts(self.total, hard, soft, agreement, added, of_each, overlap)
 
 
 class LossInputs(NamedTuple):
@@ -107,6 +110,7 @@ class LossInputs(NamedTuple):
             of both, renormalised; the hard loss is over all of the student's. None: equal vocabularies.
         own_hard: with `takes_own` the hard loss, divided as the stock Trainer divides it; None where the batch has no
             labels.
+        overlap_temperature: T at which softmax(logits / T) is the teacher's distribution; None: no overlap.
     """
 
     task: Task
@@ -115,6 +119,7 @@ class LossInputs(NamedTuple):
     common_ids: int | None = None
     own_hard: Tensor | None = None
     takes_own: bool = False
+    overlap_temperature: float | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,7 @@ class Objective:
             teacher: logits of the same shape; or `TopK` or `Samples` [B, k] or [B, S, k]; or None where the teacher is
                 not called.
         """
-        task, inputs, counts, common_ids, own_hard, takes_own = given
+        task, inputs, counts, common_ids, own_hard, takes_own, overlap_temperature = given
         targets = task.targets(inputs)
         task.check_shapes(student_logits, teacher if isinstance(teacher, Tensor) else None, targets, common_ids)
         mask = self._soft_mask(given, student_logits, selects=teacher is not None)
@@ -227,13 +232,17 @@ class Objective:
             chosen = chosen[..., :common_ids]
             teacher = teacher[..., :common_ids] if isinstance(teacher, Tensor) else teacher
         hard_count, soft_count = self._denominators(counts)
+        overlap = None
+        if overlap_temperature is not None and isinstance(teacher, Tensor):
+            z_s, z_t = (task.distributions(logits, inputs) for logits in (chosen, teacher))
+            overlap = self._of_soft(task.overlap_sum(z_s, z_t, mask, overlap_temperature), counts)
 
         plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not task.softmax
         plain = plain or takes_own or self.standardize_logits
         if not plain and isinstance(teacher, Tensor) and is_small(chosen, teacher):
             parts = self._small_batch(chosen, teacher, labels, float(soft_count), float(hard_count), counts)
             if parts is not None:
-                return parts
+                return parts._replace(overlap=overlap)
         hard = soft = agreement = None
         if takes_own:
             hard = own_hard
@@ -252,8 +261,13 @@ class Objective:
             else:
                 soft_sum, same = self._sparse_sums(chosen, teacher, class_labels(soft_loss, chosen, known))
             soft = divide(soft_sum, soft_count) * counts.scale
-            agreement = None if same is None else divide(same, counts.soft) * counts.scale
-        return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement)
+            agreement = self._of_soft(same, counts)
+        return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement, overlap=overlap)
+
+    @staticmethod
+    def _of_soft(total: Tensor | None, counts: Counts) -> Tensor | None:
+        """A sum over the positions of the soft loss, divided by their number."""
+        return None if total is None else divide(total, counts.soft) * counts.scale
 
     def _soft_mask(self, given: LossInputs, student_logits: Tensor, *, selects: bool) -> Tensor | None:
         """The positions of the soft loss; `selects`: by their entropy, where a fraction of them counts."""
@@ -278,7 +292,7 @@ class Objective:
         if task.token_level and mask is not None:
             tops = tops.masked_fill(~mask.unsqueeze(-1), -1)
         for row, top in zip(counts, tops.unbind(-1), strict=True):
-            row += torch.stack([task.same_sum(same, mask) for same in (top == student, top >= 0)])
+            row += torch.stack([task.positions_sum(same, mask) for same in (top == student, top >= 0)])
 
     def _counted(
         self,
@@ -336,12 +350,9 @@ class Objective:
         targets = task.targets(inputs)
         shape = student_hidden.shape[:-1]
         if targets is not None and targets.shape != shape:
-            fail(
-                "labels",
-                f"of shape {tuple(targets.shape)}",
-                f"{tuple(shape)}, one for each position of the model's hidden states",
-                "Check the label column and the data collator.",
-            )
+            expected = f"{tuple(shape)}, one for each position of the model's hidden states"
+            fix = "Check the label column and the data collator."
+            fail("labels", f"of shape {tuple(targets.shape)}", expected, fix)
         mask = hard = None  # no mask: both losses count the positions with a label, or all of them
         if self.position_fraction < 1:
             mask, targets, hard = self._selected(task, student_hidden, weights, inputs, targets, common_ids)
@@ -354,6 +365,9 @@ class Objective:
         hard_count, soft_count = self._denominators(counts)
         outputs: dict[str, Any] = {"teacher_hidden": None, "teacher_weight": None}
         outputs |= teacher.each(partial(torch.flatten, start_dim=0, end_dim=1)).as_arguments()
+        dense, classes = teacher.sparse is None, common_ids or len(weights["student_weight"])
+        if given.overlap_temperature is not None and dense and task.has_overlap(classes):
+            outputs |= {"overlap_ids": OVERLAP_IDS, "overlap_temperature": given.overlap_temperature}
         loss = fused_linear_distillation(
             student_hidden.flatten(0, 1),
             labels=None if targets is None else targets.flatten(),
@@ -410,12 +424,9 @@ class Objective:
     def parts(self, loss: FusedLoss, counts: Counts, *, labelled: bool) -> Parts:
         """`Parts` of a fused loss: its sums over the denominators, as `__call__` gives them."""
         hard_count, soft_count = self._denominators(counts)
-        return Parts(
-            loss.total,
-            divide(loss.hard, hard_count) * counts.scale if labelled else None,
-            divide(loss.soft, soft_count) * counts.scale,
-            divide(loss.agreement, counts.soft) * counts.scale,
-        )
+        hard = divide(loss.hard, hard_count) * counts.scale if labelled else None
+        soft, same = divide(loss.soft, soft_count) * counts.scale, self._of_soft(loss.agreement, counts)
+        return Parts(loss.total, hard, soft, same, overlap=self._of_soft(loss.overlap, counts))
 
     def with_added(
         self,
@@ -487,14 +498,3 @@ class Objective:
         if hard is None or self.alpha == 1:
             return soft if self.alpha == 1 else self.alpha * soft
         return torch.add((1 - self.alpha) * hard, soft, alpha=self.alpha)
-
-
-def scheduled(start: float, end: float | None, schedule: str, progress: float) -> float:
-    """The value of a setting at `progress` in [0, 1] of the training: start -> end, linear or half a cosine.
-
-    Constant where `end` is None. A pure function, so that a resumed run goes on at the same value.
-    """
-    if end is None or schedule == "constant":
-        return start
-    share = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
-    return start + (end - start) * share

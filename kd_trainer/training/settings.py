@@ -6,6 +6,7 @@ For: `trainer.py`, which owns one `Settings`. `FirstBatch` is what the checks of
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from ..teachers import LiveTeacher, Teacher, columns_of, naming
 from ..validation import fail
 from .arguments import CHUNKS, DistillationArguments, is_unset
 from .chunks import ChunkObjective
-from .objective import Objective, scheduled
+from .objective import Objective
 from .own_loss import HardLoss
 from .terms import added_terms
 
@@ -255,3 +256,14 @@ def pooling_of(teacher: Teacher | None) -> str | None:
     if teacher is None:
         return None
     return getattr(teacher.model, "pooling", None) if teacher.manifest is None else teacher.manifest.get("pooling")
+
+
+def scheduled(start: float, end: float | None, schedule: str, progress: float) -> float:
+    """The value of a setting at `progress` in [0, 1] of the training: start -> end, linear or half a cosine.
+
+    Constant where `end` is None. A pure function, so that a resumed run goes on at the same value.
+    """
+    if end is None or schedule == "constant":
+        return start
+    share = progress if schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+    return start + (end - start) * share

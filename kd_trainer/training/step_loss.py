@@ -233,6 +233,13 @@ class MicroBatch:
         output = None if self.teacher is None else teacher_outputs.logits(self.teacher, self, accelerator)
         return self._full(output, own_loss)
 
+    @property
+    def _overlap_temperature(self) -> float | None:
+        """T at which softmax(logits / T) is the teacher's distribution, of a mixture the loss's; None in training."""
+        if self.training or self.teacher is None:
+            return None
+        return self.objective.temperature if len(self.teacher.members) > 1 else 1.0
+
     def _run_student(self, labels: Mapping[str, Any]) -> Any:
         inputs = model_inputs(self.inputs, self.plan.accepted)
         with self.plan.task.pooled(self.plan.student):
@@ -262,7 +269,9 @@ class MicroBatch:
         teacher = None if teacher is None else teacher.to(logits.device)
         student_logits, compared = _first(rows, logits, teacher)
         target: Any = None if compared is None else compared.sparse or compared.logits
-        given = LossInputs(plan.task, inputs, counts, plan.common_ids, hard, own_loss is not None)
+        given = LossInputs(
+            plan.task, inputs, counts, plan.common_ids, hard, own_loss is not None, self._overlap_temperature
+        )
         parts = self.objective(given, self.soft_loss, student_logits, target)
         if compared is not None and compared.tops is not None:
             self.objective.count_same(given, student_logits, compared)
@@ -279,7 +288,9 @@ class MicroBatch:
             if self.objective.by_position and teacher.positions != hidden.shape[:-1]:
                 raise UnsupportedHead("student and teacher give hidden states for different positions")
             hidden, compared = _first(rows, hidden, teacher.to(hidden.device))
-            given = LossInputs(plan.task, inputs, counts, plan.common_ids)
+            given = LossInputs(
+                plan.task, inputs, counts, plan.common_ids, overlap_temperature=self._overlap_temperature
+            )
             return self.objective.fused(given, hidden, cast(TeacherOutput, compared), student_side(head, weight, bias))
 
         computed, outputs, hidden = student_loss(partial(self._run_student, {}), head, loss)

@@ -9,6 +9,7 @@ import torch
 from torch.distributions import Bernoulli, Categorical, MultivariateNormal, Normal, kl_divergence
 
 from kd_trainer.losses.distributions import (
+    OVERLAP_IDS,
     kl_bernoulli,
     kl_categorical,
     kl_diagonal_gaussian,
@@ -16,6 +17,7 @@ from kd_trainer.losses.distributions import (
     kl_gaussian,
     kl_to_standard_normal,
     monte_carlo_kl,
+    overlap,
 )
 from kd_trainer.losses.divergences import forward_kl
 
@@ -155,3 +157,49 @@ EYE, ONE = torch.eye(2), torch.ones(2)
 def test_messages(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def top_mass(z_s, z_t, ids=OVERLAP_IDS, temperature=1.0):
+    """The overlap of one row by hand: the mean over all orders of equal classes."""
+    p = [math.exp(z / temperature) for z in z_t.double().tolist()]
+    z_s = z_s.double().tolist()
+    edge = sorted(z_s, reverse=True)[min(ids, len(z_s)) - 1]
+    above = [i for i, z in enumerate(z_s) if z > edge]
+    equal = [i for i, z in enumerate(z_s) if z == edge]
+    places = min(ids, len(z_s)) - len(above)
+    return (sum(p[i] for i in above) + places / len(equal) * sum(p[i] for i in equal)) / sum(p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("classes", "ids"), [(21, 20), (64, 20), (7000, 20), (1000, 3), (7, 20)])
+def test_overlap_is_the_teachers_mass_on_the_students_top(classes, ids, dtype):
+    """In bfloat16 many classes are equal; the widest is read in blocks, of which the last is not full."""
+    z_s, z_t = (3 * torch.randn(2, 5, 2 * classes, **F64)).to(dtype)[..., ::2]
+    for temperature in (1.0, 2.5):
+        found = overlap(z_s, z_t, ids=ids, temperature=temperature)
+        expected = [top_mass(s, t, ids, temperature) for s, t in zip(z_s, z_t, strict=True)]
+        assert found.tolist() == pytest.approx(expected, rel=1e-9 if dtype == torch.float64 else 1e-5)
+    assert not overlap(z_s.clone().requires_grad_(), z_t).requires_grad
+
+
+@pytest.mark.parametrize("classes", [100, 9000])
+def test_overlap_of_equal_logits(classes):
+    """Each of the equal classes has the same share of the places, wherever it stands."""
+    z_t = torch.randn(4, classes, **F64)
+    constant = torch.zeros(4, classes, **F64)
+    torch.testing.assert_close(overlap(constant, z_t), torch.full((4,), OVERLAP_IDS / classes, **F64))
+    some = constant.clone()
+    some[0, 7::11] = 1.0  # more than 20, in every block
+    some[1, [3, classes - 1]] = 1.0
+    some[2, 5:] = -math.inf
+    some[3, torch.randperm(classes)[:20]] = 1.0
+    expected = [top_mass(s, t) for s, t in zip(some.clamp(min=-1), z_t, strict=True)]
+    assert overlap(some, z_t).tolist() == pytest.approx(expected, rel=1e-9)
+    order = torch.randperm(classes)
+    torch.testing.assert_close(overlap(some[:, order], z_t[:, order]), overlap(some, z_t))
+
+
+def test_overlap_refuses_what_is_no_number_of_ids():
+    for ids in (0, 1.5, True):
+        with pytest.raises(ValueError, match=rf"`ids` is {ids}; expected a whole number of ids, at least 1"):
+            overlap(torch.zeros(3), torch.zeros(3), ids=ids)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_trainer.losses import fused_linear
+from kd_trainer.losses import MixedLogits, OutputProjection, fused_linear, overlap
 from kd_trainer.losses.fused_arguments import FusedInputs
 from kd_trainer.losses.fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain
 from kd_trainer.losses.sparse_targets import draw_samples
@@ -978,3 +978,48 @@ def test_bad_inputs_are_named(function):
         with pytest.raises((ValueError, TypeError), match=rf"^`({argument})[^`]*` is [\s\S]*; expected ") as caught:
             function(**(problem() | options))
         assert str(caught.value).endswith((".", "?"))
+
+
+# ---- overlap --------------------------------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("options", [{}, {"soft_mask": True}, CURVED, {"common_ids": 25}, {"logits": True},
+                                     {"mixed": True}, {"compiled": False}], ids=str)  # fmt: skip
+def test_overlap_is_the_mean_of_whole_logits(function, options):
+    """Summed over the counted positions, whatever the tiles, at the temperature of the teacher's own distribution."""
+    options = dict(options)
+    x = problem(9, 33, bias=options == CURVED)
+    z_t = head(x["teacher_hidden"], x["teacher_weight"], x.get("teacher_bias"), options.get("teacher_scale", 1.0),
+               options.get("teacher_softcap"))  # fmt: skip
+    z_s = head(x["student_hidden"], x["student_weight"], x.get("student_bias"), options.get("student_scale", 1.0),
+               options.get("student_softcap"))  # fmt: skip
+    counted = x["labels"] != -100
+    if options.pop("soft_mask", False):
+        options["soft_mask"] = counted = torch.arange(9) % 2 == 0
+    at = 1.5 if options.get("mixed") else 1.0
+    if options.pop("logits", False):
+        x |= {"teacher_logits": z_t, "teacher_hidden": None, "teacher_weight": None}
+    if options.pop("mixed", False):
+        side = OutputProjection(x["teacher_weight"], None, 1.0, None)
+        x |= {
+            "teacher_logits": MixedLogits(((x["teacher_hidden"], side, 0.25), (x["teacher_hidden"], side, 0.75)), 1.5)
+        }
+        x |= {"teacher_hidden": None, "teacher_weight": None}
+    ids = options.get("common_ids")
+    expected = overlap(z_s[:, :ids], z_t[:, :ids], ids=6, temperature=at)[counted].sum()
+    for rows in (2, 9):
+        given = {"temperature": 1.5, "overlap_ids": 6, "overlap_temperature": at, "chunk_rows": rows}
+        loss = function(**learn(x), **given, **options)
+        assert error(loss.overlap, expected) <= 1e-9
+        loss.total.backward()
+    assert function(**x).overlap is None
+    x["labels"] = torch.full((9,), -100)
+    assert function(**x, overlap_ids=6).overlap == 0
+
+
+@both
+def test_overlap_needs_all_classes_of_the_teacher(function):
+    x = top_k(problem(), 4, 1.0)
+    with pytest.raises(ValueError, match="`overlap_ids` is 20; expected None with teacher_top_k, because few ids"):
+        function(**x, overlap_ids=20)

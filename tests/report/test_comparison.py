@@ -103,6 +103,22 @@ def test_numbers_by_hand(pair, tmp_path):
     assert student.mean("improvement_points") is None
 
 
+def test_the_overlap_is_shown_of_many_classes_and_of_evaluations(tmp_path):
+    """From predictions of more than 20 classes; without them, of language models, as the evaluation has it."""
+    z = torch.randn(2, 4, 25, generator=torch.Generator().manual_seed(0))
+    write_run(tmp_path / "teacher", (z[0], LABELS))
+    write_run(tmp_path / "kd", (z[1], LABELS))
+    write_run(tmp_path / "lm", results={"eval_overlap": 0.25})
+    runs = [load_run(tmp_path / name) for name in ("teacher", "kd", "lm")]
+    report = build_report(runs, tmp_path / "out", plots=False)
+    top = z[1].topk(20).indices
+    mass = 100 * z[0].double().softmax(-1).gather(-1, top).sum(-1).mean().item()
+    assert [row.mean("overlap_percent") for row in report.rows] == [None, pytest.approx(mass), 25.0]
+    heading = "| Teacher's mass on the top 20 (%) |"
+    assert heading in markdown_table(report)
+    assert heading not in markdown_table(build_report(runs[:1], tmp_path / "out", plots=False))
+
+
 def kl(p, q):
     return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 

@@ -22,6 +22,7 @@ from kd_trainer.report.fidelity import (
     reliability_bins,
     similarity_correlation,
     teacher_agreement,
+    teacher_overlap,
 )
 from kd_trainer.report.metrics import (
     Accuracy,
@@ -30,6 +31,7 @@ from kd_trainer.report.metrics import (
     NegativeLogLikelihood,
     SimilarityCorrelation,
     TeacherAgreement,
+    TeacherOverlap,
     classification_metrics,
 )
 
@@ -110,6 +112,10 @@ def test_fidelity_by_hand(student, teacher) -> None:
     kl = sum(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) for p, q in pairs) / ROWS
     assert teacher_agreement(student, teacher) == pytest.approx(same)
     assert kl_to_teacher(student, teacher) == pytest.approx(kl, rel=1e-6)
+    top = [sorted(range(CLASSES), key=q.__getitem__)[-2:] for _, q in pairs]
+    mass = sum(p[a] + p[b] for (p, _), (a, b) in zip(pairs, top, strict=True)) / ROWS
+    assert teacher_overlap(student, teacher, ids=2) == pytest.approx(mass, rel=1e-6)
+    assert TeacherOverlap().compute(predictions=student, references=teacher, ids=2) == {"overlap": pytest.approx(mass)}
     assert teacher_agreement(teacher, teacher) == 1
     assert kl_to_teacher(teacher, teacher + 3) == pytest.approx(0, abs=1e-7)
 
@@ -167,6 +173,7 @@ def test_evaluate_modules_need_no_network(student, teacher, labels, keep_in_memo
         (NegativeLogLikelihood, "nll", labels, negative_log_likelihood(student, labels)),
         (ExpectedCalibrationError, "ece", labels, expected_calibration_error(student, labels)),
         (TeacherAgreement, "agreement", teacher, teacher_agreement(student, teacher)),
+        (TeacherOverlap, "overlap", teacher, 1.0),
         (KLToTeacher, "kl_to_teacher", teacher, kl_to_teacher(student, teacher)),
     ]
     for metric_class, key, references, expected in cases:

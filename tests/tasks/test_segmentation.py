@@ -322,6 +322,19 @@ def test_each_counted_pixel_is_covered_once(side, few):
 # ---- caches and errors ----
 
 
+def test_the_overlap_counts_pixels_of_the_labels():
+    """As the agreement: each pixel of the logits by the counted pixels that it covers; the others may be NaN."""
+    z_s, z_t = torch.randn(2, 2, 2, 3, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[0, :2, :2] = False
+    z_t[0, 0, 0] = torch.nan
+    expected = 0.0
+    for image, y, x in mask.nonzero().tolist():
+        s, t = (z[image, y // 2, x // 2] for z in (z_s, z_t))
+        expected += t.softmax(-1)[s.topk(20).indices].sum().item()
+    assert TASKS["semantic_segmentation"].overlap_sum(z_s, z_t, mask, 1.0).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_cache_of_its_maps_is_the_live_teacher(tmp_path):
     live = distillation(tmp_path / "live", strided)
     cached = distillation(tmp_path / "cached", strided, teacher_cache_dir=str(tmp_path / "cache"))

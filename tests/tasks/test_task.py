@@ -33,7 +33,6 @@ from kd_trainer.tasks.inputs import Accepted, accepted_inputs, check_batch, main
 from kd_trainer.tasks.kinds import TASKS
 from kd_trainer.tasks.logits import logits_of
 from kd_trainer.tasks.resolve import auto_class_of, task_for, task_from_logits
-from kd_trainer.tasks.task import check_label_range
 from tests.helpers import tiny
 
 IGNORED = -100
@@ -279,10 +278,10 @@ def test_a_label_outside_the_classes_is_named(wrong):
         rf"`labels` is {wrong} at position 2 of the batch; expected 0 to 4 \(the logits have 5 classes\), or -100"
     )
     with pytest.raises(ValueError, match=expected):
-        check_label_range(labels, 5)
+        TASKS["classification"].check_labels(labels, 5)
     with pytest.raises(ValueError, match=expected):
         TASKS["classification"].hard_loss_sum(torch.zeros(3, 5), labels)
-    check_label_range(torch.tensor([0, 4, IGNORED]), 5)
+    TASKS["classification"].check_labels(torch.tensor([0, 4, IGNORED]), 5)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -247,6 +247,19 @@ def test_the_agreement_of_a_copy_is_that_of_the_mixture(task):
     assert not [key for key in single if key.startswith("eval_teacher_agreement_")]
 
 
+@pytest.mark.parametrize("implementation", ["full", "fused"])
+def test_the_overlap_is_with_the_mixture_at_the_temperature_of_the_loss(implementation):
+    teachers, data = several("causal_lm"), tiny.rows("causal_lm", 5, seed=2)
+    made = run("causal_lm", teachers, kd_temperature=2.0, kd_loss_implementation=implementation)
+    got, batch = made.evaluate(data)["eval_overlap"], tiny.pad(data)
+    counted = batch.pop("labels")[:, 1:] != -100
+    with torch.no_grad():
+        z_s, *z_t = (model.eval()(**batch).logits[:, :-1][counted].double() for model in (made.model, *teachers))
+    p = sum((z / 2).softmax(-1) for z in z_t) / 2
+    expected = p.gather(-1, z_s.topk(20).indices).sum(-1).mean()
+    assert got == pytest.approx(expected.item(), rel=1e-6)
+
+
 class Counting(nn.Module):
     """Counts the rows of each call."""
 

@@ -20,7 +20,7 @@ SOME = (0, 1, 2, 3, 9, 20)  # of 21 rows; the first batch of 3 or 4 has no label
 
 
 def parts(metrics: dict[str, float], prefix: str = "eval_") -> dict[str, float]:
-    names = ("loss", *PARTS, "perplexity", "teacher_cosine", "teacher_spearman")
+    names = ("loss", *PARTS, "overlap", "perplexity", "teacher_cosine", "teacher_spearman")
     return {name: metrics[prefix + name] for name in names if prefix + name in metrics}
 
 
@@ -97,6 +97,43 @@ def test_no_row_has_a_label(tmp_path):
     metrics = tiny.trainer("classification", tmp_path, per_device_eval_batch_size=4).evaluate(rows)
     assert "eval_hard_loss" not in metrics
     assert metrics["eval_loss"] == pytest.approx(0.7 * metrics["eval_soft_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("way", ["full", "fused", "logits", "hidden"])
+def test_the_overlap_is_a_mean_over_all_positions(way, tmp_path):
+    """Of labels, at the teacher's temperature 1, whatever the batches: by hand in float64, also from an exact cache."""
+    rows, found = tiny.rows("causal_lm", 7, seed=2), []
+    settings = {"kd_loss_implementation": "full" if way == "full" else "fused", "kd_reduction": "tokenmean"}
+    if way in ("logits", "hidden"):
+        settings |= {"teacher_cache_dir": str(tmp_path / "cache"), "teacher_cache_format": way}
+    for size in (1, 3, 7):
+        run = tiny.trainer("causal_lm", tmp_path, per_device_eval_batch_size=size, data=rows, **settings)
+        found.append(run.evaluate(rows))
+    batch, (student, teacher) = tiny.pad(rows), (model.eval() for model in tiny.models("causal_lm"))
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        z_s, z_t = (model(**batch).logits[:, :-1][labels[:, 1:] != -100].double() for model in (student, teacher))
+    top = z_s.sort(-1, descending=True).indices[:, :20]
+    expected = z_t.softmax(-1).gather(-1, top).sum(-1).mean().item()
+    assert 0.5 < expected < 0.9
+    assert [metrics["eval_overlap"] for metrics in found] == pytest.approx([expected] * 3, rel=1e-6)
+    assert [name for name in found[0] if name.endswith("overlap")] == ["eval_overlap"]
+
+
+def test_the_overlap_is_measured_in_evaluation_and_where_it_is_exact(tmp_path, monkeypatch):
+    """Not of 20 classes or fewer, nor of a cache of few ids, nor in training, nor of what is no distribution."""
+    sparse = {"teacher_cache_dir": str(tmp_path / "cache"), "teacher_cache_format": "topk", "teacher_cache_k": 30}
+    for task, settings in (
+        ("causal_lm", sparse), ("classification", {}), ("regression", {}), ("question_answering", {}), ("embedding", {})
+    ):  # fmt: skip
+        rows = tiny.rows(task, 8)
+        run = tiny.trainer(task, tmp_path, data=rows, max_steps=1, eval_strategy="steps", eval_steps=1, **settings)
+        run.eval_dataset = rows
+        run.train()
+        assert tiny.logged(run, "eval_loss"), task
+        assert not any("overlap" in key for entry in run.state.log_history for key in entry), task
+    monkeypatch.setattr("kd_trainer.tasks.task.overlap", None)
+    tiny.trainer("causal_lm", tmp_path, max_steps=1, kd_loss_implementation="full").train()
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_evaluation_is_the_same(tmp_path):
     for name in ("fused", "full"):
         _, _, trainer = run(tmp_path, name, lambda: models("causal_lm"), rows("causal_lm"), max_steps=1)
         metrics.append(trainer.evaluate())
-    for key in ("eval_loss", "eval_soft_loss", "eval_hard_loss", "eval_teacher_agreement", "eval_perplexity"):
+    for key in EVALUATED:
         assert metrics[0][key] == pytest.approx(metrics[1][key], rel=1e-5), key
 
 
@@ -162,7 +162,9 @@ def test_adapters_off_of_a_model_in_eval_mode(evaluated_first, tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
-EVALUATED = ("eval_loss", "eval_soft_loss", "eval_hard_loss", "eval_teacher_agreement", "eval_perplexity")
+EVALUATED = tuple(
+    f"eval_{name}" for name in ("loss", "soft_loss", "hard_loss", "teacher_agreement", "overlap", "perplexity")
+)
 
 
 def assert_same_evaluation(one, other, names=EVALUATED, rel=1e-5):

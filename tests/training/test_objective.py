@@ -11,7 +11,8 @@ import torch
 
 from kd_trainer.losses.modules import SoftTargetLoss
 from kd_trainer.tasks.kinds import TASKS, Task
-from kd_trainer.training.objective import Counts, LossInputs, Objective, scheduled
+from kd_trainer.training.objective import Counts, LossInputs, Objective
+from kd_trainer.training.settings import scheduled
 
 IGNORED, CLASSES, T = -100, 4, 2.0
 # The tasks of tokens and rows; the others: test_row_tasks.py and test_speech_frames.py.
