@@ -415,7 +415,7 @@ class DistillationMixin(_InFrontOf):
             prefix = kwargs.get("metric_key_prefix", args[4] if len(args) > 4 else "eval")
             if self._plan is not None and output.metrics is not None:
                 objective, _ = self._objective(training=False)
-                output.metrics.update(evaluation.logged(f"{prefix}_", self.accelerator, self._plan, objective))
+                evaluation.add_to(output.metrics, f"{prefix}_", self.accelerator, self._plan, objective)
         finally:
             self._teacher_cache.release_at_hand()
             if not self.is_in_train:

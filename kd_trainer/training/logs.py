@@ -141,6 +141,13 @@ class Evaluation:
         if plan.task.by_position or plan.own_loss:
             self.rows.append(gather(with_existence_of(row, parts.total.device).repeat(repeats, 1)))
 
+    def add_to(
+        self, metrics: dict[str, float], prefix: str, accelerator: Any, plan: Plan, objective: Objective
+    ) -> None:
+        """Adds what is `logged` to the metrics; a script's own metric named overlap stays."""
+        own = {name: value for name, value in metrics.items() if name == f"{prefix}overlap"}
+        metrics.update(self.logged(prefix, accelerator, plan, objective) | own)
+
     def logged(self, prefix: str, accelerator: Any, plan: Plan, objective: Objective) -> dict[str, float]:
         """The terms by their logged names, and what else has a meaning for the task, from the rows of all processes.
 

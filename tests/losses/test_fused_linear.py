@@ -335,7 +335,8 @@ def test_nothing_counted_is_zero_with_a_gradient_path(function, case):
 def test_parts_are_detached_sums_and_the_total_is_made_of_them(function):
     x = learn(problem(dtype=torch.bfloat16))
     loss = function(**x, alpha=0.6)
-    assert all(part.shape == () and not part.requires_grad for part in loss[1:])
+    assert all(part.shape == () and not part.requires_grad for part in loss[1:4])
+    assert loss.overlap is None
     assert loss.total.shape == ()
     assert loss.total.requires_grad
     assert loss.total.item() == pytest.approx(0.6 * loss.soft.item() / 4 + 0.4 * loss.hard.item() / 4, rel=1e-6)
