@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd_trainer.losses import MixedLogits, OutputProjection, fused_linear, overlap
 from kd_trainer.losses.fused_arguments import FusedInputs
 from kd_trainer.losses.fused_linear import FusedLoss, fused_linear_distillation, fused_linear_distillation_plain
+from kd_trainer.losses.projection import MixedPart
 from kd_trainer.losses.sparse_targets import draw_samples
 from tests.helpers.written_out import OF_PROBS, OVER_BUCKETS
 from tests.losses.test_tile import compiler
@@ -1003,9 +1004,8 @@ def test_overlap_is_the_mean_of_whole_logits(function, options):
         x |= {"teacher_logits": z_t, "teacher_hidden": None, "teacher_weight": None}
     if options.pop("mixed", False):
         side = OutputProjection(x["teacher_weight"], None, 1.0, None)
-        x |= {
-            "teacher_logits": MixedLogits(((x["teacher_hidden"], side, 0.25), (x["teacher_hidden"], side, 0.75)), 1.5)
-        }
+        parts = tuple(MixedPart(x["teacher_hidden"], side, weight) for weight in (0.25, 0.75))
+        x |= {"teacher_logits": MixedLogits(parts, 1.5)}
         x |= {"teacher_hidden": None, "teacher_weight": None}
     ids = options.get("common_ids")
     expected = overlap(z_s[:, :ids], z_t[:, :ids], ids=6, temperature=at)[counted].sum()
