@@ -6,11 +6,8 @@ import copy
 import io
 import json
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +39,7 @@ from kd_trainer.diagnostics.results import CheckResult, has_errors, print_result
 from kd_trainer.teachers.errors import positions_of
 from kd_trainer.teachers.live import ADAPTER_OFF, LiveTeacher
 from tests.helpers import backend_run, launch, tiny
+from tests.helpers.script_process import end_of_script
 from tests.tasks import test_seq2seq
 from tests.teachers import test_compatibility
 from tests.training import test_aux_loss as test_moe
@@ -1129,19 +1127,16 @@ def test_a_script_ends_with_0_or_1(classes, code, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     config = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none", "run_name": str(classes)}
     (tmp_path / "config.json").write_text(json.dumps({**config, "kd_run": "check"}))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "script.py", "config.json"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == code, done.stderr[-2000:]
-    assert "trained\n" not in done.stdout
-    assert f"[kd_trainer] {code} error" in done.stdout
-    assert "Traceback" not in done.stderr
+    found, output = end_of_script(tmp_path / "script.py", ["config.json"])
+    assert found == code, output[-2000:]
+    assert "trained\n" not in output
+    assert f"[kd_trainer] {code} error" in output
+    assert "Traceback" not in output
     if code:
-        assert "giving logits of shape (8, 7); expected the student's shape (8, 5)" in " ".join(done.stdout.split())
-        assert "-> Take a teacher and a student with the same classes" in done.stdout
+        assert "giving logits of shape (8, 7); expected the student's shape (8, 5)" in " ".join(output.split())
+        assert "-> Take a teacher and a student with the same classes" in output
     else:
-        assert re.search(r"^ task +ok +classification: loss = 0\.7 \* soft\(forward_kl, T=3\)", done.stdout, re.M)
+        assert re.search(r"^ task +ok +classification: loss = 0\.7 \* soft\(forward_kl, T=3\)", output, re.M)
 
 
 # ---- several processes ----

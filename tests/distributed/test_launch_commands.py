@@ -26,6 +26,7 @@ from kd_trainer import (
 from kd_trainer.training import arguments as training_args
 from kd_trainer.training import bases
 from tests.helpers import launch, tiny
+from tests.helpers.script_process import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / "README.md", ROOT / "examples" / "README.md", ROOT / "configs" / "README.md"]
@@ -75,9 +76,10 @@ def test_the_whole_job_in_two_processes_is_that_of_one(tmp_path, tmp_path_factor
     with launch.shared_folder(tmp_path_factory):
         two = started(MLP, tmp_path / "two")
     assert two.returncode == 0, two.stderr[-3000:]
-    same = "examples/distill_mlp.py configs/distill_mlp.json --per_device_train_batch_size 64 --distilled_epochs 0"
-    one = started(f"python {same}", tmp_path / "one")
-    assert one.returncode == 0, one.stderr[-3000:]
+    options = ["--per_device_train_batch_size", "64", "--distilled_epochs", "0"]
+    (tmp_path / "one").mkdir()
+    argv = [str(ROOT / "configs" / "distill_mlp.json"), *options]
+    run_script(ROOT / "examples" / "distill_mlp.py", argv, folder=tmp_path / "one", timeout=280)
     for pattern in (r"^ Model .* Agree %", r"^== seed 42: teacher ==", r"^== seed 42: baseline ==", "beats “baseline”"):
         assert len(lines(two.stdout, pattern)) == 1, pattern
     assert len(lines(two.stdout, r"^\[kd_trainer\] loss = ")) == 2  # of two distilled students
@@ -112,10 +114,9 @@ def test_minimal_in_two_processes_is_that_of_one(tmp_path, tmp_path_factory):
     text = (ROOT / "examples" / "minimal.py").read_text(encoding="utf-8")
     assert text.count('"per_device_train_batch_size": 32') == 1
     script.write_text(text.replace('"per_device_train_batch_size": 32', '"per_device_train_batch_size": 64'))
-    one = started(f"python {script}", tmp_path / "one")
-    assert one.returncode == 0, one.stderr[-3000:]
+    one = run_script(script, [])
     for name in ("teacher", "before", "after"):
-        (found,), (expected,) = (re.findall(rf"^{name}: (\d+\.\d)%", run.stdout, re.M) for run in (two, one))
+        (found,), (expected,) = (re.findall(rf"^{name}: (\d+\.\d)%", text, re.M) for text in (two.stdout, one))
         assert float(found) == pytest.approx(float(expected), abs=2), name
     assert len(lines(two.stdout, r"^\[kd_trainer\] loss = ")) == 1
 

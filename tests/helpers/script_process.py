@@ -21,6 +21,15 @@ def run_script(path: Path, argv: list[str], *, folder: Path | None = None, timeo
     Args:
         folder: where it is started; None: in the script's folder.
     """
+    code, output = end_of_script(path, argv, folder=folder, timeout=timeout)
+    assert code == 0, f"{path.name} ended with {code}:\n{output[-4000:]}"
+    return output
+
+
+def end_of_script(
+    path: Path, argv: list[str], *, folder: Path | None = None, timeout: float = 120
+) -> tuple[int | None, str]:
+    """The exit code, negative for a signal, and the output; arguments as of `run_script`."""
     folder = folder or path.parent
     printed = folder / f"{path.stem}.log"
     process = SERVER.Process(target=_main, args=(str(path), argv, str(folder), str(printed)))
@@ -29,9 +38,7 @@ def run_script(path: Path, argv: list[str], *, folder: Path | None = None, timeo
     if process.is_alive():
         process.kill()
         process.join()
-    output = printed.read_text(encoding="utf-8")
-    assert process.exitcode == 0, f"{path.name} ended with {process.exitcode}:\n{output[-4000:]}"
-    return output
+    return process.exitcode, printed.read_text(encoding="utf-8")
 
 
 def _main(path: str, argv: list[str], folder: str, printed: str) -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +28,7 @@ from kd_trainer import (
 )
 from kd_trainer.report import seeds
 from tests.helpers import launch, tiny, tiny_generative
+from tests.helpers.script_process import end_of_script
 from tests.tasks import test_multiple_choice, test_segmentation, test_speech_frames
 
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "initializer_range": 0.5}
@@ -449,11 +447,7 @@ KILLS += ["seed-43/distilled 7"]
 
 def started(out, *moment):
     script = Path(launch.__file__).with_name("compare_run.py")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(out), *moment], capture_output=True, text=True, timeout=300, env=environment
-    )
-    return done.returncode, done.stdout + done.stderr
+    return end_of_script(script, [str(out), *moment], folder=out.parent, timeout=300)
 
 
 def report_in(out):
