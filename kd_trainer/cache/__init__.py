@@ -4,7 +4,7 @@ from .build import Reader, build_shards, encode_batch, translate_os_errors
 from .cached_teacher import EVAL, TEST, TRAIN, CachedTeacher, as_cached_teacher, check_tokens_kept, open_part, part_of
 from .collator import CachedCollator
 from .formats import DTYPES, FORMATS, TOKEN_LOG_PROBS, card, format_of, outputs_differ
-from .identity import teacher_identity, tokenizer_identity
+from .identity import mixture_identity, teacher_identity, tokenizer_identity
 from .manifest import CacheError, check_links, check_settings, head_of
 from .server import ServerTeacher, as_server_teacher, check_server_settings
 from .server_reader import ServerReader
@@ -80,6 +80,7 @@ __all__ = [
     "is_finished",
     "known_by_position",
     "labels_of",
+    "mixture_identity",
     "open_part",
     "outputs_differ",
     "part_of",

@@ -16,9 +16,18 @@ from torch import Tensor, nn
 
 from ..losses import DIVERGENCES
 from ..tasks import TEACHER_PREFIX, Task
-from ..teachers import COLUMN_PREFIX, Classes, Teacher, TeacherOutput, class_names, match_classes
+from ..teachers import (
+    COLUMN_PREFIX,
+    Classes,
+    Routes,
+    Teacher,
+    TeacherOutput,
+    check_mixed,
+    class_names,
+    match_classes,
+)
 from ..validation import fail, message
-from .formats import Format, format_of, output
+from .formats import SPARSE, Format, format_of, output
 from .manifest import check_links, check_settings
 from .store import (
     BUILDING,
@@ -67,12 +76,14 @@ def open_part(folder: Path, root: Path | None = None) -> Store:
 
 def check_objective(kept: Format, divergence: str, temperatures: Sequence[float], standardize: bool = False) -> None:
     """Raises ValueError where the loss needs what the format does not hold."""
-    other = "Or build a cache of format hidden or logits, which serve every setting."
+    other = "Or build a cache of format hidden or logits of one teacher, which serve every setting."
     wrong = [t for t in temperatures if kept.temperature is not None and t != kept.temperature]
     if wrong:
         expected = f"{kept.temperature:g}, for which the teacher cache was built (format {kept.name})"
         fail("kd_temperature", wrong[0], expected, f"Set kd_temperature to {kept.temperature:g}. {other}")
-    sparse = kept.temperature is not None
+    sparse, mixed = kept.name in SPARSE, kept.name == "logits" and kept.temperature is not None
+    if mixed:
+        check_mixed(divergence, standardize)
     if sparse and standardize:
         because = "it holds log-probabilities, and no logits to standardise"
         expected = f"False with a teacher cache of format {kept.name}"
@@ -166,6 +177,14 @@ class CachedTeacher:
     @property
     def members(self) -> tuple[Teacher, ...]:
         return (self,)
+
+    @property
+    def routes(self) -> Routes | None:
+        teachers = self.manifest["teacher"].get("teachers")
+        if teachers is None:
+            return None
+        names = [one["teacher_id"] for one in teachers if "teacher_id" in one]
+        return Routes([one["weight"] for one in teachers], names)
 
     @property
     def format(self) -> Format:

@@ -2,7 +2,8 @@
 
 Letters: N positions, V classes, H hidden size, k classes kept, n draws.
 
-    logits     [N, V] in the teacher's dtype, or in half precision (relative error 2^-11 in float16, 2^-8 in bfloat16)
+    logits     [N, V] in the teacher's dtype, or in half precision (relative error 2^-11 in float16, 2^-8 in bfloat16);
+               of several teachers T times the log-probabilities of their mixture at temperature T
     hidden     [N, H], the same
     topk       the k largest: ids, log-probabilities at the temperature of the building and the log of the mass of the
                rest, both in float16 (error |log p| / 2048)
@@ -42,7 +43,7 @@ class Format(NamedTuple):
         name: one of `FORMATS`.
         classes: V, or the ids that student and teacher share where the format is sparse.
         k: classes kept of each position (topk), draws (sampled); None otherwise.
-        temperature: of the distribution that is kept (sparse formats); None otherwise.
+        temperature: of the distribution that is kept (sparse formats, and mixtures of teachers); None otherwise.
         dtype: of logits, hidden states and top-k values: a name of `DTYPES`.
     """
 
@@ -235,7 +236,7 @@ def card(settings: dict[str, Any]) -> str:
     temperature = "" if kept.temperature is None else f" at temperature {kept.temperature:g}"
     dtype = f"{kept.dtype} (as int16 of the same bits)" if kept.dtype == "bfloat16" else kept.dtype
     columns = {
-        "logits": [f"`logits`: the teacher's {kept.classes:,} logits, {dtype}"],
+        "logits": [f"`logits`: the teacher's {kept.classes:,} logits{temperature}, {dtype}"],
         "hidden": [f"`hidden`: its final hidden state, {dtype}; `head.safetensors` makes logits of it"],
         "topk": [
             f"`ids`: the {kept.k} likeliest of {kept.classes:,} classes",

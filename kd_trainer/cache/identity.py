@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import nn
 from ..files import as_json, digest
 from ..redaction import hidden, scrub
 from ..tasks import name_of
-from ..teachers import ADAPTER_OFF, adapter_modules, adapter_parameters, tokenizer_of
+from ..teachers import ADAPTER_OFF, adapter_modules, adapter_parameters, naming, tokenizer_of
 from ..validation import fail, message
 from .manifest import CacheError, json_sha256
 from .server import ServerTeacher
@@ -45,6 +46,23 @@ def teacher_identity(given: Any, init_kwargs: Mapping[str, Any], student: nn.Mod
         return {"given": ADAPTER_OFF, "name": _printable(name_of(student)), **_of_module(student, without)}
     named = {"given": "path", "name": _printable(scrub(str(given))), "init_kwargs": output_kwargs(init_kwargs)}
     return named | _of_path(str(given), init_kwargs)
+
+
+def mixture_identity(each: Sequence[Mapping[str, Any]], weights: Any = None, names: Any = None) -> dict[str, Any]:
+    """The same of several teachers: `teachers` has the `teacher_identity` of each, its share and its name."""
+    shares = [1.0] * len(each) if weights is None else list(weights)
+    total = math.fsum(shares)
+    teachers = [{**one, "weight": share / total} for one, share in zip(each, shares, strict=True)]
+    for one, name in zip(teachers, names or (), strict=False):
+        one["teacher_id"] = name
+    known = all(one["weights"] is not None for one in teachers)
+    name = " + ".join(f"{one['weight']:.4g} * {one['name']}" for one in teachers)
+    return {
+        "given": "several",
+        "name": name[:4096],
+        "weights": json_sha256([one["weights"] for one in teachers]) if known else None,
+        "teachers": teachers,
+    }
 
 
 def _printable(name: str) -> str:
@@ -263,6 +281,9 @@ def compare_teachers(where: Path, kept: Mapping[str, Any], now: Mapping[str, Any
         current["teacher.name"] = ("teacher_server_model", "the name", now["name"], "Set it so.")
         compare(where, kept, current)
         return None
+    if now["given"] == "several":
+        compare(where, kept, current)
+        return _compare_each(where, teacher.get("teachers", []), now["teachers"])
     if "init_kwargs" in now:
         current["teacher.init_kwargs"] = ("teacher_model_init_kwargs", "the value", now["init_kwargs"], "Set it so.")
     words = {"weights": "weights of SHA-256", "config": "a config of SHA-256", "classes": "module classes of SHA-256"}
@@ -283,6 +304,18 @@ def compare_teachers(where: Path, kept: Mapping[str, Any], now: Mapping[str, Any
         fix = "To read the cache without its teacher give teacher_model=CachedTeacher(folder) and no teacher_cache_dir."
         raise CacheError(message("teacher_model", shown, expected, fix, because="nothing else could be compared"))
     return f"the {' and the '.join(missing)} of the teacher {now['name']!r} are not on this machine"
+
+
+def _compare_each(where: Path, kept: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> str | None:
+    """`compare_teachers` of each of several teachers, and of their weights and names."""
+    for argument, field in (("teacher_weights", "weight"), ("teacher_names", "teacher_id")):
+        found, fix = [one.get(field) for one in now], "Set it so."
+        compare(where, {field: [one.get(field) for one in kept]}, {field: (argument, "the values", found, fix)})
+    unknown = []
+    for index, (one, other) in enumerate(zip(kept, now, strict=True)):
+        with naming(index):
+            unknown.append(compare_teachers(where, {"teacher": one}, other))
+    return "; ".join(each for each in unknown if each is not None) or None
 
 
 def _short(value: Any) -> str:

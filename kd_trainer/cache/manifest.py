@@ -195,7 +195,13 @@ FIELDS: dict[str, Kind] = {
     "seed": _whole(-_LARGEST),
     "computed": _text(),
 }  # the settings, by path
+_SHARE: Kind = (lambda v: _number(above=-1)[0](v) and v >= 0), "a number >= 0"
+_A_TEACHER: Kind = (
+    (lambda v: isinstance(v, dict) and _SHARE[0](v.get("weight")) and _text()[0](v.get("teacher_id", ""))),
+    "objects with a weight >= 0, and a teacher_id that is printable text or none",
+)
 _OPTIONAL = {
+    "teacher.teachers": _list_of(_A_TEACHER, 2),
     "shifted": _BOOLEAN,
     "label_names": _list_of(_text(), 1),
     "pooling": _one_of(*POOLINGS),

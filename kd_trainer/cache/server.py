@@ -93,6 +93,7 @@ class ServerTeacher:
     live: None = None
     model: None = None
     manifest: None = None
+    routes: None = None
     compiled = is_student = has_own_weights = sharded = False
     note = ""
     start_tokens: None = None

@@ -61,12 +61,14 @@ def labels_of(trainer: Any, task: Any) -> dict[str, str] | None:
     return {str(i): name for i, name in names.items()} if names else None
 
 
-def compute_precision(trainer: Any, teacher: nn.Module | None) -> str:
-    """Dtype, autocast and kind of device of the teacher's forward, as text; None: it is not run here."""
-    if teacher is None:
+def compute_precision(trainer: Any, teacher: Any) -> str:
+    """Dtype, autocast and kind of device of the teacher's forward, as text; "server" where it is not run here."""
+    models: list[nn.Module] = [member.model for member in teacher.members if member.model is not None]
+    if not models:
         return "server"
-    dtype = str(next((p.dtype for p in teacher.parameters()), torch.float32)).removeprefix("torch.")
-    return f"{dtype} {trainer.accelerator.mixed_precision} {trainer.args.device.type}"
+    dtypes = (next((p.dtype for p in model.parameters()), torch.float32) for model in models)
+    named = "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return f"{named} {trainer.accelerator.mixed_precision} {trainer.args.device.type}"
 
 
 def settings_of(
@@ -110,7 +112,7 @@ def settings_of(
         **settings_of_task(task),
         **reader.task.teacher_settings(reader.teacher.model),
         **{"positions": positions, "labels": labels_of(trainer, task)},
-        "teacher": {**identity} | {"parameters": reader.teacher.identity()["parameters"]},
+        "teacher": _with_parameters(identity, reader.teacher.identity()),
         "tokenizer": None if chunks else tokenizer_identity(trainer.processing_class),
         "collation": collation(trainer.data_collator, trainer.processing_class),
         "dataset": {"rows": None if isinstance(used, IterableDataset) else len(used), "sample": row_signatures(signed)},
@@ -120,9 +122,17 @@ def settings_of(
         "batch_rows": batch_rows,
         "rows_per_shard": max(1, int(SHARD_BYTES / (row_bytes * batch_rows))) * batch_rows,
         "seed": trainer.args.seed,
-        "computed": compute_precision(trainer, reader.teacher.model),
+        "computed": compute_precision(trainer, reader.teacher),
     }
     return settings, partial(_check_disk_space, trainer, settings, row_bytes)
+
+
+def _with_parameters(identity: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity with the numbers of parameters, of several teachers of each."""
+    if "teachers" not in identity:
+        return {**identity, "parameters": run["parameters"]}
+    each = zip(identity["teachers"], run["teachers"], strict=True)
+    return {**identity, "parameters": run["parameters"], "teachers": [_with_parameters(*pair) for pair in each]}
 
 
 def _format(
@@ -138,6 +148,17 @@ def _format(
         name = "hidden" if large else "logits"
     if name != TOKEN_LOG_PROBS:
         check_format(name, k, dtype, softmax=task.softmax, over_tokens=task.over_tokens, task=task.name)
+    several = len(reader.teacher.members) > 1
+    if several and name == "hidden":
+        fix = "Set it to logits, or build a cache of each teacher alone and give a list of CachedTeachers."
+        because = "a mixture of teachers has no hidden states"
+        fail(
+            "teacher_cache_format",
+            repr(name),
+            "'logits', 'topk' or 'sampled' of several teachers",
+            fix,
+            because=because,
+        )
     extra: dict[str, Any] = {
         "shape": given.shape, "vocabulary": classes, "common_ids": common_ids, "known_by": known["known_by"],
         "hidden_size": 0, "head_dtype": None, "head_scale": 1.0, "head_softcap": None,
@@ -163,7 +184,11 @@ def _format(
     own = given.logits_dtype
     if product is not None and (name == "hidden" or (product.scale == 1 and product.softcap is None)):
         own = half or given.hidden_dtype  # a product in half precision has no more digits
-    return Format(name, classes, None, None, dtype or (own if own in DTYPES else "float32")), extra
+    temperature = float(kd.kd_temperature) if several and task.mixed_as == "probabilities" else None
+    kept = Format(name, classes, None, temperature, dtype or (own if own in DTYPES else "float32"))
+    if several:
+        check_objective(kept, kd.kd_divergence, _temperatures(kd), kd.kd_standardize_logits)
+    return kept, extra
 
 
 def _requested_format(trainer: Any) -> tuple[str, int | None, str | None]:
@@ -232,9 +257,7 @@ def compare_settings(
     if by_position and not isinstance(dataset, IterableDataset):
         current["dataset.rows"] = (data, "a number of rows of", len(dataset), "Train on the same rows.")
     compare(folder, kept, current)
-    ends = (kd.kd_temperature, kd.kd_temperature_end)
-    temperatures = [float(end) for end in ends if end is not None]
-    check_objective(format_of(kept), kd.kd_divergence, temperatures, kd.kd_standardize_logits)
+    check_objective(format_of(kept), kd.kd_divergence, _temperatures(kd), kd.kd_standardize_logits)
     if by_position:
         _compare_rows(trainer, folder, kept, data, dataset)
 
@@ -249,6 +272,11 @@ def _of_student_tokens(trainer: Any, kept: Mapping[str, Any]) -> Compared:
     for name, value in collation(trainer.data_collator, trainer.processing_class).items():
         current[f"collation.{name}"] = ("data_collator", name, value, "Collate in the same way.")
     return current
+
+
+def _temperatures(kd: Any) -> list[float]:
+    """At the start and at the end of the schedule."""
+    return [float(end) for end in (kd.kd_temperature, kd.kd_temperature_end) if end is not None]
 
 
 def _compare_rows(trainer: Any, folder: Path, kept: dict[str, Any], data: str, dataset: Any) -> None:

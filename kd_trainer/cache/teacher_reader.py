@@ -38,14 +38,24 @@ class TeacherReader:
     """Runs the live teacher on a batch and returns its outputs at the kept positions.
 
     Args:
-        teacher: a prepared `LiveTeacher`.
+        teacher: a prepared `LiveTeacher`; or `SeveralTeachers`, whose mixture is read.
         output_head: the teacher's, where it was found before.
+        temperature: of the mixture.
     """
 
-    def __init__(self, teacher: Any, accelerator: Any, task: Task, output_head: OutputHead | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Any,
+        accelerator: Any,
+        task: Task,
+        output_head: OutputHead | None = None,
+        *,
+        temperature: float = 1.0,
+    ) -> None:
         self.teacher, self.accelerator, self.task, self.output_head = teacher, accelerator, task, output_head
+        self._temperature = temperature
         self._kept_projection: tuple[torch.dtype, OutputProjection] | None = None
-        if output_head is None and task.over_tokens and not teacher.compiled:
+        if output_head is None and teacher.model is not None and task.over_tokens and not teacher.compiled:
             try:
                 self.output_head = OutputHead(teacher.model)
             except UnsupportedHead as reason:
@@ -82,8 +92,7 @@ class TeacherReader:
         """Logits [n, ...] of the kept positions in chunks; a chunk is overwritten by the next one."""
         states = self._states(inputs)
         if states is None:
-            whole = self.teacher(inputs, self.accelerator, read=self.task.logits)
-            yield self.task.take_positions(whole, mask)
+            yield self.task.take_positions(self._all_logits(inputs), mask)
             return
         assert self.output_head is not None
         with whole_weight(self.output_head) as whole:
@@ -102,13 +111,18 @@ class TeacherReader:
         """[N]: of the token that each kept position predicts, as `kd_cross_tokenizer` "chunks" has it live."""
         labels, states = of_next(self.teacher.inputs(inputs)["input_ids"], 0)[mask], self._states(inputs)
         if states is None:
-            whole = self.teacher(inputs, self.accelerator, read=self.task.logits)
-            return logits_log_probs(whole[mask.to(whole.device)], labels.to(whole.device))
+            logits = self._all_logits(inputs)
+            return logits_log_probs(logits[mask.to(logits.device)], labels.to(logits.device))
         assert self.output_head is not None
         with whole_weight(self.output_head) as whole:
             projection = self._projection(whole, states.dtype)
             hidden = states.index_select(0, _places_of(mask)).to(projection.weight.dtype)
             return label_log_probs(hidden, projection, labels)
+
+    def _all_logits(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The logits of all positions."""
+        options = {"read": self.task.logits, "task": self.task, "temperature": self._temperature}
+        return self.teacher.output(inputs, self.accelerator, **options).logits
 
     def columns(self, kept: Format, inputs: Mapping[str, Any], mask: Tensor, uniform: Tensor) -> dict[str, Tensor]:
         """The columns of the format for a batch; `uniform` [N] in [0, 1) draws samples."""

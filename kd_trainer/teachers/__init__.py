@@ -8,7 +8,18 @@ from .errors import check_ids, check_padding, positions_of
 from .live import ADAPTER_OFF, LiveTeacher
 from .load import load_teacher
 from .outputs import COLUMN_PREFIX, Sparse, TeacherOutput, TokenLogProbs
-from .several import SeveralTeachers, cache_prefix, columns_of, keys_of, labels_of, mixed_hidden, naming, routed
+from .routes import Routes
+from .several import (
+    SeveralTeachers,
+    cache_prefix,
+    check_mixed,
+    columns_of,
+    keys_of,
+    labels_of,
+    mixed_hidden,
+    naming,
+    routed,
+)
 from .sharding import HALVES, layer_classes, reshard
 from .shared_memory import check_separate, watch_shared_buffers
 from .students import student_from_teacher
@@ -22,6 +33,7 @@ __all__ = [
     "AdapterOffTeacher",
     "Classes",
     "LiveTeacher",
+    "Routes",
     "SeveralTeachers",
     "Sparse",
     "Teacher",
@@ -34,6 +46,7 @@ __all__ = [
     "align_teacher_tokens",
     "cache_prefix",
     "check_ids",
+    "check_mixed",
     "check_padding",
     "check_separate",
     "class_names",

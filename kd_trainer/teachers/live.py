@@ -60,6 +60,7 @@ class LiveTeacher:
     """
 
     manifest: None = None
+    routes: None = None
     is_student = False
     note = ""
 

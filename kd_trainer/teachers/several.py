@@ -65,13 +65,25 @@ class SeveralTeachers:
         total = math.fsum(weights or [1.0] * count)
         self.weights = [weight / total for weight in weights or [1.0] * count]
         self.names = [] if names is None else list(names)
-        self.routes = Routes(self.weights, self.names)
+        self.routes: Routes | None = Routes(self.weights, self.names)
         self.compiled = any(member.compiled for member in self.members)
         self.class_orders: list[Tensor | None] = [None] * count
         self.classes: int | None = None
         self.heads: list[OutputHead | None] | None = None
 
     # ---- what it is ----
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights of one lie on several processes, all of which each forward needs."""
+        return any(member.live is not None and member.live.sharded for member in self.members)
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What of the batch those read that are run, and `teacher_id`."""
+        read = {TEACHER_ID: batch[TEACHER_ID]} if TEACHER_ID in batch else {}
+        for index, member in enumerate(self.members):
+            read |= {} if member.live is None else member.live.inputs(columns_of(batch, index))
+        return read
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -135,13 +147,7 @@ class SeveralTeachers:
 
     def check_objective(self, divergence: str, temperatures: Sequence[float], standardize: bool = False) -> None:
         """Raises ValueError where the loss needs logits, of which a mixture has none, or a cache holds few classes."""
-        because = "a mixture of teachers has probabilities and no logits"
-        if standardize:
-            fix = "Leave it out, or train with one teacher."
-            fail("kd_standardize_logits", True, "False with several teachers", fix, because=because)
-        if DIVERGENCES[divergence].of_logits:
-            fix = "Set it to forward_kl, or train with one teacher."
-            fail("kd_divergence", repr(divergence), "a divergence of probabilities", fix, because=because)
+        check_mixed(divergence, standardize)
         for index, member in enumerate(self.members):
             kept = None if member.manifest is None else member.manifest["format"]
             if kept in ("topk", "sampled"):
@@ -227,7 +233,7 @@ class SeveralTeachers:
 
     def _runs(self, batch: Mapping[str, Any], accelerator: Any) -> Iterator[_Run]:
         """What each teacher is run on, in order; those that have no row here are left out where no process waits."""
-        shares = self.routes.of_rows(batch)
+        shares = cast(Routes, self.routes).of_rows(batch)
         for index, (member, weight) in enumerate(zip(self.members, self.weights, strict=True)):
             if weight == 0:
                 continue
@@ -278,7 +284,18 @@ class _Run(NamedTuple):
 
 def routed(collator: Callable[[Any], Any], teacher: Teacher | None) -> Callable[[Any], Any]:
     """The script's collator, around which `teacher_id` is read where there are several teachers."""
-    return RoutedCollator(collator, teacher.routes) if isinstance(teacher, SeveralTeachers) else collator
+    return collator if teacher is None or teacher.routes is None else RoutedCollator(collator, teacher.routes)
+
+
+def check_mixed(divergence: str, standardize: bool) -> None:
+    """Raises ValueError where the loss needs logits, of which a mixture has none."""
+    because = "a mixture of teachers has probabilities and no logits"
+    if standardize:
+        fix = "Leave it out, or train with one teacher."
+        fail("kd_standardize_logits", True, "False with several teachers", fix, because=because)
+    if DIVERGENCES[divergence].of_logits:
+        fix = "Set it to forward_kl, or train with one teacher."
+        fail("kd_divergence", repr(divergence), "a divergence of probabilities", fix, because=because)
 
 
 def labels_of(teacher: Teacher | None) -> list[str]:

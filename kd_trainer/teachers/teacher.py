@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..tasks import Task
 from .compatibility import Classes, match_classes
 from .outputs import TeacherOutput
+from .routes import Routes
 
 if TYPE_CHECKING:
     from .live import LiveTeacher
@@ -32,9 +33,13 @@ class Teacher(Protocol):
         has_own_weights: whether it is run and is no part of the student.
         note: a line for the start block on what kind of teacher it is, or "".
         start_tokens: decoder_start_token_id of the student and of the teacher, where they differ.
+        routes: of several teachers, or the cache of their mixture: which of them a row has. None of a single one.
     """
 
     compiled: bool
+
+    @property
+    def routes(self) -> Routes | None: ...
 
     @property
     def live(self) -> LiveTeacher | None: ...

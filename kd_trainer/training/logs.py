@@ -135,7 +135,8 @@ class Evaluation:
         sums = map(_times, means, objective.denominators(counts))
         over = objective.denominators(counts._replace(by_num_items=False))  # counted here, of each row once
         keys = keys_of(plan.teacher)
-        each = [None] * (2 * len(keys)) if parts.of_each is None else parts.of_each.flatten().unbind()
+        given = parts.of_each if keys else None  # a cache of several has no names
+        each = [None] * (2 * len(keys)) if given is None else given.flatten().unbind()
         shares = (_times(agreement, counts.soft), _times(parts.overlap, counts.soft))
         self.sums.add((*sums, *over, *shares, counts.soft, labels, counts.rows, *each))
         if plan.task.by_position or plan.own_loss:

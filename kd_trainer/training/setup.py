@@ -174,7 +174,8 @@ class Setup:
         kd = self.kd
         self._settings.require_teacher(given)
         if isinstance(given, list):
-            return self._load_several(given)
+            self._check_several(given)
+            return finished_cache() or self._load_several(given)
         for name, given_list in (("teacher_weights", kd.teacher_weights), ("teacher_names", kd.teacher_names)):
             if given_list is not None:
                 fail(
@@ -203,15 +204,21 @@ class Setup:
             fail("teacher_server_url", repr(server.url), expected, fix)
         return server
 
-    def _load_several(self, given: list[Any]) -> Teacher:
-        """Each teacher of a list; a module that stands there twice is run as one teacher with two weights."""
+    def load_run(self, given: Any) -> Any:
+        """What is run: a `LiveTeacher`, or `SeveralTeachers`."""
+        return self._load_several(given) if isinstance(given, list) else self.load_live(given)
+
+    def _check_several(self, given: list[Any]) -> None:
         kd, kwargs = self.kd, self.kd.teacher_model_init_kwargs
         if len(given) < 2:
             fail("teacher_model", f"a list of {len(given)}", "two teachers or more", "Give a single teacher alone.")
-        if kd.teacher_cache_dir is not None:
-            fix = "Build a cache of each alone, and give teacher_model=[CachedTeacher(one), CachedTeacher(other)]."
-            shown, because = repr(kd.teacher_cache_dir), "a cache is of one teacher"
-            fail("teacher_cache_dir", shown, "None with several teachers", fix, because=because)
+        if kd.teacher_cache_dir is not None and any(as_cached_teacher(each) is not None for each in given):
+            expected, fix = "None with a CachedTeacher among the teachers", "Leave it out: caches are read as they are."
+            fail("teacher_cache_dir", repr(kd.teacher_cache_dir), expected, fix)
+        for name, value in (("teacher_weights", kd.teacher_weights), ("teacher_names", kd.teacher_names)):
+            if value is not None and len(cast(Any, value)) != len(given):
+                expected = f"{len(given)} values, one for each teacher"
+                fail(name, quoted(value), expected, "Give one for each teacher.")
         if isinstance(kwargs, list) and len(kwargs) != len(given):
             expected, fix = f"{len(given)} objects, one for each teacher", "Write {} for a teacher that needs none."
             fail("teacher_model_init_kwargs", quoted(kwargs), expected, fix)
@@ -219,6 +226,11 @@ class Setup:
         if kwargs and not isinstance(kwargs, list) and not any(by_path):
             fix = "Leave it out."
             fail("teacher_model_init_kwargs", quoted(kwargs), "nothing where no teacher is given by path", fix)
+
+    def _load_several(self, given: list[Any]) -> Teacher:
+        """Each teacher of a list; a module that stands there twice is run as one teacher with two weights."""
+        kd, kwargs = self.kd, self.kd.teacher_model_init_kwargs
+        by_path = [isinstance(each, (str, Path)) and each != ADAPTER_OFF for each in given]
         loaded: dict[int, Teacher] = {}
         for index, each in enumerate(given):
             # One object for all is for those that are given by path.

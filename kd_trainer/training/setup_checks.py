@@ -335,7 +335,7 @@ def _vocabularies(first: FirstBatch) -> None:
         because = "class i of one must mean class i of the other"
         shown = f"models of {' and '.join(map(str, sorted(sizes)))} classes"
         fail("teacher_model", shown, "equal numbers of classes", "Take teachers of the same classes.", because=because)
-    first.teacher_classes = next(iter(sizes), None)
+    first.teacher_classes, first.known_by = next(iter(sizes), None), next((one.known_by for one in known), None)
     teacher.class_orders = [one.class_order for one in first.each]
 
 

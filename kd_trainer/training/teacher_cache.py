@@ -57,6 +57,7 @@ from ..cache import (
     is_finished,
     known_by_position,
     labels_of,
+    mixture_identity,
     open_part,
     outputs_differ,
     part_of,
@@ -72,7 +73,7 @@ from ..cache import (
 )
 from ..files import write_atomically
 from ..tasks import same_random_numbers
-from ..teachers import ADAPTER_OFF, COLUMN_PREFIX, LiveTeacher, Teacher, cache_prefix
+from ..teachers import ADAPTER_OFF, COLUMN_PREFIX, Teacher, cache_prefix
 from ..validation import fail, message, warn
 from .checkpoints import on_main_process
 from .settings import Settings
@@ -102,10 +103,10 @@ class TeacherCache:
         self._identity: dict[str, Any] | None = None  # of the teacher whose outputs are kept
         self._ready_parts: dict[str, Store] = {}  # built or checked by this trainer
         self._more_parts: dict[str, Any] = {}  # data of `build`, by part
-        self._module: Callable[[], nn.Module | None] = lambda: None  # the given module, as long as it is held
-        self._live: LiveTeacher | None = None  # while the cache is built
+        self._held: Callable[[], Any] = lambda: None  # the given modules, as long as the script holds them
+        self._live: Any = None  # the teacher that is run, while the cache is built: a `LiveTeacher`, or several
         self._plan: Plan | None = None  # by which it is run
-        self._at_hand: LiveTeacher | None = None  # run on evaluation data that is not in the cache
+        self._at_hand: Any = None  # run on evaluation data that is not in the cache
         self._compared = False  # whether a cache that was opened for an evaluation was compared
 
     def _on_main_process(self, call: Callable[[], Any]) -> Any:
@@ -118,8 +119,8 @@ class TeacherCache:
 
     @property
     def _reads_caches(self) -> bool:
-        """Whether what was given is a cache, or several teachers, of which some may be caches."""
-        return as_cached_teacher(self.given) is not None or isinstance(self.given, list)
+        """Whether what was given is a cache, or several teachers of which one is."""
+        return any(as_cached_teacher(each) is not None for each in _each(self.given))
 
     def build(self, teacher: Teacher | None, dataset: Any = None, name: str | None = None) -> CachedTeacher:
         """Runs the teacher on the data that no finished part holds; the teacher is released.
@@ -147,8 +148,7 @@ class TeacherCache:
             more = {part_of(part, key): each for key, each in dataset.items()} if several else {part: dataset}
             changed = {part for part, each in more.items() if self._more_parts.get(part) is not each}
             self._ready_parts = {part: store for part, store in self._ready_parts.items() if part not in changed}
-        if teacher is not None and teacher.live is not None:
-            self._live = teacher.live
+        self._live = _run_here(teacher) or self._live
         server = as_server_teacher(self.given)
         with same_random_numbers(self._trainer.args.device), nullcontext() if server is None else server.released():
             for part, data in [*self._cache_parts(), *{**self._more_parts, **more}.items()]:
@@ -176,7 +176,11 @@ class TeacherCache:
     def identity(self) -> dict[str, Any]:
         """See `teacher_identity`; taken once, by the main process, before a backend shards the teacher."""
         if self._identity is None and self._trainer.is_world_process_zero():
-            self._identity = teacher_identity(self.given, self._settings.kd.teacher_kwargs, self._student)
+            kd = self._settings.kd
+            each = [teacher_identity(one, kd.teacher_kwargs_of(index), self._student)
+                    for index, one in enumerate(_each(self.given))]  # fmt: skip
+            several = isinstance(self.given, list)
+            self._identity = mixture_identity(each, kd.teacher_weights, kd.teacher_names) if several else each[0]
         return self._identity or {}
 
     def _compared_identity(self) -> dict[str, Any] | None:
@@ -191,34 +195,34 @@ class TeacherCache:
         """The cache in the place of the live teacher, whose memory is freed."""
         cached = CachedTeacher(where)
         cached.parts.update(self._ready_parts)  # these know which shards were read whole
-        if isinstance(self.given, nn.Module):
-            self._module = weakref.ref(self.given)
-            self.given = cached  # so that nothing here holds the module
+        if any(isinstance(each, nn.Module) for each in _each(self.given)):
+            self._held = _weakly(self.given)
+            self.given = cached  # so that nothing here holds the modules
         live, self._live, self._plan = self._live, None, None
         if live is not None:
             live.release(self._student)
         return cached
 
-    def _live_teacher(self) -> LiveTeacher:
+    def _live_teacher(self) -> Any:
         """The teacher itself, loaded where a finished cache had made that unnecessary."""
         if self._live is None:
-            given = self._module() if as_cached_teacher(self.given) else self.given
+            given = self._held() if as_cached_teacher(self.given) else self.given
             if given is None:
                 fix = "Call build_teacher_cache before train(), hold the module in the script, or give it by path."
                 shown = "a module that was deleted"
                 fail("teacher_model", shown, "the teacher, which has to be run on more data", fix, error=RuntimeError)
-            self._live, self._plan = self._setup.load_live(given), None
+            self._live, self._plan = self._setup.load_run(given), None
         return self._live
 
-    def at_hand(self) -> LiveTeacher | None:
+    def at_hand(self) -> Any:
         """The teacher for evaluation data that is not in the cache: the student's base, or the module that was given to
         the trainer while the script holds it; None where there is none, or where it was sharded."""
         if self._at_hand is None:
-            trainer, given = self._trainer, self.given if self.given == ADAPTER_OFF else self._module()
+            trainer, given = self._trainer, self.given if self.given == ADAPTER_OFF else self._held()
             sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
             if given is None or (sharded and given != ADAPTER_OFF):
                 return None
-            self._at_hand = self._setup.load_live(given)
+            self._at_hand = self._setup.load_run(given)
             self._at_hand.prepare(trainer.args.device, trainer.accelerator)
         return self._at_hand
 
@@ -306,14 +310,14 @@ class TeacherCache:
             plan, k = self._setup.plan(batch, server, None), self._settings.kd.teacher_server_top_k
             return ServerReader(server, plan.task, self._student, self._trainer.processing_class, k), plan
         plan = self._plan = self._setup.plan(batch, self._live_teacher(), self._plan)
-        self._live = plan.teacher.live if plan.teacher is not None else None
-        head = None if plan.heads is None else plan.heads[1]
-        return TeacherReader(self._live, self._trainer.accelerator, plan.task, head), plan
+        self._live = _run_here(plan.teacher)
+        head, temperature = None if plan.heads is None else plan.heads[1], self._settings.kd.kd_temperature
+        return TeacherReader(self._live, self._trainer.accelerator, plan.task, head, temperature=temperature), plan
 
     def _check_outputs_of(self, store: Store, used: Any, collator: Any) -> None:
         """Compares some rows of a finished cache with the teacher, where it is loaded anyway."""
-        given, manifest = self.given, store.manifest
-        if not isinstance(given, nn.Module) and given != ADAPTER_OFF:
+        manifest = store.manifest
+        if not all(isinstance(each, nn.Module) or each == ADAPTER_OFF for each in _each(self.given)):
             return
         by_position = manifest["row_ids"] == "position"
         count = min(_COMPARED_ROWS, manifest["batch_rows"], *([len(store)] if by_position else []))
@@ -349,7 +353,7 @@ class TeacherCache:
     ) -> None:
         """Raises CacheError where the teacher gives something else for some rows than what is kept of them."""
         now = encode_batch(self._trainer, reader, kept, signed)
-        precision = compute_precision(self._trainer, reader.teacher.model)
+        precision = compute_precision(self._trainer, reader.teacher)
         exact = precision == kept["computed"] and precision.startswith("float32 no ")
         if kept["labels"] != labels_of(self._trainer, reader.task):
             return  # of other class names: another check raises
@@ -456,3 +460,29 @@ class TeacherCache:
             return store.take(signed.row_ids).signatures.tolist() == signed.signatures.tolist()
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError):  # rows of another form
             return False
+
+
+def _each(given: Any) -> list[Any]:
+    """The teachers of what was given, which may be one."""
+    return given if isinstance(given, list) else [given]
+
+
+def _run_here(teacher: Teacher | None) -> Any:
+    """The teacher, one or several, where all of it is run; else None."""
+    if teacher is None or any(member.live is None for member in teacher.members):
+        return None
+    return teacher
+
+
+def _weakly(given: Any) -> Callable[[], Any]:
+    """What returns the given teachers; None where a module of them was deleted."""
+    refs = [weakref.ref(each) if isinstance(each, nn.Module) else lambda each=each: each for each in _each(given)]
+    several = isinstance(given, list)
+
+    def held() -> Any:
+        found = [ref() for ref in refs]
+        if any(each is None for each in found):
+            return None
+        return found if several else found[0]
+
+    return held

@@ -658,7 +658,6 @@ def test_a_sparse_cache_is_refused(tmp_path):
         ({"teacher_names": ["a", "b", "c"]}, "`teacher_names` is .* expected 2 values, one for each teacher"),
         ({"teacher_model_init_kwargs": [{}, {}, {}]}, "`teacher_model_init_kwargs` is .* expected 2 objects"),
         ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "expected nothing where no teacher is given by path"),
-        ({"teacher_cache_dir": "x"}, "`teacher_cache_dir` is 'x'; expected None with several teachers"),
         ({"kd_standardize_logits": True}, "`kd_standardize_logits` is True; expected False with several teachers"),
         ({"kd_divergence": "logit_mse"}, "`kd_divergence` is 'logit_mse'; expected a divergence of probabilities"),
     ],
