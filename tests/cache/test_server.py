@@ -21,7 +21,7 @@ from kd_trainer.cache import settings as cache_settings
 from kd_trainer.cache.server import API_KEY, ServerTeacher
 from kd_trainer.cache.store import CacheError
 from tests.cache.test_cached_teacher import losses
-from tests.helpers import config_run, tiny
+from tests.helpers import config_run, launch, tiny
 from tests.helpers.completions_server import CompletionsServer
 from tests.helpers.script_process import SERVER
 
@@ -235,6 +235,22 @@ def test_a_killed_building_resumes_to_the_same_bytes(server, whole, tmp_path):
     assert not (tmp_path / "killed/cache/train/manifest.json").exists()
     fill(tmp_path / "killed", server)
     assert content(tmp_path / "killed/cache") == whole
+
+
+@pytest.mark.launch
+def test_two_processes_share_the_rows_and_one_may_be_killed(server, whole, tmp_path):
+    """The second process is killed amid its rows; then two go on. The bytes are those of one process."""
+    folder = str(tmp_path / "two")
+    with pytest.raises(AssertionError, match="SIGKILL"):
+        launch.two_processes("server_run.py", folder, server.url, "7", timeout=120)
+    begun = len(list((tmp_path / "two/cache/train/data").glob("*.arrow")))
+    assert 0 < begun < 6
+    assert not (tmp_path / "two/cache/train/manifest.json").exists()
+    launch.two_processes("server_run.py", folder, server.url, timeout=120)
+    assert content(tmp_path / "two/cache") == whole
+    fetched = [int((tmp_path / f"two/fetched_{i}").read_text()) for i in range(2)]
+    assert min(fetched) > 0
+    assert sum(fetched) < len(ROWS) + 4, "what was built is not fetched again, but for the rows that are compared"
 
 
 def test_another_teacher_under_the_same_name_does_not_go_on_with_a_begun_cache(server, tmp_path):
