@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import DataCollatorWithFlattening, LlamaForCausalLM
+from torch.nn.utils import parametrize
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM, Trainer, TrainingArguments
 
 from kd_trainer import DistillationTrainer
 from tests.helpers import fused_run, launch, tiny
@@ -424,3 +427,45 @@ def test_two_processes_give_what_one_gives(case, tmp_path_factory, tmp_path, mon
         torch.testing.assert_close(torch.load(out / f"{case}.pt"), tiny.weights(alone.model), rtol=0, atol=1e-5)
         for key in tiny.LOGGED:
             assert found["logs"][key] == pytest.approx(tiny.logged(alone, key), rel=1e-5), key
+
+
+class Rounded(nn.Module):
+    """A weight rounded to 16 levels a row, with a straight-through gradient."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        scale = weight.detach().abs().amax(1) / 8
+        zero = torch.zeros(len(weight), dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -8, 7)
+
+
+def quantized():
+    """Every linear layer, the output head too, of a student that learns from its own full-precision self."""
+    teacher = pair()[1]
+    student = copy.deepcopy(teacher)
+    for layer in [module for module in student.modules() if isinstance(module, nn.Linear)]:
+        parametrize.register_parametrization(layer, "weight", Rounded())
+    return student, teacher
+
+
+def test_a_fake_quantised_student(tmp_path):
+    """The same run with logits and without; its files are those of the stock Trainer; resumed it ends in the same."""
+    data = rows("causal_lm")
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+    runs = [run(tmp_path, name, quantized, data, **options) for name in ("fused", "full")]
+    assert runs[0][2]._plan.heads is not None
+    assert_same_run(*runs)
+    student, _ = quantized()
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, runs[0][1][name])}
+    assert {name for name in runs[0][1] if name.endswith("original")} < moved
+    args = TrainingArguments(tmp_path / "stock", max_steps=1, save_steps=1, use_cpu=True, report_to=[])
+    Trainer(student, args, train_dataset=data, data_collator=pad).train()
+    saved = [load_file(tmp_path / name / "model.safetensors") for name in ("stock/checkpoint-1", "fused/checkpoint-4")]
+    assert saved[0].keys() == saved[1].keys()
+    assert any(name.endswith("parametrizations.weight.original") for name in saved[0])
+    student, teacher = quantized()
+    resumed = DistillationTrainer(
+        model=student, teacher_model=teacher, args=runs[0][2].args, data_collator=pad, train_dataset=data
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "fused" / "checkpoint-2"))
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, runs[0][1][name]), name
