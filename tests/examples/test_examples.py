@@ -266,6 +266,17 @@ def test_by_hand_is_the_trainer(alpha, temperature, tmp_path):
     assert logged == pytest.approx(by_hand, rel=1e-6, abs=rounding if alpha == 1 else 0)
 
 
+@pytest.mark.trains
+def test_a_quantised_student_learns_from_few_rows_of_its_full_precision_self(tmp_path, monkeypatch, capsys):
+    """The example with fewer steps: plain fine-tuning forgets, distillation makes good what rounding has cost."""
+    monkeypatch.chdir(tmp_path)
+    assert len((EXAMPLES / "quantization.py").read_text(encoding="utf-8").splitlines()) < 80
+    runpy.run_path(str(EXAMPLES / "quantization.py"))["main"](seeds=1, steps=100, teacher_steps=200, few=50)
+    names = ("full precision", "not trained", "fine-tuned", "distilled")
+    full, rounded, tuned, distilled = figures(capsys.readouterr().out, *(rf"{n} +(\d+\.\d+) ±" for n in names))
+    assert full < distilled < rounded < tuned
+
+
 ON_POLICY = ("before", "given text", "own text")
 
 
