@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_trainer import fused_linear_distillation, fused_linear_distillation_plain
+from kd_trainer import DIVERGENCES, fused_linear_distillation, fused_linear_distillation_plain
 from kd_trainer.losses import fused_linear
 
 T, ALPHA = 2.0, 0.7
@@ -53,6 +53,7 @@ SHAPES = {
     "cuda": ["8192,896,4096,151936", "8192,2048,4096,128256"],
 }
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}  # how the peers name them
+EVERY = tuple(DIVERGENCES)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # relative; above it a row is marked
 
 
@@ -208,16 +209,22 @@ class Candidate:
     loss: Callable[[Case, Inputs], Tensor]
     package: str = ""  # what has to be importable
     note: str = ""  # where it computes something else, or is helped
-    divergences: tuple[str, ...] = tuple(BETA)
+    divergences: tuple[str, ...] = tuple(BETA)  # others than these three: this package alone, beside forward KL
     device: str = ""  # where it runs; '': everywhere
     soft_only: bool = False
 
 
 LIGER = "no T² of its own: given in its weight_soft_loss; log_softmax in the dtype of the logits"
 CANDIDATES = {
-    "kd_trainer, compiled": Candidate(functools.partial(kd_trainer_loss, compiled=True)),
-    "kd_trainer, eager": Candidate(functools.partial(kd_trainer_loss, compiled=False)),
-    "kd_trainer, plain twin": Candidate(functools.partial(kd_trainer_loss, function=fused_linear_distillation_plain)),
+    "kd_trainer, compiled": Candidate(functools.partial(kd_trainer_loss, compiled=True), divergences=EVERY),
+    "kd_trainer, eager": Candidate(functools.partial(kd_trainer_loss, compiled=False), divergences=EVERY),
+    "kd_trainer, plain twin": Candidate(
+        functools.partial(kd_trainer_loss, function=fused_linear_distillation_plain), divergences=EVERY
+    ),
+    "kd_trainer, forward KL": Candidate(
+        lambda case, x: kd_trainer_loss(dataclasses.replace(case, divergence="forward_kl"), x),
+        divergences=tuple(name for name in EVERY if name not in BETA),
+    ),
     "naive": Candidate(naive),
     "trl, full logits": Candidate(
         trl_full, "trl.experimental.gkd", "no T², no hard loss: added here; softmax in the dtype of the logits"
@@ -288,8 +295,11 @@ def forward_backward(candidate: Candidate, case: Case, x: Inputs) -> Tensor:
     return loss.detach()
 
 
-def soft_terms(divergence: str, log_p: Tensor, log_q: Tensor) -> Tensor:
+def soft_terms(divergence: str, log_p: Tensor, log_q: Tensor, labels: Tensor) -> Tensor:
     """The definitions, elementwise."""
+    if divergence not in BETA:
+        entry = DIVERGENCES[divergence]
+        return entry.evaluate(log_p, log_q, entry.check(None), labels)
     p, q = log_p.exp(), log_q.exp()
     if divergence == "forward_kl":
         return p * (log_p - log_q)
@@ -308,9 +318,10 @@ def in_float64(case: Case, x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     for rows in torch.arange(case.rows, device=x.hidden.device)[counted].split(64):
         hidden = x.hidden.detach()[rows].double().requires_grad_()
         logits = hidden @ weight.T
-        log_q = F.log_softmax(logits / T, -1)
-        log_p = F.log_softmax(x.teacher_hidden[rows].double() @ teacher_weight.T / T, -1)
-        soft = soft_terms(case.divergence, log_p, log_q).sum()
+        entry = DIVERGENCES[case.divergence]
+        t, z_t = entry.temperature(T), x.teacher_hidden[rows].double() @ teacher_weight.T
+        log_p, log_q = entry.arguments(z_t / t), entry.arguments(logits / t)
+        soft = soft_terms(case.divergence, log_p, log_q, x.labels[rows]).sum() * (t / T) ** 2
         hard = functools.partial(F.cross_entropy, logits, x.labels[rows], reduction="sum")
         part = weigh(case, soft, hard) / counted.sum()
         part.backward()
@@ -324,6 +335,8 @@ def check(case: Case, x: Inputs, names: list[str]) -> dict[str, tuple[float, flo
     expected = in_float64(case, x)
     errors = {}
     for name in names:
+        if name == "kd_trainer, forward KL" and case.divergence != "forward_kl":
+            continue
         x.hidden.grad = x.weight.grad = None
         found = (forward_backward(CANDIDATES[name], case, x), x.hidden.grad, x.weight.grad)
         value, *gradients = (((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
@@ -443,7 +456,7 @@ def main() -> None:
     dtype = ["bfloat16"] if device == "cuda" else ["float32"]
     parser.add_argument("--shape", nargs="+", default=SHAPES[device], metavar="N,Hs,Ht,V")
     parser.add_argument("--dtype", nargs="+", default=dtype, choices=list(TOLERANCE))
-    parser.add_argument("--divergence", nargs="+", default=["forward_kl"], choices=list(BETA))
+    parser.add_argument("--divergence", nargs="+", default=["forward_kl"], choices=EVERY)
     parser.add_argument("--masked", nargs="+", type=float, default=[0.0], help="shares of rows without a label")
     parser.add_argument("--no_hard", action="store_true")
     parser.add_argument("--no_memory", action="store_true")
