@@ -26,11 +26,13 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed")
 EVERYWHERE = ["same_layers", "other_layers", "by_path", "plain", "bf16", "plain_bf16", "resumed"]
 EVERYWHERE += ["fused", "fused_other_layers", "fused_bf16", "own_loss", "features", "features_resumed", "student_rows"]
+EVERYWHERE += ["embedding_resumed"]
 OTHERS = ["adapter_off", "unknown_head"]
 RUNS = {
-    "fsdp2": [*EVERYWHERE, *OTHERS], "zero3": [*EVERYWHERE, "evaluated", *OTHERS], "zero2": ["plain_bf16"],
+    "fsdp2": [*EVERYWHERE, *OTHERS], "zero3": [*EVERYWHERE, "evaluated", *OTHERS],
+    "zero2": ["plain_bf16", "embedding_resumed"],
 }  # fmt: skip
-IN_DDP = ["features", "features_resumed", "student_rows"]
+IN_DDP = ["features", "features_resumed", "embedding_resumed", "student_rows"]
 WRAPPERS = {
     "fsdp2": ("FSDPModule", "FSDPModule"),
     "zero3": ("DeepSpeedEngine", "DeepSpeedEngine"),
@@ -49,7 +51,8 @@ ALL = [
 ]
 SHARDED = [row for row in ALL if row.values[0] != "zero2"]
 EXACT = [row for row in SHARDED if "bf16" not in row.values[1] and row.values[1] != "evaluated"]
-EXACT += cases("ddp", IN_DDP)
+EMBEDDING = [row for backend in RUNS for row in cases(backend, ["embedding_resumed"])]
+EXACT += [*cases("ddp", IN_DDP), *EMBEDDING]
 
 
 @pytest.fixture(scope="module")
