@@ -1,6 +1,6 @@
 """Run by `accelerate launch` from test_server.py: two processes fill the cache of a teacher behind a server.
 
-Usage: server_run.py OUT URL [ROWS]: after so many rows the second process kills itself.
+Usage: server_run.py OUT URL [ROWS]: at that row the second process kills itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -40,6 +41,8 @@ def main(out: str, url: str, rows: int | None) -> None:
     def counted(self, *args):
         fetched.append(args)
         if run.args.process_index == 1 and len(fetched) == rows:
+            while not list(Path(out).rglob("*.arrow")):  # a shard is complete, of either process
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return fetch(self, *args)
 
