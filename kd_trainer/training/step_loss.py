@@ -238,7 +238,7 @@ class MicroBatch:
         """T at which softmax(logits / T) is the teacher's distribution, of a mixture the loss's; None in training."""
         if self.training or self.teacher is None:
             return None
-        return self.objective.temperature if len(self.teacher.members) > 1 else 1.0
+        return 1.0 if self.teacher.routes is None else self.objective.temperature
 
     def _run_student(self, labels: Mapping[str, Any]) -> Any:
         inputs = model_inputs(self.inputs, self.plan.accepted)
