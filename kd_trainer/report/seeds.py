@@ -266,7 +266,7 @@ def copied(model: nn.Module) -> nn.Module:
 
     for module in made.modules():
         if "forward" in vars(module):
-            module.forward = rebound(module.forward)  # type: ignore[method-assign]
+            module.forward = rebound(module.forward)
     return made
 
 
