@@ -364,6 +364,7 @@ class DistillationMixin(_InFrontOf):
         )  # fmt: skip
         if training:
             self._metrics_buffer.add(logged_row(result.parts, result.counts))
+            self._student_rows.agreed += [] if result.parts.generated is None else [result.parts.generated]
         elif self._evaluation is not None:
             self._evaluation.add(batch, result, self.gather_function, self.args.eval_batch_size)
         return (total, as_mapping(result.outputs, total)) if return_outputs else total

@@ -6,7 +6,7 @@ For: `fused_linear.py`, which computes it. Letters: N positions, V vocabulary, H
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -61,6 +61,7 @@ class FusedInputs:
     teacher_samples: tuple[Tensor, Tensor, Tensor] | None
     overlap_ids: int | None
     overlap_temperature: float
+    marked: Tensor | None
     chunk_rows: int | None
     compiled: bool | None
 
@@ -83,6 +84,7 @@ class Job:
     common_ids: int | None
     overlap_ids: int | None
     overlap_temperature: float
+    marked: Tensor | None
     chunk_rows: int
     compiled: bool | None
     plain_rows: bool = False
@@ -112,6 +114,20 @@ class Job:
         if not isinstance(self.teacher_rows, _MIXTURES):
             return None if self.teacher_rows is None else self.teacher_rows[rows]
         return self.teacher_rows.of_rows(rows, student[:, : self.common_ids])
+
+    def with_marked(self, losses: Any, rows: slice) -> Any:
+        """The losses of some rows, and behind them which of the marked ones agree, where rows are marked."""
+        return losses if self.marked is None else (*losses, losses[2] & self.marked[rows])
+
+    def measured(self, sums: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """What is asked for beside the losses: the sums of the overlap and of the marked rows that agree."""
+        overlap = sums[0] if self.overlap_ids is not None else None
+        return overlap, None if self.marked is None else sums[-1]
+
+    @property
+    def columns(self) -> int:
+        """Sums of the rows: soft, hard, agreement, and what else is asked for."""
+        return 3 + (self.overlap_ids is not None) + (self.marked is not None)
 
     def unit(self) -> Any:
         """The larger of the two weights a position can have."""
@@ -187,6 +203,7 @@ def read(given: FusedInputs) -> tuple[Job, Tensor, Tensor, Tensor | None]:
         common,
         g.overlap_ids,
         g.overlap_temperature,
+        select(g.marked),
         g.chunk_rows or chunk_rows(len(weight), weight.element_size(), on_cpu=weight.device.type == "cpu"),
         g.compiled,
     )
@@ -281,7 +298,7 @@ def _check_numbers(g: FusedInputs) -> None:
 
 
 def _check_types(g: FusedInputs) -> None:
-    for name in ("labels", "soft_mask", "student_bias", "teacher_bias", "teacher_logits"):
+    for name in ("labels", "soft_mask", "marked", "student_bias", "teacher_bias", "teacher_logits"):
         if getattr(g, name) is not None and not isinstance(getattr(g, name), _MIXTURES):
             check_tensor(name, getattr(g, name))
     for name in ("soft_count", "hard_count"):
@@ -330,7 +347,7 @@ def _check_shapes(g: FusedInputs) -> None:
     if g.common_ids is not None and not 1 <= g.common_ids <= min(vocabulary, weight.shape[0]):
         expected = f"1 to {min(vocabulary, weight.shape[0])}, the smaller vocabulary"
         fail("common_ids", repr(g.common_ids), expected, "Count the ids that both share.")
-    columns = {"labels": g.labels, "soft_mask": g.soft_mask}
+    columns = {"labels": g.labels, "soft_mask": g.soft_mask, "marked": g.marked}
     if given[0] in ("teacher_top_k", "teacher_samples"):
         columns[given[0]] = _check_sparse(given[0], forms[given[0]], positions, g.common_ids or weight.shape[0])
         if given[0] == "teacher_samples" and g.divergence != "forward_kl":

@@ -41,6 +41,7 @@ class FusedLoss(NamedTuple):
     hard: Tensor  # sum of the cross-entropy at temperature 1, nats
     agreement: Tensor  # number of soft positions where a class is on top in both models
     overlap: Tensor | None = None  # sum of the `overlap` of soft positions, where it is asked for
+    marked: Tensor | None = None  # of `agreement`, the marked positions, where some are
 
 
 def fused_linear_distillation(
@@ -72,6 +73,7 @@ def fused_linear_distillation(
     teacher_samples: tuple[Tensor, Tensor, Tensor] | None = None,
     overlap_ids: int | None = None,
     overlap_temperature: float = 1.0,
+    marked: Tensor | None = None,
     chunk_rows: int | None = None,
     compiled: bool | None = None,
 ) -> FusedLoss:
@@ -101,10 +103,10 @@ def fused_linear_distillation(
         teacher_top_k: distinct ids [N, k], log-probabilities at T [N, k], log of the mass of all other ids at T [N], as
             `sparse_targets.top_k` gives them: the divergence of the k + 1 buckets.
         teacher_samples: ids [N, n], the class on top [N], entropy at T [N], as `sparse_targets.draw_samples` gives
-        them: the
-            forward KL, estimated without bias.
+            them: the forward KL, estimated without bias.
         overlap_ids, overlap_temperature: `ids` and `temperature` of `overlap`, the teacher's mass on the student's top,
             of a teacher given as hidden states or logits; None: not measured.
+        marked: [N] bool, positions whose agreement is counted apart too.
         chunk_rows: positions of a tile; None: 48 MiB of logits of each model, but from 256 positions to
             160 MiB on CPU; 256 MiB on accelerators. On CPU the first tile has twice as many, in the same memory,
             where the head is wide enough that the gradient of its weight, not written yet, can hold their logits; with
@@ -131,7 +133,8 @@ def fused_linear_distillation(
     job, hidden, weight, bias = read(FusedInputs(**given))
     if hidden.shape[0] == 0:
         return _nothing(job, hidden, weight, bias)
-    return FusedLoss(*_Fused.apply(hidden, weight, bias, job, torch.is_grad_enabled()))
+    total, soft, hard, same, *more = _Fused.apply(hidden, weight, bias, job, torch.is_grad_enabled())
+    return FusedLoss(total, soft, hard, same, *job.measured(more))
 
 
 def fused_linear_distillation_plain(
@@ -152,12 +155,12 @@ def fused_linear_distillation_plain(
         cut = slice(0, job.soft_rows), slice(job.soft_rows, len(z_s))
         z_t = job.dense_rows(cut[0], z_s[cut[0]])
         z_t = z_t if job.teacher is None else job.teacher.logits(z_t)
-        parts = [_row_losses(job, z_s[rows], z_t, rows) for rows in cut]
+        parts = [job.with_marked(_row_losses(job, z_s[rows], z_t, rows), rows) for rows in cut]
         soft, hard, same, *top = (torch.cat(column) for column in zip(*parts, strict=True))
     soft_sum, hard_sum = soft.sum() * job.setting.temperature**2, hard.sum()
     agreement = same.sum().to(hard_sum.dtype)
-    sums = soft_sum.detach(), hard_sum.detach(), agreement, *(column.sum() for column in top)
-    return FusedLoss(_mix(job, soft_sum, hard_sum), *sums)
+    measured = job.measured([column.sum().to(hard_sum.dtype) for column in top])
+    return FusedLoss(_mix(job, soft_sum, hard_sum), soft_sum.detach(), hard_sum.detach(), agreement, *measured)
 
 
 def inputs_of(*arguments: Any, **options: Any) -> FusedInputs:
@@ -232,7 +235,8 @@ def _nothing(job: Job, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> F
     total = hidden[:0].sum(dtype=torch.float32) + weight[:0].sum(dtype=torch.float32)
     total = total if bias is None else total + bias[:0].sum(dtype=torch.float32)
     zero = torch.zeros((), device=hidden.device)
-    return FusedLoss(total, zero, zero.clone(), zero.clone(), None if job.overlap_ids is None else zero.clone())
+    measured = job.measured([zero.clone(), zero.clone()])
+    return FusedLoss(total, zero, zero.clone(), zero.clone(), *measured)
 
 
 # ---- the tiles ------------------------------------------------------------------------------------------------------
@@ -271,10 +275,7 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def _all_tiles(job: Job, hidden: Tensor, wanted: list[bool], unit: Any) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Chunk by chunk: sums of soft (without T^2), hard, agreement and overlap, and the gradients of total / unit.
-
-    The overlap is there where it is asked for.
-    """
+    """Chunk by chunk: `job.columns` sums, soft without T^2, and the gradients of total / unit."""
     n, vocabulary = hidden.shape[0], job.student.weight.shape[0]
     pays = compile_pays if job.sparse is None else compile_pays_sparse
     job.plain_rows = job.plain_rows or (job.setting.excluding and not _kernel_excludes(job, n, vocabulary, hidden))
@@ -283,8 +284,8 @@ def _all_tiles(job: Job, hidden: Tensor, wanted: list[bool], unit: Any) -> tuple
     products = _Products(job, hidden, wanted, chunk)
     weights = job.row_weights(n, unit) if gradient else hidden.new_zeros(n, 2, dtype=_wide(hidden.dtype))
     compiled = not job.plain_rows and pays(job.setting, chunk, vocabulary, hidden, job.compiled)
-    count, wide = 3 + (job.overlap_ids is not None), torch.float64 if hidden.device.type != "mps" else torch.float32
-    sums = torch.zeros(count, dtype=wide, device=hidden.device)
+    wide = torch.float64 if hidden.device.type != "mps" else torch.float32
+    sums = torch.zeros(job.columns, dtype=wide, device=hidden.device)
     # Known gradients are those at z / T, and the product divides for nothing; the others begin at the product.
     factor = 1.0 if job.plain_rows else job.student.scale / job.setting.temperature
     for group, tiles, teacher_tile in products.groups(job, chunk):
@@ -298,12 +299,12 @@ def _all_tiles(job: Job, hidden: Tensor, wanted: list[bool], unit: Any) -> tuple
             teacher: Any = _teacher_part(job, rows, teacher_tile, tile) if soft_too else None
             labels: Any = None if job.labels is None else job.labels[rows]
             if job.plain_rows:
-                losses = _plain_tile(job, tile, teacher, weights[rows], rows, gradient)
+                losses = job.with_marked(_plain_tile(job, tile, teacher, weights[rows], rows, gradient), rows)
             elif soft_too:
                 loss: Any = tile_loss if job.sparse is None else sparse_tile_loss
                 top_mass = _top_mass(job, tile, teacher, job.setting.temperature)  # the tile is overwritten next
                 losses = loss(job.setting, tile, teacher, weights[rows], labels, gradient=gradient, compiled=compiled)
-                losses = (*losses, *top_mass)
+                losses = job.with_marked((*losses, *top_mass), rows)
             else:
                 losses = hard_tile_loss(job.setting.temperature, tile, weights[rows], labels, gradient, job.compiled)
             sums[: len(losses)] += torch.stack([column.sum(dtype=sums.dtype) for column in losses])

@@ -170,18 +170,21 @@ class StudentRows:
 
     def __init__(self) -> None:
         self.counts = [0.0] * 4
+        self.agreed: list[Tensor] = []  # of micro-batches: tokens at which the teacher agrees, and tokens
 
     def means(self, accelerator: Any, device: torch.device) -> dict[str, float]:
         """What is logged of the rows since the last call, {} without any; every process must call it."""
         if not self.counts[0]:  # of no process: each has rows in every step
             return {}
-        sums = accelerator.reduce(torch.tensor(self.counts, device=device), reduction="sum").tolist()
-        self.counts = [0.0] * 4
-        rows, written, tokens, ended = sums
+        agreed = torch.stack(self.agreed).sum(0) if self.agreed else torch.zeros(2)
+        sums = torch.cat([torch.tensor(self.counts, device=device), agreed.to(device, torch.float32)])
+        self.counts, self.agreed = [0.0] * 4, []
+        rows, written, tokens, ended, same, compared = accelerator.reduce(sums, reduction="sum").tolist()
         logged = {"student_rows": written / max(rows, 1)}
-        return logged if not written else {
-            **logged, "student_length": tokens / written, "student_ended": ended / written,
-        }  # fmt: skip
+        if not written:
+            return logged
+        logged |= {"student_length": tokens / written, "student_ended": ended / written}
+        return logged | ({"student_agreement": same / compared} if compared else {})
 
     def written(self, batches: Sequence[Mapping[str, Any]], trainer: Any, plan: Any, same: int) -> list:
         """`write` for the optimizer step that the trainer is at; `same`: processes that share each batch."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,7 @@ class Parts(NamedTuple):
     added: Sequence[Tensor | float | None] = ()  # of each term that `Objective.added` lists; () where none exists
     of_each: Tensor | None = None  # `TeacherOutput.counts`
     overlap: Tensor | float | None = None  # a fraction; of evaluations
+    generated: Tensor | None = None  # [2]: at how many tokens of the student's own both agree, and of how many
 
     def zeroed(self) -> Parts:
         """The same parts of no rows at all."""
@@ -142,13 +143,8 @@ class Objective:
 
     def soft_loss(self) -> SoftTargetLoss:
         """The sum of the soft loss over logits."""
-        return SoftTargetLoss(
-            temperature=self.temperature,
-            divergence=self.divergence,
-            beta=self.beta,
-            standardize_logits=self.standardize_logits,
-            reduction="sum",
-        )
+        more: dict[str, Any] = {"beta": self.beta, "standardize_logits": self.standardize_logits, "reduction": "sum"}
+        return SoftTargetLoss(temperature=self.temperature, divergence=self.divergence, **more)
 
     @cached_property
     def captures(self) -> tuple[tuple[str, Any], ...]:
@@ -236,14 +232,13 @@ class Objective:
         if overlap_temperature is not None and isinstance(teacher, Tensor):
             z_s, z_t = (task.distributions(logits, inputs) for logits in (chosen, teacher))
             overlap = self._of_soft(task.overlap_sum(z_s, z_t, mask, overlap_temperature), counts)
-
         plain = self.divergence != "forward_kl" or self.label_smoothing > 0 or logits is not chosen or not task.softmax
         plain = plain or takes_own or self.standardize_logits
         if not plain and isinstance(teacher, Tensor) and is_small(chosen, teacher):
             parts = self._small_batch(chosen, teacher, labels, float(soft_count), float(hard_count), counts)
             if parts is not None:
                 return parts._replace(overlap=overlap)
-        hard = soft = agreement = None
+        hard = soft = agreement = generated = None
         if takes_own:
             hard = own_hard
         elif labels is not None:
@@ -262,7 +257,11 @@ class Objective:
                 soft_sum, same = self._sparse_sums(chosen, teacher, class_labels(soft_loss, chosen, known))
             soft = divide(soft_sum, soft_count) * counts.scale
             agreement = self._of_soft(same, counts)
-        return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement, overlap=overlap)
+            own = task.generated(inputs)
+            if own is not None and isinstance(teacher, Tensor):
+                own = select_positions(own, mask).flatten()
+                generated = _of_own((z_s[own].argmax(-1) == z_t[own].argmax(-1)).sum(), own)
+        return Parts(self._mix(hard, soft, student_logits), hard, soft, agreement, (), None, overlap, generated)
 
     @staticmethod
     def _of_soft(total: Tensor | None, counts: Counts) -> Tensor | None:
@@ -284,9 +283,7 @@ class Objective:
 
     def count_same(self, given: LossInputs, student_logits: Tensor, teacher: TeacherOutput) -> None:
         """Adds the top classes of several teachers to their `counts`."""
-        task, tops, counts = given.task, teacher.tops, teacher.counts
-        assert tops is not None
-        assert counts is not None
+        task, tops, counts = given.task, cast(Tensor, teacher.tops), cast(Tensor, teacher.counts)
         mask = self._soft_mask(given, student_logits, selects=True)
         student = task.distributions(student_logits, given.inputs)[..., : given.common_ids].argmax(-1)
         if task.token_level and mask is not None:
@@ -304,8 +301,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor | Sparse | None, Tensor, Tensor | None]:
         """The counted positions: student logits and teacher of the soft loss, student logits and labels of the hard.
 
-        Args:
-            within_labels: whether every position of the mask has a label.
+        `within_labels`: every position of the mask has a label.
         """
         logits, labels = student_logits, targets
         if targets is not None:  # padding's NaN would reach the gradient: 0 * NaN
@@ -355,11 +351,12 @@ class Objective:
             fail("labels", f"of shape {tuple(targets.shape)}", expected, fix)
         mask = hard = None  # no mask: both losses count the positions with a label, or all of them
         if self.position_fraction < 1:
-            mask, targets, hard = self._selected(task, student_hidden, weights, inputs, targets, common_ids)
+            mask, targets, hard = self._selected(given, student_hidden, weights, targets)
         elif targets is None or self.positions != "labels" or task.made_at(inputs, targets) is not None:
             mask = task.soft_mask(inputs, targets, self.positions)
             if mask is None and targets is not None:
                 mask = torch.ones(shape, dtype=torch.bool, device=student_hidden.device)
+        own = task.generated(inputs)
         if targets is None and DIVERGENCES[self.divergence].needs_labels:
             targets = torch.full(shape, IGNORE_INDEX, device=student_hidden.device)
         hard_count, soft_count = self._denominators(counts)
@@ -382,25 +379,22 @@ class Objective:
             factor=counts.scale,
             label_smoothing=self.label_smoothing,
             common_ids=common_ids,
+            marked=None if own is None else own.flatten(),
             **weights,
             **outputs,
         )
-        return loss if hard is None else loss._replace(hard=hard)
+        loss = loss if hard is None else loss._replace(hard=hard)
+        return loss if own is None else loss._replace(marked=_of_own(loss.marked, own if mask is None else own & mask))
 
     def _selected(
-        self,
-        task: Task,
-        student_hidden: Tensor,
-        weights: Mapping[str, Any],
-        inputs: Mapping[str, Any],
-        targets: Tensor | None,
-        common_ids: int | None,
+        self, given: LossInputs, student_hidden: Tensor, weights: Mapping[str, Any], targets: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The soft mask of the selected positions, the labels that remain, and the hard sum where it is known already.
 
         The entropies take one product of the student's head. At alpha 1, where the hard loss is for the log alone, it
         is taken from that product, so that both heads then multiply the selected positions alone.
         """
+        task, inputs, _, common_ids, *_ = given
         mask = task.soft_mask(inputs, targets, self.positions)
         if mask is None:
             mask = torch.ones(student_hidden.shape[:-1], dtype=torch.bool, device=student_hidden.device)
@@ -426,7 +420,8 @@ class Objective:
         hard_count, soft_count = self._denominators(counts)
         hard = divide(loss.hard, hard_count) * counts.scale if labelled else None
         soft, same = divide(loss.soft, soft_count) * counts.scale, self._of_soft(loss.agreement, counts)
-        return Parts(loss.total, hard, soft, same, overlap=self._of_soft(loss.overlap, counts))
+        overlap = self._of_soft(loss.overlap, counts)
+        return Parts(loss.total, hard, soft, same, overlap=overlap, generated=loss.marked)
 
     def with_added(
         self,
@@ -498,3 +493,8 @@ class Objective:
         if hard is None or self.alpha == 1:
             return soft if self.alpha == 1 else self.alpha * soft
         return torch.add((1 - self.alpha) * hard, soft, alpha=self.alpha)
+
+
+def _of_own(agreed: Tensor | None, own: Tensor) -> Tensor | None:
+    """`Parts.generated`; `own`: which of the counted positions are tokens of the student's own."""
+    return None if agreed is None else torch.stack([agreed, own.sum().to(agreed)])

@@ -1020,6 +1020,20 @@ def test_overlap_is_the_mean_of_whole_logits(function, options):
 
 
 @both
+def test_marked_positions_have_an_agreement_of_their_own(function):
+    x = problem(60, 3)
+    marked = torch.arange(60) % 2 == 0
+    apart = x | {name: x[name][marked] for name in ("student_hidden", "teacher_hidden", "labels")}
+    assert 0 < function(**apart).agreement < function(**x).agreement
+    for more in ({}, {"label_smoothing": 0.1}, {"overlap_ids": 2}):
+        loss = function(**x, marked=marked, chunk_rows=2, **more)
+        assert loss.marked == function(**apart).agreement
+        assert loss.agreement == function(**x).agreement
+        assert (loss.overlap is None) is ("overlap_ids" not in more)
+    assert function(**x).marked is None
+
+
+@both
 def test_overlap_needs_all_classes_of_the_teacher(function):
     x = top_k(problem(), 4, 1.0)
     with pytest.raises(ValueError, match="`overlap_ids` is 20; expected None with teacher_top_k, because few ids"):

@@ -16,7 +16,7 @@ from tests.helpers import tiny
 
 ON = {"kd_student_fraction": 1.0, "kd_max_new_tokens": 6}
 HALF = {**ON, "kd_student_fraction": 0.5}
-NUMBERS = ("loss", "grad_norm", "soft_loss", "student_rows", "student_length", "student_ended")
+NUMBERS = ("loss", "grad_norm", "soft_loss", "student_rows", "student_length", "student_ended", "student_agreement")
 
 
 def run(folder, **kwargs):
@@ -283,6 +283,25 @@ def test_a_lora_student_writes_with_its_adapters_on(tmp_path):
     assert texts[0].shape != texts[1].shape or not torch.equal(*texts)
     trainer.train()
     assert tiny.logged(trainer, "student_rows") == pytest.approx([1.0] * 4, abs=0.2)
+
+
+@pytest.mark.parametrize("kept", [{}, {"kd_position_fraction": 0.5}], ids=["all", "selected"])
+@pytest.mark.parametrize("way", ["full", "fused"])
+def test_the_agreement_on_the_students_text(way, kept, tmp_path):
+    made = run(tmp_path, kd_loss_implementation=way, **ON, **kept)  # no other text counts
+    assert tiny.logged(made, "student_agreement") == pytest.approx(tiny.logged(made, "teacher_agreement"), abs=1e-6)
+    made = tiny.trainer("causal_lm", tmp_path, kd_loss_implementation=way, kd_reduction="tokenmean", **HALF)
+    batch, counts = written(made, tiny.rows("causal_lm", 8))
+    made._student_rows.agreed.clear()
+    made.is_in_train = True
+    with torch.no_grad():
+        made.compute_loss(made.model, batch, num_items_in_batch=counts)
+        names = ("input_ids", "attention_mask")
+        student, teacher = (model(**{k: batch[k] for k in names}).logits for model in (made.model, made.teacher.model))
+    own = batch["student_tokens"][:, 1:]
+    same = (student.argmax(-1) == teacher.argmax(-1))[:, :-1][own]
+    assert made._student_rows.agreed[0].tolist() == [same.sum(), own.sum()]
+    assert 0 < own.sum() < batch["attention_mask"].sum()
 
 
 def test_several_teachers_score_the_same_text(tmp_path):
