@@ -98,10 +98,15 @@ def kl_to_mixture_terms(log_a: Tensor, log_b: Tensor, beta: float) -> Tensor:
     return weigh(a, log_a - _log_mixture(a, log_b.exp(), beta))
 
 
-def jsd_terms(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
-    """Elementwise beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q."""
+def jsd_terms(log_p: Tensor, log_q: Tensor, *, beta: float, once: bool = False) -> Tensor:
+    """Elementwise beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    `once`: the sum is differentiated once, with respect to a q that adds up to 1. The derivatives of log q and log m
+    then add up to 0, and are left out.
+    """
     p, q = log_p.exp(), log_q.exp()
-    log_m = _log_mixture(p, q, beta)
+    log_q, fixed = (log_q.detach(), q.detach()) if once else (log_q, q)
+    log_m = _log_mixture(p, fixed, beta)
     return beta * weigh(p, log_p - log_m) + (1 - beta) * weigh(q, log_q - log_m)
 
 

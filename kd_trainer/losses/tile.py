@@ -84,7 +84,7 @@ def _block_loss(
         if setting.standardized:
             t, compared = standardize(t) / temperature, standardize(s) / temperature
         of_teacher, of_student = entry.arguments(t), entry.arguments(compared)
-        soft = entry.evaluate(of_teacher, of_student, setting.beta, labels).sum(-1)
+        soft = entry.evaluate(of_teacher, of_student, setting.beta, labels, once=True).sum(-1)
         if gradient:
             (slope,) = torch.autograd.grad(soft, s, weights[:, 0].to(soft.dtype))
     hard, soft = torch.zeros_like(soft), soft.detach()

@@ -296,6 +296,25 @@ def test_nan_in_the_logits_is_not_hidden(path, name, side):
     assert value.isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("name", [name for name, entry in DIVERGENCES.items() if entry.once])
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("excludes", [False, True])
+def test_what_is_differentiated_once_has_the_same_values_and_gradient(name, beta, excludes):
+    generator = torch.Generator().manual_seed(0)
+    z_s, z_t = (3 * torch.randn(5, 17, generator=generator, dtype=torch.float64) for _ in range(2))
+    if excludes:  # by the student, by the teacher, by both
+        z_s[0, :2] = z_t[0, 1:3] = z_t[1, 5] = z_s[2, 4] = -INF
+    found = []
+    for once in (False, True):
+        student = z_s.clone().requires_grad_()
+        log_p, log_q = torch.log_softmax(z_t, -1), torch.log_softmax(student, -1)
+        sums = DIVERGENCES[name].evaluate(log_p, log_q, beta, once=once).sum(-1)
+        (gradient,) = torch.autograd.grad((sums * torch.arange(1.0, 6.0)).sum(), student)
+        found.append((sums, gradient))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-12, atol=1e-13)
+
+
 def test_bounds():
     a, b = torch.tensor([0.0, -INF]), torch.tensor([-INF, 0.0])
     assert jsd(a, b).item() == pytest.approx(math.log(2))
