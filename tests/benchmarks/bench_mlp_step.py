@@ -142,11 +142,11 @@ def main() -> None:
             if round_:  # the first round warms up
                 times[name].append(seconds)
     print(f"\n{torch.get_num_threads()} threads, batch {BATCH}, {steps} steps, {options.rounds} rounds, medians")
-    print(f"{'variant':22}{'us a step':>12}{'quartile':>10}{'x bare':>14}{'x naive':>14}")
+    print(f"{'variant':26}{'us a step':>12}{'quartile':>10}{'x bare':>14}{'x naive':>14}")
     middle = {name: (statistics.median(s), statistics.quantiles(s, n=4)[0]) for name, s in times.items()}
     for name, (median, quartile) in middle.items():
         ratios = [f"{median / middle[to][0]:.2f} ({quartile / middle[to][1]:.2f})" for to in ("bare", "naive")]
-        print(f"{name:22}{median / steps * 1e6:12.0f}{quartile / steps * 1e6:10.0f}{ratios[0]:>14}{ratios[1]:>14}")
+        print(f"{name:26}{median / steps * 1e6:12.0f}{quartile / steps * 1e6:10.0f}{ratios[0]:>14}{ratios[1]:>14}")
 
 
 if __name__ == "__main__":
