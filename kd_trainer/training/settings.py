@@ -121,14 +121,7 @@ class Settings:
         temperature = scheduled(kd.kd_temperature, kd.kd_temperature_end, kd.kd_schedule, progress)
         if (alpha, temperature) not in self._objectives:
             divergence, beta = kd.kd_divergence, kd.kd_beta
-            settings = (
-                divergence,
-                beta,
-                kd.kd_reduction,
-                kd.kd_positions,
-                self._smoothing,
-                self.added,
-            )
+            settings = (divergence, beta, kd.kd_reduction, kd.kd_positions, self._smoothing, self.added)
             if kd.kd_cross_tokenizer == CHUNKS:
                 objective: Objective = ChunkObjective(
                     alpha, temperature, *settings, chunk_temperature=kd.kd_chunk_temperature

@@ -256,14 +256,34 @@ def whole_facts(run: Any, model: nn.Module, fresh: dict[str, Any]) -> dict[str, 
     }
 
 
+def begin(backend: str) -> None:
+    """Clears what the arguments of the backend before have set, and has this one run on the CPU."""
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(variable, None)
+    if backend == "fsdp2":
+        run_fsdp2_on_cpu()
+    elif backend.startswith("zero"):
+        run_deepspeed_on_cpu()
+
+
+def arguments_of(backend: str, *, loads_once: bool = False, has_config: bool = True) -> dict[str, Any]:
+    """Training arguments for two processes with four rows each.
+
+    Args:
+        loads_once: FSDP2 has one process load the weights for all. has_config: whether the student has one.
+    """
+    arguments: dict[str, Any] = {"per_device_train_batch_size": 4}
+    if backend == "fsdp2":
+        config = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": loads_once}
+        arguments |= {"fsdp": True, "fsdp_config": config}
+    elif backend != "ddp":
+        arguments["deepspeed"] = zero_config(int(backend[-1]), has_config=has_config)
+    return arguments
+
+
 def main(out: Path, backends: list[str], names: list[str]) -> None:
     for backend in backends:
-        for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):  # set by the arguments of the one before
-            os.environ.pop(variable, None)
-        if backend == "fsdp2":
-            run_fsdp2_on_cpu()
-        elif backend.startswith("zero"):
-            run_deepspeed_on_cpu()
+        begin(backend)
         run_cases(out if len(backends) == 1 else out / backend, backend, names)
 
 
@@ -275,16 +295,8 @@ def run_cases(out: Path, backend: str, names: list[str]) -> None:
         os.environ.pop("FSDP_TRANSFORMER_CLS_TO_WRAP", None)
         if CASES[name].teacher == "embedding":  # upstream's own list of BERT's layers parts a tied weight
             os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "BertLayer"
-        arguments: dict[str, Any] = {"per_device_train_batch_size": 4, **CASES[name].in_two}
-        if backend == "fsdp2":
-            config = {
-                "version": 2,
-                "state_dict_type": "FULL_STATE_DICT",
-                "cpu_ram_efficient_loading": name == "by_path",
-            }
-            arguments |= {"fsdp": True, "fsdp_config": config}
-        elif backend != "ddp":
-            arguments["deepspeed"] = zero_config(int(backend[-1]), has_config=CASES[name].teacher != "plain")
+        arguments = arguments_of(backend, loads_once=name == "by_path", has_config=CASES[name].teacher != "plain")
+        arguments |= CASES[name].in_two
         if name in RESUMED:
             build(name, out, folder, **arguments, save_strategy="steps", save_steps=3).train()
         run = build(name, out, folder, **arguments)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import gc
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -91,16 +90,8 @@ def of_case(case: str, folder: Path, **kwargs: Any) -> Any:
 
 def main(out: Path, backends: list[str]) -> None:
     for backend in backends:
-        for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-            os.environ.pop(variable, None)
-        arguments: dict[str, Any] = {"per_device_train_batch_size": 4}
-        if backend == "fsdp2":
-            backend_run.run_fsdp2_on_cpu()
-            config = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
-            arguments |= {"fsdp": True, "fsdp_config": config}
-        elif backend == "zero3":
-            backend_run.run_deepspeed_on_cpu()
-            arguments["deepspeed"] = backend_run.zero_config(3, has_config=True)
+        backend_run.begin(backend)
+        arguments = backend_run.arguments_of(backend)
         for case in CASES:
             folder = out / backend / case
             run = of_case(case, folder, **arguments)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,16 +51,8 @@ def agreements(run: Any) -> dict[str, float]:
 
 def main(out: Path, backends: list[str]) -> None:
     for backend in backends:
-        for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-            os.environ.pop(variable, None)
-        arguments: dict[str, Any] = {"per_device_train_batch_size": 4}
-        if backend == "fsdp2":
-            backend_run.run_fsdp2_on_cpu()
-            config = {"version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False}
-            arguments |= {"fsdp": True, "fsdp_config": config}
-        elif backend == "zero3":
-            backend_run.run_deepspeed_on_cpu()
-            arguments["deepspeed"] = backend_run.zero_config(3, has_config=True)
+        backend_run.begin(backend)
+        arguments = backend_run.arguments_of(backend)
         for case in CASES[backend]:
             folder = out / backend / case
             run = build(case, folder, **arguments)
